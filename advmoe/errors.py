@@ -1,0 +1,26 @@
+"""Errors a user can cause, each with one line that says what was expected, what came and what to do.
+
+Everything else (a bug of ours) stays a plain Python exception with its traceback.
+"""
+
+from __future__ import annotations
+
+
+class AdvMoEError(Exception):
+    """Base of all errors caused by input: the command line prints its message on one line and exits with 1."""
+
+
+class ConfigError(AdvMoEError, ValueError):
+    """An option, or a combination of options, that cannot be carried out."""
+
+
+class DataError(AdvMoEError):
+    """A data set, archive, image or label that is missing, truncated or of the wrong kind."""
+
+
+class CheckpointError(AdvMoEError):
+    """A checkpoint that is missing, corrupt, or was not written by this project."""
+
+
+class TrainingError(AdvMoEError):
+    """A training run that cannot go on, such as one whose loss is no longer finite."""
