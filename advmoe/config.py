@@ -1,0 +1,192 @@
+"""What a run is, as plain data: the model, the attack, the training. Everything here is stored in checkpoints as JSON-like dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from advmoe.errors import ConfigError
+
+KINDS = ("dense", "s_dense", "moe")
+GRANULARITIES = ("layer", "block", "stage")
+ROUTER_GRADIENTS = ("softmax", "straight_through")
+EXPERT_FILTERS = ("windows", "separate")
+ATTACK_STARTS = ("uniform", "gaussian", "clean")
+
+T = TypeVar("T")
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`.
+
+    Raises:
+        ConfigError: it is not; the message names the choices and the closest one.
+    """
+    known = sorted(choices)
+    if value in known:
+        return value
+    close = difflib.get_close_matches(value.lower(), known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(f"unknown {what} '{value}', expected one of: {', '.join(known)}{hint}")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ConfigError unless eps is a radius in pixel units of [0, 1]."""
+    if not 0.0 <= eps <= 1.0:
+        hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
+        raise ConfigError(f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything needed to rebuild a model."""
+
+    arch: str
+    """Backbone: a name known to `advmoe.models.registry`."""
+    kind: str = "moe"
+    """`dense` (the full CNN), `s_dense` (every width times r), `moe` (N experts per layer at scale r)."""
+    num_classes: int = 10
+    """Outputs of the classifier."""
+    image_size: int = 32
+    """Height and width of the images, in pixels."""
+    width: float = 1.0
+    """Channel multiplier of the backbone, before r; below 1 for small runs."""
+    num_experts: int = 2
+    """N, experts per MoE layer."""
+    model_scale: float = 0.5
+    """r, share of a layer's channels that one expert owns."""
+    expert_filters: str = "windows"
+    """`windows`: experts are channel windows of the backbone (paper); `separate`: each owns its filters (released code)."""
+    granularity: str = "layer"
+    """What one router decides for: each `layer`, `block` or `stage`."""
+    router_gradient: str = "softmax"
+    """How gradients pass the argmax: `softmax` gate or `straight_through`."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from the images per colour channel, inside the model."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Divides the centred images."""
+
+    def __post_init__(self) -> None:
+        one_of("model kind", self.kind, KINDS)
+        one_of("router granularity", self.granularity, GRANULARITIES)
+        one_of("router gradient", self.router_gradient, ROUTER_GRADIENTS)
+        one_of("kind of expert filters", self.expert_filters, EXPERT_FILTERS)
+        check(self.num_classes >= 2, f"the number of classes must be at least 2, got {self.num_classes}")
+        check(self.num_experts >= 1, f"the number of experts N must be at least 1, got {self.num_experts}")
+        check(
+            self.num_experts <= 255,
+            f"the number of experts N must be at most 255, got {self.num_experts}; the paper uses 2 to 10",
+        )
+        check(
+            0.0 < self.model_scale <= 1.0,
+            f"model scale r must be in (0, 1], got {self.model_scale:g}; the paper's default is 0.5",
+        )
+        check(self.width > 0.0, f"the width multiplier must be positive, got {self.width:g}; 1 is the full backbone")
+        check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """A PGD attack in the l-infinity ball; lengths in pixel units of [0, 1]."""
+
+    eps: float = 8 / 255
+    """Radius of the ball."""
+    steps: int = 50
+    """K, gradient steps."""
+    step_size: float = 2 / 255
+    """Length of a step."""
+    restarts: int = 1
+    """Independent starts; an image counts as robust if it survives them all."""
+    start: str = "uniform"
+    """`uniform` in the ball, `gaussian` (0.001 * N(0, I), as in TRADES) or `clean`."""
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        one_of("attack start", self.start, ATTACK_STARTS)
+        check(self.steps >= 0, f"attack steps must not be negative, got {self.steps}")
+        check(self.restarts >= 1, f"attack restarts must be at least 1, got {self.restarts}")
+        check(self.step_size >= 0, f"the attack's step size must not be negative, got {self.step_size:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. The defaults are the paper's settings (Sec. 5.1, App. B) as far as they are known."""
+
+    dataset: str
+    """Name of the data set."""
+    method: str = "advmoe"
+    """A name known to `advmoe.training.methods`."""
+    epochs: int = 100
+    """Passes over the training images (of the experts' stream)."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """Peak learning rate of SGD, shared by routers and experts; follows a cosine to zero."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty."""
+    trades_beta: float = 6.0
+    """1 / lambda, weight of the KL term."""
+    attack: AttackConfig = dataclasses.field(
+        default_factory=lambda: AttackConfig(steps=2, step_size=5 / 255, start="gaussian")
+    )
+    """The attack that training defends against."""
+    val_attack: AttackConfig = dataclasses.field(default_factory=lambda: AttackConfig(steps=10))
+    """The attack that selects `best.pt` on the validation split."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation."""
+    val_limit: int = 1000
+    """Validation images attacked after each epoch, at most."""
+    limit_train: int | None = None
+    """Use only this many training images (a seeded choice); None for all."""
+    seed: int = 0
+    """Seed of initial weights, splits, batches and attacks."""
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        check(self.batch_size >= 2, f"batch size must be at least 2 (BatchNorm), got {self.batch_size}")
+        check(self.lr > 0, f"the learning rate must be positive, got {self.lr:g}")
+        check(self.trades_beta >= 0, f"trades_beta (1/lambda) must not be negative, got {self.trades_beta:g}")
+        check(0.0 < self.val_fraction < 1.0, f"the validation share must be in (0, 1), got {self.val_fraction:g}")
+        check(self.val_limit >= 1, f"val_limit must be at least 1, got {self.val_limit}")
+        check(
+            self.limit_train is None or self.limit_train >= self.batch_size,
+            f"--limit-train must be at least one batch ({self.batch_size}), got {self.limit_train}",
+        )
+        check(0 <= self.seed < 2**63, f"the seed must be in [0, 2^63), got {self.seed}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values (what `json` and `torch.load(weights_only=True)` accept)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The inverse of `to_dict`; unknown fields are an error, because ignoring them would change what the run means.
+
+    Raises:
+        ConfigError: an unknown field, or a value the config refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    check(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; was this written by a newer version?")
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name in {"attack", "val_attack"}:
+            converted[name] = from_dict(AttackConfig, value)
+        else:
+            converted[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**converted)
+    except TypeError as error:
+        raise ConfigError(f"not a valid {cls.__name__}: {error}") from error

@@ -1,0 +1,1 @@
+"""Accuracy, robustness and cost of a trained model."""

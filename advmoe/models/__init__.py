@@ -1,0 +1,1 @@
+"""Backbones as Dense, S-Dense and MoE-CNN."""

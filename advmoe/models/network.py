@@ -1,0 +1,63 @@
+"""What all networks of the project share: images in, logits out, pathways on request, and the split of theta into phi and psi."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.config import ModelConfig
+from advmoe.models.layers import LayerFactory
+from advmoe.models.routing import Routing, RoutingTape
+
+
+class RoutedNetwork(nn.Module):
+    """Base of all backbones: a plain module from images [B, 3, H, W] in [0, 1] to logits [B, classes].
+
+    Subclasses build their layers with the factory and implement `run`. phi (the routers) lies in `self.routers`, psi is
+    everything else.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.config = config
+        self.routers = layers.routers
+        self.router_of_layer = layers.router_of_layer
+        self.expert_layouts = layers.layouts
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
+
+    def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
+        """Logits of normalised images; each MoE layer asks the tape for its decision."""
+        raise TypeError(f"{type(self).__name__} does not say how it runs")
+
+    def forward(self, images: Tensor, pathways: Tensor | None = None) -> Tensor:
+        """Logits [B, classes] of images [B, 3, H, W] in [0, 1]; see `forward_with_routing`."""
+        return self.forward_with_routing(images, pathways)[0]
+
+    def forward_with_routing(self, images: Tensor, pathways: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Logits and the pathways taken.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing).
+        """
+        if not self.expert_layouts:
+            tape = RoutingTape(self.routers, (), images.new_zeros((len(images), 0), dtype=torch.int64))
+        else:
+            tape = RoutingTape(self.routers, self.router_of_layer, pathways)
+        logits = self.run((images - self.mean) / self.std, tape)
+        return logits, tape.read()
+
+    def router_parameters(self) -> Iterator[nn.Parameter]:
+        """phi."""
+        return self.routers.parameters()
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """psi: every parameter that is not a router's."""
+        routers = {id(parameter) for parameter in self.router_parameters()}
+        return (parameter for parameter in self.parameters() if id(parameter) not in routers)

@@ -1,0 +1,35 @@
+"""Backbones by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from advmoe.config import ModelConfig, one_of
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.vgg import VGG16
+
+ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {"vgg16": VGG16}
+
+
+def build_model(config: ModelConfig) -> RoutedNetwork:
+    """The network a config describes, with fresh weights from torch's current random state.
+
+    Raises:
+        ConfigError: the architecture is unknown or cannot be built with these settings.
+    """
+    one_of("architecture", config.arch, ARCHITECTURES)
+    return ARCHITECTURES[config.arch](config)
+
+
+def create_model(arch: str, **settings: Any) -> RoutedNetwork:
+    """A model by name: `create_model("vgg16", kind="moe", num_classes=10, num_experts=2, model_scale=0.5)`.
+
+    Args:
+        arch: name of the backbone.
+        **settings: fields of `advmoe.config.ModelConfig`.
+
+    Returns:
+        A module from images [B, 3, H, W] in [0, 1] to logits [B, num_classes], in training mode.
+    """
+    return build_model(ModelConfig(arch=arch, **settings))

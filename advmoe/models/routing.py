@@ -1,0 +1,174 @@
+"""Routing: which expert each image takes in each MoE layer, as plain values.
+
+An MoE layer is a router plus one convolution (METHOD: paper, Sec. 3). The router picks one of N experts per image; the picks
+of all layers are the image's *pathway*. Nothing here is stored on a module: a forward pass opens a `RoutingTape`, each layer asks
+it for its decision, and the tape is read out as a `Routing` at the end.
+
+Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers, R routers (R <= L, several layers may share one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.errors import ConfigError
+
+
+def scaled_channels(num_channels: int, model_scale: float) -> int:
+    """Channels of one expert, r * C rounded to the nearest integer.
+
+    The one place where r becomes a width: an expert and the S-Dense layer it is compared with always agree.
+
+    Raises:
+        ConfigError: r is outside (0, 1], or leaves no channel.
+    """
+    if not 0.0 < model_scale <= 1.0:
+        raise ConfigError(f"model scale r must be in (0, 1], got {model_scale:g}; the paper's default is 0.5")
+    size = int(model_scale * num_channels + 0.5)
+    if size < 1:
+        least = 0.5 / num_channels
+        raise ConfigError(
+            f"model scale r = {model_scale:g} leaves no channel of a layer with {num_channels}; "
+            f"use r >= {least:.3g} or a larger width"
+        )
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """Which channels of a layer each expert owns.
+
+    Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1, overlapping
+    above. `separate` gives every expert filters of its own instead, as the authors' released code does; at N = 2, r = 0.5
+    the two agree.
+    """
+
+    num_channels: int
+    num_experts: int
+    model_scale: float
+    separate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ConfigError(f"the number of experts N must be at least 1, got {self.num_experts}")
+        scaled_channels(self.num_channels, self.model_scale)
+
+    @property
+    def size(self) -> int:
+        """Channels of one expert."""
+        return scaled_channels(self.num_channels, self.model_scale)
+
+    def channels(self, expert: int) -> tuple[int, ...]:
+        """Backbone channels of one expert, in the order of its output slots."""
+        if self.separate:
+            return tuple(range(expert * self.size, (expert + 1) * self.size))
+        start = int(expert * self.num_channels / self.num_experts + 0.5)
+        return tuple((start + slot) % self.num_channels for slot in range(self.size))
+
+    @property
+    def bank_channels(self) -> tuple[int, ...]:
+        """Backbone channels that some expert owns, sorted: the rows of the weight bank. Channels of no expert have no weights."""
+        return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Row of the weight bank at which each expert's window starts; a window wraps around at the end of the bank."""
+        row_of = {channel: row for row, channel in enumerate(self.bank_channels)}
+        return tuple(row_of[self.channels(expert)[0]] for expert in range(self.num_experts))
+
+
+class Decision(NamedTuple):
+    """What one router decided for a batch.
+
+    `gate_B` is exactly 1 in value; it only carries the router's gradient, and is None where none is wanted.
+    """
+
+    expert_index_B: Tensor
+    logits_BN: Tensor | None
+    gate_B: Tensor | None
+
+
+class Routing(NamedTuple):
+    """The pathways of a batch: `expert_index_BL` int64 in [0, N), and the logits of each router (None if they were forced)."""
+
+    expert_index_BL: Tensor
+    logits_BRN: Tensor | None
+
+
+def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: str) -> Tensor:
+    """A factor of value 1 that lets gradients through the argmax.
+
+    `softmax`: p_e / stopgrad(p_e), whose gradient reaches all logits. `straight_through`: 1 + logit_e - stopgrad(logit_e), the
+    gradient reaches the chosen logit only (as in the authors' released code). The softmax form is evaluated in log
+    space, where nothing underflows.
+    """
+    score_BN = logits_BN.log_softmax(dim=1) if router_gradient == "softmax" else logits_BN
+    score_B = score_BN.gather(1, expert_index_B.unsqueeze(1)).squeeze(1)
+    difference_B = score_B - score_B.detach()
+    return difference_B.exp() if router_gradient == "softmax" else 1.0 + difference_B
+
+
+class Router(nn.Module):
+    """Global average pool -> centring -> linear -> N logits.
+
+    The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router sends every
+    image to the same expert within a few epochs. An affine-free BatchNorm takes that direction out.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "softmax") -> None:
+        super().__init__()
+        self.router_gradient = router_gradient
+        self.centre = nn.BatchNorm1d(in_channels, affine=False)
+        self.linear = nn.Linear(in_channels, num_experts)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits [B, N] for the layer input."""
+        logits: Tensor = self.linear(self.centre(x_BCHW.mean(dim=(2, 3))))
+        return logits
+
+    def decide(self, x_BCHW: Tensor) -> Decision:
+        """The expert of each image (first of equal logits), with a gate where gradients are recorded."""
+        logits_BN = self(x_BCHW)
+        expert_index_B = logits_BN.argmax(dim=1)
+        wants_gradient = logits_BN.requires_grad and not torch.compiler.is_exporting()
+        gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if wants_gradient else None
+        return Decision(expert_index_B, logits_BN, gate_B)
+
+
+class RoutingTape:
+    """Collects the routing decisions of one forward pass, or replays a given pathway.
+
+    Args:
+        routers: the network's routers.
+        router_of_layer: index of the router that decides for each MoE layer; a router decides once, on the input of the
+            first layer that asks.
+        forced_BL: pathways to take instead of asking the routers, int64 [B, L].
+    """
+
+    def __init__(self, routers: nn.ModuleList, router_of_layer: Sequence[int], forced_BL: Tensor | None = None) -> None:
+        self._routers = routers
+        self._router_of_layer = router_of_layer
+        self._forced_BL = forced_BL
+        self._decisions: dict[int, Decision] = {}
+
+    def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
+        """The decision for MoE layer number `layer`, whose input is x."""
+        if self._forced_BL is not None:
+            return Decision(self._forced_BL[:, layer], None, None)
+        router = self._router_of_layer[layer]
+        if router not in self._decisions:
+            self._decisions[router] = self._routers[router].decide(x_BCHW)  # type: ignore[operator]
+        return self._decisions[router]
+
+    def read(self) -> Routing:
+        """All decisions of the pass, once every layer has asked."""
+        if self._forced_BL is not None:
+            return Routing(self._forced_BL, None)
+        decided = [self._decisions[router] for router in range(len(self._routers))]
+        expert_index_BL = torch.stack([decided[router].expert_index_B for router in self._router_of_layer], dim=1)
+        return Routing(expert_index_BL, torch.stack([d.logits_BN for d in decided if d.logits_BN is not None], dim=1))

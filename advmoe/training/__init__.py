@@ -1,0 +1,1 @@
+"""Training methods, losses, the loop and its checkpoints."""

@@ -1,0 +1,131 @@
+"""Checkpoints: one file with everything needed to rebuild a model, and, for `last.pt`, to go on training it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from advmoe.config import ModelConfig, from_dict, to_dict
+from advmoe.errors import CheckpointError, ConfigError
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+
+FORMAT = "advmoe-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The contents of a checkpoint file."""
+
+    model: ModelConfig
+    weights: dict[str, torch.Tensor]
+    """State dict of the model."""
+    class_names: tuple[str, ...] = ()
+    """Label of each output."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """The training configuration as a plain dict; empty if the model was not trained here."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Figures of the epoch the weights are from."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Position in the run, and sums of the epoch under way."""
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    """State of each level's optimiser."""
+
+    def build(self) -> RoutedNetwork:
+        """The model, in eval mode."""
+        try:
+            model = build_model(self.model)
+            model.load_state_dict(self.weights)
+        except (ConfigError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {reason}") from error
+        return model.eval()
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary_path)`, then put the file in place of `path` in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that `path` holds either the old file or the complete new one."""
+    contents = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": to_dict(checkpoint.model),
+        "weights": checkpoint.weights,
+        "class_names": list(checkpoint.class_names),
+        "train": checkpoint.train,
+        "metrics": checkpoint.metrics,
+        "progress": checkpoint.progress,
+        "optimizers": checkpoint.optimizers,
+    }
+    write_atomically(path, lambda temporary: torch.save(contents, temporary))
+
+
+def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint without executing any code it may contain.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or is not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
+    try:
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is truncated, corrupt, or holds more than plain data; "
+            "expected a file written by 'advmoe train'"
+        ) from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of advmoe; expected a file written by 'advmoe train'")
+    if contents.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {contents.get('version')}, this program reads version {VERSION}; "
+            "install the version of advmoe that wrote it"
+        )
+    try:
+        return Checkpoint(
+            model=from_dict(ModelConfig, contents["model"]),
+            weights=contents["weights"],
+            class_names=tuple(contents["class_names"]),
+            train=contents["train"],
+            metrics=contents["metrics"],
+            progress=contents["progress"],
+            optimizers=contents["optimizers"],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+
+
+def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwork:
+    """The model of a checkpoint, in eval mode: a plain module from images [B, 3, H, W] in [0, 1] to logits.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    return load_checkpoint(path).build().to(device)

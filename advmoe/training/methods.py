@@ -1,0 +1,80 @@
+"""The training methods by name. Each is one function of its levels and batches; the loop knows nothing else about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from advmoe.config import KINDS, ModelConfig, TrainConfig, check, one_of
+from advmoe.data.loader import Batch
+from advmoe.training.levels import Level, LevelName
+from advmoe.training.steps import StepResult, standard_update, trades_update
+
+StepFunction = Callable[[Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator]], list[StepResult]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of training: level i is updated on the batches of its own random stream."""
+
+    levels: tuple[LevelName, ...]
+    """What is optimised separately. The last one sets the length of an epoch."""
+    step: StepFunction
+    """One iteration: as many batches and generators of attack noise as there are levels."""
+    kinds: tuple[str, ...] = KINDS
+    """Model kinds it is defined for."""
+    summary: str
+
+
+def advmoe(
+    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
+) -> list[StepResult]:
+    """Algorithm 1: two different batches, two attacks; the experts are attacked through the routers just updated."""
+    routers, experts = levels
+    batch_routers, batch_experts = batches
+    lower = trades_update(routers, batch_routers, config, noise[0])
+    upper = trades_update(experts, batch_experts, config, noise[1])
+    return [lower, upper]
+
+
+def adversarial_training(
+    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
+) -> list[StepResult]:
+    """AT: TRADES on all parameters jointly (eq. AT)."""
+    return [trades_update(levels[0], batches[0], config, noise[0])]
+
+
+def standard(
+    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
+) -> list[StepResult]:
+    """Cross-entropy on clean images."""
+    return [standard_update(levels[0], batches[0])]
+
+
+METHODS: dict[str, Method] = {
+    "advmoe": Method(
+        levels=("routers", "experts"),
+        step=advmoe,
+        kinds=("moe",),
+        summary="AdvMoE: routers and experts trained adversarially in turn (Algorithm 1)",
+    ),
+    "at": Method(levels=("all",), step=adversarial_training, summary="adversarial training (TRADES) of all parameters jointly"),
+    "standard": Method(levels=("all",), step=standard, summary="ordinary training on clean images"),
+}
+
+
+def resolve_method(name: str, model: ModelConfig) -> Method:
+    """The method, checked against the model it is to train.
+
+    Raises:
+        ConfigError: an unknown method, or one that is not defined for this kind of model.
+    """
+    method = METHODS[one_of("training method", name, METHODS)]
+    check(
+        model.kind in method.kinds,
+        f"method '{name}' trains model kind {' or '.join(method.kinds)}, got '{model.kind}'; "
+        f"use --method at for adversarial training of '{model.kind}'",
+    )
+    return method
