@@ -5,6 +5,7 @@ Every layer here is called as `layer(x, tape)`; layers that are not routed ignor
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig
@@ -88,3 +89,45 @@ class LayerFactory:
         conv = Conv2d(in_channels, self.packed(full), kernel_size, stride=stride, padding=padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         return conv
+
+
+class ConvNorm(nn.Module):
+    """A convolution, routed or not, and BatchNorm over its packed output slots."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.BatchNorm2d(int(conv.out_channels))  # type: ignore[arg-type]
+
+    def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
+        """[B, C, H, W] -> [B, out_channels, H', W'], without an activation."""
+        y_BCHW: Tensor = self.norm(self.conv(x_BCHW, tape))
+        return y_BCHW
+
+
+IMAGENET_SIZE = 128
+"""Images at least this wide get the ImageNet stem; smaller ones (CIFAR 32, TinyImageNet 64) keep their resolution."""
+
+
+class Stem(nn.Module):
+    """First layers of a residual network, not routed: image -> feature maps.
+
+    Small images: one 3x3 convolution at full resolution. ImageNet: 7x7 with stride 2 and a 3x3 max pool with stride 2.
+    `norm` adds BatchNorm and ReLU after the convolution.
+    """
+
+    def __init__(self, layers: LayerFactory, full: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.large = layers.config.image_size >= IMAGENET_SIZE
+        if self.large:
+            self.conv = layers.plain_conv(3, full, 7, stride=2, padding=3)
+        else:
+            self.conv = layers.plain_conv(3, full, 3, padding=1)
+        self.norm = nn.BatchNorm2d(layers.packed(full)) if norm else None
+
+    def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
+        """[B, 3, H, W] -> [B, C, H, W], or [B, C, H / 4, W / 4] for ImageNet."""
+        x_BCHW = self.conv(x_BCHW, tape)
+        if self.norm is not None:
+            x_BCHW = F.relu(self.norm(x_BCHW))
+        return F.max_pool2d(x_BCHW, 3, stride=2, padding=1) if self.large else x_BCHW

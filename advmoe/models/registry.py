@@ -7,9 +7,10 @@ from typing import Any
 
 from advmoe.config import ModelConfig, one_of
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.resnet import ResNet18
 from advmoe.models.vgg import VGG16
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {"vgg16": VGG16}
+ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {"resnet18": ResNet18, "vgg16": VGG16}
 
 
 def build_model(config: ModelConfig) -> RoutedNetwork:

@@ -1,4 +1,4 @@
-"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015), in the form used on CIFAR: 13 convolutions and one linear classifier."""
+"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015): 13 convolutions, one linear classifier (the CIFAR form)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig, check
-from advmoe.models.layers import LayerFactory
+from advmoe.models.layers import ConvNorm, LayerFactory
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import RoutingTape
 
@@ -14,24 +14,14 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 """Channels of the convolutions; each stage ends with a 2x2 max pool."""
 
 
-class ConvNormReLU(nn.Module):
-    """Convolution (routed or not), BatchNorm over its packed output slots, ReLU."""
-
-    def __init__(self, conv: nn.Module, out_channels: int) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """[B, C, H, W] -> [B, out_channels, H, W]."""
-        return F.relu(self.norm(self.conv(x_BCHW, tape)))
-
-
 class VGG16(RoutedNetwork):
     """VGG-16-BN. The first convolution reads the image and is not routed; the other 12 are."""
 
     def __init__(self, config: ModelConfig) -> None:
-        check(config.image_size >= 32, f"vgg16 halves the image five times: it needs at least 32 pixels, got {config.image_size}")
+        check(
+            config.image_size >= 32,
+            f"vgg16 halves the image five times: it needs at least 32 pixels, got {config.image_size}",
+        )
         layers = LayerFactory(config)
         super().__init__(config, layers)
         self.stages = nn.ModuleList()
@@ -42,7 +32,7 @@ class VGG16(RoutedNetwork):
             for full in widths:
                 layers.begin("block")
                 make = layers.plain_conv if channels == 3 and not self.stages else layers.conv
-                stage.append(ConvNormReLU(make(channels, full, 3, padding=1), layers.packed(full)))
+                stage.append(ConvNorm(make(channels, full, 3, padding=1)))
                 channels = layers.packed(full)
             self.stages.append(stage)
         self.classifier = nn.Linear(channels, config.num_classes)
@@ -51,7 +41,7 @@ class VGG16(RoutedNetwork):
         """Logits [B, classes] of normalised images."""
         for stage in self.stages:
             for layer in stage:  # type: ignore[attr-defined]
-                x_BCHW = layer(x_BCHW, tape)
+                x_BCHW = F.relu(layer(x_BCHW, tape))
             x_BCHW = F.max_pool2d(x_BCHW, 2)
         logits: Tensor = self.classifier(x_BCHW.mean(dim=(2, 3)))
         return logits
