@@ -1,0 +1,311 @@
+"""Batches of images as tensors, filled by Rust: the same bytes for every thread count, resumption and world size.
+
+Shapes: B batch, H rows, W columns. The order of an epoch, the crops and the mirrors are pure functions of (seed,
+stream, epoch, index), drawn from counter-based Philox numbers, so a batch can be made without making those before it.
+Two loaders that differ only in `stream` are independent: AdvMoE draws its two batches from two of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advmoe import rust_router
+from advmoe.errors import ConfigError
+
+
+class Batch(NamedTuple):
+    """One batch, every row with the label and the row number of its image."""
+
+    images: Tensor
+    """[B, 3, H, W], float32 (level / 255, normalised if asked) or uint8."""
+    labels: Tensor
+    """[B], int64."""
+    indices: Tensor
+    """[B], int64: the row in the image set, the key of augmentation and route log."""
+
+
+class LabelledImages(Protocol):
+    """What a loader reads: `advmoe.data.sources.ImageSet` has this form."""
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """[n, H, W, 3], C-contiguous."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[n]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropFlip:
+    """Random crop of the image's own size after padding with zeros, then a random mirror: CIFAR's augmentation."""
+
+    padding: int = 4
+    """Pixels added on each side."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ConfigError(f"expected padding >= 0, got {self.padding}")
+
+
+class BatchLoader:
+    """Iterates over (a subset of) an image set in batches, one epoch per iteration.
+
+    Every rank of a distributed run makes the same loader with its own `rank`: step t of an epoch takes the next
+    `world_size * batch_size` images, of which each rank sees its share, so that the ranks' union is the same for every
+    world size. The last, smaller step is shared as evenly as it can be: no image is dropped or repeated, and ranks may
+    differ by one batch; `drop_last` leaves it out, as distributed training wants.
+
+    Args:
+        images: The image set; its arrays are read, not copied.
+        indices: Rows to use, in this order; all by default.
+        batch_size: Images per batch and rank.
+        shuffle: A new order every epoch.
+        augment: What is drawn for each image in each epoch.
+        seed: Chooses the experiment, 0 to 2^64 - 1.
+        stream: Chooses one of the experiment's independent sequences.
+        num_threads: Threads that fill one batch, by default 2 or fewer.
+        drop_last: Leave out a last step that is not full.
+        rank: This process's share of every step.
+        world_size: Number of shares.
+        prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
+        dtype: torch.float32 or torch.uint8.
+        mean: Subtracted from level / 255, per channel; with float32 only. Models normalise themselves.
+        std: Divides the difference.
+        channels_last: Images in torch.channels_last memory format.
+        pin_memory: Page-locked images, for asynchronous copies to a GPU; by default where there is one.
+
+    Raises:
+        ConfigError: An argument out of its range.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        *,
+        batch_size: int,
+        indices: NDArray[np.integer] | None = None,
+        shuffle: bool = False,
+        augment: CropFlip | None = None,
+        seed: int = 0,
+        stream: int = 0,
+        num_threads: int | None = None,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
+        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        channels_last: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        pixels = images.images
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not pixels.flags.c_contiguous:
+            raise ConfigError(
+                f"expected C-contiguous uint8 images [n, H, W, 3], got {pixels.dtype} {list(pixels.shape)}; "
+                "convert them with numpy.ascontiguousarray"
+            )
+        if len(images.labels) != len(pixels):
+            raise ConfigError(f"expected a label for each of {len(pixels)} images, got {len(images.labels)} labels")
+        rows = np.arange(len(pixels)) if indices is None else np.asarray(indices)
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+            raise ConfigError(f"expected indices as a list of row numbers, got {rows.dtype} {list(rows.shape)}")
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(pixels)):
+            raise ConfigError(f"expected indices from 0 to {len(pixels) - 1}, got {rows.min()} to {rows.max()}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("prefetch", prefetch, 0),
+            ("world_size", world_size, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"expected {name} >= {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"expected a rank from 0 to {world_size - 1}, got {rank}")
+        if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
+            raise ConfigError(f"expected seed and stream from 0 to 2^64 - 1, got {seed} and {stream}")
+        if dtype not in (torch.float32, torch.uint8):
+            raise ConfigError(f"expected dtype torch.float32 or torch.uint8, got {dtype}")
+        if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+            raise ConfigError(f"expected 3 means and 3 positive standard deviations, got {mean} and {std}")
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"expected num_threads >= 1, got {num_threads}")
+        self._images = images
+        self._rows = rows.astype(np.int64)
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._augment = augment
+        self._seed = seed
+        self._stream = stream
+        self._num_threads = num_threads or min(2, os.cpu_count() or 1)
+        self._drop_last = drop_last
+        self._rank = rank
+        self._world_size = world_size
+        self._prefetch = prefetch
+        self._dtype = dtype
+        self._mean = mean
+        self._std = std
+        self._channels_last = channels_last
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._position = _Position(epoch=0, batch=0)
+        self._filler: tuple[int, rust_router.BatchFiller] | None = None
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        full, rest = divmod(len(self._rows), self._batch_size * self._world_size)
+        has_part = not self._drop_last and len(self._share(rest)) > 0
+        return full + has_part
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; the next iteration goes on with the next epoch."""
+        return self.epoch(self._position.epoch, self._position.batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the first batch of an epoch."""
+        self._move(epoch, 0)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `start_batch` on, without making those before it."""
+        self._move(epoch, start_batch)
+        return self._batches(epoch, start_batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last batch that was handed out, and what gives it its meaning."""
+        samples = self._position.batch * self._batch_size * self._world_size
+        return {"epoch": self._position.epoch, "samples": samples, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a saved position, of this loader or of one with another batch size or world size.
+
+        Raises:
+            ConfigError: A position of other data, another seed or stream, or one between two of this loader's batches.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ConfigError(f"expected a loader position with {name} {value}, got {state.get(name)}")
+        step = self._batch_size * self._world_size
+        batch, between = divmod(state["samples"], step)
+        if between:
+            raise ConfigError(f"expected a position at a multiple of {step} images, got {state['samples']}")
+        self._move(state["epoch"], batch)
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self._seed,
+            "stream": self._stream,
+            "shuffle": int(self._shuffle),
+            "num_images": len(self._rows),
+        }
+
+    def _move(self, epoch: int, batch: int) -> None:
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise ConfigError(f"expected an epoch >= 0 and a batch from 0 to {len(self)}, got {epoch} and {batch}")
+        self._position = _Position(epoch=epoch, batch=batch)
+
+    def _share(self, step: int) -> range:
+        """This rank's part of a step of that many images."""
+        return range(step * self._rank // self._world_size, step * (self._rank + 1) // self._world_size)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        order = self._rows
+        if self._shuffle:
+            order = order[rust_router.epoch_order(self._seed, self._stream, epoch, len(order))]
+        step = self._batch_size * self._world_size
+
+        def rows_of(batch: int) -> NDArray[np.int64]:
+            rows = order[batch * step : (batch + 1) * step]
+            share = self._share(len(rows))
+            return rows[share.start : share.stop]
+
+        stop = rust_router.Stop()
+        ahead = _Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), range(start, len(self)), self._prefetch)
+        try:
+            for batch in range(start, len(self)):
+                made = ahead.next()
+                last = batch + 1 == len(self)
+                self._position = _Position(epoch=epoch + last, batch=0 if last else batch + 1)
+                yield made
+        finally:
+            stop.set()
+            ahead.close()
+
+    def _fill(self, rows: NDArray[np.int64], epoch: int, stop: rust_router.Stop) -> Batch:
+        _, height, width, channels = self._images.images.shape
+        shape = (height, width, channels) if self._channels_last else (channels, height, width)
+        images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=self._pin_memory)
+        self._own_filler().fill(self._images.images, rows, epoch, images.numpy(), stop)
+        if self._channels_last:
+            images = images.permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(self._images.labels[rows]), torch.from_numpy(rows.copy()))
+
+    def _own_filler(self) -> rust_router.BatchFiller:
+        """This process's threads: those of a parent do not exist in a forked child."""
+        if self._filler is None or self._filler[0] != os.getpid():
+            augment = self._augment and rust_router.CropFlip(self._augment.padding, self._augment.flip)
+            filler = rust_router.BatchFiller(
+                seed=self._seed,
+                stream=self._stream,
+                augment=augment,
+                mean=self._mean,
+                std=self._std,
+                channels_last=self._channels_last,
+                num_threads=self._num_threads,
+            )
+            self._filler = (os.getpid(), filler)
+        return self._filler[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Position:
+    """The next batch of an iteration."""
+
+    epoch: int
+    batch: int
+
+
+class _Ahead:
+    """Makes batches in order, up to `depth` of them before they are asked for, on one thread of its own.
+
+    That thread never waits for its consumer, so one that goes away half-way leaves nothing that hangs.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], batches: range, depth: int) -> None:
+        self._make = make
+        self._batches = batches
+        self._depth = depth
+        self._made: deque[Future[Batch]] = deque()
+        self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def next(self) -> Batch:
+        """The next batch; waits for it if it is not there yet."""
+        if self._depth == 0:
+            batch, self._batches = self._batches[0], self._batches[1:]
+            return self._make(batch)
+        if self._executor is None or self._process != os.getpid():
+            # A forked child has this object, but neither its thread nor the batches that were being made.
+            self._batches = range(self._batches.start - len(self._made), self._batches.stop)
+            self._made.clear()
+            self._process = os.getpid()
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches-ahead")
+        while self._batches and len(self._made) <= self._depth:
+            self._made.append(self._executor.submit(self._make, self._batches[0]))
+            self._batches = self._batches[1:]
+        return self._made.popleft().result()
+
+    def close(self) -> None:
+        """Forgets the batches that nobody will ask for."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)

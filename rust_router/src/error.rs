@@ -1,0 +1,31 @@
+//! One error type: each message says what was expected, what came, and for a sample which one it is.
+
+/// What can go wrong with input. A mistake of our own is a panic, not one of these.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An argument that cannot be carried out.
+    #[error("{0}")]
+    Argument(String),
+    /// A row that the source does not have.
+    #[error("row {row} is outside the {len} images of the source; use rows from 0 to {}", len.saturating_sub(1))]
+    Row {
+        /// The row asked for.
+        row: i64,
+        /// How many rows there are.
+        len: usize,
+    },
+    /// The caller asked to stop.
+    #[error("loading was stopped by its caller")]
+    Stopped,
+    /// A pool of threads that the system did not give.
+    #[error("cannot start {num_threads} loader threads ({reason}); use fewer")]
+    Threads {
+        /// How many were asked for.
+        num_threads: usize,
+        /// The system's words.
+        reason: String,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,18 @@
+//! Deterministic image batches and per-sample routing bookkeeping for mixture-of-experts CNNs.
+//!
+//! Everything here works without Python; `python.rs`, behind the feature of the same name, is the only file that
+//! knows of it and only converts.
+//!
+//! Data flows one way: a [`source`] yields RGB bytes, [`augment`] decides from counter-based random numbers
+//! ([`rng`]) which window of them is seen, and [`loader`] writes a batch into a buffer the caller owns.
+
+pub mod augment;
+pub mod error;
+pub mod loader;
+pub mod rng;
+pub mod source;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::{Error, Result};

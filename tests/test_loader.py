@@ -1,0 +1,266 @@
+"""The Rust loader against its definition written in NumPy, and its manners."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from advmoe.data.loader import Batch, BatchLoader, CropFlip
+from advmoe.errors import ConfigError
+
+SEED, STREAM = 7, 3
+
+
+@dataclass(frozen=True)
+class Images:
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def some_images(n: int = 23, height: int = 5, width: int = 6) -> Images:
+    generator = np.random.Generator(np.random.Philox(0))
+    images = generator.integers(1, 256, (n, height, width, 3), dtype=np.uint8)
+    return Images(images, generator.integers(0, 10, n, dtype=np.int64))
+
+
+def words(purpose: int, epoch: int, index: int, count: int) -> list[int]:
+    philox = np.random.Philox(key=[SEED, STREAM], counter=[0, index, epoch, purpose])
+    return [int(w) for w in philox.random_raw(count)]
+
+
+def oracle_order(epoch: int, n: int) -> NDArray[np.int64]:
+    return np.argsort(np.array(words(0, epoch, 0, n), dtype=np.uint64), kind="stable")
+
+
+def oracle_image(image_HWC: NDArray[np.uint8], epoch: int, index: int, padding: int) -> NDArray[np.uint8]:
+    """Pad, crop at Philox words 0 and 1 of purpose 1 scaled to 0..2p, mirror on the top bit of purpose 2."""
+    height, width, _ = image_HWC.shape
+    top, left = (word * (2 * padding + 1) >> 64 for word in words(1, epoch, index, 2))
+    padded = np.pad(image_HWC, ((padding, padding), (padding, padding), (0, 0)))
+    crop = padded[top : top + height, left : left + width]
+    return crop[:, ::-1] if words(2, epoch, index, 1)[0] >> 63 else crop
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def augmented(images: Images, **options: object) -> BatchLoader:
+    defaults: dict[str, object] = {"batch_size": 4, "shuffle": True, "augment": CropFlip(padding=2)}
+    return BatchLoader(images, seed=SEED, stream=STREAM, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def test_an_epoch_is_what_numpy_makes_of_the_same_random_words() -> None:
+    source = some_images()
+    got = joined(list(augmented(source).epoch(5)))
+    order = oracle_order(5, 23)
+    expected = np.stack([oracle_image(source.images[i], 5, int(i), 2) for i in order]).transpose(0, 3, 1, 2)
+    assert got.indices.tolist() == order.tolist()
+    assert got.labels.tolist() == source.labels[order].tolist()
+    assert got.images.dtype == torch.float32
+    torch.testing.assert_close(got.images, torch.from_numpy(expected.astype(np.float32) / 255), rtol=0, atol=0)
+
+
+def test_without_shuffle_and_augmentation_images_come_as_they_are() -> None:
+    source = some_images()
+    rows = np.array([5, 2, 2, 20])
+    got = joined(list(BatchLoader(source, indices=rows, batch_size=3, dtype=torch.uint8)))
+    assert got.images.numpy().tobytes() == source.images[rows].transpose(0, 3, 1, 2).tobytes()
+    assert got.indices.tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_threads_and_prefetching_change_no_byte(num_threads: int, prefetch: int) -> None:
+    source = some_images()
+    expected = joined(list(augmented(source, num_threads=1, prefetch=0).epoch(1)))
+    got = joined(list(augmented(source, num_threads=num_threads, prefetch=prefetch).epoch(1)))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_an_epoch_resumed_at_any_batch_ends_the_same(start: int) -> None:
+    loader = augmented(some_images(), num_threads=1)
+    whole = list(loader.epoch(2))
+    assert len(whole) == len(loader) == 6  # 23 images in batches of 4
+    rest = list(loader.epoch(2, start))
+    assert len(rest) == 6 - start
+    for got, expected in zip(rest, whole[start:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ranks_see_every_image_once_and_agree_with_one_process(world_size: int, drop_last: bool) -> None:
+    source = some_images()
+    batch_size = 8 // world_size  # the step of all ranks stays 8 images
+    alone = augmented(source, batch_size=8, drop_last=drop_last)
+    ranks = [
+        augmented(source, batch_size=batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    expected = list(alone.epoch(3))
+    steps = [list(loader.epoch(3)) for loader in ranks]
+    assert [len(s) for s in steps] == [len(loader) for loader in ranks]
+    for step, whole in enumerate(expected):
+        union = joined([batches[step] for batches in steps if step < len(batches)])
+        assert all(torch.equal(a, b) for a, b in zip(union, whole, strict=True))
+    # 23 images: two full steps of 8, and one of 7 unless it is dropped.
+    assert sum(len(batch.indices) for batches in steps for batch in batches) == (16 if drop_last else 23)
+
+
+def test_a_last_step_smaller_than_the_world_leaves_a_rank_without_a_batch() -> None:
+    lengths = [len(BatchLoader(some_images(5), batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
+    assert lengths == [1, 2]  # a step of 4, then 1 image: shares 0..0 and 0..1
+
+
+def test_iteration_goes_on_where_the_state_was_saved() -> None:
+    source = some_images()
+    loader = augmented(source)
+    batches = iter(loader)
+    for _ in range(4):
+        next(batches)
+    state = loader.state_dict()
+    rest = joined(list(batches))
+    following = joined(list(loader))
+    other = augmented(source, batch_size=2, num_threads=1)
+    other.load_state_dict(state)
+    assert torch.equal(joined(list(other)).images, rest.images)
+    assert torch.equal(joined(list(other)).images, following.images)
+
+
+def test_a_state_of_other_data_or_between_batches_is_refused() -> None:
+    loader = augmented(some_images())
+    next(iter(loader))
+    state = loader.state_dict()
+    with pytest.raises(ConfigError, match="num_images 22, got 23"):
+        augmented(some_images(22)).load_state_dict(state)
+    with pytest.raises(ConfigError, match="multiple of 8 images, got 4"):
+        augmented(some_images(), batch_size=8).load_state_dict(state)
+
+
+def test_set_epoch_starts_that_epoch() -> None:
+    loader = augmented(some_images())
+    expected = joined(list(loader.epoch(4)))
+    next(iter(loader))
+    loader.set_epoch(4)
+    assert torch.equal(joined(list(loader)).images, expected.images)
+
+
+def test_streams_are_independent() -> None:
+    source = some_images()
+    orders = [
+        next(BatchLoader(source, batch_size=23, shuffle=True, seed=SEED, stream=s).epoch(0)).indices for s in (0, 1)
+    ]
+    assert not torch.equal(*orders)
+    assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(23))
+
+
+def test_channels_last_and_normalised_batches_hold_the_same_images() -> None:
+    source = some_images()
+    mean, std = (0.5, 0.25, 0.125), (0.5, 0.75, 2.0)
+    plain = joined(list(augmented(source).epoch(0))).images
+    batch = next(augmented(source, batch_size=23, mean=mean, std=std, channels_last=True).epoch(0)).images
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    expected = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+
+
+def test_an_abandoned_epoch_leaves_no_thread_behind() -> None:
+    import threading
+
+    loader = augmented(some_images(), prefetch=3)
+    for _ in range(20):
+        next(iter(loader))
+    deadline = time.monotonic() + 5
+    while any(t.name.startswith("batches-ahead") for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _send_rest(batches: object, pipe: object) -> None:
+    pipe.send([b.indices.tolist() for b in batches])  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_goes_on_with_threads_of_its_own() -> None:
+    loader = augmented(some_images(), num_threads=2)
+    expected = [b.indices.tolist() for b in loader.epoch(0)]
+    batches = loader.epoch(0)
+    next(batches)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_send_rest, args=(batches, theirs))
+    child.start()
+    assert ours.poll(20), "the child hangs"
+    assert ours.recv() == expected[1:]
+    child.join(20)
+    assert child.exitcode == 0
+    assert [b.indices.tolist() for b in batches] == expected[1:]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_an_interrupt_ends_a_slow_batch_at_once() -> None:
+    # The interrupt comes while the batch is being made; the process must end normally, not hang on its threads.
+    program = """
+        import time, numpy as np
+        from types import SimpleNamespace
+        from advmoe.data.loader import BatchLoader
+        source = SimpleNamespace(images=np.zeros((64, 128, 128, 3), np.uint8), labels=np.zeros(64, np.int64))
+        rows = np.arange(5_000) % 64
+        loader = BatchLoader(source, indices=rows, batch_size=5_000, num_threads=1, dtype=__import__("torch").uint8)
+        print("ready", flush=True)
+        try:
+            next(iter(loader))
+        except KeyboardInterrupt:
+            pass
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "expected batch_size >= 1, got 0"),
+        ({"batch_size": 1, "rank": 2, "world_size": 2}, "expected a rank from 0 to 1, got 2"),
+        ({"batch_size": 1, "indices": np.array([23])}, "expected indices from 0 to 22, got 23 to 23"),
+        ({"batch_size": 1, "indices": np.array([0.5])}, "expected indices as a list of row numbers, got float64"),
+        ({"batch_size": 1, "seed": -1}, "expected seed and stream from 0"),
+        ({"batch_size": 1, "dtype": torch.float64}, "expected dtype torch.float32 or torch.uint8"),
+        ({"batch_size": 1, "std": (0.0, 1.0, 1.0)}, "3 positive standard deviations"),
+        ({"batch_size": 1, "num_threads": 0}, "expected num_threads >= 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BatchLoader(some_images(), **options)  # type: ignore[arg-type]
+
+
+def test_images_of_another_form_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected C-contiguous uint8 images"):
+        BatchLoader(Images(np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2, np.int64)), batch_size=1)
+    with pytest.raises(ConfigError, match="a label for each of 2 images, got 1 labels"):
+        BatchLoader(Images(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(1, np.int64)), batch_size=1)
+
+
+def test_an_epoch_or_batch_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a batch from 0 to 6, got 0 and 7"):
+        augmented(some_images()).epoch(0, 7)
