@@ -1,4 +1,4 @@
-"""What a run is, as plain data: the model, the attack, the training. Everything here is stored in checkpoints as JSON-like dicts."""
+"""What a run is, as plain data: the model, the attack, the training. Checkpoints store all of it as plain dicts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModelConfig:
     model_scale: float = 0.5
     """r, share of a layer's channels that one expert owns."""
     expert_filters: str = "windows"
-    """`windows`: experts are channel windows of the backbone (paper); `separate`: each owns its filters (released code)."""
+    """`windows`: experts are channel windows of the backbone (paper); `separate`: own filters each (released code)."""
     granularity: str = "layer"
     """What one router decides for: each `layer`, `block` or `stage`."""
     router_gradient: str = "softmax"
@@ -147,6 +147,8 @@ class TrainConfig:
     """Share of the training images held out for validation."""
     val_limit: int = 1000
     """Validation images attacked after each epoch, at most."""
+    flip: bool = True
+    """Mirror half of the training images; off where a mirrored image is another class (digits)."""
     limit_train: int | None = None
     """Use only this many training images (a seeded choice); None for all."""
     seed: int = 0

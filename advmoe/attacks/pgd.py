@@ -1,7 +1,8 @@
 """Projected gradient descent (Madry et al., 2018): the project's only loop that climbs a loss over images.
 
-Training and evaluation, every model kind and every routing variant go through `pgd`; they differ in the objective, the start
-and the forward function only. No parameter gradient is ever computed here, and BatchNorm runs on its stored statistics.
+Training and evaluation, every model kind and every routing variant go through `pgd`; they differ in the objective, the
+start and the forward function only. No parameter gradient is ever computed here, and BatchNorm runs on its stored
+statistics.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def kl_objective(clean_logits_BK: Tensor) -> Objective:
 
 
 def starting_point(images: Tensor, config: AttackConfig, generator: torch.Generator | None) -> Tensor:
-    """A first adversarial candidate, inside the ball and inside [0, 1]."""
+    """First adversarial candidates, inside the ball and inside [0, 1]."""
     if config.start == "clean" or config.eps == 0:
         return images.clone()
     noise = torch.empty_like(images)
@@ -70,7 +71,7 @@ def pgd(
     objective: Objective,
     config: AttackConfig,
     *,
-    generator: torch.Generator | None = None,
+    start: Tensor,
     labels_B: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images within eps of `images` and within [0, 1].
@@ -79,15 +80,15 @@ def pgd(
         forward: the model under attack, in eval mode (see `evaluating`).
         images: [B, 3, H, W] in [0, 1].
         objective: what to increase.
-        config: radius, steps, step size, start. Restarts are the caller's business.
-        generator: source of the random start.
+        config: radius, steps and step size. Restarts are the caller's business.
+        start: first candidates, [B, 3, H, W] (see `starting_point`).
         labels_B: if given, an image whose prediction differs from its label at any iterate is done: that iterate is
             returned for it and no further work is spent on it. An adversary may stop whenever it has won.
 
     Raises:
         AdvMoEError: a gradient is not finite. sign(NaN) would leave the image where it is and pass for robustness.
     """
-    adversarial = starting_point(images, config, generator)
+    adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     for _ in range(config.steps):

@@ -71,7 +71,5 @@ def make_level(name: LevelName, model: RoutedNetwork, config: TrainConfig) -> Le
         "experts": model.expert_parameters,
         "all": model.parameters,
     }[name]
-    optimizer = torch.optim.SGD(
-        parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.SGD(parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return Level(name, model, model.forward_with_routing, optimizer)

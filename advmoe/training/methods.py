@@ -1,4 +1,4 @@
-"""The training methods by name. Each is one function of its levels and batches; the loop knows nothing else about it."""
+"""The training methods by name. Each is one function of its levels and batches; the loop knows no more about it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ METHODS: dict[str, Method] = {
         kinds=("moe",),
         summary="AdvMoE: routers and experts trained adversarially in turn (Algorithm 1)",
     ),
-    "at": Method(levels=("all",), step=adversarial_training, summary="adversarial training (TRADES) of all parameters jointly"),
+    "at": Method(
+        levels=("all",), step=adversarial_training, summary="adversarial training (TRADES) of all parameters jointly"
+    ),
     "standard": Method(levels=("all",), step=standard, summary="ordinary training on clean images"),
 }
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advmoe.attacks.pgd import evaluating, kl_objective, pgd
+from advmoe.attacks.pgd import evaluating, kl_objective, pgd, starting_point
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
@@ -37,7 +37,8 @@ def training_attack(model: RoutedNetwork, images: Tensor, config: TrainConfig, g
     with evaluating(model):
         with torch.no_grad():
             clean_logits = model(images)
-        return pgd(model, images, kl_objective(clean_logits), config.attack, generator=generator)
+        start = starting_point(images, config.attack, generator)
+        return pgd(model, images, kl_objective(clean_logits), config.attack, start=start)
 
 
 def update(level: Level, loss: Tensor) -> None:

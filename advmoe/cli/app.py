@@ -1,0 +1,66 @@
+"""The `advmoe` command: one thin file per sub-command, wired together here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from advmoe.cli import console
+from advmoe.cli.evaluate import evaluate
+from advmoe.cli.export import export
+from advmoe.cli.info import info
+from advmoe.cli.predict import predict
+from advmoe.cli.train import train
+from advmoe.errors import AdvMoEError
+
+app = typer.Typer(
+    name="advmoe",
+    help=(
+        "Robust, cheap-to-serve CNNs: train a sparse mixture-of-experts CNN adversarially (AdvMoE, ICCV 2023), "
+        "measure its robustness, export it to ONNX, serve it.\n\n"
+        "A first run, without any download:  advmoe train digits --arch vgg16 --width 0.125 --epochs 3"
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (train, evaluate, export, predict, info):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 1 an error of the user's, 130 interrupted).
+
+    A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the traceback is shown too.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        console.fail("interrupted")
+        return 130
+    except KeyboardInterrupt:
+        console.fail("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except typer.TyperException as error:
+        message = error.format_message() or str(error)
+        if not message.strip():  # bare `advmoe`: the help has been shown
+            return 1
+        console.fail(f"{message} See 'advmoe --help'.")
+        return 1
+    except AdvMoEError as error:
+        if os.environ.get("ADVMOE_TRACEBACK"):
+            console.err.print_exception()
+        console.fail(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What the command line shows: results on stdout, everything else on stderr, errors as one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from advmoe.errors import ConfigError
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """A line on stderr for the person watching."""
+    err.print(escape(message), style="dim", highlight=False)
+
+
+def fail(message: str) -> None:
+    """The one line an error gets."""
+    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False)
+
+
+def emit_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, on one line."""
+    print(json.dumps(value))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stdout; the first column holds names, the others numbers."""
+    table = Table(title=escape(title), title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    out.print(table)
+
+
+def show_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Names and values, one a row."""
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(str(value)))
+    out.print(table)
+
+
+def number(text: str, what: str) -> float:
+    """A number that may be written as a fraction, such as 8/255.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{what} must be a number or a fraction such as 8/255, got '{text}'") from None
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, if its folder exists.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    return path

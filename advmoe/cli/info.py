@@ -1,0 +1,70 @@
+"""`advmoe info`."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torchvision
+import typer
+
+import advmoe
+from advmoe.cli import console
+from advmoe.cli.options import Json
+from advmoe.config import KINDS, to_dict
+from advmoe.data.sources import dataset_names
+from advmoe.models.registry import ARCHITECTURES
+from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.methods import METHODS
+
+
+def info(
+    file: Annotated[Path | None, typer.Argument(help="A checkpoint (.pt) or an exported model (.onnx).")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint or an exported model is; without a file, what this installation can do."""
+    if file is None:
+        title, facts = "advmoe", installation_facts()
+    elif file.suffix == ".onnx":
+        from advmoe.cli.exporter import open_session
+
+        session = open_session(file, None)
+        title, facts = str(file), dict(session.metadata)
+    else:
+        title, facts = str(file), checkpoint_facts(file)
+    if json:
+        console.emit_json(facts)
+    else:
+        console.show_facts(title, facts)
+
+
+def installation_facts() -> dict[str, Any]:
+    """Versions, devices, and the names that other commands accept."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "version": advmoe.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "devices": ", ".join(["cpu", *gpus]),
+        "data sets": ", ".join(dataset_names()),
+        "architectures": ", ".join(sorted(ARCHITECTURES)),
+        "model kinds": ", ".join(KINDS),
+        "training methods": "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
+    }
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    contents = load_checkpoint(path)
+    model = contents.build()
+    facts: dict[str, Any] = dict(to_dict(contents.model))
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    facts["router_parameters"] = sum(parameter.numel() for parameter in model.router_parameters())
+    facts["moe_layers"] = len(model.expert_layouts)
+    facts["classes"] = ", ".join(contents.class_names)
+    facts |= {f"train.{name}": value for name, value in contents.train.items()}
+    facts |= {f"metrics.{name}": value for name, value in contents.metrics.items()}
+    return facts

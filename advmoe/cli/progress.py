@@ -1,0 +1,125 @@
+"""Progress bars on stderr for long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
+from rich.text import Text
+
+from advmoe.cli import console
+
+
+class ImagesPerSecond(ProgressColumn):
+    """Speed in images, from the task's speed in steps."""
+
+    def render(self, task: ProgressTask) -> Text:
+        """E.g. `1234 images/s`."""
+        speed = (task.speed or 0.0) * task.fields.get("images", 1)
+        return Text(f"{speed:.0f} images/s")
+
+
+class TrainingProgress:
+    """Shows a training run: one bar over all its steps, one line per epoch."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            ImagesPerSecond(),
+            TimeRemainingColumn(),
+            console=console.err,
+        )
+        self._steps_per_epoch = 1
+        self._epochs = 1
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        """See `advmoe.training.loop.Observer`."""
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._task = self._progress.add_task(
+            "training", total=epochs * steps_per_epoch, completed=step, figures="", images=0
+        )
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        """Advance the bar."""
+        shown = f"loss {figures['loss']:.3f} SA {figures['sa']:.1f}"
+        if "ra" in figures:
+            shown += f" RA {figures['ra']:.1f}"
+        epoch = (step - 1) // self._steps_per_epoch + 1
+        self._progress.update(
+            self._task,
+            completed=step,
+            figures=shown,
+            images=images,
+            description=f"epoch {epoch}/{self._epochs}",
+        )
+
+    def validated(self, record: dict[str, Any]) -> None:
+        """Print the epoch's line."""
+        ra = next(value for name, value in record.items() if name.startswith("val_ra"))
+        line = (
+            f"epoch {record['epoch']}/{self._epochs}: loss {record['train_loss']:.3f}, "
+            f"validation SA {record['val_sa']:.2f} RA {ra:.2f}, {record['images_per_second']:.0f} images/s"
+        )
+        if record.get("router_entropy"):
+            entropies = record["router_entropy"]
+            line += f", router entropy {min(entropies):.2f}..{max(entropies):.2f}"
+        self._progress.console.print(line, highlight=False)
+
+    def warned(self, message: str) -> None:
+        """Print a warning."""
+        self._progress.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
+
+
+@contextmanager
+def evaluation_progress(total: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A bar over images with SA and RA so far."""
+    with Progress(
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console.err,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("evaluating", total=total, figures="")
+
+        def update(done: int, sa: float, ra: float) -> None:
+            progress.update(task, completed=done, figures=f"SA {100 * sa:.1f} RA {100 * ra:.1f}")
+
+        yield update
+
+
+@contextmanager
+def data_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for reading or fetching a data set."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console.err,
+        transient=True,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(escape(what), total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield update

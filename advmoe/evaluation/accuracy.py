@@ -1,0 +1,141 @@
+"""Standard accuracy (SA) and robust accuracy under PGD (RA), together with what such numbers mean nothing without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advmoe.attacks.pgd import cross_entropy_objective, evaluating, pgd, starting_point
+from advmoe.config import AttackConfig, to_dict
+from advmoe.data.loader import BatchLoader
+from advmoe.data.sources import ImageSet
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Routing
+from advmoe.seeding import generator_for
+
+Progress = Callable[[int, float, float], None]
+"""(images done, SA so far, RA so far)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome on a set of images. Shares are in [0, 1]."""
+
+    images: int
+    sa: float
+    """Share of clean images classified correctly."""
+    ra: float
+    """Share classified correctly at every point the attack tried."""
+    attack: AttackConfig
+    seed: int
+    clean_pathways_NL: np.ndarray
+    """Expert of each clean image in each MoE layer, int64 [images, L]."""
+    adversarial_pathways_NL: np.ndarray
+    """The same for the last adversarial version of each image (the clean one where it was wrong already)."""
+
+    @property
+    def routers_fooled(self) -> float:
+        """Share of images whose pathway the attack changed in at least one layer."""
+        return (
+            float((self.clean_pathways_NL != self.adversarial_pathways_NL).any(axis=1).mean()) if self.images else 0.0
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for a JSON file: SA and RA in per cent, and the attack that they hold for."""
+        return {
+            "images": self.images,
+            "sa": round(100 * self.sa, 2),
+            f"ra_pgd{self.attack.steps}": round(100 * self.ra, 2),
+            "attack": to_dict(self.attack),
+            "seed": self.seed,
+            "routers_fooled": round(100 * self.routers_fooled, 2),
+        }
+
+
+def _starts(images: Tensor, indices: Tensor, attack: AttackConfig, seed: int, restart: int) -> Tensor:
+    """Random starts that depend on the image's own index, so that the batch size changes nothing."""
+    starts = [
+        starting_point(image[None].cpu(), attack, generator_for(seed, restart, int(index)))
+        for image, index in zip(images, indices, strict=True)
+    ]
+    return torch.cat(starts).to(images.device) if starts else images
+
+
+def robust_images(
+    model: RoutedNetwork, images: Tensor, labels: Tensor, indices: Tensor, attack: AttackConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Attack a batch of correctly classified images.
+
+    Returns:
+        Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
+        images that no restart broke.
+    """
+    adversarial = images.clone()
+    alive = torch.arange(len(images), device=images.device)
+    for restart in range(attack.restarts):
+        victims, truth = images[alive], labels[alive]
+        start = _starts(victims, indices[alive.cpu()], attack, seed, restart)
+        found = pgd(model, victims, cross_entropy_objective(truth), attack, start=start, labels_B=truth)
+        with torch.no_grad():
+            survived = model(found).argmax(dim=1) == truth
+        adversarial[alive] = found
+        alive = alive[survived]
+        if len(alive) == 0:
+            break
+    robust = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    robust[alive] = True
+    return adversarial, robust
+
+
+def evaluate(
+    model: RoutedNetwork,
+    images: ImageSet,
+    attack: AttackConfig,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """SA and RA of a model on all the images given, in fp32; the model is left in the mode it was in.
+
+    Raises:
+        AdvMoEError: a gradient of the attack is not finite.
+    """
+    device = model.mean.device
+    loader = BatchLoader(images, batch_size=batch_size)
+    done = correct = robust = 0
+    clean_pathways: list[Tensor] = []
+    adversarial_pathways: list[Tensor] = []
+    with evaluating(model):
+        for batch in loader.epoch(0):
+            x, y = batch.images.to(device), batch.labels.to(device)
+            with torch.no_grad():
+                logits, routing = model.forward_with_routing(x)
+            right = logits.argmax(dim=1) == y
+            adversarial = x.clone()
+            adversarial[right], survived = robust_images(
+                model, x[right], y[right], batch.indices[right.cpu()], attack, seed
+            )
+            with torch.no_grad():
+                adversarial_routing: Routing = model.forward_with_routing(adversarial)[1]
+            done += len(y)
+            correct += int(right.sum())
+            robust += int(survived.sum())
+            clean_pathways.append(routing.expert_index_BL.cpu())
+            adversarial_pathways.append(adversarial_routing.expert_index_BL.cpu())
+            if progress is not None:
+                progress(done, correct / done, robust / done)
+    return Evaluation(
+        done,
+        correct / max(done, 1),
+        robust / max(done, 1),
+        attack,
+        seed,
+        torch.cat(clean_pathways).numpy(),
+        torch.cat(adversarial_pathways).numpy(),
+    )

@@ -1,0 +1,25 @@
+"""Random numbers as pure functions of where in a run they are drawn: resuming needs no generator state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def generator_for(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one place of a run, such as (step, level); different places give independent streams."""
+    state = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int(state[0] >> np.uint64(1)))
+    return generator
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generator as seeded here; its former state is restored."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,281 @@
+"""The training loop: epochs, batches, schedule, validation, checkpoints.
+
+Everything random is a pure function of (seed, position in the run): the batches in the Rust loader, the attacks' noise
+here. A run that is stopped after any step and resumed goes on bit for bit as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from advmoe.config import ModelConfig, TrainConfig, to_dict
+from advmoe.data.loader import Batch, BatchLoader, CropFlip
+from advmoe.data.sources import Dataset, ImageSet
+from advmoe.data.splits import split_validation
+from advmoe.errors import CheckpointError, ConfigError, TrainingError
+from advmoe.evaluation.accuracy import evaluate
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+from advmoe.seeding import generator_for, seeded
+from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.levels import make_level
+from advmoe.training.methods import resolve_method
+from advmoe.training.run_folder import RunFolder
+from advmoe.training.statistics import EpochSums
+
+CHECKPOINT_SECONDS = 600.0
+"""Between checkpoints in mid-epoch."""
+COLLAPSED_LOAD = 0.99
+"""Load of one expert from which a layer's router counts as collapsed."""
+
+
+class Observer(Protocol):
+    """Whoever wants to watch a run. All methods are called from the training thread."""
+
+    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        """Training begins, or goes on, at global step `step`."""
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        """A step is done; `images` were processed in it, `figures` are the means of the epoch so far."""
+
+    def validated(self, record: dict[str, Any]) -> None:
+        """An epoch is done; `record` is what went into the log."""
+
+    def warned(self, message: str) -> None:
+        """Something is wrong that does not stop the run."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images a run uses: everything is a seeded choice from the training set, the test set is never touched."""
+
+    train: ImageSet
+    train_indices: np.ndarray
+    validation: ImageSet
+
+
+def split_dataset(dataset: Dataset, config: TrainConfig) -> Split:
+    """Hold out the validation images, then keep `limit_train` of the rest."""
+    train, validation = split_validation(dataset.train.labels, fraction=config.val_fraction, seed=config.seed)
+    random = np.random.default_rng(config.seed)
+    if config.limit_train is not None and config.limit_train < len(train):
+        train = np.sort(random.choice(train, config.limit_train, replace=False))
+    if config.val_limit < len(validation):
+        validation = np.sort(random.choice(validation, config.val_limit, replace=False))
+    return Split(dataset.train, train, dataset.train.take(validation))
+
+
+def cosine(step: int, total: int, peak: float) -> float:
+    """Learning rate of a step: from `peak` at 0 down to 0 at `total`."""
+    return 0.5 * peak * (1.0 + math.cos(math.pi * step / total))
+
+
+class Trainer:
+    """One run on one data set.
+
+    Args:
+        model_config: the model to train.
+        config: how to train it.
+        dataset: its training half is split into training and validation images.
+        folder: where to write.
+        device: where to compute.
+        observer: who watches.
+        resume: contents of the folder's `last.pt` to go on from, or None for a new run.
+
+    Raises:
+        ConfigError: settings that do not go together, or a folder that holds another run.
+        CheckpointError: the run to resume was started with other settings.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        dataset: Dataset,
+        folder: RunFolder,
+        *,
+        device: torch.device,
+        observer: Observer,
+        resume: Checkpoint | None = None,
+    ) -> None:
+        self.method = resolve_method(config.method, model_config)
+        self.model_config = model_config
+        self.config = config
+        self.class_names = dataset.info.class_names
+        self.folder = folder
+        self.device = device
+        self.observer = observer
+        self.split = split_dataset(dataset, config)
+        with seeded(config.seed):
+            self.model: RoutedNetwork = build_model(model_config).to(device)
+        self.levels = [make_level(name, self.model, config) for name in self.method.levels]
+        self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
+        self.steps_per_epoch = len(self.loaders[-1])
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"{len(self.split.train_indices)} training images do not fill one batch of {config.batch_size}; "
+                "use a smaller --batch-size"
+            )
+        self.step = 0
+        self.best_ra = -1.0
+        self.sums = self._new_sums()
+        self._metrics: dict[str, Any] = {}
+        self._stop = False
+        if resume is None:
+            folder.start({"model": to_dict(model_config), "train": to_dict(config)})
+        else:
+            self._restore(resume)
+            folder.resume(self.step // self.steps_per_epoch)
+
+    def request_stop(self) -> None:
+        """Ask a running `fit` to save and return after the step under way (safe to call from a signal handler)."""
+        self._stop = True
+
+    def fit(self) -> bool:
+        """Train to the end, or until `request_stop`.
+
+        Returns:
+            Whether the run is complete.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        total = self.config.epochs * self.steps_per_epoch
+        self.observer.started(self.config.epochs, self.steps_per_epoch, self.step)
+        saved = began = time.monotonic()
+        images_before = self.sums[-1].images
+        for batches in self._batches():
+            self._run_step(batches, total)
+            if self.step % self.steps_per_epoch == 0:
+                seconds = time.monotonic() - began
+                self._finish_epoch((self.sums[-1].images - images_before) / seconds)
+                saved, began, images_before = time.monotonic(), time.monotonic(), 0
+            elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.folder.save(self._checkpoint(), best=False)
+                saved = time.monotonic()
+            if self._stop and self.step < total:
+                return False
+        return True
+
+    def _run_step(self, batches: list[Batch], total: int) -> None:
+        noise = [
+            generator_for(self.config.seed, self.step, level, device=self.device) for level in range(len(self.levels))
+        ]
+        for level in self.levels:
+            for group in level.optimizer.param_groups:
+                group["lr"] = cosine(self.step, total, self.config.lr)
+        try:
+            results = self.method.step(self.levels, batches, self.config, noise)
+        except TrainingError:
+            self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
+            raise
+        self.step += 1
+        for sums, result in zip(self.sums, results, strict=True):
+            sums.add(result)
+        self.observer.stepped(self.step, len(batches[-1].labels), self.sums[-1].summary())
+
+    def _finish_epoch(self, images_per_second: float) -> None:
+        epoch = self.step // self.steps_per_epoch
+        validation = evaluate(self.model, self.split.validation, self.config.val_attack, seed=self.config.seed)
+        figures = validation.as_dict()
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "lr": self.levels[-1].optimizer.param_groups[0]["lr"],
+            "images_per_second": round(images_per_second, 2),
+        }
+        for level, sums in zip(self.levels, self.sums, strict=True):
+            prefix = "train" if level is self.levels[-1] else level.name
+            record |= {f"{prefix}_{name}": round(value, 4) for name, value in sums.summary().items()}
+        record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
+        if self.model.expert_layouts:
+            record["router_load"] = self.sums[-1].router_load()
+            record["router_entropy"] = self.sums[-1].router_entropy()
+            collapsed = [layer for layer, load in enumerate(record["router_load"]) if load >= COLLAPSED_LOAD]
+            if collapsed and self.model_config.num_experts > 1:
+                self.observer.warned(
+                    f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
+                    "send nearly every image to one expert"
+                )
+        ra, best = 100 * validation.ra, 100 * validation.ra > self.best_ra
+        self.best_ra = max(ra, self.best_ra)
+        self._metrics = record
+        self.folder.log(record)
+        self.sums = self._new_sums()
+        self.folder.save(self._checkpoint(), best=best)
+        self.observer.validated(record)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The remaining batches of the run, one of each stream at a time, on the device."""
+        first, start = divmod(self.step, self.steps_per_epoch)
+        for epoch in range(first, self.config.epochs):
+            streams = [loader.epoch(epoch, start_batch=start) for loader in self.loaders]
+            for batches in zip(*streams, strict=True):
+                yield [
+                    Batch(
+                        batch.images.to(self.device, non_blocking=True),
+                        batch.labels.to(self.device, non_blocking=True),
+                        batch.indices,
+                    )
+                    for batch in batches
+                ]
+            start = 0
+
+    def _loader(self, stream: int) -> BatchLoader:
+        return BatchLoader(
+            self.split.train,
+            indices=self.split.train_indices,
+            batch_size=self.config.batch_size,
+            shuffle=True,
+            augment=CropFlip(padding=self.model_config.image_size // 8, flip=self.config.flip),
+            seed=self.config.seed,
+            stream=stream,
+            drop_last=True,
+        )
+
+    def _new_sums(self) -> list[EpochSums]:
+        layers = len(self.model.expert_layouts)
+        return [EpochSums(layers, self.model_config.num_experts, self.device) for _ in self.levels]
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            model=self.model_config,
+            weights={name: value.detach().cpu() for name, value in self.model.state_dict().items()},
+            class_names=self.class_names,
+            train=to_dict(self.config),
+            metrics=self._metrics,
+            progress={
+                "step": self.step,
+                "best_ra": self.best_ra,
+                "sums": [sums.state_dict() for sums in self.sums],
+            },
+            optimizers=[level.optimizer.state_dict() for level in self.levels],
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        stored = {"model": to_dict(checkpoint.model), "train": checkpoint.train}
+        wanted = {"model": to_dict(self.model_config), "train": to_dict(self.config)}
+        for part in ("model", "train"):
+            for name, value in wanted[part].items():
+                if stored[part].get(name) != value:
+                    raise CheckpointError(
+                        f"cannot resume {self.folder.path}: it was started with {name} = {stored[part].get(name)}, "
+                        f"now {name} = {value} was asked for; repeat the original options"
+                    )
+        if not checkpoint.progress or len(checkpoint.optimizers) != len(self.levels):
+            raise CheckpointError(f"{self.folder.last} has no training state; resume needs the last.pt of a run")
+        self.model.load_state_dict(checkpoint.weights)
+        for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
+            level.optimizer.load_state_dict(state)
+        self.step = checkpoint.progress["step"]
+        self.best_ra = checkpoint.progress["best_ra"]
+        self._metrics = dict(checkpoint.metrics)
+        for sums, state in zip(self.sums, checkpoint.progress["sums"], strict=True):
+            sums.load_state_dict(state)

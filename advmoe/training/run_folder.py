@@ -1,0 +1,92 @@
+"""What a run leaves in its folder: `config.json`, `metrics.jsonl`, TensorBoard events, `last.pt` and `best.pt`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from advmoe.errors import ConfigError
+from advmoe.training.checkpoint import Checkpoint, save_checkpoint, write_atomically
+
+
+class RunFolder:
+    """Writer of one run's folder. Use as a context manager, so that the TensorBoard file is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint to resume from."""
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint with the best validation RA."""
+        return self.path / "best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per epoch."""
+        return self.path / "metrics.jsonl"
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Begin a new run.
+
+        Raises:
+            ConfigError: the folder already holds a run.
+        """
+        if self.last.exists() or self.metrics.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run; continue it with --resume or choose another folder with --out"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(self.path / "config.json", lambda temporary: temporary.write_text(text))
+
+    def resume(self, epochs_done: int) -> None:
+        """Go on after `epochs_done` epochs: records of later epochs, which no checkpoint has, are dropped."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= epochs_done]
+            text = "".join(line + "\n" for line in lines)
+            write_atomically(self.metrics, lambda temporary: temporary.write_text(text))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append an epoch's record to the JSON lines and its scalars to TensorBoard."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path))
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, record["epoch"])
+            elif isinstance(value, list):
+                for index, element in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{index}", element, record["epoch"])
+        self._writer.flush()
+
+    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
+        """Write `last.pt`, and `best.pt` without the optimisers' state if these weights are the best so far."""
+        if best:
+            save_checkpoint(
+                self.best,
+                Checkpoint(
+                    model=checkpoint.model,
+                    weights=checkpoint.weights,
+                    class_names=checkpoint.class_names,
+                    train=checkpoint.train,
+                    metrics=checkpoint.metrics,
+                ),
+            )
+        save_checkpoint(self.last, checkpoint)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
