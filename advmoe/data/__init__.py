@@ -1,0 +1,1 @@
+"""Which images, how they are split, and how they reach the network."""

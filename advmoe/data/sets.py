@@ -1,0 +1,96 @@
+"""What a data set is once it has been found: images with labels, and the facts that go with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)`` while something slow goes on; ``done == total`` ends it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images held in memory, with one label each."""
+
+    images: NDArray[np.uint8]
+    """uint8 ``[n, H, W, 3]``, RGB, C-contiguous."""
+    labels: NDArray[np.int64]
+    """int64 ``[n]``, each in ``[0, len(class_names))``."""
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.flags.c_contiguous:
+            raise DataError(
+                "images must be one C-contiguous uint8 array [n, height, width, 3],"
+                f" not {images.dtype} {list(images.shape)}"
+            )
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"labels must be int64 [{len(images)}], one per image, not {labels.dtype} {list(labels.shape)}"
+            )
+        check_labels(labels, len(self.class_names), where="the image set")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.integer]) -> ImageSet:
+        """The images at ``indices`` (a copy, in that order) as a set of their own."""
+        return ImageSet(
+            images=np.ascontiguousarray(self.images[indices]),
+            labels=self.labels[indices],
+            class_names=self.class_names,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What is known of a data set from its name alone."""
+
+    name: str
+    class_names: tuple[str, ...]
+    image_size: int
+    """Height and width in pixels the networks see."""
+    mean: tuple[float, float, float]
+    """Mean of each colour over the training set, in pixel units of [0, 1]."""
+    std: tuple[float, float, float]
+    """Standard deviation of each colour over the training set, in pixel units of [0, 1]."""
+    eps: float
+    """Radius of the L∞ threat model in pixel units of [0, 1] (section 5 of the paper for the sets it uses)."""
+    flip: bool = True
+    """Whether a mirrored image is still of its class, so that training may mirror."""
+    train_size: int | None = None
+    """Images in the complete training set; ``None`` where only the files tell."""
+    test_size: int | None = None
+    """Images in the complete test set; ``None`` where only the files tell."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A data set as its authors split it. The test set is for reporting; hold validation images out of ``train``."""
+
+    info: DatasetInfo
+    train: ImageSet
+    test: ImageSet
+
+
+def check_labels(labels: NDArray[np.integer], num_classes: int, *, where: str) -> None:
+    """Raise `DataError`, naming the first culprit, unless every label lies in ``[0, num_classes)``."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(
+            f"{where}: label {int(labels[row])} of image {row} is out of range;"
+            f" labels must be 0..{num_classes - 1} ({num_classes} classes)"
+        )
