@@ -1,0 +1,85 @@
+"""Official archives: checked before a byte of them is believed, read in place, downloaded whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.utils import download_url
+
+from advmoe.data.sets import Progress
+from advmoe.errors import DataError
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file the authors of a data set publish."""
+
+    file_name: str
+    md5: str
+    url: str
+
+
+def check_archive(path: Path, archive: Archive) -> None:
+    """Raise `DataError` unless the file at ``path`` has the published MD5 checksum; the file stays as it is."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if found != archive.md5:
+        raise DataError(
+            f"{path} is half-downloaded or damaged: its MD5 checksum is {found} ({path.stat().st_size:,} bytes),"
+            f" expected {archive.md5}; remove it or download it again from {archive.url}"
+        )
+
+
+def read_tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
+    """The contents of the named members of a tar archive, read into memory; nothing is extracted to disk."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name in names and member.isreg() and (file := tar.extractfile(member)) is not None:
+                    found[member.name] = file.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(f"{path} lacks {missing[0]}; expected the members {', '.join(names)}")
+    return found
+
+
+def download_archive(archive: Archive, folder: Path, *, progress: Progress | None = None) -> Path:
+    """Download ``archive`` into ``folder`` and return its path; it appears there only when complete and checked.
+
+    With ``progress``, torchvision also draws its bar on stderr; without it, nothing is shown.
+
+    Raises `DataError` when the download fails or has the wrong checksum.
+    """
+    target = folder / archive.file_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as unfinished,
+            contextlib.ExitStack() as quiet,
+        ):
+            if progress is not None:
+                progress(f"downloading {archive.url}", 0, 1)
+            else:
+                quiet.enter_context(contextlib.redirect_stderr(quiet.enter_context(Path(os.devnull).open("w"))))
+            download_url(archive.url, unfinished, archive.file_name, archive.md5)
+            Path(unfinished, archive.file_name).replace(target)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise DataError(f"downloading {archive.url} into {folder} failed: {error}") from error
+    if progress is not None:
+        progress(f"downloading {archive.url}", 1, 1)
+    return target

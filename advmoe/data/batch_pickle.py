@@ -1,0 +1,121 @@
+"""Read the pickled batches of CIFAR without running anything a pickle may ask for.
+
+A pickle is a program: ``pickle.load`` imports and calls whatever it names. Here it can name only the parts of a NumPy
+array, and even those are replaced by inert stand-ins, so no foreign byte reaches NumPy's own unpickling code.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from typing import Any
+
+import numpy as np
+
+from advmoe.errors import DataError
+
+Batch = dict[str, Any]
+"""What a batch file holds; arrays are NumPy arrays, text is ``str``."""
+
+
+def load_batch(raw: bytes, *, where: str) -> Batch:
+    """The dictionary pickled in ``raw``, from Python 2 (as the official files are) or 3.
+
+    Raises `DataError`, starting with ``where``, for a truncated pickle, for one that names anything but plain
+    containers, text, numbers and numeric arrays, and for one that is not a dictionary.
+    """
+    try:
+        batch = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
+        if not isinstance(batch, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(batch).__name__}, not a dictionary")
+        return {_text(key): _plain(value) for key, value in batch.items()}
+    except Exception as error:  # a malformed pickle can raise nearly anything
+        raise DataError(f"{where} is not a readable CIFAR batch (truncated, or not one at all): {error}") from error
+
+
+class _DtypeStandIn:
+    """What ``numpy.dtype`` becomes: a remembered type code."""
+
+    def __init__(self, code: Any = b"", *_: Any) -> None:
+        self.code = _text(code)
+        self.byte_order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.byte_order = _text(state[1])
+
+    def resolve(self) -> np.dtype[Any]:
+        if not re.fullmatch(r"[|<>=]?[biuf][1248]", self.code):
+            raise pickle.UnpicklingError(f"an array of type {self.code!r}, and not of numbers")
+        return np.dtype(self.code).newbyteorder(self.byte_order)  # type: ignore[arg-type]
+
+
+class _ArrayStandIn:
+    """What ``numpy.ndarray`` becomes: the numbers and the shape, turned into an array when everything is read."""
+
+    def __init__(self) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def resolve(self) -> np.ndarray[Any, Any]:
+        _, shape, dtype, fortran_order, raw = self.state
+        numbers = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.resolve())
+        return numbers.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _reconstruct(*_: Any) -> _ArrayStandIn:
+    return _ArrayStandIn()
+
+
+def _frombuffer(raw: Any, dtype: _DtypeStandIn, shape: Any, order: Any) -> _ArrayStandIn:
+    array = _ArrayStandIn()
+    array.state = (1, shape, dtype, _text(order) == "F", bytes(raw))
+    return array
+
+
+def _scalar(dtype: _DtypeStandIn, raw: Any) -> Any:
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.resolve())[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}, and not as latin1")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+_ALLOWED = {
+    ("numpy", "ndarray"): _ArrayStandIn,
+    ("numpy", "dtype"): _DtypeStandIn,
+    ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in protocol 2
+    ("__builtin__", "bytes"): _no_bytes,  # and empty ones
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},  # protocol 5
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs") from None
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with stand-ins turned into arrays and byte strings of Python 2 into text."""
+    if isinstance(value, _ArrayStandIn):
+        return value.resolve()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return _text(value) if isinstance(value, bytes) else value

@@ -1,0 +1,210 @@
+"""CIFAR-10 and CIFAR-100 in every layout they are published in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe.data.archives import Archive, check_archive, download_archive, read_tar_members
+from advmoe.data.batch_pickle import load_batch
+from advmoe.data.locate import search_roots
+from advmoe.data.parquet import Columns, find_shards, read_image_set
+from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress, check_labels
+from advmoe.errors import DataError
+
+PIXELS = 3 * 32 * 32
+"""Bytes of one image: the red plane, the green plane, the blue plane, each row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFiles:
+    """One official layout: a folder of batch files, published as one archive."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    archive: Archive
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of all batch files, as they stand in the archive."""
+        return tuple(f"{self.folder}/{name}" for name in (*self.train, *self.test))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar:
+    """Everything that tells CIFAR-100 from CIFAR-10."""
+
+    info: DatasetInfo
+    hub_repository: str
+    hub_folder: str
+    columns: Columns
+    label_key: str
+    """Key of the labels in the pickled batches."""
+    label_bytes: int
+    """Bytes before the pixels of a binary record; the last of them is the label."""
+    python: BatchFiles
+    binary: BatchFiles
+
+
+def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress: Progress | None = None) -> Dataset:
+    """Load the first complete layout found under ``data_dir``, else download the official Python archive into it.
+
+    Looked for in this order: the hub's parquet files, the two folders of batches, the two archives. Archives are read
+    in place after their checksum is verified. Nothing that exists is moved or changed.
+
+    Raises `DataError` when no layout is complete and nothing was downloaded, and for every malformed file.
+    """
+    incomplete: list[str] = []
+    for root in search_roots(data_dir, cifar.info.name, cifar.hub_repository):
+        for folder in (root / cifar.hub_folder, root, root / "data"):
+            train, test = find_shards(folder, "train"), find_shards(folder, "test")
+            if train and test:
+                sets = (read_image_set(s, cifar.columns, cifar.info, progress=progress) for s in (train, test))
+                return _dataset(cifar, *sets, where=folder)
+            if train or test:
+                incomplete.append(f"{folder} has parquet files of the {'train' if train else 'test'} split only")
+        for files, decode in ((cifar.python, _decode_pickle), (cifar.binary, _decode_binary)):
+            folder = root / files.folder
+            missing = [name for name in (*files.train, *files.test) if not (folder / name).is_file()]
+            if not missing:
+                return _from_batches(cifar, files, decode, (root / name for name in files.names), folder)
+            if folder.is_dir():
+                incomplete.append(f"{folder} lacks {missing[0]}")
+        for files, decode in ((cifar.python, _decode_pickle), (cifar.binary, _decode_binary)):
+            path = root / files.archive.file_name
+            if path.exists():
+                return _from_archive(cifar, files, decode, path)
+    if incomplete:
+        raise DataError(
+            f"{cifar.info.name} is incomplete: {'; '.join(incomplete)}; add what is missing or remove the rest"
+        )
+    not_found = (
+        f"{cifar.info.name} was not found in {data_dir} as {cifar.hub_folder}/*.parquet, {cifar.python.folder},"
+        f" {cifar.binary.folder}, {cifar.python.archive.file_name} or {cifar.binary.archive.file_name}"
+    )
+    if not download:
+        raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
+    try:
+        path = download_archive(cifar.python.archive, data_dir, progress=progress)
+    except DataError as error:
+        raise DataError(f"{not_found}, and {error}") from error
+    return _from_archive(cifar, cifar.python, _decode_pickle, path)
+
+
+Decode = Callable[[Cifar, bytes, str], tuple[NDArray[np.uint8], NDArray[np.int64]]]
+"""``(cifar, content of one batch file, its name for messages)`` → pixels ``[n, 3072]`` and labels ``[n]``."""
+
+
+def _decode_pickle(cifar: Cifar, raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    batch = load_batch(raw, where=where)
+    try:
+        pixels, labels = np.asarray(batch["data"]), np.asarray(batch[cifar.label_key])
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{where}: expected the keys 'data' and {cifar.label_key!r}, found {', '.join(sorted(batch))};"
+            f" is this really {cifar.info.name}?"
+        ) from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
+        raise DataError(f"{where}: expected pixels as uint8 [n, {PIXELS}], found {pixels.dtype} {list(pixels.shape)}")
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+        raise DataError(f"{where}: {len(pixels)} images, but labels are {labels.dtype} {list(labels.shape)}")
+    return pixels, labels.astype(np.int64)
+
+
+def _decode_binary(cifar: Cifar, raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    record = cifar.label_bytes + PIXELS
+    if len(raw) % record:
+        raise DataError(f"{where} is truncated: {len(raw):,} bytes are no whole number of {record:,}-byte records")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, record)
+    return records[:, cifar.label_bytes :], records[:, cifar.label_bytes - 1].astype(np.int64)
+
+
+def _from_archive(cifar: Cifar, files: BatchFiles, decode: Decode, path: Path) -> Dataset:
+    check_archive(path, files.archive)
+    members = read_tar_members(path, files.names)
+    contents = ((f"{path}:{name}", members[name]) for name in files.names)
+    return _from_contents(cifar, files, decode, contents, path)
+
+
+def _from_batches(cifar: Cifar, files: BatchFiles, decode: Decode, paths: Iterator[Path], folder: Path) -> Dataset:
+    return _from_contents(cifar, files, decode, ((str(path), path.read_bytes()) for path in paths), folder)
+
+
+def _from_contents(
+    cifar: Cifar, files: BatchFiles, decode: Decode, contents: Iterator[tuple[str, bytes]], where: Path
+) -> Dataset:
+    batches = []
+    for name, raw in contents:
+        pixels, labels = decode(cifar, raw, name)
+        if not len(labels):
+            raise DataError(f"{name} holds no images")
+        check_labels(labels, cifar.info.num_classes, where=name)
+        batches.append((pixels, labels))
+    train = batches[: len(files.train)]
+    sizes = [len(labels) for _, labels in train]
+    if len(set(sizes)) > 1:
+        raise DataError(f"{where} is truncated: its training batches should be equally long, and hold {sizes} images")
+    return _dataset(cifar, _image_set(cifar, train), _image_set(cifar, batches[len(files.train) :]), where=where)
+
+
+def _image_set(cifar: Cifar, batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> ImageSet:
+    planes_NCHW = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 32, 32)
+    return ImageSet(
+        images=np.ascontiguousarray(planes_NCHW.transpose(0, 2, 3, 1)),
+        labels=np.concatenate([labels for _, labels in batches]),
+        class_names=cifar.info.class_names,
+    )
+
+
+def _dataset(cifar: Cifar, train: ImageSet, test: ImageSet, *, where: Path) -> Dataset:
+    """Refuse a set of which one split is complete and the other not; warn about one that is reduced throughout."""
+    info = cifar.info
+    found, complete = (len(train), len(test)), (info.train_size, info.test_size)
+    if found != complete:
+        message = (
+            f"{where} holds {len(train):,} training and {len(test):,} test images,"
+            f" where {info.name} has {info.train_size:,} and {info.test_size:,}"
+        )
+        if found[0] == complete[0] or found[1] == complete[1]:
+            raise DataError(f"{message}: a file is truncated or missing; download it again")
+        warnings.warn(f"{message}: results are not comparable with others", stacklevel=2)
+    return Dataset(info=info, train=train, test=test)
+
+
+_SITE = "https://www.cs.toronto.edu/~kriz/"
+
+CIFAR10 = Cifar(
+    info=DatasetInfo(
+        name="cifar10",
+        class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        image_size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        eps=8 / 255,
+        train_size=50_000,
+        test_size=10_000,
+    ),
+    hub_repository="uoft-cs/cifar10",
+    hub_folder="plain_text",
+    columns=Columns("img", "label"),
+    label_key="labels",
+    label_bytes=1,
+    python=BatchFiles(
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test=("test_batch",),
+        archive=Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", f"{_SITE}cifar-10-python.tar.gz"),
+    ),
+    binary=BatchFiles(
+        folder="cifar-10-batches-bin",
+        train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+        test=("test_batch.bin",),
+        archive=Archive("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", f"{_SITE}cifar-10-binary.tar.gz"),
+    ),
+)

@@ -1,0 +1,35 @@
+"""Where a data set may lie under the folder a user points at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from advmoe.errors import DataError
+
+
+def default_data_dir() -> Path:
+    """The folder used when none is given: ``$ADVMOE_DATA_DIR``, or ``advmoe/data`` in the user's cache folder."""
+    if chosen := os.environ.get("ADVMOE_DATA_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advmoe" / "data"
+
+
+def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Path]:
+    """Existing folders in which the layouts of data set ``name`` are looked for, nearest first.
+
+    ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub, and the
+    snapshots in a hub cache.
+
+    Raises `DataError` when ``data_dir`` is a file.
+    """
+    if data_dir.exists() and not data_dir.is_dir():
+        raise DataError(f"the data folder {data_dir} is a file; give the folder it lies in")
+    repository_name = hub_repository.rsplit("/", 1)[-1]
+    candidates = [data_dir, data_dir / name, data_dir / repository_name, data_dir / hub_repository]
+    snapshots = data_dir / f"datasets--{hub_repository.replace('/', '--')}" / "snapshots"
+    candidates += sorted(snapshots.glob("*"))
+    for candidate in dict.fromkeys(candidates):
+        if candidate.is_dir():
+            yield candidate
