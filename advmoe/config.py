@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from advmoe.errors import ConfigError
 
-KINDS = ("dense", "s_dense", "moe")
-GRANULARITIES = ("layer", "block", "stage")
+KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
+GRANULARITIES = ("layer", "block", "stage", "image")
 ROUTER_GRADIENTS = ("softmax", "straight_through")
 EXPERT_FILTERS = ("windows", "separate")
 ATTACK_STARTS = ("uniform", "gaussian", "clean")
@@ -53,7 +53,8 @@ class ModelConfig:
     arch: str
     """Backbone: a name known to `advmoe.models.registry`."""
     kind: str = "moe"
-    """`dense` (the full CNN), `s_dense` (every width times r), `moe` (N experts per layer at scale r)."""
+    """`dense` (the full CNN), `s_dense` (every width times r), `sparse_cnn` (a learned mask keeps r of the channels), `moe`
+    (N experts per layer at scale r)."""
     num_classes: int = 10
     """Outputs of the classifier."""
     image_size: int = 32
@@ -67,9 +68,11 @@ class ModelConfig:
     expert_filters: str = "windows"
     """`windows`: experts are channel windows of the backbone (paper); `separate`: own filters each (released code)."""
     granularity: str = "layer"
-    """What one router decides for: each `layer`, `block` or `stage`."""
+    """What one router decides for: each `layer`, `block` or `stage`, or the whole network (`image`)."""
     router_gradient: str = "softmax"
     """How gradients pass the argmax: `softmax` gate or `straight_through`."""
+    compact: bool = False
+    """Sparse-CNN whose dropped channels have been removed (`advmoe.models.masked.compact`)."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from the images per colour channel, inside the model."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -80,6 +83,9 @@ class ModelConfig:
         one_of("router granularity", self.granularity, GRANULARITIES)
         one_of("router gradient", self.router_gradient, ROUTER_GRADIENTS)
         one_of("kind of expert filters", self.expert_filters, EXPERT_FILTERS)
+        check(
+            not self.compact or self.kind == "sparse_cnn", f"only a sparse_cnn can be compact, got kind '{self.kind}'"
+        )
         check(self.num_classes >= 2, f"the number of classes must be at least 2, got {self.num_classes}")
         check(self.num_experts >= 1, f"the number of experts N must be at least 1, got {self.num_experts}")
         check(

@@ -1,6 +1,6 @@
-"""The convolutions of a backbone, made for one model kind: the backbone says what it needs, the kind decides how.
+"""The layers of a backbone, made for one model kind: the backbone says what it needs, the kind decides how.
 
-Every layer here is called as `layer(x, tape)`; layers that are not routed ignore the tape.
+Every convolution here is called as `layer(x, tape)`; layers that are not routed ignore the tape.
 """
 
 from __future__ import annotations
@@ -9,16 +9,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig
+from advmoe.models.channels import ChannelMask, Channels, KeptChannels
 from advmoe.models.moe_conv import MoEConv2d
-from advmoe.models.routing import ExpertLayout, Router, RoutingTape, scaled_channels
+from advmoe.models.routing import ExpertLayout, ImageRouter, Router, RoutingTape, scaled_channels
+
+IMAGENET_SIZE = 128
+"""Images at least this wide get a backbone's ImageNet form; smaller ones (CIFAR 32, TinyImageNet 64) its CIFAR form."""
 
 
 class Conv2d(nn.Conv2d):
-    """An ordinary convolution in a routed network."""
+    """An ordinary convolution without bias; it reads only the channels that Sparse-CNN keeps."""
+
+    def __init__(self, reads: Channels, writes: Channels, kernel_size: int, *, stride: int, padding: int) -> None:
+        super().__init__(reads.size, writes.size, kernel_size, stride=stride, padding=padding, bias=False)
+        self.reads = reads
+        self.writes = writes
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:  # type: ignore[override]
         """Convolve; the tape is not needed."""
-        return super().forward(x_BCHW)
+        if not self.reads.masked:
+            return super().forward(x_BCHW)
+        weight = self.weight * self.reads.mask()[:, None, None]
+        return F.conv2d(x_BCHW, weight, None, self.stride, self.padding)
+
+
+class Linear(nn.Linear):
+    """A linear layer; it reads only the channels that Sparse-CNN keeps.
+
+    Args:
+        reads: channels of its input.
+        writes: channels of its output.
+        places: neighbouring inputs that belong to one channel (H * W of flattened feature maps).
+    """
+
+    def __init__(self, reads: Channels, writes: Channels, *, places: int = 1) -> None:
+        super().__init__(reads.size * places, writes.size)
+        self.reads = reads
+        self.writes = writes
+        self.places = places
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """[B, in] -> [B, out]."""
+        if not self.reads.masked:
+            return super().forward(x_BD)
+        return F.linear(x_BD, self.weight * self.reads.mask().repeat_interleave(self.places), self.bias)
+
+
+class Norm(nn.BatchNorm2d):
+    """BatchNorm of some channels."""
+
+    def __init__(self, channels: Channels) -> None:
+        super().__init__(channels.size)
+        self.writes = channels
 
 
 class RoutedConv2d(MoEConv2d):
@@ -36,10 +79,10 @@ class RoutedConv2d(MoEConv2d):
 
 
 class LayerFactory:
-    """Makes the layers of one network of a given kind and keeps count of its MoE layers and routers.
+    """Makes the layers of one network of a given kind and keeps count of its MoE layers, routers and masks.
 
-    A backbone states full (Dense) channel numbers; the layers it gets tell the number they really have in `out_channels`.
-    It announces where its parts begin (`begin("block")`, `begin("stage")`), so that routers can be shared within them.
+    The backbone states full (Dense) channel numbers. It announces where its parts begin (`begin("block")`,
+    `begin("stage")`), so that routers can be shared within them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,66 +90,91 @@ class LayerFactory:
         self.routers = nn.ModuleList()
         self.router_of_layer: list[int] = []
         self.layouts: list[ExpertLayout] = []
+        self.masks = nn.ModuleList()
+        self.routable: list[Channels] = []
         self._open = False
 
-    def channels(self, full: int) -> int:
-        """Channels a layer of the backbone has after the width multiplier."""
-        return max(1, int(full * self.config.width + 0.5))
+    @property
+    def image(self) -> Channels:
+        """The colour channels."""
+        return Channels(3, 3)
 
-    def packed(self, full: int) -> int:
-        """Channels that are really computed: all of them in Dense, r of them in the other kinds."""
-        channels = self.channels(full)
-        return channels if self.config.kind == "dense" else scaled_channels(channels, self.config.model_scale)
+    @property
+    def classes(self) -> Channels:
+        """The logits."""
+        return Channels(self.config.num_classes, self.config.num_classes)
+
+    def channels(self, full: float) -> Channels:
+        """New channels: `full` in the backbone, times the width multiplier; r of them in all kinds but Dense."""
+        config = self.config
+        number = max(1, int(full * config.width + 0.5))
+        if config.kind == "dense":
+            return Channels(number, number)
+        kept = scaled_channels(number, config.model_scale)
+        if config.kind != "sparse_cnn":
+            return Channels(number, kept)
+        mask = KeptChannels(kept) if config.compact else ChannelMask(number, kept)
+        self.masks.append(mask)
+        return Channels(number, kept if config.compact else number, (mask,))
 
     def begin(self, part: str) -> None:
         """A new block or stage of the backbone begins here."""
         if part == self.config.granularity:
             self._open = False
 
-    def conv(self, in_channels: int, full: int, kernel_size: int, *, stride: int = 1, padding: int = 0) -> nn.Module:
+    def conv(
+        self, reads: Channels, writes: Channels, kernel_size: int, *, stride: int = 1, padding: int = 0
+    ) -> nn.Module:
         """A convolution without bias that is routed in MoE-CNN."""
+        self.routable.append(writes)
         if self.config.kind != "moe":
-            return self.plain_conv(in_channels, full, kernel_size, stride=stride, padding=padding)
+            return self.plain_conv(reads, writes, kernel_size, stride=stride, padding=padding)
+        layer = self.routed(reads.size, writes.full)
+        return RoutedConv2d(layer, reads.size, self.layouts[layer], kernel_size, stride=stride, padding=padding)
+
+    def routed(self, in_channels: int, full: int) -> int:
+        """Number of a new MoE layer whose `full` channels are shared out among the experts.
+
+        It gets a router of its own, unless the current part of the network has one already.
+        """
         config = self.config
-        layout = ExpertLayout(
-            num_channels=self.channels(full),
-            num_experts=config.num_experts,
-            model_scale=config.model_scale,
-            separate=config.expert_filters == "separate",
+        self.layouts.append(
+            ExpertLayout(
+                num_channels=full,
+                num_experts=config.num_experts,
+                model_scale=config.model_scale,
+                separate=config.expert_filters == "separate",
+            )
         )
         if not self._open:
-            self.routers.append(Router(in_channels, config.num_experts, router_gradient=config.router_gradient))
+            if config.granularity == "image":
+                router: Router = ImageRouter(config.num_experts, router_gradient=config.router_gradient)
+            else:
+                router = Router(in_channels, config.num_experts, router_gradient=config.router_gradient)
+            self.routers.append(router)
             self._open = config.granularity != "layer"
         self.router_of_layer.append(len(self.routers) - 1)
-        self.layouts.append(layout)
-        layer = len(self.layouts) - 1
-        return RoutedConv2d(layer, in_channels, layout, kernel_size, stride=stride, padding=padding)
+        return len(self.layouts) - 1
 
     def plain_conv(
-        self, in_channels: int, full: int, kernel_size: int, *, stride: int = 1, padding: int = 0
+        self, reads: Channels, writes: Channels, kernel_size: int, *, stride: int = 1, padding: int = 0
     ) -> nn.Module:
         """A convolution without bias that is never routed: stems, shortcuts, transitions."""
-        conv = Conv2d(in_channels, self.packed(full), kernel_size, stride=stride, padding=padding, bias=False)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        return conv
+        return Conv2d(reads, writes, kernel_size, stride=stride, padding=padding)
 
 
 class ConvNorm(nn.Module):
-    """A convolution, routed or not, and BatchNorm over its packed output slots."""
+    """A convolution, routed or not, and BatchNorm of the channels it writes."""
 
-    def __init__(self, conv: nn.Module) -> None:
+    def __init__(self, conv: nn.Module, writes: Channels) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = nn.BatchNorm2d(int(conv.out_channels))  # type: ignore[arg-type]
+        self.norm = Norm(writes)
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """[B, C, H, W] -> [B, out_channels, H', W'], without an activation."""
+        """[B, C, H, W] -> [B, C', H', W'], without an activation."""
         y_BCHW: Tensor = self.norm(self.conv(x_BCHW, tape))
         return y_BCHW
-
-
-IMAGENET_SIZE = 128
-"""Images at least this wide get the ImageNet stem; smaller ones (CIFAR 32, TinyImageNet 64) keep their resolution."""
 
 
 class Stem(nn.Module):
@@ -116,14 +184,14 @@ class Stem(nn.Module):
     `norm` adds BatchNorm and ReLU after the convolution.
     """
 
-    def __init__(self, layers: LayerFactory, full: int, *, norm: bool = True) -> None:
+    def __init__(self, layers: LayerFactory, writes: Channels, *, norm: bool = True) -> None:
         super().__init__()
         self.large = layers.config.image_size >= IMAGENET_SIZE
         if self.large:
-            self.conv = layers.plain_conv(3, full, 7, stride=2, padding=3)
+            self.conv = layers.plain_conv(layers.image, writes, 7, stride=2, padding=3)
         else:
-            self.conv = layers.plain_conv(3, full, 3, padding=1)
-        self.norm = nn.BatchNorm2d(layers.packed(full)) if norm else None
+            self.conv = layers.plain_conv(layers.image, writes, 3, padding=1)
+        self.norm = Norm(writes) if norm else None
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
         """[B, 3, H, W] -> [B, C, H, W], or [B, C, H / 4, W / 4] for ImageNet."""

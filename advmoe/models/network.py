@@ -16,7 +16,7 @@ class RoutedNetwork(nn.Module):
     """Base of all backbones: a plain module from images [B, 3, H, W] in [0, 1] to logits [B, classes].
 
     Subclasses build their layers with the factory and implement `run`. phi (the routers) lies in `self.routers`, psi is
-    everything else.
+    everything else but the scores of Sparse-CNN's channel masks, which lie in `self.masks`.
     """
 
     mean: Tensor
@@ -28,6 +28,8 @@ class RoutedNetwork(nn.Module):
         self.routers = layers.routers
         self.router_of_layer = layers.router_of_layer
         self.expert_layouts = layers.layouts
+        self.masks = layers.masks
+        self.routable = layers.routable
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
 
@@ -50,7 +52,10 @@ class RoutedNetwork(nn.Module):
             tape = RoutingTape(self.routers, (), images.new_zeros((len(images), 0), dtype=torch.int64))
         else:
             tape = RoutingTape(self.routers, self.router_of_layer, pathways)
-        logits = self.run((images - self.mean) / self.std, tape)
+        x_BCHW = (images - self.mean) / self.std
+        if self.expert_layouts and self.config.granularity == "image":
+            tape.decide(0, x_BCHW)
+        logits = self.run(x_BCHW, tape)
         return logits, tape.read()
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
@@ -58,6 +63,10 @@ class RoutedNetwork(nn.Module):
         return self.routers.parameters()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """psi: every parameter that is not a router's."""
-        routers = {id(parameter) for parameter in self.router_parameters()}
-        return (parameter for parameter in self.parameters() if id(parameter) not in routers)
+        """psi: every parameter that is neither a router's nor a mask's."""
+        others = {id(parameter) for parameter in (*self.router_parameters(), *self.mask_parameters())}
+        return (parameter for parameter in self.parameters() if id(parameter) not in others)
+
+    def mask_parameters(self) -> Iterator[nn.Parameter]:
+        """The scores of Sparse-CNN's channel masks."""
+        return self.masks.parameters()

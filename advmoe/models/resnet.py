@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig
-from advmoe.models.layers import ConvNorm, LayerFactory, Stem
+from advmoe.models.channels import Channels
+from advmoe.models.layers import ConvNorm, LayerFactory, Linear, Stem
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import RoutingTape
 
@@ -18,15 +19,14 @@ BLOCKS_PER_STAGE = 2
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (routed in MoE-CNN) and a shortcut, which is 1x1 and not routed where the shape changes."""
 
-    def __init__(self, layers: LayerFactory, in_full: int, full: int, stride: int) -> None:
+    def __init__(self, layers: LayerFactory, reads: Channels, writes: Channels, full: int, *, stride: int) -> None:
         super().__init__()
         layers.begin("block")
-        self.conv1 = ConvNorm(layers.conv(layers.packed(in_full), full, 3, stride=stride, padding=1))
-        self.conv2 = ConvNorm(layers.conv(layers.packed(full), full, 3, padding=1))
+        inner = layers.channels(full)
+        self.conv1 = ConvNorm(layers.conv(reads, inner, 3, stride=stride, padding=1), inner)
+        self.conv2 = ConvNorm(layers.conv(inner, writes, 3, padding=1), writes)
         self.shortcut = (
-            ConvNorm(layers.plain_conv(layers.packed(in_full), full, 1, stride=stride))
-            if stride != 1 or in_full != full
-            else None
+            None if reads is writes else ConvNorm(layers.plain_conv(reads, writes, 1, stride=stride), writes)
         )
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
@@ -41,16 +41,17 @@ class ResNet18(RoutedNetwork):
     def __init__(self, config: ModelConfig) -> None:
         layers = LayerFactory(config)
         super().__init__(config, layers)
-        self.stem = Stem(layers, STAGES[0])
+        stream = layers.channels(STAGES[0])
+        self.stem = Stem(layers, stream)
         self.blocks = nn.ModuleList()
-        in_full = STAGES[0]
         for stage, full in enumerate(STAGES):
             layers.begin("stage")
             for block in range(BLOCKS_PER_STAGE):
-                stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(BasicBlock(layers, in_full, full, stride))
-                in_full = full
-        self.classifier = nn.Linear(layers.packed(in_full), config.num_classes)
+                down = stage > 0 and block == 0
+                writes = layers.channels(full) if down else stream
+                self.blocks.append(BasicBlock(layers, stream, writes, full, stride=2 if down else 1))
+                stream = writes
+        self.classifier = Linear(stream, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
         """Logits [B, classes] of normalised images."""

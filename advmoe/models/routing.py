@@ -140,6 +140,26 @@ class Router(nn.Module):
         return Decision(expert_index_B, logits_BN, gate_B)
 
 
+class ImageRouter(Router):
+    """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
+
+    def __init__(self, num_experts: int, *, router_gradient: str = "softmax") -> None:
+        super().__init__(64, num_experts, router_gradient=router_gradient)
+        self.features = nn.Sequential()
+        for in_channels, out_channels in ((3, 16), (16, 32), (32, 64)):
+            self.features.extend(
+                (
+                    nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                    nn.ReLU(),
+                )
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits [B, N] for images [B, 3, H, W]."""
+        return super().forward(self.features(x_BCHW))
+
+
 class RoutingTape:
     """Collects the routing decisions of one forward pass, or replays a given pathway.
 

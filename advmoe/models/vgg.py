@@ -1,4 +1,4 @@
-"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015): 13 convolutions, one linear classifier (the CIFAR form)."""
+"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015): 13 convolutions and a classifier, CIFAR and ImageNet forms."""
 
 from __future__ import annotations
 
@@ -6,36 +6,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig, check
-from advmoe.models.layers import ConvNorm, LayerFactory
+from advmoe.models.layers import IMAGENET_SIZE, ConvNorm, LayerFactory, Linear
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import RoutingTape
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions; each stage ends with a 2x2 max pool."""
+HIDDEN = 4096
+"""Units of the two hidden layers in the ImageNet form's classifier."""
 
 
 class VGG16(RoutedNetwork):
-    """VGG-16-BN. The first convolution reads the image and is not routed; the other 12 are."""
+    """VGG-16-BN. The first convolution reads the image and is not routed; the other 12 are.
+
+    Small images: global average pool and one linear layer, as is usual on CIFAR. ImageNet: the original three linear
+    layers on all places of the last feature maps, without their dropout: TRADES compares two passes of one network.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        check(
-            config.image_size >= 32,
-            f"vgg16 halves the image five times: it needs at least 32 pixels, got {config.image_size}",
-        )
+        size = config.image_size
+        check(size >= 32, f"vgg16 halves the image five times: it needs at least 32 pixels, got {size}")
         layers = LayerFactory(config)
         super().__init__(config, layers)
         self.stages = nn.ModuleList()
-        channels = 3
+        reads = layers.image
         for widths in STAGES:
             layers.begin("stage")
             stage = nn.ModuleList()
             for full in widths:
                 layers.begin("block")
-                make = layers.plain_conv if channels == 3 and not self.stages else layers.conv
-                stage.append(ConvNorm(make(channels, full, 3, padding=1)))
-                channels = layers.packed(full)
+                writes = layers.channels(full)
+                make = layers.conv if self.stages or stage else layers.plain_conv
+                stage.append(ConvNorm(make(reads, writes, 3, padding=1), writes))
+                reads = writes
             self.stages.append(stage)
-        self.classifier = nn.Linear(channels, config.num_classes)
+        self.hidden = nn.ModuleList()
+        places = (size // 32) ** 2
+        if size >= IMAGENET_SIZE:
+            for _ in range(2):
+                writes = layers.channels(HIDDEN)
+                self.hidden.append(Linear(reads, writes, places=places))
+                reads, places = writes, 1
+        self.classifier = Linear(reads, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
         """Logits [B, classes] of normalised images."""
@@ -43,5 +55,8 @@ class VGG16(RoutedNetwork):
             for layer in stage:  # type: ignore[attr-defined]
                 x_BCHW = F.relu(layer(x_BCHW, tape))
             x_BCHW = F.max_pool2d(x_BCHW, 2)
-        logits: Tensor = self.classifier(x_BCHW.mean(dim=(2, 3)))
+        x_BD = x_BCHW.flatten(1) if self.hidden else x_BCHW.mean(dim=(2, 3))
+        for hidden in self.hidden:
+            x_BD = F.relu(hidden(x_BD))
+        logits: Tensor = self.classifier(x_BD)
         return logits

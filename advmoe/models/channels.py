@@ -1,0 +1,83 @@
+"""Channel spaces: what the layers of a backbone write and read, and which part of them Sparse-CNN keeps.
+
+Layers whose outputs are added (a residual stream) write the same channels, so that one mask prunes them together and the
+kept ones fit into a small dense network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelMask(nn.Module):
+    """A learned choice of `kept` channels: those with the highest scores (HYDRA, Sehwag et al., 2020, for channels).
+
+    The mask is 1 for kept channels and 0 for the others; its gradient passes straight through to the scores.
+    """
+
+    def __init__(self, full: int, kept: int) -> None:
+        super().__init__()
+        self.kept = kept
+        self.scores = nn.Parameter(torch.rand(full))
+
+    def forward(self) -> Tensor:
+        """The mask [C], with values 0 and 1."""
+        mask_C = torch.zeros_like(self.scores).index_fill(0, self.kept_channels(), 1.0)
+        return mask_C + (self.scores - self.scores.detach())
+
+    def kept_channels(self) -> Tensor:
+        """int64 [kept], increasing."""
+        return self.scores.detach().topk(self.kept).indices.sort().values
+
+
+class KeptChannels(nn.Module):
+    """What is left of a mask in a compact network: which of the backbone's channels the packed ones are."""
+
+    channels: Tensor
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.register_buffer("channels", torch.arange(kept))
+
+    def kept_channels(self) -> Tensor:
+        """int64 [kept], increasing."""
+        return self.channels
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that some layers write and others read.
+
+    `full` is their number in Dense, `size` the number really computed; `masks` choose among them in Sparse-CNN.
+    """
+
+    full: int
+    size: int
+    masks: tuple[ChannelMask | KeptChannels, ...] = ()
+
+    def __add__(self, other: Channels) -> Channels:
+        """Both, concatenated."""
+        return Channels(self.full + other.full, self.size + other.size, self.masks + other.masks)
+
+    @property
+    def masked(self) -> bool:
+        """Whether readers have to leave channels out."""
+        return any(isinstance(mask, ChannelMask) for mask in self.masks)
+
+    def mask(self) -> Tensor:
+        """1 for the channels that count, 0 for the others, [size]; asked of masked channels only."""
+        return torch.cat([mask() for mask in self.masks])
+
+    def kept_channels(self) -> Tensor:
+        """Positions of the channels that count among all `size`, int64, increasing."""
+        if not self.masked:
+            device = self.masks[0].kept_channels().device if self.masks else None
+            return torch.arange(self.size, device=device)
+        offset, positions = 0, []
+        for mask in self.masks:
+            positions.append(mask.kept_channels() + offset)
+            offset += mask.scores.numel()  # type: ignore[operator]
+        return torch.cat(positions)

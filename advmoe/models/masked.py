@@ -1,0 +1,95 @@
+"""Sparse-CNN after training: the kept channels, packed into a network that really has no others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.errors import ConfigError
+from advmoe.models.channels import ChannelMask, KeptChannels
+from advmoe.models.layers import Conv2d, Linear, Norm
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+
+
+@torch.no_grad()
+def init_scores(model: RoutedNetwork) -> None:
+    """Start each mask from the weights that read its channels: L2 norms, at most 1 (HYDRA's scaled initialisation).
+
+    Called once when mask learning starts from a trained Dense.
+    """
+    norms = {mask: torch.zeros_like(mask.scores) for mask in model.masks if isinstance(mask, ChannelMask)}
+    for layer in model.modules():
+        if isinstance(layer, Conv2d | Linear) and layer.reads.masked:
+            square_C = layer.weight.square().sum(dim=0).reshape(layer.reads.size, -1).sum(dim=1)
+            parts = square_C.split([mask.scores.numel() for mask in layer.reads.masks if isinstance(mask, ChannelMask)])
+            for mask, part in zip(layer.reads.masks, parts, strict=True):
+                norms[mask] += part  # type: ignore[index]
+    for mask, square in norms.items():
+        mask.scores.copy_(square.sqrt() / square.sqrt().max().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def compact(model: RoutedNetwork) -> RoutedNetwork:
+    """A Sparse-CNN with equal outputs that holds its kept channels only; its size and cost are those of S-Dense.
+
+    Args:
+        model: a Sparse-CNN whose masks are final.
+
+    Returns:
+        A new network in the same mode, on the same device; the given one if it is compact already.
+
+    Raises:
+        ConfigError: the model is not a Sparse-CNN.
+    """
+    if model.config.kind != "sparse_cnn":
+        raise ConfigError(f"only a Sparse-CNN can be compacted, got a model of kind '{model.config.kind}'")
+    if model.config.compact:
+        return model
+    with torch.device("meta"):
+        small = build_model(dataclasses.replace(model.config, compact=True))
+    weights = model.state_dict()
+    for name, layer in model.named_modules():
+        for entry, value in _kept_entries(layer).items():
+            weights[f"{name}.{entry}"] = value
+    for index, mask in enumerate(model.masks):
+        del weights[f"masks.{index}.scores"]
+        weights[f"masks.{index}.channels"] = mask.kept_channels()  # type: ignore[operator]
+    small.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    return small.train(model.training)
+
+
+def _kept_entries(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of one layer that belong to channels, without the rows and columns of dropped channels."""
+    if isinstance(layer, Norm):
+        rows = layer.writes.kept_channels()
+        return {name: value[rows] for name, value in layer.state_dict().items() if value.ndim}
+    if isinstance(layer, Conv2d):
+        return {"weight": layer.weight[layer.writes.kept_channels()][:, layer.reads.kept_channels()]}
+    if isinstance(layer, Linear):
+        rows = layer.writes.kept_channels()
+        weight_OCP = layer.weight[rows].unflatten(1, (layer.reads.size, layer.places))
+        weight = weight_OCP[:, layer.reads.kept_channels()].flatten(1)
+        return {"weight": weight, "bias": layer.bias[rows]}
+    return {}
+
+
+def mask_pathway(model: RoutedNetwork) -> tuple[tuple[int, ...], ...]:
+    """The data-agnostic pathway M of a Sparse-CNN: the channels it keeps in each layer that MoE-CNN would route.
+
+    The layers come in the order of `expert_layouts` of the MoE-CNN on the same backbone, and the numbers are backbone
+    channels as in `ExpertLayout.channels`, so that pathways and mask can be compared (paper, Fig. 6).
+
+    Raises:
+        ConfigError: the model is not a Sparse-CNN.
+    """
+    if model.config.kind != "sparse_cnn":
+        raise ConfigError(f"only a Sparse-CNN has a mask pathway, got a model of kind '{model.config.kind}'")
+    return tuple(
+        tuple(mask.kept_channels().tolist())
+        for channels in model.routable
+        for mask in channels.masks
+        if isinstance(mask, ChannelMask | KeptChannels)
+    )
