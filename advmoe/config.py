@@ -53,14 +53,18 @@ class ModelConfig:
     arch: str
     """Backbone: a name known to `advmoe.models.registry`."""
     kind: str = "moe"
-    """`dense` (the full CNN), `s_dense` (every width times r), `sparse_cnn` (a learned mask keeps r of the channels), `moe`
-    (N experts per layer at scale r)."""
+    """`dense` (the full CNN), `s_dense` (every width times r), `sparse_cnn` (a learned mask keeps r of the channels),
+    `moe` (N experts per layer at scale r)."""
     num_classes: int = 10
     """Outputs of the classifier."""
     image_size: int = 32
     """Height and width of the images, in pixels."""
     width: float = 1.0
     """Channel multiplier of the backbone, before r; below 1 for small runs."""
+    depth: int | None = None
+    """DenseNet: number of layers; None for 100 on small images and 121 on ImageNet."""
+    growth: int | None = None
+    """DenseNet: channels that each layer adds; None for 12 on small images and 32 on ImageNet."""
     num_experts: int = 2
     """N, experts per MoE layer."""
     model_scale: float = 0.5
@@ -97,6 +101,9 @@ class ModelConfig:
             f"model scale r must be in (0, 1], got {self.model_scale:g}; the paper's default is 0.5",
         )
         check(self.width > 0.0, f"the width multiplier must be positive, got {self.width:g}; 1 is the full backbone")
+        for option, value in (("depth", self.depth), ("growth", self.growth)):
+            check(value is None or self.arch == "densenet", f"{option} is an option of densenet, not of {self.arch}")
+            check(value is None or value >= 1, f"{option} must be at least 1, got {value}")
         check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
 
 

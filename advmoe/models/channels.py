@@ -1,7 +1,7 @@
 """Channel spaces: what the layers of a backbone write and read, and which part of them Sparse-CNN keeps.
 
-Layers whose outputs are added (a residual stream) write the same channels, so that one mask prunes them together and the
-kept ones fit into a small dense network.
+Layers whose outputs are added (a residual stream) write the same channels, so that one mask prunes them together and
+the kept ones fit into a small dense network.
 """
 
 from __future__ import annotations

@@ -6,11 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from advmoe.config import ModelConfig, one_of
+from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.resnet import ResNet18
 from advmoe.models.vgg import VGG16
+from advmoe.models.wide_resnet import WRN28x10
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {"resnet18": ResNet18, "vgg16": VGG16}
+ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {
+    "densenet": DenseNet,
+    "resnet18": ResNet18,
+    "vgg16": VGG16,
+    "wrn28_10": WRN28x10,
+}
 
 
 def build_model(config: ModelConfig) -> RoutedNetwork:
