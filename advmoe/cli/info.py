@@ -30,7 +30,7 @@ def info(
     elif file.suffix == ".onnx":
         from advmoe.cli.exporter import open_session
 
-        session = open_session(file, None)
+        session = open_session(file, ["cpu"])
         title, facts = str(file), dict(session.metadata)
     else:
         title, facts = str(file), checkpoint_facts(file)

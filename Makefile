@@ -1,0 +1,47 @@
+# People and CI use the same targets. Needs Python >= 3.11, cargo and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUST_SOURCES := $(shell find rust_router/src -name '*.rs') rust_router/Cargo.toml Cargo.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-rust test-python lint bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Make .venv and install both distributions with the development tools
+
+$(INSTALLED): pyproject.toml export/pyproject.toml $(RUST_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python >= 3.11 is needed, $$($(PYTHON) --version) was found; run make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "error: cargo is needed to build the Rust module; install it from rustup.rs" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -e . -e './export[torch]' --group dev
+	@touch $@
+
+demo: $(INSTALLED) ## Train, evaluate, export and serve a small MoE-CNN on embedded images
+	$(BIN)/python examples/demo.py
+
+test: test-rust test-python ## Run the Rust and the Python tests
+
+test-rust: $(INSTALLED)
+	cargo test --quiet -p rust_router
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, clippy, rustfmt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
+	cargo fmt --check
+
+bench: $(INSTALLED) ## Run the benchmarks; each prints one JSON object
+	@for script in benchmarks/*.py; do echo "# $$script"; $(BIN)/python $$script --json || exit 1; done
+
+clean: ## Remove .venv and everything that was built
+	rm -rf $(VENV) target advmoe/rust_router.abi3.so

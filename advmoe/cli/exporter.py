@@ -1,0 +1,46 @@
+"""The bridge to `advmoe_export`, a distribution of its own: found lazily, its errors turned into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from advmoe.errors import AdvMoEError, ConfigError
+
+if TYPE_CHECKING:
+    from advmoe_export import Session
+
+
+def exporter() -> ModuleType:
+    """The package `advmoe_export`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import advmoe_export
+    except ImportError as error:
+        raise ConfigError(
+            f"this command needs the distribution advmoe-export ({error}); install it with: pip install './export[torch]'"
+        ) from error
+    return advmoe_export
+
+
+@contextmanager
+def export_errors() -> Iterator[None]:
+    """Turn the exporter's errors into `AdvMoEError`, message unchanged."""
+    package = exporter()
+    try:
+        yield
+    except package.ExportError as error:
+        raise AdvMoEError(str(error)) from error
+
+
+def open_session(path: Path, providers: Sequence[str]) -> Session:
+    """An exported model, ready to run."""
+    with export_errors():
+        session: Session = exporter().Session(path, providers=tuple(providers))
+        return session
