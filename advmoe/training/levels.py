@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from advmoe.config import TrainConfig
 from advmoe.models.network import RoutedNetwork
@@ -32,36 +31,28 @@ class Level:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Record gradients of this level's parameters only, and leave the other level's BatchNorm statistics alone.
+        """Put this level into training mode and hold the other one fixed: no gradients, no change of its statistics.
 
-        The other level still normalises by batch statistics, as in any training step; it just does not remember them.
+        The fixed level runs as it does at inference, its BatchNorm on stored statistics. So the experts learn on the
+        pathways that the attack saw and that the finished model will take, not on those of a batch-dependent router.
         """
-        frozen = [] if self.name == "all" else list(self._other_parameters())
-        routers = set(self.model.routers.modules())
-        frozen_norms = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, _BatchNorm)
-            and module.track_running_stats
-            and (self.name != "all" and (module in routers) != (self.name == "routers"))
-        ]
-        self.model.train()
-        for parameter in frozen:
+        fixed = list(self._fixed_parameters())
+        for parameter in fixed:
             parameter.requires_grad_(False)
-        for norm in frozen_norms:
-            norm.track_running_stats = False
+        self.model.train(self.name != "routers")
+        self.model.routers.train(self.name != "experts")
         try:
             yield
         finally:
-            for parameter in frozen:
+            self.model.train()
+            for parameter in fixed:
                 parameter.requires_grad_(True)
-            for norm in frozen_norms:
-                norm.track_running_stats = True
 
-    def _other_parameters(self) -> Iterator[nn.Parameter]:
+    def _fixed_parameters(self) -> Iterator[nn.Parameter]:
         if self.name == "routers":
-            return self.model.expert_parameters()
-        return self.model.router_parameters()
+            yield from self.model.expert_parameters()
+        elif self.name == "experts":
+            yield from self.model.router_parameters()
 
 
 def make_level(name: LevelName, model: RoutedNetwork, config: TrainConfig) -> Level:
