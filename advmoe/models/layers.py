@@ -75,7 +75,7 @@ class RoutedConv2d(MoEConv2d):
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:  # type: ignore[override]
         """Route, then convolve each image with its expert."""
-        return super().forward(x_BCHW, tape.decide(self.layer, x_BCHW))
+        return tape.apply(self.layer, x_BCHW, super().forward)
 
 
 class LayerFactory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from advmoe.config import ModelConfig
 from advmoe.models.layers import LayerFactory
 from advmoe.models.routing import Routing, RoutingTape
+
+TapeType = Callable[[nn.ModuleList, Sequence[int], Tensor | None], RoutingTape]
+"""(routers, router of each layer, forced pathways) -> tape; `RoutingTape` itself is the ordinary one."""
 
 
 class RoutedNetwork(nn.Module):
@@ -41,17 +44,20 @@ class RoutedNetwork(nn.Module):
         """Logits [B, classes] of images [B, 3, H, W] in [0, 1]; see `forward_with_routing`."""
         return self.forward_with_routing(images, pathways)[0]
 
-    def forward_with_routing(self, images: Tensor, pathways: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward_with_routing(
+        self, images: Tensor, pathways: Tensor | None = None, *, tape_type: TapeType = RoutingTape
+    ) -> tuple[Tensor, Routing]:
         """Logits and the pathways taken.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
             pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing).
+            tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
         if not self.expert_layouts:
             tape = RoutingTape(self.routers, (), images.new_zeros((len(images), 0), dtype=torch.int64))
         else:
-            tape = RoutingTape(self.routers, self.router_of_layer, pathways)
+            tape = tape_type(self.routers, self.router_of_layer, pathways)
         x_BCHW = (images - self.mean) / self.std
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)

@@ -9,7 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -184,6 +184,13 @@ class RoutingTape:
         if router not in self._decisions:
             self._decisions[router] = self._routers[router].decide(x_BCHW)  # type: ignore[operator]
         return self._decisions[router]
+
+    def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
+        """Output of MoE layer number `layer`: decide, then `compute(input, decision)` with the experts decided for.
+
+        A tape that routes differently (an attack's relaxation) overrides this or `decide`; layers stay as they are.
+        """
+        return compute(x_BCHW, self.decide(layer, x_BCHW))
 
     def read(self) -> Routing:
         """All decisions of the pass, once every layer has asked."""
