@@ -7,7 +7,7 @@ import os
 import pickle
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from advmoe.data.cifar import CIFAR10, BatchFiles, Cifar, load_cifar
+from advmoe.data.cifar import CIFAR10, CIFAR100, BatchFiles, Cifar, load_cifar
 from advmoe.data.sets import Dataset
 from advmoe.errors import DataError
 
@@ -381,6 +381,47 @@ def test_refuses_malformed_parquet_content(tmp_path: Path, changed: dict[str, ob
     write_parquet(tmp_path, "train-00000-of-00001.parquet", slice(0, TRAIN), **changed)
     with pytest.raises(DataError, match=message):
         load(tmp_path)
+
+
+FINE, COARSE = rng.integers(0, 100, TRAIN + TEST), rng.integers(0, 20, TRAIN + TEST)
+
+
+def write_cifar100_pickles(data_dir: Path) -> None:
+    (data_dir / "cifar-100-python").mkdir()
+    for name, rows in (("train", slice(0, TRAIN)), ("test", slice(TRAIN, None))):
+        batch = {b"data": PLANES[rows], b"coarse_labels": COARSE[rows].tolist(), b"fine_labels": FINE[rows].tolist()}
+        (data_dir / "cifar-100-python" / name).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def write_cifar100_records(data_dir: Path) -> None:
+    (data_dir / "cifar-100-binary").mkdir()
+    records = np.concatenate([COARSE[:, None], FINE[:, None], PLANES], axis=1).astype(np.uint8)
+    (data_dir / "cifar-100-binary" / "train.bin").write_bytes(records[:TRAIN].tobytes())
+    (data_dir / "cifar-100-binary" / "test.bin").write_bytes(records[TRAIN:].tobytes())
+
+
+def write_cifar100_parquet(data_dir: Path) -> None:
+    for name, rows in (("train", slice(0, TRAIN)), ("test", slice(TRAIN, None))):
+        columns = {"label": None, "fine_label": FINE[rows].tolist(), "coarse_label": COARSE[rows].tolist()}
+        write_parquet(data_dir / "cifar100", f"{name}-00000-of-00001.parquet", rows, **columns)
+
+
+@pytest.mark.parametrize("write", [write_cifar100_pickles, write_cifar100_records, write_cifar100_parquet])
+def test_reads_cifar100_with_its_fine_labels(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path)
+    dataset = load(tmp_path, replace(CIFAR100, info=replace(CIFAR100.info, train_size=TRAIN, test_size=TEST)))
+    np.testing.assert_array_equal(dataset.train.images, IMAGES[:TRAIN])
+    np.testing.assert_array_equal(dataset.test.images, IMAGES[TRAIN:])
+    np.testing.assert_array_equal(dataset.train.labels, FINE[:TRAIN])
+    np.testing.assert_array_equal(dataset.test.labels, FINE[TRAIN:])
+
+
+def test_cifar100_is_not_taken_for_cifar10(tmp_path: Path) -> None:
+    write_cifar100_parquet(tmp_path / "cifar100")
+    with pytest.raises(DataError, match="cifar10 was not found"):
+        load(tmp_path)
+    with pytest.raises(DataError, match=r"has no column 'label': .* is this really cifar10"):
+        load(tmp_path / "cifar100" / "cifar100")
 
 
 def test_reports_progress_to_the_end(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from advmoe.data.archives import Archive, check_archive, download_archive, read_tar_members
 from advmoe.data.batch_pickle import load_batch
 from advmoe.data.locate import search_roots
-from advmoe.data.parquet import Columns, find_shards, read_image_set
-from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress, check_labels
+from advmoe.data.parquet import HubLayout, find_splits, read_image_set
+from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress, check_labels, complete_dataset
 from advmoe.errors import DataError
 
 PIXELS = 3 * 32 * 32
@@ -41,9 +40,7 @@ class Cifar:
     """Everything that tells CIFAR-100 from CIFAR-10."""
 
     info: DatasetInfo
-    hub_repository: str
-    hub_folder: str
-    columns: Columns
+    hub: HubLayout
     label_key: str
     """Key of the labels in the pickled batches."""
     label_bytes: int
@@ -61,14 +58,10 @@ def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress:
     Raises `DataError` when no layout is complete and nothing was downloaded, and for every malformed file.
     """
     incomplete: list[str] = []
-    for root in search_roots(data_dir, cifar.info.name, cifar.hub_repository):
-        for folder in (root / cifar.hub_folder, root, root / "data"):
-            train, test = find_shards(folder, "train"), find_shards(folder, "test")
-            if train and test:
-                sets = (read_image_set(s, cifar.columns, cifar.info, progress=progress) for s in (train, test))
-                return _dataset(cifar, *sets, where=folder)
-            if train or test:
-                incomplete.append(f"{folder} has parquet files of the {'train' if train else 'test'} split only")
+    for root in search_roots(data_dir, cifar.info.name, cifar.hub.repository):
+        if shards := find_splits(root, cifar.hub, incomplete):
+            train, test = (read_image_set(split, cifar.hub, cifar.info, progress=progress) for split in shards)
+            return complete_dataset(cifar.info, train, test, where=shards[0][0].parent)
         for files, decode in ((cifar.python, _decode_pickle), (cifar.binary, _decode_binary)):
             folder = root / files.folder
             missing = [name for name in (*files.train, *files.test) if not (folder / name).is_file()]
@@ -85,7 +78,7 @@ def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress:
             f"{cifar.info.name} is incomplete: {'; '.join(incomplete)}; add what is missing or remove the rest"
         )
     not_found = (
-        f"{cifar.info.name} was not found in {data_dir} as {cifar.hub_folder}/*.parquet, {cifar.python.folder},"
+        f"{cifar.info.name} was not found in {data_dir} as {cifar.hub.folder}/*.parquet, {cifar.python.folder},"
         f" {cifar.binary.folder}, {cifar.python.archive.file_name} or {cifar.binary.archive.file_name}"
     )
     if not download:
@@ -150,7 +143,8 @@ def _from_contents(
     sizes = [len(labels) for _, labels in train]
     if len(set(sizes)) > 1:
         raise DataError(f"{where} is truncated: its training batches should be equally long, and hold {sizes} images")
-    return _dataset(cifar, _image_set(cifar, train), _image_set(cifar, batches[len(files.train) :]), where=where)
+    test = batches[len(files.train) :]
+    return complete_dataset(cifar.info, _image_set(cifar, train), _image_set(cifar, test), where=where)
 
 
 def _image_set(cifar: Cifar, batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> ImageSet:
@@ -162,26 +156,17 @@ def _image_set(cifar: Cifar, batches: Sequence[tuple[NDArray[np.uint8], NDArray[
     )
 
 
-def _dataset(cifar: Cifar, train: ImageSet, test: ImageSet, *, where: Path) -> Dataset:
-    """Refuse a set of which one split is complete and the other not; warn about one that is reduced throughout."""
-    info = cifar.info
-    found, complete = (len(train), len(test)), (info.train_size, info.test_size)
-    if found != complete:
-        message = (
-            f"{where} holds {len(train):,} training and {len(test):,} test images,"
-            f" where {info.name} has {info.train_size:,} and {info.test_size:,}"
-        )
-        if found[0] == complete[0] or found[1] == complete[1]:
-            raise DataError(f"{message}: a file is truncated or missing; download it again")
-        warnings.warn(f"{message}: results are not comparable with others", stacklevel=2)
-    return Dataset(info=info, train=train, test=test)
-
-
 _SITE = "https://www.cs.toronto.edu/~kriz/"
+
+
+def _official(name: str, md5: str) -> Archive:
+    return Archive(name, md5, _SITE + name)
+
 
 CIFAR10 = Cifar(
     info=DatasetInfo(
         name="cifar10",
+        num_classes=10,
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         image_size=32,
         mean=(0.4914, 0.4822, 0.4465),
@@ -190,21 +175,72 @@ CIFAR10 = Cifar(
         train_size=50_000,
         test_size=10_000,
     ),
-    hub_repository="uoft-cs/cifar10",
-    hub_folder="plain_text",
-    columns=Columns("img", "label"),
+    hub=HubLayout(
+        repository="uoft-cs/cifar10",
+        folder="plain_text",
+        train="train",
+        test="test",
+        image_column="img",
+        label_column="label",
+    ),
     label_key="labels",
     label_bytes=1,
     python=BatchFiles(
         folder="cifar-10-batches-py",
         train=tuple(f"data_batch_{number}" for number in range(1, 6)),
         test=("test_batch",),
-        archive=Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", f"{_SITE}cifar-10-python.tar.gz"),
+        archive=_official("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
     ),
     binary=BatchFiles(
         folder="cifar-10-batches-bin",
         train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
         test=("test_batch.bin",),
-        archive=Archive("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", f"{_SITE}cifar-10-binary.tar.gz"),
+        archive=_official("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    ),
+)
+
+_CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+
+CIFAR100 = Cifar(
+    info=DatasetInfo(
+        name="cifar100",
+        num_classes=100,
+        class_names=tuple(_CIFAR100_CLASSES.split()),
+        image_size=32,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        eps=8 / 255,
+        train_size=50_000,
+        test_size=10_000,
+    ),
+    hub=HubLayout(
+        repository="uoft-cs/cifar100",
+        folder="cifar100",
+        train="train",
+        test="test",
+        image_column="img",
+        label_column="fine_label",
+    ),
+    label_key="fine_labels",
+    label_bytes=2,
+    python=BatchFiles(
+        folder="cifar-100-python",
+        train=("train",),
+        test=("test",),
+        archive=_official("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+    ),
+    binary=BatchFiles(
+        folder="cifar-100-binary",
+        train=("train.bin",),
+        test=("test.bin",),
+        archive=_official("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
     ),
 )

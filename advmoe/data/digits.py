@@ -13,6 +13,7 @@ SPLIT_SEED = 0
 
 INFO = DatasetInfo(
     name="digits",
+    num_classes=10,
     class_names=tuple("0123456789"),
     image_size=32,
     mean=(0.3055, 0.3055, 0.3055),

@@ -1,39 +1,58 @@
-"""Images in the hub's parquet files: one struct column ``{bytes, path}`` of encoded images, one column of labels."""
+"""The hub's parquet files: one struct column ``{bytes, path}`` of encoded images, one column of labels."""
 
 from __future__ import annotations
 
+import json
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import NDArray
-from torchvision.io import ImageReadMode, decode_image
 
+from advmoe.data.decode import decode_all
 from advmoe.data.sets import DatasetInfo, ImageSet, Progress, check_labels
 from advmoe.errors import DataError
 
-ROWS_AT_ONCE = 1000
+Shards = tuple[Path, ...]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a hub data set that are read."""
+@dataclass(frozen=True, kw_only=True)
+class HubLayout:
+    """How a data set is laid out in its repository on the hub."""
 
-    image: str
-    label: str
+    repository: str
+    """``owner/name``."""
+    folder: str
+    """Where the parquet files are in the repository."""
+    train: str
+    """Name of the split to train on."""
+    test: str
+    """Name of the split to report on."""
+    image_column: str
+    label_column: str
 
 
-def find_shards(folder: Path, split: str) -> tuple[Path, ...]:
-    """The parquet files of ``split`` in ``folder``, in order: ``train-00000-of-00002.parquet`` and so on.
+def find_splits(root: Path, hub: HubLayout, incomplete: list[str]) -> tuple[Shards, Shards] | None:
+    """The shards of the training and test split in the repository (or folder of parquet files) at ``root``.
 
-    Empty when there are none. Raises `DataError` when some shards of the series are missing.
+    ``None`` when there are none; when only one split is there, a line that says so is added to ``incomplete``.
+
+    Raises `DataError` when some shards of a series are missing.
     """
+    for folder in (root / hub.folder, root):
+        train, test = _find_shards(folder, hub.train), _find_shards(folder, hub.test)
+        if train and test:
+            return train, test
+        if train or test:
+            incomplete.append(f"{folder} has parquet files of the {hub.train if train else hub.test} split only")
+    return None
+
+
+def _find_shards(folder: Path, split: str) -> Shards:
+    """The files ``train-00000-of-00002.parquet``, possibly with a hash behind, and so on, in order."""
     numbers: dict[int, Path] = {}
     expected = 0
     for path in sorted(folder.glob(f"{split}-*.parquet")):
@@ -49,72 +68,67 @@ def find_shards(folder: Path, split: str) -> tuple[Path, ...]:
     return tuple(numbers[number] for number in sorted(numbers))
 
 
-def read_image_set(
-    shards: Sequence[Path], columns: Columns, info: DatasetInfo, *, progress: Progress | None = None
-) -> ImageSet:
+def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progress: Progress | None = None) -> ImageSet:
     """Decode every image of ``shards`` into memory; each must have ``info.image_size`` pixels on both sides.
 
     Raises `DataError` for a file that is truncated or not parquet, a missing column, a label out of range, and an
     image that cannot be decoded or has another size, naming the file and the row.
     """
-    tables = [_read_table(path, columns, info) for path in shards]
-    total = sum(table.num_rows for table in tables)
-    if not total:
+    tables = [_read_table(path, hub, info) for path in shards]
+    labels = np.concatenate([table[hub.label_column].to_numpy().astype(np.int64) for table in tables])
+    if not len(labels):
         raise DataError(f"{shards[0]} holds no images")
-    images = np.empty((total, info.image_size, info.image_size, 3), np.uint8)
-    row = 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)  # once per image, from torchvision
-        for path, table in zip(shards, tables, strict=True):
-            for row_in_file, encoded in enumerate(table[columns.image].combine_chunks().field("bytes")):
-                images[row] = _decode(encoded.as_py(), info.image_size, where=f"{path}, row {row_in_file}")
-                row += 1
-                if progress is not None and (row % ROWS_AT_ONCE == 0 or row == total):
-                    progress(f"decoding {info.name}", row, total)
-    labels = np.concatenate([table[columns.label].to_numpy().astype(np.int64) for table in tables])
+    encoded = _encoded(shards, tables, hub.image_column)
+    images = decode_all(encoded, len(labels), info, progress=progress)
     return ImageSet(images=images, labels=labels, class_names=info.class_names)
 
 
-def _read_table(path: Path, columns: Columns, info: DatasetInfo) -> pa.Table:
+def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
+    """The names of the labels, as the hub writes them into the metadata of its files; empty when it did not."""
+    metadata = _open(path).schema_arrow.metadata or {}
     try:
-        file = pq.ParquetFile(path)
-        found = file.schema_arrow
-        for name in (columns.image, columns.label):
-            if name not in found.names:
-                raise DataError(
-                    f"{path} has no column {name!r}: it has {', '.join(found.names)}; is this really {info.name}?"
-                )
-        image_type = found.field(columns.image).type
-        if not pa.types.is_struct(image_type) or image_type.get_field_index("bytes") < 0:
-            raise DataError(f"{path}: column {columns.image!r} holds {image_type}, not images as struct<bytes, path>")
-        if not pa.types.is_integer(found.field(columns.label).type):
-            raise DataError(f"{path}: column {columns.label!r} holds {found.field(columns.label).type}, not integers")
-        table = file.read([columns.image, columns.label])
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][hub.label_column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return ()
+    return tuple(str(name) for name in names)
+
+
+def _encoded(shards: Sequence[Path], tables: Sequence[pa.Table], column: str) -> Iterator[tuple[str, bytes | None]]:
+    for path, table in zip(shards, tables, strict=True):
+        for row, encoded in enumerate(table[column].combine_chunks().field("bytes")):
+            yield f"{path}, row {row}", encoded.as_py()
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is truncated or not a parquet file; download it again ({_reason(error)})") from error
-    if table[columns.label].null_count:
-        raise DataError(f"{path}: {table[columns.label].null_count} labels are missing")
-    check_labels(table[columns.label].to_numpy(), info.num_classes, where=str(path))
-    return table
+        raise _unreadable(path, error) from error
 
 
-def _decode(encoded: bytes | None, size: int, *, where: str) -> NDArray[np.uint8]:
-    if not encoded:
-        raise DataError(f"{where}: the image is missing")
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n")[0]
+    return DataError(f"{path} is truncated or not a parquet file; download it again ({reason})")
+
+
+def _read_table(path: Path, hub: HubLayout, info: DatasetInfo) -> pa.Table:
+    file = _open(path)
+    schema = file.schema_arrow
+    for name in (hub.image_column, hub.label_column):
+        if name not in schema.names:
+            raise DataError(
+                f"{path} has no column {name!r}: it has {', '.join(schema.names)}; is this really {info.name}?"
+            )
+    image_type, label_type = schema.field(hub.image_column).type, schema.field(hub.label_column).type
+    if not pa.types.is_struct(image_type) or image_type.get_field_index("bytes") < 0:
+        raise DataError(f"{path}: column {hub.image_column!r} holds {image_type}, not images as struct<bytes, path>")
+    if not pa.types.is_integer(label_type):
+        raise DataError(f"{path}: column {hub.label_column!r} holds {label_type}, not integers")
     try:
-        pixels_CHW = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise DataError(f"{where}: the image cannot be decoded ({_reason(error)})") from error
-    if pixels_CHW.dtype != torch.uint8 or tuple(pixels_CHW.shape) != (3, size, size):
-        raise DataError(
-            f"{where}: the image decodes to {pixels_CHW.dtype} {list(pixels_CHW.shape)},"
-            f" expected uint8 {[3, size, size]}"
-        )
-    pixels_HWC: NDArray[np.uint8] = pixels_CHW.permute(1, 2, 0).numpy()
-    return pixels_HWC
-
-
-def _reason(error: BaseException) -> str:
-    """The last part of the first line: torchvision puts the place in its C++ source before it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\w+, \S+:\d+, ", "", lines[0])
+        table = file.read([hub.image_column, hub.label_column])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    if table[hub.label_column].null_count:
+        raise DataError(f"{path}: {table[hub.label_column].null_count} labels are missing")
+    check_labels(table[hub.label_column].to_numpy(), info.num_classes, where=str(path))
+    return table

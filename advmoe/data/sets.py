@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +56,9 @@ class DatasetInfo:
     """What is known of a data set from its name alone."""
 
     name: str
-    class_names: tuple[str, ...]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    """Names of the labels in order; empty where only the files tell, and filled in once they have been read."""
     image_size: int
     """Height and width in pixels the networks see."""
     mean: tuple[float, float, float]
@@ -70,11 +74,6 @@ class DatasetInfo:
     test_size: int | None = None
     """Images in the complete test set; ``None`` where only the files tell."""
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
@@ -83,6 +82,24 @@ class Dataset:
     info: DatasetInfo
     train: ImageSet
     test: ImageSet
+
+
+def complete_dataset(info: DatasetInfo, train: ImageSet, test: ImageSet, *, where: Path) -> Dataset:
+    """Put the splits together, once their sizes are those of the complete set.
+
+    Raises `DataError` when one split is complete and the other is not, so that files must have been lost; warns when
+    neither is, as in a set reduced on purpose.
+    """
+    found, complete = (len(train), len(test)), (info.train_size, info.test_size)
+    if None not in complete and found != complete:
+        message = (
+            f"{where} holds {found[0]:,} training and {found[1]:,} test images,"
+            f" where {info.name} has {complete[0]:,} and {complete[1]:,}"
+        )
+        if found[0] == complete[0] or found[1] == complete[1]:
+            raise DataError(f"{message}: a file is truncated or missing; download it again")
+        warnings.warn(f"{message}: results are not comparable with others", stacklevel=2)
+    return Dataset(info=info, train=train, test=test)
 
 
 def check_labels(labels: NDArray[np.integer], num_classes: int, *, where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from advmoe.data import digits
-from advmoe.data.cifar import CIFAR10, load_cifar
+from advmoe.data.cifar import CIFAR10, CIFAR100, load_cifar
 from advmoe.data.locate import default_data_dir
 from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress
 from advmoe.errors import ConfigError
@@ -30,6 +30,7 @@ class _Load(Protocol):
 
 _SOURCES: dict[str, tuple[DatasetInfo, _Load]] = {
     "cifar10": (CIFAR10.info, partial(load_cifar, CIFAR10)),
+    "cifar100": (CIFAR100.info, partial(load_cifar, CIFAR100)),
     "digits": (digits.INFO, lambda data_dir, *, download, progress: digits.load_digits()),
 }
 
