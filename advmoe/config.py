@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -100,7 +101,14 @@ class ModelConfig:
             0.0 < self.model_scale <= 1.0,
             f"model scale r must be in (0, 1], got {self.model_scale:g}; the paper's default is 0.5",
         )
-        check(self.width > 0.0, f"the width multiplier must be positive, got {self.width:g}; 1 is the full backbone")
+        check(
+            0.0 < self.width < math.inf,
+            f"the width multiplier must be positive and finite, got {self.width:g}; 1 is the full backbone",
+        )
+        check(
+            len(self.mean) == len(self.std) == 3 and all(0.0 < deviation < math.inf for deviation in self.std),
+            f"expected 3 means and 3 positive standard deviations, got {self.mean} and {self.std}",
+        )
         for option, value in (("depth", self.depth), ("growth", self.growth)):
             check(value is None or self.arch == "densenet", f"{option} is an option of densenet, not of {self.arch}")
             check(value is None or value >= 1, f"{option} must be at least 1, got {value}")
@@ -127,7 +135,10 @@ class AttackConfig:
         one_of("attack start", self.start, ATTACK_STARTS)
         check(self.steps >= 0, f"attack steps must not be negative, got {self.steps}")
         check(self.restarts >= 1, f"attack restarts must be at least 1, got {self.restarts}")
-        check(self.step_size >= 0, f"the attack's step size must not be negative, got {self.step_size:g}")
+        check(
+            0.0 <= self.step_size < math.inf,
+            f"the attack's step size must be finite and not negative, got {self.step_size:g}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +181,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         check(self.batch_size >= 2, f"batch size must be at least 2 (BatchNorm), got {self.batch_size}")
-        check(self.lr > 0, f"the learning rate must be positive, got {self.lr:g}")
-        check(self.trades_beta >= 0, f"trades_beta (1/lambda) must not be negative, got {self.trades_beta:g}")
+        check(0.0 < self.lr < math.inf, f"the learning rate must be positive and finite, got {self.lr:g}")
+        check(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum:g}")
+        check(
+            0.0 <= self.weight_decay < math.inf,
+            f"weight decay must be finite and not negative, got {self.weight_decay:g}",
+        )
+        check(
+            0.0 <= self.trades_beta < math.inf,
+            f"trades_beta (1/lambda) must be finite and not negative, got {self.trades_beta:g}",
+        )
         check(0.0 < self.val_fraction < 1.0, f"the validation share must be in (0, 1), got {self.val_fraction:g}")
         check(self.val_limit >= 1, f"val_limit must be at least 1, got {self.val_limit}")
         check(

@@ -86,7 +86,8 @@ def pgd(
             returned for it and no further work is spent on it. An adversary may stop whenever it has won.
 
     Raises:
-        AdvMoEError: a gradient is not finite. sign(NaN) would leave the image where it is and pass for robustness.
+        AdvMoEError: a logit or a gradient is not finite. sign(NaN) would leave the image where it is, and the argmax of
+            NaNs is class 0: either would pass for robustness.
     """
     adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)
@@ -95,6 +96,7 @@ def pgd(
         candidate = adversarial[rows].requires_grad_()
         with torch.enable_grad():
             logits = forward(candidate)
+            finite &= logits.isfinite().all()
             if labels_B is not None:
                 alive = logits.argmax(dim=1) == labels_B[rows]
                 logits, rows = logits[alive], rows[alive]
@@ -108,7 +110,7 @@ def pgd(
         adversarial[rows] = project(stepped, images[rows], config.eps)
     if not finite:
         raise AdvMoEError(
-            "the attack met a gradient that is not finite, so its result would flatter the model; "
+            "the attack met logits or gradients that are not finite, so its result would flatter the model; "
             "expected finite logits: check the checkpoint (diverged training?) and the input images"
         )
     return adversarial.detach()

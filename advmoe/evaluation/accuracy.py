@@ -14,6 +14,7 @@ from advmoe.attacks.pgd import cross_entropy_objective, evaluating, pgd, startin
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
+from advmoe.errors import AdvMoEError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 from advmoe.seeding import generator_for
@@ -66,6 +67,22 @@ def _starts(images: Tensor, indices: Tensor, attack: AttackConfig, seed: int, re
     return torch.cat(starts).to(images.device) if starts else images
 
 
+def check_finite(logits: Tensor, routing: Routing) -> None:
+    """Refuse a model whose figures would mean nothing.
+
+    The argmax of NaNs is expert 0: with NaN routers the clean predictions look sound, while attacks get no gradient.
+
+    Raises:
+        AdvMoEError: a logit of the classifier or of a router is not finite.
+    """
+    for whose, values in (("the classifier", logits), ("the routers", routing.logits_BRN)):
+        if values is not None and not values.isfinite().all():
+            raise AdvMoEError(
+                f"the logits of {whose} are not finite, so accuracies would mean nothing; expected finite logits: "
+                "check the checkpoint (diverged training?) and the input images"
+            )
+
+
 def robust_images(
     model: RoutedNetwork, images: Tensor, labels: Tensor, indices: Tensor, attack: AttackConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +121,7 @@ def evaluate(
     """SA and RA of a model on all the images given, in fp32; the model is left in the mode it was in.
 
     Raises:
-        AdvMoEError: a gradient of the attack is not finite.
+        AdvMoEError: logits, or a gradient of the attack, are not finite.
     """
     device = model.mean.device
     loader = BatchLoader(images, batch_size=batch_size)
@@ -116,6 +133,7 @@ def evaluate(
             x, y = batch.images.to(device), batch.labels.to(device)
             with torch.no_grad():
                 logits, routing = model.forward_with_routing(x)
+            check_finite(logits, routing)
             right = logits.argmax(dim=1) == y
             adversarial = x.clone()
             adversarial[right], survived = robust_images(
