@@ -11,7 +11,8 @@ import torch
 
 def generator_for(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one place of a run, such as (step, level); different places give independent streams."""
-    state = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)
+    # A spawn key, since a plain list of numbers runs them together: [seed, 3] would equal [seed, 3, 0].
+    state = np.random.SeedSequence(seed, spawn_key=position).generate_state(1, np.uint64)
     generator = torch.Generator(device=device)
     generator.manual_seed(int(state[0] >> np.uint64(1)))
     return generator

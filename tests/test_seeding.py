@@ -1,0 +1,39 @@
+"""Random numbers as functions of their place in a run."""
+
+import pytest
+import torch
+
+from advmoe.seeding import generator_for, seeded
+
+
+def draw(seed: int, *position: int) -> tuple[float, ...]:
+    return tuple(torch.rand(4, generator=generator_for(seed, *position)).tolist())
+
+
+def test_the_same_place_gives_the_same_numbers() -> None:
+    assert draw(7, 3, 1) == draw(7, 3, 1)
+
+
+def test_different_places_give_different_numbers() -> None:
+    # Places that a mere concatenation of 32-bit words would confuse are among them: trailing zeros, seeds of two words.
+    places = [(0,), (0, 0), (0, 0, 0), (1,), (0, 1), (1, 0), (0, 3), (0, 3, 0), (2**32, 5), (0, 1, 5), (2**63 - 1, 0)]
+    assert len({draw(*place) for place in places}) == len(places)
+
+
+def test_seeding_leaves_the_global_generator_as_it_was() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with seeded(5):
+        inside = torch.rand(1)
+    assert torch.equal(torch.rand(2), expected)
+    with seeded(5):
+        assert torch.equal(torch.rand(1), inside)
+
+
+def test_the_global_generator_comes_back_after_an_error() -> None:
+    before = torch.random.get_rng_state()
+    with pytest.raises(KeyError), seeded(5):
+        torch.rand(1)
+        raise KeyError
+    assert torch.equal(torch.random.get_rng_state(), before)
