@@ -16,7 +16,8 @@ class Cost:
     """Cost of a model.
 
     `gflops` follows the paper's tables and most of the field: a multiplication with its addition counts as one
-    operation (1 GFLOP here = 1e9 multiply-adds). Convolutions, linear layers and attention are counted, elementwise work is not.
+    operation (1 GFLOP here = 1e9 multiply-adds). Convolutions, linear layers and attention are counted,
+    elementwise work is not.
     """
 
     parameters: int
