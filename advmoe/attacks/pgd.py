@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +18,52 @@ from torch import Tensor, nn
 from advmoe.config import AttackConfig
 from advmoe.errors import AdvMoEError
 
-Forward = Callable[[Tensor], Tensor]
-"""Images [B, 3, H, W] in [0, 1] -> logits [B, classes]."""
+Forward = Callable[..., Tensor]
+"""Images [b, 3, H, W] in [0, 1] (and their pathways [b, L], where the attack fixes them) -> outputs [b, K]."""
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits [b, classes], positions of these images in the batch [b]) -> loss [b] that the attack increases."""
+"""(outputs [b, K], positions of these images in the batch [b]) -> loss [b] that the attack increases."""
+Won = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [b, K], positions [b]) -> bool [b]: these images are done."""
+
+
+@dataclass
+class GradientCount:
+    """How many gradients an attack took, and how many of them were zero everywhere: such an image never moves."""
+
+    taken: int = 0
+    zero: int = 0
+
+    @property
+    def zero_share(self) -> float:
+        """Share of gradients that were zero."""
+        return self.zero / max(self.taken, 1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode; afterwards each is back in the mode it was in."""
+    """Put every submodule into eval mode and its parameters out of autograd's sight; afterwards all is as it was."""
     training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def cross_entropy_objective(labels_B: Tensor) -> Objective:
     """CE(f(x'), y), the untargeted attack of the evaluation (RA)."""
     return lambda logits, rows: F.cross_entropy(logits, labels_B[rows], reduction="none")
+
+
+def misclassified(labels_B: Tensor) -> Won:
+    """Predictions other than the label."""
+    return lambda logits, rows: logits.argmax(dim=1) != labels_B[rows]
 
 
 def kl_objective(clean_logits_BK: Tensor) -> Objective:
@@ -73,6 +99,9 @@ def pgd(
     *,
     start: Tensor,
     labels_B: Tensor | None = None,
+    won: Won | None = None,
+    pathways_BL: Tensor | None = None,
+    count: GradientCount | None = None,
 ) -> Tensor:
     """Adversarial images within eps of `images` and within [0, 1].
 
@@ -84,28 +113,36 @@ def pgd(
         start: first candidates, [B, 3, H, W] (see `starting_point`).
         labels_B: if given, an image whose prediction differs from its label at any iterate is done: that iterate is
             returned for it and no further work is spent on it. An adversary may stop whenever it has won.
+        won: the same with another idea of winning than `misclassified(labels_B)`.
+        pathways_BL: if given, `forward` gets the rows of the images at hand as its second argument.
+        count: if given, counts the gradients.
 
     Raises:
-        AdvMoEError: a logit or a gradient is not finite. sign(NaN) would leave the image where it is, and the argmax of
+        AdvMoEError: an output or a gradient is not finite. sign(NaN) would leave the image where it is, and argmax of
             NaNs is class 0: either would pass for robustness.
     """
+    if labels_B is not None:
+        won = misclassified(labels_B)
     adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     for _ in range(config.steps):
         candidate = adversarial[rows].requires_grad_()
         with torch.enable_grad():
-            logits = forward(candidate)
-            finite &= logits.isfinite().all()
-            if labels_B is not None:
-                alive = logits.argmax(dim=1) == labels_B[rows]
-                logits, rows = logits[alive], rows[alive]
+            outputs = forward(candidate) if pathways_BL is None else forward(candidate, pathways_BL[rows])
+            finite &= outputs.isfinite().all()
+            if won is not None:
+                alive = ~won(outputs.detach(), rows)
+                outputs, rows = outputs[alive], rows[alive]
                 if len(rows) == 0:
                     break
-            (gradient,) = torch.autograd.grad(objective(logits, rows).sum(), candidate)
-        if labels_B is not None:
+            gradient = gradient_of(objective(outputs, rows).sum(), candidate)
+        if won is not None:
             gradient, candidate = gradient[alive], candidate[alive]
         finite &= gradient.isfinite().all()
+        if count is not None:
+            count.taken += len(rows)
+            count.zero += int((gradient.flatten(1) == 0).all(dim=1).sum())
         stepped = candidate.detach() + config.step_size * gradient.sign()
         adversarial[rows] = project(stepped, images[rows], config.eps)
     if not finite:
@@ -114,3 +151,11 @@ def pgd(
             "expected finite logits: check the checkpoint (diverged training?) and the input images"
         )
     return adversarial.detach()
+
+
+def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
+    """d loss / d images; zero where the loss does not depend on them (a model that hides its gradient altogether)."""
+    if not loss.requires_grad:
+        return torch.zeros_like(images)
+    (gradient,) = torch.autograd.grad(loss, images, allow_unused=True, materialize_grads=True)
+    return gradient

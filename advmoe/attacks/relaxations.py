@@ -1,0 +1,134 @@
+"""What gradient an attacker sees through hard routing: tapes that leave every decision and every output as they are.
+
+The argmax of a router has no gradient, so a network looks the way its surrogate gradient makes it look:
+straight-through hides the expert that was not chosen, and an attack that follows one surrogate flatters the model. The
+tapes here differ in the backward pass only; what an attack finds through any of them holds for the model itself. They
+are handed to `RoutedNetwork.forward_with_routing` by value, nothing is stored on a module.
+
+Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import Forward
+from advmoe.models.network import RoutedNetwork, TapeType
+from advmoe.models.routing import Decision, Routing, RoutingTape, gate
+
+TEMPERATURES = (1.0, 10.0)
+"""Temperatures of the softmax relaxation; the higher, the more an attack sees of experts far from being chosen."""
+
+
+class DetachedTape(RoutingTape):
+    """No gradient through the routers: the attacker takes the pathway for granted."""
+
+    def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
+        """The decision, without a gate."""
+        return super().decide(layer, x_BCHW)._replace(gate_B=None)
+
+
+class GatedTape(RoutingTape):
+    """A gate of value 1 on the chosen expert's output; see `advmoe.models.routing.gate`."""
+
+    def __init__(
+        self,
+        routers: nn.ModuleList,
+        router_of_layer: Sequence[int],
+        forced_BL: Tensor | None = None,
+        *,
+        router_gradient: str,
+    ) -> None:
+        super().__init__(routers, router_of_layer, forced_BL)
+        self._router_gradient = router_gradient
+
+    def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
+        """The decision with this tape's gate."""
+        decision = super().decide(layer, x_BCHW)
+        if decision.logits_BN is None:
+            return decision
+        return decision._replace(gate_B=gate(decision.logits_BN, decision.expert_index_B, self._router_gradient))
+
+
+class MixtureTape(RoutingTape):
+    """Gradient of the experts' mixture weighted by softmax(router logits / temperature) (BPDA, Athalye et al., 2018).
+
+    The only relaxation that sees what the experts not chosen would compute. It costs N experts instead of one.
+    """
+
+    def __init__(
+        self,
+        routers: nn.ModuleList,
+        router_of_layer: Sequence[int],
+        forced_BL: Tensor | None = None,
+        *,
+        temperature: float,
+    ) -> None:
+        super().__init__(routers, router_of_layer, forced_BL)
+        self._temperature = temperature
+
+    def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
+        """The chosen expert's output in value, the mixture's in gradient."""
+        decision = self.decide(layer, x_BCHW)
+        logits_BN = decision.logits_BN
+        if logits_BN is None or not logits_BN.requires_grad:
+            return compute(x_BCHW, decision)
+        weight_BN = (logits_BN / self._temperature).softmax(dim=1)
+        outputs = [
+            compute(x_BCHW, Decision(torch.full_like(decision.expert_index_B, expert), None, None))
+            for expert in range(logits_BN.shape[1])
+        ]
+        output_NB = torch.stack(outputs)
+        places = (1,) * (output_NB.ndim - 2)
+        mixture_B = (weight_BN.T.reshape(*weight_BN.T.shape, *places) * output_NB).sum(dim=0)
+        chosen_B = output_NB[decision.expert_index_B, torch.arange(len(x_BCHW), device=x_BCHW.device)].detach()
+        return chosen_B + (mixture_B - mixture_B.detach())
+
+
+class SteeredTape(RoutingTape):
+    """Takes a given pathway, and asks the routers along it all the same, with gradients.
+
+    Where every router agrees with the given pathway, the model itself takes it, and computes the same output.
+    """
+
+    def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
+        """The expert given, beside the logits of the router that would have decided."""
+        router = self._router_of_layer[layer]
+        if self._forced_BL is not None and router not in self._decisions:
+            logits_BN = self._routers[router](x_BCHW)
+            self._decisions[router] = Decision(self._forced_BL[:, layer], logits_BN, None)
+        return self._decisions[router]
+
+    def read(self) -> Routing:
+        """The pathway taken and the routers' logits along it."""
+        forced_BL, self._forced_BL = self._forced_BL, None
+        try:
+            return super().read()
+        finally:
+            self._forced_BL = forced_BL
+
+
+def view(model: RoutedNetwork, tape_type: TapeType) -> Forward:
+    """The model's logits, with the gradient that a tape gives them."""
+    return lambda images: model.forward_with_routing(images, tape_type=tape_type)[0]
+
+
+def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
+    """All the ways to look at a model that an attack should try, by name; every one has the model's own outputs.
+
+    `straight_through`, `softmax` (gates), `detached`, and `mixture@T` for each temperature T. A network without
+    routers has only one: {"own": model}.
+    """
+    if not (isinstance(model, RoutedNetwork) and model.expert_layouts):
+        return {"own": model}
+    tapes: dict[str, TapeType] = {
+        "straight_through": partial(GatedTape, router_gradient="straight_through"),
+        "softmax": partial(GatedTape, router_gradient="softmax"),
+        "detached": DetachedTape,
+    }
+    tapes |= {f"mixture@{temperature:g}": partial(MixtureTape, temperature=temperature) for temperature in temperatures}
+    return {name: view(model, tape) for name, tape in tapes.items()}
