@@ -55,7 +55,7 @@ class RoutedNetwork(nn.Module):
             tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
         if not self.expert_layouts:
-            tape = RoutingTape(self.routers, (), images.new_zeros((len(images), 0), dtype=torch.int64))
+            tape = RoutingTape(self.routers, (), images.new_zeros((images.shape[0], 0), dtype=torch.int64))
         else:
             tape = tape_type(self.routers, self.router_of_layer, pathways)
         x_BCHW = (images - self.mean) / self.std
