@@ -1,5 +1,7 @@
 """Types of the compiled module; `tests/test_stub.py` compares them with what it holds."""
 
+from collections.abc import Sequence
+from os import PathLike
 from typing import final
 
 import numpy as np
@@ -36,3 +38,52 @@ class BatchFiller:
         out: NDArray[np.uint8] | NDArray[np.float32],
         stop: Stop,
     ) -> None: ...
+
+@final
+class Channels:
+    def __new__(cls, layers: Sequence[NDArray[np.bool_]]) -> Channels: ...
+    @property
+    def num_channels(self) -> int: ...
+
+@final
+class RouteLog:
+    def __new__(cls, num_experts: Sequence[int]) -> RouteLog: ...
+    @staticmethod
+    def load(path: str | PathLike[str]) -> RouteLog: ...
+    def save(self, path: str | PathLike[str]) -> None: ...
+    @property
+    def num_experts(self) -> list[int]: ...
+    def keys(self) -> list[tuple[str, int]]: ...
+    def append(
+        self,
+        condition: tuple[str, int],
+        indices: NDArray[np.int64],
+        experts: NDArray[np.uint8],
+        labels: NDArray[np.int32],
+        predictions: NDArray[np.int32],
+    ) -> None: ...
+    def merge(self, other: RouteLog) -> None: ...
+    def rows(
+        self, condition: tuple[str, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]: ...
+    def expert_load(self, condition: tuple[str, int], num_classes: int) -> NDArray[np.uint64]: ...
+    def unique(self, condition: tuple[str, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]: ...
+    def compare(
+        self, before: tuple[str, int], after: tuple[str, int]
+    ) -> tuple[int, int, list[int], list[int], list[int]]: ...
+    def mask_similarity(
+        self, condition: tuple[str, int], channels: Channels, mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+    def overlap(
+        self, before: tuple[str, int], after: tuple[str, int], channels: Channels
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+    def diversity(
+        self,
+        condition: tuple[str, int],
+        channels: Channels,
+        *,
+        num_bins: int,
+        max_exact: int,
+        sampled: int,
+        seed: int,
+    ) -> tuple[NDArray[np.uint64], int, bool, float, float]: ...

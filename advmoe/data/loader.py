@@ -253,7 +253,9 @@ class BatchLoader:
     def _own_filler(self) -> rust_router.BatchFiller:
         """This process's threads: those of a parent do not exist in a forked child."""
         if self._filler is None or self._filler[0] != os.getpid():
-            augment = self._augment and rust_router.CropFlip(self._augment.padding, self._augment.flip)
+            augment = None
+            if self._augment is not None:
+                augment = rust_router.CropFlip(self._augment.padding, self._augment.flip)
             filler = rust_router.BatchFiller(
                 seed=self._seed,
                 stream=self._stream,

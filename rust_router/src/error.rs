@@ -1,5 +1,7 @@
 //! One error type: each message says what was expected, what came, and for a sample which one it is.
 
+use std::path::{Path, PathBuf};
+
 /// What can go wrong with input. A mistake of our own is a panic, not one of these.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -25,6 +27,34 @@ pub enum Error {
         /// The system's words.
         reason: String,
     },
+    /// A file that cannot be read or written.
+    #[error("cannot {verb} {}: {reason}", path.display())]
+    Io {
+        /// What was tried.
+        verb: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        reason: std::io::Error,
+    },
+    /// A file that is not what it should be.
+    #[error("{} is not a {what} or is damaged: {reason}", path.display())]
+    Format {
+        /// What it should be.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it is not.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`].
+    #[must_use]
+    pub fn io(verb: &'static str, path: &Path, reason: std::io::Error) -> Self {
+        Self::Io { verb, path: path.to_owned(), reason }
+    }
 }
 
 /// Result with this crate's [`Error`].

@@ -4,12 +4,18 @@
 //! knows of it and only converts.
 //!
 //! Data flows one way: a [`source`] yields RGB bytes, [`augment`] decides from counter-based random numbers
-//! ([`rng`]) which window of them is seen, and [`loader`] writes a batch into a buffer the caller owns.
+//! ([`rng`]) which window of them is seen, and [`loader`] writes a batch into a buffer the caller owns. A [`route_log`]
+//! keeps which experts every sample took; [`pathways`] counts them and [`similarity`] compares them as sets of channels.
 
+pub mod atomic;
 pub mod augment;
 pub mod error;
 pub mod loader;
+pub mod pathways;
 pub mod rng;
+pub mod route_file;
+pub mod route_log;
+pub mod similarity;
 pub mod source;
 
 #[cfg(feature = "python")]

@@ -1,15 +1,11 @@
 //! The Python module `advmoe.rust_router`: converts and releases the interpreter, nothing else.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+mod batches;
+mod routes;
 
-use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray4, PyReadwriteArray4, PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
-use crate::augment::{self, Layout};
 use crate::error::Error;
-use crate::loader::{self, Recipe, Request, Workers};
-use crate::rng::Stream;
-use crate::source::Pixels;
 
 pyo3::import_exception!(advmoe.errors, ConfigError);
 pyo3::import_exception!(advmoe.errors, DataError);
@@ -19,112 +15,20 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error {
             Error::Argument(_) | Error::Threads { .. } => ConfigError::new_err(message),
-            Error::Row { .. } | Error::Stopped => DataError::new_err(message),
+            Error::Row { .. } | Error::Stopped | Error::Io { .. } | Error::Format { .. } => DataError::new_err(message),
         }
     }
 }
 
-/// The order of an epoch: a permutation of `range(len)`, a pure function of its arguments.
-#[pyfunction]
-fn epoch_order(py: Python<'_>, seed: u64, stream: u64, epoch: u64, len: usize) -> Bound<'_, PyArray1<i64>> {
-    py.detach(|| Stream { seed, stream }.permutation(epoch, len)).to_pyarray(py)
-}
-
-/// Random crop of the image's own size after zero padding, then a random mirror.
-#[pyclass(frozen, from_py_object)]
-#[derive(Clone)]
-struct CropFlip(augment::CropFlip);
-
-#[pymethods]
-impl CropFlip {
-    #[new]
-    fn new(padding: u32, flip: bool) -> Self {
-        Self(augment::CropFlip { padding, flip })
-    }
-}
-
-/// A flag that ends the work of other threads within one image's time.
-#[pyclass(frozen)]
-#[derive(Default)]
-struct Stop(AtomicBool);
-
-#[pymethods]
-impl Stop {
-    #[new]
-    fn new() -> Self {
-        Self::default()
-    }
-
-    /// Asks the work that holds this flag to end.
-    fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Fills batches with the interpreter released. Belongs to the process that made it.
-#[pyclass(frozen)]
-struct BatchFiller {
-    workers: Workers,
-    bytes: Recipe<u8>,
-    floats: Recipe<f32>,
-}
-
-#[pymethods]
-impl BatchFiller {
-    #[new]
-    #[pyo3(signature = (*, seed, stream, augment, mean, std, channels_last, num_threads))]
-    fn new(
-        seed: u64,
-        stream: u64,
-        augment: Option<CropFlip>,
-        mean: [f32; 3],
-        std: [f32; 3],
-        channels_last: bool,
-        num_threads: usize,
-    ) -> PyResult<Self> {
-        let stream = Stream { seed, stream };
-        let augment = augment.map(|a| a.0);
-        let layout = if channels_last { Layout::Interleaved } else { Layout::Planar };
-        Ok(Self {
-            workers: Workers::new(num_threads)?,
-            bytes: Recipe { stream, augment, levels: augment::byte_levels(), layout },
-            floats: Recipe { stream, augment, levels: augment::float_levels(mean, std), layout },
-        })
-    }
-
-    /// Writes the images of `rows`, as `epoch` sees them, into `out`: uint8 or float32, `[B, 3, H, W]` or, with
-    /// `channels_last`, `[B, H, W, 3]`, C-contiguous.
-    fn fill<'py>(
-        &self,
-        py: Python<'py>,
-        images: PyReadonlyArray4<'py, u8>,
-        rows: PyReadonlyArray1<'py, i64>,
-        epoch: u64,
-        out: &Bound<'py, PyAny>,
-        stop: &Stop,
-    ) -> PyResult<()> {
-        let &[_, height, width, channels] = images.shape() else { unreachable!("four axes by type") };
-        if channels != 3 {
-            return Err(ConfigError::new_err(format!("expected RGB images [n, H, W, 3], got {channels} channels")));
-        }
-        let contiguous = |_| ConfigError::new_err("expected C-contiguous images, rows and buffer; copy them first");
-        let source = Pixels::new(images.as_slice().map_err(contiguous)?, height, width)?;
-        let rows = rows.as_slice().map_err(contiguous)?;
-        let request = Request { rows, epoch, height, width, stop: &stop.0 };
-        if let Ok(mut out) = out.extract::<PyReadwriteArray4<'py, f32>>() {
-            let out = out.as_slice_mut().map_err(contiguous)?;
-            py.detach(|| loader::fill(&self.workers, &source, &self.floats, request, out))?;
-        } else {
-            let mut out = out.extract::<PyReadwriteArray4<'py, u8>>()?;
-            let out = out.as_slice_mut().map_err(contiguous)?;
-            py.detach(|| loader::fill(&self.workers, &source, &self.bytes, request, out))?;
-        }
-        Ok(())
-    }
+/// An array that cannot be seen as a slice.
+fn contiguous(_: impl std::error::Error) -> PyErr {
+    ConfigError::new_err("expected C-contiguous arrays; use numpy.ascontiguousarray")
 }
 
 #[pymodule]
 mod rust_router {
     #[pymodule_export]
-    use super::{BatchFiller, CropFlip, Stop, epoch_order};
+    use super::batches::{BatchFiller, CropFlip, Stop, epoch_order};
+    #[pymodule_export]
+    use super::routes::{Channels, RouteLog};
 }

@@ -15,6 +15,8 @@ pub enum Purpose {
     Crop = 1,
     /// Whether an image is mirrored.
     Flip = 2,
+    /// Which pairs of samples are compared.
+    Pairs = 3,
 }
 
 /// The random numbers of one data stream: `seed` chooses the experiment, `stream` one of its independent sequences.

@@ -1,0 +1,165 @@
+//! What route tables say: expert load, distinct pathways, and how routing differs between two conditions.
+
+use std::collections::HashMap;
+
+use crate::error::{Error, Result};
+use crate::route_log::Table;
+
+/// How many samples of each class each expert got, `[layer, class, expert]`; with `num_classes` 1 labels are ignored.
+///
+/// Layers with fewer experts than `max_experts` have zeros behind them.
+///
+/// # Errors
+/// A label that is unknown or not below `num_classes`, where labels count.
+pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
+    let rows = table.rows();
+    let mut counts = vec![0_u64; table.num_layers() * num_classes * max_experts];
+    for (row, &label) in rows.labels.iter().enumerate() {
+        let class = if num_classes == 1 { Some(0) } else { usize::try_from(label).ok().filter(|&l| l < num_classes) };
+        let class = class.ok_or_else(|| {
+            let last = num_classes.saturating_sub(1);
+            Error::Argument(format!("expected labels 0 to {last}, got {label} for sample {}", rows.indices[row]))
+        })?;
+        for (layer, &expert) in table.pathway(row).iter().enumerate() {
+            counts[(layer * num_classes + class) * max_experts + usize::from(expert)] += 1;
+        }
+    }
+    Ok(counts)
+}
+
+/// Distinct pathways and how many samples took each, the most frequent first, equal counts in order of their experts.
+#[must_use]
+pub fn unique(table: &Table) -> Vec<(&[u8], u64)> {
+    let mut counts: HashMap<&[u8], u64> = HashMap::new();
+    for row in 0..table.len() {
+        *counts.entry(table.pathway(row)).or_default() += 1;
+    }
+    let mut unique: Vec<(&[u8], u64)> = counts.into_iter().collect();
+    unique.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(b.0)));
+    unique
+}
+
+/// How the routing of the same samples differs between two conditions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Comparison {
+    /// Samples that both conditions have.
+    pub matched: u64,
+    /// Samples of either that the other does not have.
+    pub unmatched: u64,
+    /// Samples whose choice changed, by layer.
+    pub changed_by_layer: Vec<u64>,
+    /// Samples by their number of changed layers, from none to all.
+    pub by_num_changed: Vec<u64>,
+    /// The second condition's samples by (router survives, prediction right): yes-yes, no-yes, yes-no, no-no, which are
+    /// ❶ to ❹ of the paper's dissection; and those whose label or prediction is not known.
+    pub outcomes: [u64; 5],
+}
+
+/// Pairs of rows `(in a, in b)` of the samples that both tables have.
+pub fn matches<'a>(a: &'a Table, b: &'a Table) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let (ours, theirs) = (a.rows().indices, b.rows().indices);
+    let mut other = 0;
+    ours.iter().enumerate().filter_map(move |(row, index)| {
+        while theirs.get(other).is_some_and(|their| their < index) {
+            other += 1;
+        }
+        (theirs.get(other) == Some(index)).then_some((row, other))
+    })
+}
+
+/// Compares the routing under two conditions, sample by sample; predictions are those of `b`.
+///
+/// # Errors
+/// Tables without a common sample.
+pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
+    let num_layers = a.num_layers();
+    let mut result = Comparison {
+        changed_by_layer: vec![0; num_layers],
+        by_num_changed: vec![0; num_layers + 1],
+        ..Comparison::default()
+    };
+    let (labels, rows) = (a.rows().labels, b.rows());
+    for (ours, theirs) in matches(a, b) {
+        result.matched += 1;
+        let mut changed = 0;
+        let layers = a.pathway(ours).iter().zip(b.pathway(theirs));
+        for ((before, after), count) in layers.zip(&mut result.changed_by_layer) {
+            let differs = before != after;
+            *count += u64::from(differs);
+            changed += usize::from(differs);
+        }
+        result.by_num_changed[changed] += 1;
+        let label = if rows.labels[theirs] < 0 { labels[ours] } else { rows.labels[theirs] };
+        let prediction = rows.predictions[theirs];
+        let outcome = match (label >= 0 && prediction >= 0, prediction == label, changed == 0) {
+            (false, ..) => 4,
+            (true, right, survives) => 2 * usize::from(!right) + usize::from(!survives),
+        };
+        result.outcomes[outcome] += 1;
+    }
+    if result.matched == 0 {
+        return Err(Error::Argument("expected samples that both conditions have, found none".into()));
+    }
+    result.unmatched = (a.len() + b.len()) as u64 - 2 * result.matched;
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route_log::{Key, RouteLog, Rows};
+
+    fn key(condition: &str) -> Key {
+        Key { condition: condition.into(), epoch: 0 }
+    }
+
+    /// Three samples of two classes in a model of two layers, and what an attack makes of them and of a fourth.
+    fn log() -> RouteLog {
+        let mut log = RouteLog::new(vec![2, 3]).unwrap();
+        let clean =
+            Rows { indices: &[0, 1, 2], experts: &[0, 2, 0, 2, 1, 0], labels: &[0, 1, 1], predictions: &[0, 1, 0] };
+        let attacked = Rows {
+            indices: &[3, 2, 1, 0],
+            experts: &[0, 0, 1, 0, 1, 1, 0, 2],
+            labels: &[0, -1, -1, -1],
+            predictions: &[0, 0, 1, 1],
+        };
+        log.append(key("clean"), clean).unwrap();
+        log.append(key("pgd"), attacked).unwrap();
+        log
+    }
+
+    #[test]
+    fn load_counts_samples_by_layer_class_and_expert() {
+        let mut log = log();
+        let clean = log.table(&key("clean")).unwrap();
+        assert_eq!(load(clean, 1, 3).unwrap(), [2, 1, 0, 1, 0, 2]);
+        // Layer 0: class 0 took expert 0 once; class 1 experts 0 and 1. Layer 1: class 0 expert 2; class 1 experts 2, 0.
+        assert_eq!(load(clean, 2, 3).unwrap(), [1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1]);
+        let message = load(log.table(&key("pgd")).unwrap(), 2, 3).unwrap_err().to_string();
+        assert_eq!(message, "expected labels 0 to 1, got -1 for sample 0");
+    }
+
+    #[test]
+    fn unique_pathways_come_with_their_counts() {
+        let mut log = log();
+        let table = log.table(&key("clean")).unwrap();
+        assert_eq!(unique(table), [(&[0, 2][..], 2), (&[1, 0][..], 1)]);
+    }
+
+    #[test]
+    fn a_comparison_dissects_the_samples_both_have() {
+        let mut log = log();
+        let (clean, attacked) = log.pair(&key("clean"), &key("pgd")).unwrap();
+        // Sample 0 keeps (0, 2) and is wrong: third kind. Sample 1 goes (0, 2) -> (1, 1) and is right: second kind.
+        // Sample 2 keeps (1, 0) and is predicted 0 instead of 1: third kind. Sample 3 is only in one of them.
+        let expected = Comparison {
+            matched: 3,
+            unmatched: 1,
+            changed_by_layer: vec![1, 1],
+            by_num_changed: vec![2, 0, 1],
+            outcomes: [0, 1, 2, 0, 0],
+        };
+        assert_eq!(compare(clean, attacked).unwrap(), expected);
+    }
+}

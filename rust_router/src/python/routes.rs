@@ -1,0 +1,226 @@
+//! The route log, for Python.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyUntypedArrayMethods, ToPyArray};
+use pyo3::prelude::*;
+
+use super::contiguous;
+use crate::error::Result;
+use crate::route_log::{Key, Rows};
+use crate::similarity::{self, PairBudget};
+use crate::{pathways, route_file, route_log};
+
+type Array1<'py, T> = Bound<'py, PyArray1<T>>;
+type Array2<'py, T> = Bound<'py, PyArray2<T>>;
+
+/// A condition's name and epoch.
+type PyKey = (String, u32);
+
+fn key((condition, epoch): PyKey) -> Key {
+    Key { condition, epoch }
+}
+
+/// Which channels each expert of each MoE layer computes.
+#[pyclass(frozen)]
+pub(super) struct Channels(similarity::Channels);
+
+#[pymethods]
+impl Channels {
+    /// One table `[expert, channel]` for each layer.
+    #[new]
+    fn new(layers: Vec<PyReadonlyArray2<'_, bool>>) -> PyResult<Self> {
+        let mut channels = similarity::Channels::new();
+        for layer in layers {
+            channels.push(layer.as_slice().map_err(contiguous)?.to_vec(), layer.shape()[1])?;
+        }
+        Ok(Self(channels))
+    }
+
+    /// Channels of all layers together.
+    #[getter]
+    fn num_channels(&self) -> usize {
+        self.0.num_channels()
+    }
+}
+
+/// Which expert every MoE layer chose for every sample, under every condition. Safe to share between threads.
+#[pyclass(frozen)]
+pub(super) struct RouteLog(Mutex<route_log::RouteLog>);
+
+impl RouteLog {
+    /// Works on the log with the interpreter released.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut route_log::RouteLog) -> Result<T> + Send,
+    ) -> Result<T> {
+        // A panic while the log was changed leaves complete columns behind or none: `append` checks before it adds.
+        py.detach(|| work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+#[pymethods]
+impl RouteLog {
+    #[new]
+    fn new(num_experts: Vec<u16>) -> PyResult<Self> {
+        Ok(Self(Mutex::new(route_log::RouteLog::new(num_experts)?)))
+    }
+
+    /// Reads a log from a file.
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self(Mutex::new(py.detach(|| route_file::load(&path))?)))
+    }
+
+    /// Writes the log to a file, whole or not at all.
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        Ok(self.with(py, |log| route_file::save(log, &path))?)
+    }
+
+    /// Experts of each MoE layer.
+    #[getter]
+    fn num_experts(&self, py: Python<'_>) -> PyResult<Vec<u16>> {
+        Ok(self.with(py, |log| Ok(log.num_experts().to_vec()))?)
+    }
+
+    /// Conditions and epochs that have rows, in order.
+    fn keys(&self, py: Python<'_>) -> PyResult<Vec<PyKey>> {
+        Ok(self.with(py, |log| Ok(log.keys().map(|key| (key.condition.clone(), key.epoch)).collect()))?)
+    }
+
+    /// Adds rows `[B]`, experts `[B, L]`; classes are -1 where unknown.
+    fn append(
+        &self,
+        py: Python<'_>,
+        condition: PyKey,
+        indices: PyReadonlyArray1<'_, i64>,
+        experts: PyReadonlyArray2<'_, u8>,
+        labels: PyReadonlyArray1<'_, i32>,
+        predictions: PyReadonlyArray1<'_, i32>,
+    ) -> PyResult<()> {
+        let rows = Rows {
+            indices: indices.as_slice().map_err(contiguous)?,
+            experts: experts.as_slice().map_err(contiguous)?,
+            labels: labels.as_slice().map_err(contiguous)?,
+            predictions: predictions.as_slice().map_err(contiguous)?,
+        };
+        Ok(self.with(py, |log| log.append(key(condition), rows))?)
+    }
+
+    /// Adds all rows of another log, which replace ours.
+    fn merge(&self, py: Python<'_>, other: &Self) -> PyResult<()> {
+        // A copy: two logs merged into each other at once must not wait for one another.
+        let other = other.with(py, |log| Ok(log.clone()))?;
+        Ok(self.with(py, |log| log.merge(&other))?)
+    }
+
+    /// Indices `[n]`, experts `[n, L]`, labels `[n]` and predictions `[n]` of a condition, by ascending index.
+    #[expect(clippy::type_complexity, reason = "four columns")]
+    fn rows<'py>(
+        &self,
+        py: Python<'py>,
+        condition: PyKey,
+    ) -> PyResult<(Array1<'py, i64>, Array2<'py, u8>, Array1<'py, i32>, Array1<'py, i32>)> {
+        let table = self.with(py, |log| log.table(&key(condition)).cloned())?;
+        let (rows, shape) = (table.rows(), [table.len(), table.num_layers()]);
+        let experts = rows.experts.to_pyarray(py).reshape(shape)?;
+        Ok((rows.indices.to_pyarray(py), experts, rows.labels.to_pyarray(py), rows.predictions.to_pyarray(py)))
+    }
+
+    /// Samples by `[layer, class, expert]`; with one class, whatever their label.
+    fn expert_load<'py>(
+        &self,
+        py: Python<'py>,
+        condition: PyKey,
+        num_classes: usize,
+    ) -> PyResult<Bound<'py, PyArray3<u64>>> {
+        let (counts, shape) = self.with(py, |log| {
+            let max_experts = log.num_experts().iter().copied().max().unwrap_or(0).into();
+            let table = log.table(&key(condition))?;
+            let shape = [table.num_layers(), num_classes, max_experts];
+            Ok((pathways::load(table, num_classes, max_experts)?, shape))
+        })?;
+        counts.into_pyarray(py).reshape(shape)
+    }
+
+    /// Distinct pathways `[U, L]` and how many samples took each `[U]`, the most frequent first.
+    fn unique<'py>(&self, py: Python<'py>, condition: PyKey) -> PyResult<(Array2<'py, u8>, Array1<'py, u64>)> {
+        let (experts, counts, num_layers) = self.with(py, |log| {
+            let table = log.table(&key(condition))?;
+            let unique = pathways::unique(table);
+            let counts: Vec<u64> = unique.iter().map(|(_, count)| *count).collect();
+            let experts: Vec<u8> = unique.iter().flat_map(|(pathway, _)| *pathway).copied().collect();
+            Ok((experts, counts, table.num_layers()))
+        })?;
+        let shape = [counts.len(), num_layers];
+        Ok((experts.into_pyarray(py).reshape(shape)?, counts.into_pyarray(py)))
+    }
+
+    /// Samples matched and not matched, changes by layer `[L]`, samples by number of changed layers `[L + 1]`, and
+    /// outcomes: survived right, fooled right, survived wrong, fooled wrong, unknown.
+    #[expect(clippy::type_complexity, reason = "five numbers with names in the line above")]
+    fn compare(
+        &self,
+        py: Python<'_>,
+        before: PyKey,
+        after: PyKey,
+    ) -> PyResult<(u64, u64, Vec<u64>, Vec<u64>, [u64; 5])> {
+        let found = self.with(py, |log| {
+            let (before, after) = log.pair(&key(before), &key(after))?;
+            pathways::compare(before, after)
+        })?;
+        Ok((found.matched, found.unmatched, found.changed_by_layer, found.by_num_changed, found.outcomes))
+    }
+
+    /// IoU and cosine `[n]` of every sample's pathway with a mask over the channels of all layers.
+    fn mask_similarity<'py>(
+        &self,
+        py: Python<'py>,
+        condition: PyKey,
+        channels: &Channels,
+        mask: PyReadonlyArray1<'py, bool>,
+    ) -> PyResult<(Array1<'py, f64>, Array1<'py, f64>)> {
+        let mask = mask.as_slice().map_err(contiguous)?;
+        let (ious, cosines) =
+            self.with(py, |log| similarity::with_mask(log.table(&key(condition))?, &channels.0, mask))?;
+        Ok((ious.into_pyarray(py), cosines.into_pyarray(py)))
+    }
+
+    /// Indices of the samples that both conditions have, and the IoU of their two pathways.
+    fn overlap<'py>(
+        &self,
+        py: Python<'py>,
+        before: PyKey,
+        after: PyKey,
+        channels: &Channels,
+    ) -> PyResult<(Array1<'py, i64>, Array1<'py, f64>)> {
+        let (indices, ious) = self.with(py, |log| {
+            let (before, after) = log.pair(&key(before), &key(after))?;
+            similarity::between(before, after, &channels.0)
+        })?;
+        Ok((indices.into_pyarray(py), ious.into_pyarray(py)))
+    }
+
+    /// Pairs of samples by IoU, how many pairs, whether these are all, mean IoU and mean intersection.
+    #[pyo3(signature = (condition, channels, *, num_bins, max_exact, sampled, seed))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn diversity<'py>(
+        &self,
+        py: Python<'py>,
+        condition: PyKey,
+        channels: &Channels,
+        num_bins: usize,
+        max_exact: u64,
+        sampled: u64,
+        seed: u64,
+    ) -> PyResult<(Array1<'py, u64>, u64, bool, f64, f64)> {
+        let budget = PairBudget { max_exact, sampled, seed };
+        let found =
+            self.with(py, |log| similarity::diversity(log.table(&key(condition))?, &channels.0, num_bins, budget))?;
+        let histogram = found.histogram.into_pyarray(py);
+        Ok((histogram, found.pairs, found.exact, found.mean_iou, found.mean_intersection))
+    }
+}

@@ -1,0 +1,338 @@
+//! Which expert every MoE layer chose for every sample, under every condition: one byte per layer and sample.
+//!
+//! Rows are keyed by (condition, epoch, sample index), and a row that comes again replaces the old one. So appending a
+//! batch twice, or merging the logs of several ranks in any order, changes nothing.
+
+use std::collections::BTreeMap;
+
+use crate::error::{Error, Result};
+
+/// Longest name of a condition, in characters.
+pub const MAX_CONDITION: usize = 128;
+
+/// Under what circumstances samples were routed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// "clean", or the name of the attack.
+    pub condition: String,
+    /// Epochs of training that the model had behind it, where that matters; else 0.
+    pub epoch: u32,
+}
+
+/// Some samples' rows, in any order. Labels and predictions are classes, or -1 where they are not known.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Sample indices.
+    pub indices: &'a [i64],
+    /// Expert indices, `[sample, layer]`.
+    pub experts: &'a [u8],
+    /// True classes.
+    pub labels: &'a [i32],
+    /// Predicted classes.
+    pub predictions: &'a [i32],
+}
+
+/// The rows of one condition, in ascending order of their sample index, each index once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    indices: Vec<i64>,
+    experts: Vec<u8>,
+    labels: Vec<i32>,
+    predictions: Vec<i32>,
+    num_layers: usize,
+    /// Rows from here on came out of order and wait to be sorted in.
+    ordered: usize,
+}
+
+impl Table {
+    fn new(num_layers: usize) -> Self {
+        Self { num_layers, ..Self::default() }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.indices.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.indices.is_empty()
+    }
+
+    /// Number of MoE layers.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.num_layers
+    }
+
+    /// All rows.
+    #[must_use]
+    pub fn rows(&self) -> Rows<'_> {
+        let Self { indices, experts, labels, predictions, .. } = self;
+        Rows { indices, experts, labels, predictions }
+    }
+
+    /// The pathway of row `row`: one expert index per layer.
+    #[must_use]
+    pub fn pathway(&self, row: usize) -> &[u8] {
+        &self.experts[row * self.num_layers..][..self.num_layers]
+    }
+
+    fn push(&mut self, rows: Rows<'_>) {
+        /// Rows out of order that are kept at least, before they are sorted in: that bounds the memory of repetitions.
+        const PATIENCE: usize = 1 << 16;
+        self.indices.extend_from_slice(rows.indices);
+        self.experts.extend_from_slice(rows.experts);
+        self.labels.extend_from_slice(rows.labels);
+        self.predictions.extend_from_slice(rows.predictions);
+        while self.ordered < self.len()
+            && (self.ordered == 0 || self.indices[self.ordered - 1] < self.indices[self.ordered])
+        {
+            self.ordered += 1;
+        }
+        if self.len() - self.ordered > self.ordered.max(PATIENCE) {
+            self.sort();
+        }
+    }
+
+    /// Brings all rows into order and drops those that were replaced.
+    fn sort(&mut self) {
+        if self.ordered == self.len() {
+            return;
+        }
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.sort_by_key(|&row| self.indices[row]); // stable: the newest of equal indices is last
+        let newest = order.iter().zip(order.iter().skip(1).map(Some).chain([None]));
+        let kept: Vec<usize> = newest
+            .filter(|(row, next)| next.is_none_or(|next| self.indices[*next] != self.indices[**row]))
+            .map(|(&row, _)| row)
+            .collect();
+        self.experts = kept.iter().flat_map(|&row| self.pathway(row)).copied().collect();
+        self.indices = kept.iter().map(|&row| self.indices[row]).collect();
+        self.labels = kept.iter().map(|&row| self.labels[row]).collect();
+        self.predictions = kept.iter().map(|&row| self.predictions[row]).collect();
+        self.ordered = self.len();
+    }
+}
+
+/// Route tables by condition and epoch, of a model with a given number of experts in each MoE layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteLog {
+    num_experts: Vec<u16>,
+    tables: BTreeMap<Key, Table>,
+}
+
+impl RouteLog {
+    /// An empty log for a model whose MoE layers have `num_experts` experts (1 to 256 each).
+    ///
+    /// # Errors
+    /// A layer with no expert or more than 256.
+    pub fn new(num_experts: Vec<u16>) -> Result<Self> {
+        if let Some((layer, n)) = num_experts.iter().enumerate().find(|(_, n)| !(1..=256).contains(*n)) {
+            return Err(Error::Argument(format!(
+                "expected 1 to 256 experts in every MoE layer, got {n} in layer {layer}"
+            )));
+        }
+        Ok(Self { num_experts, tables: BTreeMap::new() })
+    }
+
+    /// Experts of each MoE layer.
+    #[must_use]
+    pub fn num_experts(&self) -> &[u16] {
+        &self.num_experts
+    }
+
+    /// Conditions and epochs that have rows, in order.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.tables.keys()
+    }
+
+    /// Adds rows to a condition, replacing those of the same sample.
+    ///
+    /// # Errors
+    /// Columns of different lengths, an expert that a layer does not have, a negative sample index, a class below -1,
+    /// or a condition without a name. Then nothing is added.
+    pub fn append(&mut self, key: Key, rows: Rows<'_>) -> Result<()> {
+        let num_layers = self.num_experts.len();
+        let expected = rows.indices.len();
+        if key.condition.is_empty() || key.condition.contains('\0') || key.condition.chars().count() > MAX_CONDITION {
+            let message =
+                format!("expected a condition's name of 1 to {MAX_CONDITION} characters, got {:?}", key.condition);
+            return Err(Error::Argument(message));
+        }
+        for (name, len) in [("labels", rows.labels.len()), ("predictions", rows.predictions.len())] {
+            if len != expected {
+                return Err(Error::Argument(format!("expected {expected} {name}, one for each sample, got {len}")));
+            }
+        }
+        if rows.experts.len() != expected * num_layers {
+            let got = rows.experts.len();
+            let message =
+                format!("expected {expected} x {num_layers} expert indices (samples x MoE layers), got {got}");
+            return Err(Error::Argument(message));
+        }
+        if let Some(index) = rows.indices.iter().find(|&&index| index < 0) {
+            return Err(Error::Argument(format!("expected sample indices from 0, got {index}")));
+        }
+        if let Some(class) = rows.labels.iter().chain(rows.predictions).find(|&&class| class < -1) {
+            return Err(Error::Argument(format!("expected classes from 0, or -1 for unknown, got {class}")));
+        }
+        for pathway in rows.experts.chunks_exact(num_layers.max(1)) {
+            for (layer, (&expert, &n)) in pathway.iter().zip(&self.num_experts).enumerate() {
+                if u16::from(expert) >= n {
+                    let message = format!("expected experts 0 to {} in MoE layer {layer}, got {expert}", n - 1);
+                    return Err(Error::Argument(message));
+                }
+            }
+        }
+        self.tables.entry(key).or_insert_with(|| Table::new(num_layers)).push(rows);
+        Ok(())
+    }
+
+    /// Adds all rows of another log of the same model; its rows replace ours.
+    ///
+    /// # Errors
+    /// A log of a model with other MoE layers.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        if self.num_experts != other.num_experts {
+            let (ours, theirs) = (&self.num_experts, &other.num_experts);
+            return Err(Error::Argument(format!(
+                "expected a route log of {ours:?} experts per MoE layer, got {theirs:?}"
+            )));
+        }
+        for (key, table) in &other.tables {
+            let num_layers = self.num_experts.len();
+            self.tables.entry(key.clone()).or_insert_with(|| Table::new(num_layers)).push(table.rows());
+        }
+        Ok(())
+    }
+
+    /// Sorts what was appended out of order, so that tables can be read.
+    pub fn sort(&mut self) {
+        self.tables.values_mut().for_each(Table::sort);
+    }
+
+    /// All tables in order of their keys.
+    pub fn tables(&mut self) -> impl ExactSizeIterator<Item = (&Key, &Table)> {
+        self.sort();
+        self.tables.iter()
+    }
+
+    /// The tables of two conditions, which may be the same.
+    ///
+    /// # Errors
+    /// A condition that has no rows.
+    pub fn pair(&mut self, a: &Key, b: &Key) -> Result<(&Table, &Table)> {
+        self.sort();
+        let find = |key: &Key| {
+            self.tables.get(key).ok_or_else(|| {
+                let have: Vec<_> = self.tables.keys().map(|k| format!("{} (epoch {})", k.condition, k.epoch)).collect();
+                let have = if have.is_empty() { "nothing".to_owned() } else { have.join(", ") };
+                Error::Argument(format!(
+                    "the route log has no {:?} of epoch {}; it has {have}",
+                    key.condition, key.epoch
+                ))
+            })
+        };
+        Ok((find(a)?, find(b)?))
+    }
+
+    /// The table of one condition.
+    ///
+    /// # Errors
+    /// A condition that has no rows.
+    pub fn table(&mut self, key: &Key) -> Result<&Table> {
+        self.pair(key, key).map(|(table, _)| table)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key(condition: &str) -> Key {
+        Key { condition: condition.into(), epoch: 0 }
+    }
+
+    /// Rows of a two-layer model whose content follows from the index, as that of a deterministic model does.
+    fn append(log: &mut RouteLog, condition: &str, indices: &[i64]) {
+        let experts: Vec<u8> = indices.iter().flat_map(|i| [(i % 2) as u8, (i / 2 % 3) as u8]).collect();
+        let labels: Vec<i32> = indices.iter().map(|i| (i % 10) as i32).collect();
+        let predictions = vec![-1; indices.len()];
+        let rows = Rows { indices, experts: &experts, labels: &labels, predictions: &predictions };
+        log.append(key(condition), rows).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_and_repetition_of_batches_do_not_matter(
+            batches in proptest::collection::vec(proptest::collection::vec(0..50_i64, 0..8), 0..8),
+        ) {
+            let mut forwards = RouteLog::new(vec![2, 3]).unwrap();
+            let mut backwards = forwards.clone();
+            append(&mut forwards, "clean", &[0]);
+            append(&mut backwards, "clean", &[0]);
+            batches.iter().for_each(|batch| append(&mut forwards, "clean", batch));
+            batches.iter().rev().for_each(|batch| append(&mut backwards, "clean", batch));
+            let copy = backwards.clone();
+            backwards.merge(&copy).unwrap();
+            forwards.sort();
+            backwards.sort();
+            prop_assert_eq!(&forwards, &backwards);
+            let indices = forwards.table(&key("clean")).unwrap().rows().indices;
+            prop_assert!(indices.is_sorted_by(|a, b| a < b));
+        }
+    }
+
+    #[test]
+    fn a_row_that_comes_again_replaces_the_old_one() {
+        let mut log = RouteLog::new(vec![2]).unwrap();
+        for experts in [[0, 0], [1, 0]] {
+            let rows = Rows { indices: &[4, 2], experts: &experts, labels: &[0, 0], predictions: &[1, 1] };
+            log.append(key("clean"), rows).unwrap();
+        }
+        let rows = log.table(&key("clean")).unwrap().rows();
+        assert_eq!((rows.indices, rows.experts), (&[2, 4][..], &[0, 1][..]));
+    }
+
+    #[test]
+    fn repeated_rows_do_not_pile_up() {
+        let mut log = RouteLog::new(vec![2]).unwrap();
+        let indices: Vec<i64> = (0..1000).rev().collect();
+        let (experts, classes) = (vec![1; 1000], vec![0; 1000]);
+        for _ in 0..500 {
+            let rows = Rows { indices: &indices, experts: &experts, labels: &classes, predictions: &classes };
+            log.append(key("clean"), rows).unwrap();
+        }
+        assert!(log.tables[&key("clean")].len() <= 1000 + (1 << 16));
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_refused_whole() {
+        let mut log = RouteLog::new(vec![2, 3]).unwrap();
+        let fits = Rows { indices: &[0], experts: &[1, 2], labels: &[0], predictions: &[-1] };
+        let bad = [
+            (Rows { experts: &[1, 3], ..fits }, "expected experts 0 to 2 in MoE layer 1, got 3"),
+            (Rows { experts: &[1], ..fits }, "expected 1 x 2 expert indices (samples x MoE layers), got 1"),
+            (Rows { indices: &[-1], ..fits }, "expected sample indices from 0, got -1"),
+            (Rows { labels: &[], ..fits }, "expected 1 labels, one for each sample, got 0"),
+            (Rows { predictions: &[-2], ..fits }, "expected classes from 0, or -1 for unknown, got -2"),
+        ];
+        for (rows, message) in bad {
+            assert_eq!(log.append(key("clean"), rows).unwrap_err().to_string(), message);
+        }
+        let message = "the route log has no \"clean\" of epoch 0; it has nothing";
+        assert_eq!(log.table(&key("clean")).unwrap_err().to_string(), message);
+    }
+
+    #[test]
+    fn a_model_without_routing_has_rows_without_experts() {
+        let mut log = RouteLog::new(vec![]).unwrap();
+        let rows = Rows { indices: &[3, 1], experts: &[], labels: &[0, 1], predictions: &[0, 0] };
+        log.append(key("clean"), rows).unwrap();
+        assert_eq!(log.table(&key("clean")).unwrap().len(), 2);
+    }
+}
