@@ -15,6 +15,7 @@ KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
 GRANULARITIES = ("layer", "block", "stage", "image")
 ROUTER_GRADIENTS = ("softmax", "straight_through")
 EXPERT_FILTERS = ("windows", "separate")
+LOSSES = ("trades", "pgd_at")
 ATTACK_STARTS = ("uniform", "gaussian", "clean")
 
 T = TypeVar("T")
@@ -159,8 +160,18 @@ class TrainConfig:
     """SGD momentum."""
     weight_decay: float = 5e-4
     """L2 penalty."""
+    loss: str = "trades"
+    """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, the cross-entropy of adversarial images (Madry et al.)."""
     trades_beta: float = 6.0
     """1 / lambda, weight of the KL term."""
+    balance: float = 0.0
+    """Weight of the load-balance loss on the routers; 0 is off, as in the paper."""
+    awp: float = 0.0
+    """Size gamma of adversarial weight perturbations relative to the weights (Wu et al., 2020); 0 is off."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then validated and kept; 0 is off."""
+    init: str | None = None
+    """SHA-256 of the checkpoint the run starts from (as router-only AT does); None for fresh weights."""
     attack: AttackConfig = dataclasses.field(
         default_factory=lambda: AttackConfig(steps=2, step_size=5 / 255, start="gaussian")
     )
@@ -187,6 +198,10 @@ class TrainConfig:
             0.0 <= self.weight_decay < math.inf,
             f"weight decay must be finite and not negative, got {self.weight_decay:g}",
         )
+        one_of("loss", self.loss, LOSSES)
+        check(self.balance >= 0, f"the weight of the load-balance loss must not be negative, got {self.balance:g}")
+        check(0.0 <= self.awp < 1.0, f"awp (gamma) must be in [0, 1), got {self.awp:g}; the usual value is 0.005")
+        check(0.0 <= self.ema < 1.0, f"ema (decay) must be in [0, 1), got {self.ema:g}; the usual value is 0.999")
         check(
             0.0 <= self.trades_beta < math.inf,
             f"trades_beta (1/lambda) must be finite and not negative, got {self.trades_beta:g}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from advmoe.cli.options import DataDir, Json, Seed
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
 from advmoe.data.sources import load_dataset
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+from advmoe.training.checkpoint import Checkpoint, file_digest, load_checkpoint
 
 
 def export(
@@ -82,12 +81,10 @@ def export(
 
 def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
     """What the file says about the model it came from."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     described = to_dict(contents.model)
     described |= {"mean": list(contents.model.mean), "std": list(contents.model.std)}
     training = {name: contents.train[name] for name in ("dataset", "method") if name in contents.train}
-    return described | training | {"checkpoint_sha256": digest}
+    return described | training | {"checkpoint_sha256": file_digest(path)}
 
 
 def test_images(contents: Checkpoint, data_dir: Path | None, number: int, seed: int) -> np.ndarray:

@@ -44,6 +44,6 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device '{name}' was asked for, but this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device '{name}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
     return device

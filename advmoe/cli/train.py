@@ -17,7 +17,7 @@ from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps, to_dict
 from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.models.registry import build_model
-from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.checkpoint import file_digest, load_checkpoint
 from advmoe.training.loop import Trainer
 from advmoe.training.methods import resolve_method
 from advmoe.training.run_folder import RunFolder
@@ -47,10 +47,12 @@ def stopping_on_interrupt(trainer: Trainer) -> Iterator[None]:
 def train(
     dataset: Annotated[str, typer.Argument(help="Name of the data set, e.g. cifar10, or digits (needs no download).")],
     arch: Annotated[str, typer.Option(help="Backbone.")] = "vgg16",
-    kind: Annotated[str, typer.Option(help="moe, dense or s_dense (every width times r).")] = "moe",
+    kind: Annotated[str, typer.Option(help="moe, dense, s_dense (every width times r) or sparse_cnn.")] = "moe",
     method: Annotated[
         str | None,
-        typer.Option(help="advmoe, at (TRADES on everything jointly) or standard. Default: advmoe for moe, else at."),
+        typer.Option(
+            help="advmoe, at (everything jointly), router_at, expert_at, standard. Default: advmoe for moe, else at."
+        ),
     ] = None,
     num_experts: Annotated[int, typer.Option(help="N, experts per layer.")] = 2,
     model_scale: Annotated[float, typer.Option(help="r, share of a layer's channels in one expert.")] = 0.5,
@@ -67,6 +69,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate (SGD, cosine to zero).")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = 5e-4,
+    loss: Annotated[str, typer.Option(help="Robust objective: trades or pgd_at.")] = "trades",
     trades_beta: Annotated[float, typer.Option(help="1/lambda, weight of the KL term of TRADES.")] = 6.0,
     eps: Annotated[
         str | None,
@@ -74,6 +77,14 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(help="K, PGD steps of the training attack.")] = 2,
     step_size: Annotated[str | None, typer.Option(help="Step of the training attack. Default: 5/8 of eps.")] = None,
+    balance: Annotated[float, typer.Option(help="Weight of a load-balance loss on the routers; 0 is off.")] = 0.0,
+    awp: Annotated[float, typer.Option(help="Adversarial weight perturbation, gamma (usually 0.005); 0 is off.")] = 0.0,
+    ema: Annotated[
+        float, typer.Option(help="Validate and keep a moving average of the weights, decay (usually 0.999); 0 is off.")
+    ] = 0.0,
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint to start from, for --method router_at, expert_at or fine-tuning.")
+    ] = None,
     val_limit: Annotated[int, typer.Option(help="Validation images attacked after each epoch, at most.")] = 1000,
     limit_train: Annotated[int | None, typer.Option(help="Train on this many images only (a seeded choice).")] = None,
     data_dir: DataDir = None,
@@ -104,7 +115,12 @@ def train(
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
+        loss=loss,
         trades_beta=trades_beta,
+        balance=balance,
+        awp=awp,
+        ema=ema,
+        init=None if init is None else file_digest(init),
         attack=attack,
         val_attack=AttackConfig(eps=radius, steps=10, step_size=VALIDATION_STEP_SHARE * radius),
         val_limit=val_limit,
@@ -126,16 +142,19 @@ def train(
         mean=info.mean,
         std=info.std,
     )
-    resolve_method(config.method, model)
+    resolve_method(config.method, model, has_init=init is not None)
     build_model(model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
+    initial = None if init is None else load_checkpoint(init)
     path = out or Path("runs") / f"{info.name}-{arch}-{kind}-{config.method}"
     with RunFolder(path) as folder:
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:
             data = load_dataset(info.name, data_dir, progress=progress)
         with TrainingProgress() as observer:
-            trainer = Trainer(model, config, data, folder, device=place, observer=observer, resume=checkpoint)
+            trainer = Trainer(
+                model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
+            )
             with stopping_on_interrupt(trainer):
                 complete = trainer.fit()
     if not complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import tempfile
@@ -27,7 +28,7 @@ class Checkpoint:
 
     model: ModelConfig
     weights: dict[str, torch.Tensor]
-    """State dict of the model."""
+    """State dict of the model as it was validated: the moving average of the weights where the run keeps one."""
     class_names: tuple[str, ...] = ()
     """Label of each output."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +39,8 @@ class Checkpoint:
     """Position in the run, and sums of the epoch under way."""
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     """State of each level's optimiser."""
+    training_weights: dict[str, torch.Tensor] | None = None
+    """State dict that training goes on from, where `weights` is a moving average."""
 
     def build(self) -> RoutedNetwork:
         """The model, in eval mode."""
@@ -81,8 +84,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "metrics": checkpoint.metrics,
         "progress": checkpoint.progress,
         "optimizers": checkpoint.optimizers,
+        "training_weights": checkpoint.training_weights,
     }
     write_atomically(path, lambda temporary: torch.save(contents, temporary))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a checkpoint file, in hexadecimal.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu") -> Checkpoint:
@@ -117,6 +133,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
             metrics=contents["metrics"],
             progress=contents["progress"],
             optimizers=contents["optimizers"],
+            training_weights=contents["training_weights"],
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error

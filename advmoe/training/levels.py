@@ -29,6 +29,11 @@ class Level:
     forward: Callable[[Tensor], tuple[Tensor, Routing]]
     optimizer: torch.optim.Optimizer
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What this level may change."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Put this level into training mode and hold the other one fixed: no gradients, no change of its statistics.

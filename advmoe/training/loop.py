@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe.config import ModelConfig, TrainConfig, to_dict
+from advmoe.config import ModelConfig, TrainConfig, from_dict, to_dict
 from advmoe.data.loader import Batch, BatchLoader, CropFlip
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.data.splits import split_validation
@@ -72,6 +73,17 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Split:
     return Split(dataset.train, train, dataset.train.take(validation))
 
 
+def difference(given: Any, wanted: Any) -> str:
+    """The first field in which two configs differ, as `name = given (not wanted)`."""
+    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
+    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")
+
+
+def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
+    """A model's state dict on the CPU."""
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
 def cosine(step: int, total: int, peak: float) -> float:
     """Learning rate of a step: from `peak` at 0 down to 0 at `total`."""
     return 0.5 * peak * (1.0 + math.cos(math.pi * step / total))
@@ -88,6 +100,7 @@ class Trainer:
         device: where to compute.
         observer: who watches.
         resume: contents of the folder's `last.pt` to go on from, or None for a new run.
+        initial: checkpoint whose weights a new run starts from, or None for fresh ones.
 
     Raises:
         ConfigError: settings that do not go together, or a folder that holds another run.
@@ -104,8 +117,9 @@ class Trainer:
         device: torch.device,
         observer: Observer,
         resume: Checkpoint | None = None,
+        initial: Checkpoint | None = None,
     ) -> None:
-        self.method = resolve_method(config.method, model_config)
+        self.method = resolve_method(config.method, model_config, has_init=config.init is not None)
         self.model_config = model_config
         self.config = config
         self.class_names = dataset.info.class_names
@@ -115,6 +129,14 @@ class Trainer:
         self.split = split_dataset(dataset, config)
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
+        if initial is not None:
+            if initial.model != model_config:
+                raise ConfigError(
+                    f"the checkpoint to start from holds another model: {difference(initial.model, model_config)}; "
+                    "repeat its options"
+                )
+            self.model.load_state_dict(initial.weights)
+        self.average = self._new_average()
         self.levels = [make_level(name, self.model, config) for name in self.method.levels]
         self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
         self.steps_per_epoch = len(self.loaders[-1])
@@ -177,13 +199,15 @@ class Trainer:
             self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
             raise
         self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         for sums, result in zip(self.sums, results, strict=True):
             sums.add(result)
         self.observer.stepped(self.step, len(batches[-1].labels), self.sums[-1].summary())
 
     def _finish_epoch(self, images_per_second: float) -> None:
         epoch = self.step // self.steps_per_epoch
-        validation = evaluate(self.model, self.split.validation, self.config.val_attack, seed=self.config.seed)
+        validation = evaluate(self._validated(), self.split.validation, self.config.val_attack, seed=self.config.seed)
         figures = validation.as_dict()
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -244,10 +268,20 @@ class Trainer:
         layers = len(self.model.expert_layouts)
         return [EpochSums(layers, self.model_config.num_experts, self.device) for _ in self.levels]
 
+    def _new_average(self) -> AveragedModel | None:
+        if self.config.ema == 0:
+            return None
+        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema), use_buffers=True)
+
+    def _validated(self) -> RoutedNetwork:
+        """The network that is validated and kept."""
+        return self.model if self.average is None else self.average.module
+
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
             model=self.model_config,
-            weights={name: value.detach().cpu() for name, value in self.model.state_dict().items()},
+            weights=weights_of(self._validated()),
+            training_weights=None if self.average is None else weights_of(self.model),
             class_names=self.class_names,
             train=to_dict(self.config),
             metrics=self._metrics,
@@ -260,21 +294,27 @@ class Trainer:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        stored = {"model": to_dict(checkpoint.model), "train": checkpoint.train}
-        wanted = {"model": to_dict(self.model_config), "train": to_dict(self.config)}
-        for part in ("model", "train"):
-            for name, value in wanted[part].items():
-                if stored[part].get(name) != value:
-                    raise CheckpointError(
-                        f"cannot resume {self.folder.path}: it was started with {name} = {stored[part].get(name)}, "
-                        f"now {name} = {value} was asked for; repeat the original options"
-                    )
         if not checkpoint.progress or len(checkpoint.optimizers) != len(self.levels):
             raise CheckpointError(f"{self.folder.last} has no training state; resume needs the last.pt of a run")
-        self.model.load_state_dict(checkpoint.weights)
+        for stored, wanted in (
+            (checkpoint.model, self.model_config),
+            (from_dict(TrainConfig, checkpoint.train), self.config),
+        ):
+            if stored != wanted:
+                raise CheckpointError(
+                    f"cannot resume {self.folder.path}: it was started with {difference(stored, wanted)}; "
+                    "repeat the original options"
+                )
+        self.step = checkpoint.progress["step"]
+        if self.average is None:
+            self.model.load_state_dict(checkpoint.weights)
+        else:
+            assert checkpoint.training_weights is not None
+            self.model.load_state_dict(checkpoint.training_weights)
+            self.average.module.load_state_dict(checkpoint.weights)
+            self.average.n_averaged.fill_(self.step)
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
             level.optimizer.load_state_dict(state)
-        self.step = checkpoint.progress["step"]
         self.best_ra = checkpoint.progress["best_ra"]
         self._metrics = dict(checkpoint.metrics)
         for sums, state in zip(self.sums, checkpoint.progress["sums"], strict=True):

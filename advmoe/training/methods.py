@@ -10,7 +10,7 @@ import torch
 from advmoe.config import KINDS, ModelConfig, TrainConfig, check, one_of
 from advmoe.data.loader import Batch
 from advmoe.training.levels import Level, LevelName
-from advmoe.training.steps import StepResult, standard_update, trades_update
+from advmoe.training.steps import StepResult, adversarial_update, standard_update
 
 StepFunction = Callable[[Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator]], list[StepResult]]
 
@@ -25,6 +25,8 @@ class Method:
     """One iteration: as many batches and generators of attack noise as there are levels."""
     kinds: tuple[str, ...] = KINDS
     """Model kinds it is defined for."""
+    starts_from_checkpoint: bool = False
+    """Whether it only makes sense on top of an earlier run."""
     summary: str
 
 
@@ -34,16 +36,16 @@ def advmoe(
     """Algorithm 1: two different batches, two attacks; the experts are attacked through the routers just updated."""
     routers, experts = levels
     batch_routers, batch_experts = batches
-    lower = trades_update(routers, batch_routers, config, noise[0])
-    upper = trades_update(experts, batch_experts, config, noise[1])
+    lower = adversarial_update(routers, batch_routers, config, noise[0])
+    upper = adversarial_update(experts, batch_experts, config, noise[1])
     return [lower, upper]
 
 
 def adversarial_training(
     levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
 ) -> list[StepResult]:
-    """AT: TRADES on all parameters jointly (eq. AT)."""
-    return [trades_update(levels[0], batches[0], config, noise[0])]
+    """AT: the robust loss, by default TRADES, on the parameters of one level (eq. AT: on all of them jointly)."""
+    return [adversarial_update(levels[0], batches[0], config, noise[0])]
 
 
 def standard(
@@ -63,11 +65,25 @@ METHODS: dict[str, Method] = {
     "at": Method(
         levels=("all",), step=adversarial_training, summary="adversarial training (TRADES) of all parameters jointly"
     ),
+    "router_at": Method(
+        levels=("routers",),
+        step=adversarial_training,
+        kinds=("moe",),
+        starts_from_checkpoint=True,
+        summary="router-only AT of a trained model, experts fixed (Sec. 4, Q1)",
+    ),
+    "expert_at": Method(
+        levels=("experts",),
+        step=adversarial_training,
+        kinds=("moe",),
+        starts_from_checkpoint=True,
+        summary="expert AT of a trained model, routers fixed (Sec. 4, Q2)",
+    ),
     "standard": Method(levels=("all",), step=standard, summary="ordinary training on clean images"),
 }
 
 
-def resolve_method(name: str, model: ModelConfig) -> Method:
+def resolve_method(name: str, model: ModelConfig, *, has_init: bool = False) -> Method:
     """The method, checked against the model it is to train.
 
     Raises:
@@ -78,5 +94,9 @@ def resolve_method(name: str, model: ModelConfig) -> Method:
         model.kind in method.kinds,
         f"method '{name}' trains model kind {' or '.join(method.kinds)}, got '{model.kind}'; "
         f"use --method at for adversarial training of '{model.kind}'",
+    )
+    check(
+        has_init or not method.starts_from_checkpoint,
+        f"method '{name}' goes on from a trained model; give its checkpoint with --init",
     )
     return method

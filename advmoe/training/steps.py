@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advmoe.attacks.pgd import evaluating, kl_objective, pgd, starting_point
+from advmoe.attacks.pgd import cross_entropy_objective, evaluating, kl_objective, pgd, starting_point
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
+from advmoe.training.awp import perturbed_weights
 from advmoe.training.levels import Level
-from advmoe.training.losses import trades
+from advmoe.training.losses import load_balance, trades
 
 
 @dataclass(frozen=True)
@@ -32,40 +33,36 @@ class StepResult:
     adversarial_routing: Routing | None
 
 
-def training_attack(model: RoutedNetwork, images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """K-step PGD on KL(f(x) || f(x')), against the model as it is now, BatchNorm in eval mode."""
-    with evaluating(model):
-        with torch.no_grad():
-            clean_logits = model(images)
-        start = starting_point(images, config.attack, generator)
-        return pgd(model, images, kl_objective(clean_logits), config.attack, start=start)
+def training_attack(
+    model: RoutedNetwork, images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
+) -> Tensor:
+    """K-step PGD on the loss's own inner objective, against the model as it is now, BatchNorm in eval mode.
 
-
-def update(level: Level, loss: Tensor) -> None:
-    """One step of the level's optimiser.
-
-    Raises:
-        TrainingError: the loss is not finite; nothing has been changed.
+    TRADES increases KL(f(x) || f(x')), PGD-AT the cross-entropy.
     """
-    if not loss.isfinite():
-        raise TrainingError(
-            f"the loss of the {level.name} became {loss.item():g}; training stopped before this update: "
-            "lower --lr, or resume from the last checkpoint with another seed"
-        )
-    level.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    level.optimizer.step()
+    with evaluating(model):
+        if config.loss == "trades":
+            with torch.no_grad():
+                objective = kl_objective(model(images))
+        else:
+            objective = cross_entropy_objective(labels)
+        start = starting_point(images, config.attack, generator)
+        return pgd(model, images, objective, config.attack, start=start)
 
 
-def trades_update(level: Level, batch: Batch, config: TrainConfig, generator: torch.Generator) -> StepResult:
-    """Attack the current model on this batch, then one descent step of the level on the TRADES loss."""
-    adversarial = training_attack(level.model, batch.images, config, generator)
-    with level.training():
+def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:
+    """The robust objective on a batch and its adversarial images, and what the passes showed."""
+    adversarial_logits, adversarial_routing = level.forward(adversarial)
+    if config.loss == "trades":
         clean_logits, routing = level.forward(batch.images)
-        adversarial_logits, adversarial_routing = level.forward(adversarial)
         loss = trades(clean_logits, adversarial_logits, batch.labels, config.trades_beta)
-        update(level, loss)
-    return StepResult(
+    else:
+        with torch.no_grad(), evaluating(level.model):
+            clean_logits, routing = level.model.forward_with_routing(batch.images)
+        loss = F.cross_entropy(adversarial_logits, batch.labels)
+    if config.balance and adversarial_routing.logits_BRN is not None:
+        loss = loss + config.balance * load_balance(adversarial_routing)
+    return loss, StepResult(
         loss.detach(),
         len(batch.labels),
         (clean_logits.argmax(dim=1) == batch.labels).sum(),
@@ -75,11 +72,44 @@ def trades_update(level: Level, batch: Batch, config: TrainConfig, generator: to
     )
 
 
+def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generator: torch.Generator) -> StepResult:
+    """Attack the current model on this batch, then one descent step of the level on the robust loss."""
+    adversarial = training_attack(level.model, batch.images, batch.labels, config, generator)
+    with level.training():
+        if config.awp:
+            with perturbed_weights(
+                level.model, level.parameters, lambda: robust_loss(level, batch, adversarial, config)[0], config.awp
+            ):
+                loss, result = robust_loss(level, batch, adversarial, config)
+                descend(level, loss)
+        else:
+            loss, result = robust_loss(level, batch, adversarial, config)
+            descend(level, loss)
+        level.optimizer.step()
+    return result
+
+
 def standard_update(level: Level, batch: Batch) -> StepResult:
     """One descent step on the cross-entropy of clean images."""
     with level.training():
         logits, routing = level.forward(batch.images)
         loss = F.cross_entropy(logits, batch.labels)
-        update(level, loss)
+        descend(level, loss)
+        level.optimizer.step()
     correct = (logits.argmax(dim=1) == batch.labels).sum()
     return StepResult(loss.detach(), len(batch.labels), correct, None, routing, None)
+
+
+def descend(level: Level, loss: Tensor) -> None:
+    """Compute the gradients of a step.
+
+    Raises:
+        TrainingError: the loss is not finite; no weight has been changed.
+    """
+    if not loss.isfinite():
+        raise TrainingError(
+            f"the loss of the {level.name} became {loss.item():g}; training stopped before this update: "
+            "lower --lr, or resume from the last checkpoint with another seed"
+        )
+    level.optimizer.zero_grad(set_to_none=True)
+    loss.backward()

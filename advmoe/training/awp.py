@@ -1,0 +1,39 @@
+"""Adversarial weight perturbation (Wu et al., 2020): descend at the worst nearby weights rather than at the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def perturbed_weights(
+    model: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], gamma: float
+) -> Iterator[None]:
+    """Inside, weights with two or more dimensions are moved up the loss by gamma times their own norm; then moved back.
+
+    Args:
+        model: the network; its buffers (BatchNorm statistics) forget the pass that finds the direction.
+        parameters: what may be perturbed.
+        loss: evaluates the loss at the present weights.
+        gamma: relative size of the perturbation.
+    """
+    weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                weight.add_(gradient * (gamma * weight.norm() / (gradient.norm() + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, saved in zip(weights, before, strict=True):
+                weight.copy_(saved)
