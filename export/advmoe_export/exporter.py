@@ -1,0 +1,231 @@
+"""From a module to a verified file: trace, passes, profile, storage, verification, and only then the requested name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from advmoe_export.errors import ModelFileError, UnsupportedModelError, VerificationError
+from advmoe_export.metadata import KEY, ModelMetadata
+from advmoe_export.operators import Bank
+from advmoe_export.passes.fold_batchnorm import fold_batchnorm
+from advmoe_export.passes.interface import add_expert_index, add_router_margin, routed_nodes, take_uint8_images
+from advmoe_export.passes.regions import Plan, plan_regions
+from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.storage import write_external
+from advmoe_export.profiles import build
+from advmoe_export.session import OPTIMIZATION_LEVELS, data_file
+from advmoe_export.trace import BATCH, trace
+from advmoe_export.verify import Reference, Tolerance, VerificationReport, run_reference, verify
+
+INPUT_TYPES = ("float32", "uint8")
+DTYPES = ("fp32",)
+OPSETS = range(18, 24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export produced."""
+
+    path: Path
+    """The graph; its weights lie beside it in `data_path`."""
+    data_path: Path
+    graph_bytes: int
+    data_bytes: int
+    parameter_bytes: int
+    """Bytes of the module's parameters, for comparison."""
+    metadata: ModelMetadata
+    verification: VerificationReport
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        document = dataclasses.asdict(self) | {"path": str(self.path), "data_path": str(self.data_path)}
+        return json.dumps(document | {"verification": json.loads(self.verification.to_json())})
+
+
+def export_model(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int],
+    labels: Sequence[str],
+    metadata: Mapping[str, Any] | None = None,
+    profile: str = "hybrid",
+    batch_size: int | None = None,
+    opset: int = 18,
+    dtype: str = "fp32",
+    input_type: str = "float32",
+    margins: bool = False,
+    images: npt.NDArray[Any] | None = None,
+    allow_unrouted: bool = False,
+    tolerance: Tolerance | None = None,
+) -> ExportReport:
+    """Write a module as one ONNX graph in which every image computes its own expert and no other.
+
+    The file and its data file (`path` + `.data`) appear under their names only after they were compared with the
+    module.
+
+    Args:
+        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes], normalisation
+            inside, whose routed
+            layers call `advmoe::moe_conv2d` or `advmoe::moe_linear`.
+        path: the `.onnx` file to write.
+        image_size: height and width of the images.
+        labels: class names in the order of the logits.
+        metadata: what else the file should say about the model, as JSON data.
+        profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no control flow).
+        batch_size: batch size to fix, for `static` only.
+        opset: version of ONNX's standard operators.
+        dtype: of weights and activations; routers stay fp32.
+        input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
+        margins: also output `router_margin`.
+        images: real images, as the file will read them: verified besides synthetic ones, and the source of the
+            recorded expert load.
+        allow_unrouted: accept a module without any routed layer (Dense, S-Dense).
+        tolerance: what counts as equal in the verification.
+
+    Raises:
+        UnsupportedModelError: the module or an option cannot be exported.
+        ModelFileError: the files cannot be written.
+        VerificationError: the graph does not compute what the module does; nothing is left under `path`.
+    """
+    target = _target(path)
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    _one_of("dtype", dtype, DTYPES)
+    _one_of("input type", input_type, INPUT_TYPES)
+    if opset not in OPSETS:
+        raise UnsupportedModelError(f"opset must be in {OPSETS.start} ... {OPSETS.stop - 1}, got {opset}")
+    traced = trace(model, image_size=size, opset=opset)
+    graph = traced.graph
+    classes = graph.outputs[0].shape[1]  # type: ignore[index]
+    if len(labels) != classes:
+        raise UnsupportedModelError(
+            f"the model has {classes} classes, got {len(labels)} labels; give one name per class"
+        )
+    if not routed_nodes(graph) and not allow_unrouted:
+        raise UnsupportedModelError(
+            "expected a mixture of experts, but the module calls no routed operator (advmoe::moe_conv2d, "
+            "advmoe::moe_linear); to export a dense network on purpose, allow it"
+        )
+    reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
+    plan = _plan(graph, margins=margins, input_type=input_type)
+    onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
+    described = ModelMetadata(
+        labels=tuple(str(label) for label in labels),
+        image_size=size,
+        input_type=input_type,
+        profile=profile,
+        dtype=dtype,
+        opset=opset,
+        batch_size=1 if profile == "latency" else batch_size,
+        outputs=tuple(str(value.name) for value in onnx_model.graph.outputs),
+        **_layers(plan),
+        expert_load=None if reference is None else _load(reference, plan),
+        tool={name: version(name) for name in ("advmoe-export", "onnx-ir", "torch", "onnxscript")},
+        data_sha256="",
+        data_bytes=0,
+        model=dict(metadata or {}),
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            draft = Path(folder) / target.name
+            described = _write(onnx_model, draft, described)
+            report = verify(
+                draft, traced.program, images=images, tolerance=tolerance, optimizations=OPTIMIZATION_LEVELS
+            )
+            if not report.passed:
+                raise VerificationError(f"'{target}' was not written: {report.explanation()}", report)
+            sizes = draft.stat().st_size, described.data_bytes
+            data_file(draft).replace(data_file(target))
+            draft.replace(target)
+    except OSError as error:
+        raise ModelFileError(f"cannot write '{target}': {error.strerror or error}") from error
+    return ExportReport(
+        path=target,
+        data_path=data_file(target),
+        graph_bytes=sizes[0],
+        data_bytes=sizes[1],
+        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        metadata=described,
+        verification=dataclasses.replace(report, path=str(target)),
+    )
+
+
+def _plan(graph: ir.Graph, *, margins: bool, input_type: str) -> Plan:
+    """All passes over the traced graph."""
+    fold_batchnorm(graph)
+    if routed_nodes(graph):
+        add_expert_index(graph)
+        if margins:
+            add_router_margin(graph)
+    if input_type == "uint8":
+        take_uint8_images(graph)
+    return plan_regions(graph)
+
+
+def _write(model: ir.Model, path: Path, metadata: ModelMetadata) -> ModelMetadata:
+    """Write graph and data file, and check the result against the ONNX standard."""
+    digest = write_external(model, data_file(path))
+    metadata = dataclasses.replace(metadata, data_sha256=digest, data_bytes=data_file(path).stat().st_size)
+    model.metadata_props[KEY] = metadata.to_json()
+    ir.save(model, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    onnx.checker.check_model(str(path), full_check=True)
+    return metadata
+
+
+def _layers(plan: Plan) -> dict[str, tuple[Any, ...]]:
+    """Number of experts and layer name of each column of `expert_index`."""
+    experts: list[int] = []
+    names: list[str] = []
+    for node, bank in plan.banks.items():
+        columns = _columns(node)
+        name = str(node.inputs[1].name).removesuffix(".folded").removesuffix(".weight")  # type: ignore[union-attr]
+        experts += [bank.num_experts] * columns
+        names += [name] if columns == 1 else [f"{name}[{token}]" for token in range(columns)]
+    return {"num_experts": tuple(experts), "layers": tuple(names)}
+
+
+def _columns(node: ir.Node) -> int:
+    """Decisions per image of a routed operator: 1, or the number of tokens."""
+    decision = node.inputs[3]
+    if decision is None or decision.shape is None or row_dim(decision) is None:
+        return 1
+    rows = decision.shape[0].evaluate({BATCH: 1})  # type: ignore[union-attr]
+    return rows if isinstance(rows, int) else 1
+
+
+def _load(reference: Reference, plan: Plan) -> tuple[tuple[float, ...], ...]:
+    """Share of the images that each expert of each column got."""
+    banks: list[Bank] = [bank for node, bank in plan.banks.items() for _ in range(_columns(node))]
+    return tuple(
+        tuple(float(x) for x in np.bincount(column, minlength=bank.num_experts) / len(column))
+        for column, bank in zip(reference.expert_index.T, banks, strict=True)
+    )
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ModelFileError(f"cannot write '{target}': the folder '{target.parent}' does not exist; make it first")
+    if target.is_dir():
+        raise ModelFileError(f"cannot write '{target}': it is a folder; expected a file name such as model.onnx")
+    return target
+
+
+def _one_of(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UnsupportedModelError(f"unknown {what} '{value}', expected one of: {', '.join(choices)}")

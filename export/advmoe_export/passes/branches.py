@@ -1,0 +1,67 @@
+"""A region for a single row: a balanced tree of `If`s over the experts, each branch with its own weights."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from advmoe_export.passes.lower import Lowering, write_expert
+from advmoe_export.passes.regions import Region
+from advmoe_export.passes.rows import row_dim
+from advmoe_export.scope import Scope
+
+
+def write_branches(state: Lowering, region: Region) -> None:
+    """Write the region into the state's scope. With one expert there is nothing to choose, and it is written without
+    a branch.
+    """
+    bank = state.plan.banks[region.routed[0]]
+    order = state.latest(region.inputs, region.row_dim)
+    inputs = {
+        value: state.fetch(
+            value, order if row_dim(value) == region.row_dim else state.orders.original(str(row_dim(value)))
+        )
+        for value in region.inputs
+    }
+    shape = state.fixed(region.expert_index.shape)
+    assert shape is not None
+    rows = shape[0] if isinstance(shape[0], int) else region.row_dim
+    if bank.num_experts == 1:
+        binding = write_expert(state, state.scope, region, 0, inputs, rows)
+        state.binding.update({output: binding[output] for output in region.outputs})
+        state.order_of.update(dict.fromkeys(region.outputs, order))
+        return
+
+    expert_index = state.binding[region.expert_index]
+
+    def tree(scope: Scope, low: int, high: int) -> list[ir.Value]:
+        """Outputs of the region for an expert in low ... high - 1."""
+        if high - low == 1:
+            binding = write_expert(state, scope, region, low, inputs, rows)
+            return [binding[output] for output in region.outputs]
+        middle = (low + high) // 2
+        below = scope.op(
+            "Less",
+            [expert_index, scope.integers(middle)],
+            name="below",
+            dtype=ir.DataType.BOOL,
+            shape=expert_index.shape,
+        )
+        branches = {}
+        for branch, bounds in (("then_branch", (low, middle)), ("else_branch", (middle, high))):
+            inner = scope.child()
+            outputs = tree(inner, *bounds)
+            branches[branch] = inner.graph([], outputs, scope.names.fresh(f"experts {bounds[0]}-{bounds[1] - 1}"))
+        return scope.ops(
+            "If",
+            [below],
+            branches,
+            outputs=[
+                (str(output.name), output.dtype, _rows(state.fixed(output.shape), rows)) for output in region.outputs
+            ],
+        )
+
+    state.binding.update(zip(region.outputs, tree(state.scope, 0, bank.num_experts), strict=True))
+
+
+def _rows(shape: ir.Shape | None, rows: int | str) -> ir.Shape | None:
+    return None if shape is None else ir.Shape([rows, *shape[1:]])

@@ -1,0 +1,88 @@
+"""A region for many rows: one sub-batch per expert, each computed by its expert, put together in the new order.
+
+onnxruntime writes `Reshape`s with a literal 0 around convolutions on batches of unknown size; that fails as soon as
+an expert gets no row, and
+keeps additions and activations from being fused. A named dimension for every sub-batch cures both.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from advmoe_export.passes.lower import Binding, Lowering, write_expert
+from advmoe_export.passes.orders import Order
+from advmoe_export.passes.regions import Region
+from advmoe_export.passes.rows import row_dim
+from advmoe_export.scope import Scope
+
+
+def write_dispatch(state: Lowering, region: Region) -> None:
+    """Write the region into the state's scope; its outputs lie in a new order."""
+    scope, bank = state.scope, state.plan.banks[region.routed[0]]
+    order = state.latest([*region.inputs, region.expert_index], region.row_dim)
+    expert_index = state.fetch(region.expert_index, order)
+    name = str(region.routed[0].outputs[0].name)
+    places = [
+        _places(scope, expert_index, expert, bank.num_experts, scope.names.fresh(f"rows_{name}_{expert}"))
+        for expert in range(bank.num_experts)
+    ]
+    parts: list[Binding] = []
+    for expert, chosen in enumerate(places):
+        assert chosen.shape is not None
+        rows = chosen.shape[0].value  # type: ignore[union-attr]
+        inputs = {value: _gather(state, value, order, chosen, region) for value in region.inputs}
+        parts.append(write_expert(state, scope, region, expert, inputs, rows))
+    step = scope.op(
+        "Concat", list(places), {"axis": 0}, name=f"{name}.order", dtype=ir.DataType.INT64, shape=[region.row_dim]
+    )
+    sorted_by_expert = Order(region.row_dim, order.depth + 1, order, step)
+    for output in region.outputs:
+        state.binding[output] = scope.op(
+            "Concat",
+            [part[output] for part in parts],
+            {"axis": 0},
+            name=str(output.name),
+            dtype=output.dtype,
+            shape=state.fixed(output.shape),
+        )
+        state.order_of[output] = sorted_by_expert
+
+
+def _places(scope: Scope, expert_index: ir.Value, expert: int, num_experts: int, dim: str) -> ir.Value:
+    """int64 [dim]: the rows that chose an expert."""
+    boolean, int64 = ir.DataType.BOOL, ir.DataType.INT64
+    if num_experts == 2:
+        chosen = scope.op(
+            "Cast", [expert_index], {"to": boolean.value}, name="chosen", dtype=boolean, shape=expert_index.shape
+        )
+        if expert == 0:
+            chosen = scope.op("Not", [chosen], name="chosen", dtype=boolean, shape=expert_index.shape)
+    else:
+        chosen = scope.op(
+            "Equal", [expert_index, scope.integers(expert)], name="chosen", dtype=boolean, shape=expert_index.shape
+        )
+    places = scope.op("NonZero", [chosen], name="places", dtype=int64, shape=[1, dim])
+    return scope.op("Squeeze", [places, scope.integers(0)], name="places", dtype=int64, shape=[dim])
+
+
+def _gather(state: Lowering, value: ir.Value, order: Order, chosen: ir.Value, region: Region) -> ir.Value:
+    """Rows of a value that were chosen, wherever they lie by now."""
+    scope, found = state.scope, state.binding[value]
+    if row_dim(value) != region.row_dim:
+        return state.fetch(value, state.orders.original(str(row_dim(value))))
+    own = state.order_of.get(value, state.orders.original(region.row_dim))
+    if own is not order:
+        places = state.orders.between(scope, own, order)
+        chosen = scope.op(
+            "Gather", [places, chosen], {"axis": 0}, name="places", dtype=ir.DataType.INT64, shape=chosen.shape
+        )
+    assert found.shape is not None
+    assert chosen.shape is not None
+    return scope.op(
+        "Gather",
+        [found, chosen],
+        {"axis": 0},
+        name=f"{value.name}.sub_batch",
+        dtype=found.dtype,
+        shape=ir.Shape([chosen.shape[0], *found.shape[1:]]),
+    )

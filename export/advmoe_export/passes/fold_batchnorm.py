@@ -1,0 +1,123 @@
+"""Fold BatchNorm into the experts it follows, and into the router's linear layer it precedes.
+
+In evaluation mode BatchNorm is y = s * x + t per channel, s = gamma / sqrt(var + eps), t = beta - s * mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from advmoe_export import operators
+from advmoe_export.operators import initializer, is_routed
+
+
+def fold_batchnorm(graph: ir.Graph) -> None:
+    """Change the traced graph in place.
+
+    A BatchNorm over the packed slots of a routed operator is folded where every bank row belongs to at most one
+    expert: there its slot is
+    known. Where windows overlap (N * r > 1) it stays behind the operator, in the expert's branch, and the bank is
+    stored once.
+    """
+    for node in list(graph):
+        if node.op_type != "BatchNormalization":
+            continue
+        affine = _affine(node)
+        if affine is None:
+            continue
+        producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if producer is not None and is_routed(producer) and _sole_use(producer.outputs[0]):
+            _into_experts(graph, producer, node, *affine)
+        else:
+            _into_linear(graph, node, *affine)
+
+
+def _affine(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """(s, t) in float64, or None where the statistics are not constants."""
+    if any(value is None or value.const_value is None for value in node.inputs[1:5]):
+        return None
+    gamma, beta, mean, var = (
+        value.const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+        for value in node.inputs[1:5]
+    )
+    scale = gamma / np.sqrt(var + node.attributes.get_float("epsilon", 1e-5))
+    return scale, beta - scale * mean
+
+
+def _sole_use(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _new_initializer(graph: ir.Graph, like: str, array: np.ndarray) -> ir.Value:
+    name = like
+    while name in graph.initializers:
+        name += ".folded"
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _remove(graph: ir.Graph, node: ir.Node, replacement: ir.Value) -> None:
+    node.outputs[0].replace_all_uses_with(replacement, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
+    weight = initializer(routed.inputs[1], "the weight of a routed operator")
+    bias = initializer(routed.inputs[2], "the bias of a routed operator")
+    assert weight is not None
+    starts, size = operators.ints(routed, "starts"), routed.attributes.get_int("size")
+    windows = [(start + np.arange(size)) % len(weight) for start in starts]
+    rows = np.concatenate(windows)
+    if len(np.unique(rows)) != len(rows) or len(scale) != size:
+        return
+    slots = np.tile(np.arange(size), len(starts))
+    row_scale, row_shift = np.ones(len(weight)), np.zeros(len(weight))
+    row_scale[rows], row_shift[rows] = scale[slots], shift[slots]
+    folded = weight * row_scale.reshape(-1, *([1] * (weight.ndim - 1)))
+    folded_bias = row_shift if bias is None else row_shift + bias * row_scale
+    name = str(routed.inputs[1].name)  # type: ignore[union-attr]
+    routed.replace_input_with(1, _new_initializer(graph, f"{name}.folded", folded.astype(weight.dtype)))
+    routed.replace_input_with(2, _new_initializer(graph, f"{name}.bias", folded_bias.astype(weight.dtype)))
+    _remove(graph, norm, routed.outputs[0])
+
+
+def _into_linear(graph: ir.Graph, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
+    if not _sole_use(norm.outputs[0]):
+        return
+    gemm = next(iter(norm.outputs[0].uses())).node
+    attributes = gemm.attributes
+    if (
+        gemm.op_type != "Gemm"
+        or gemm.inputs[0] is not norm.outputs[0]
+        or attributes.get_int("transA", 0) != 0
+        or attributes.get_float("alpha", 1.0) != 1.0
+        or attributes.get_float("beta", 1.0) != 1.0
+        or any(value is None or value.const_value is None for value in gemm.inputs[1:])
+    ):
+        return
+    weight = gemm.inputs[1].const_value.numpy()  # type: ignore[union-attr]
+    weight_OI = weight if attributes.get_int("transB", 0) else weight.T
+    bias_O = gemm.inputs[2].const_value.numpy() if len(gemm.inputs) > 2 else 0.0  # type: ignore[union-attr]
+    folded_OI = (weight_OI * scale).astype(weight.dtype)
+    folded_O = (bias_O + weight_OI @ shift).astype(weight.dtype)
+    name = str(gemm.inputs[1].name)  # type: ignore[union-attr]
+    source = norm.inputs[0]
+    assert source is not None
+    replacement = ir.Node(
+        "",
+        "Gemm",
+        [
+            source,
+            _new_initializer(graph, f"{name}.centred", folded_OI),
+            _new_initializer(graph, f"{name}.centred.bias", folded_O),
+        ],
+        [ir.AttrInt64("transB", 1)],
+        outputs=[ir.Value(name=f"{gemm.outputs[0].name}", type=gemm.outputs[0].type, shape=gemm.outputs[0].shape)],
+        name=gemm.name,
+    )
+    graph.insert_before(gemm, replacement)
+    _remove(graph, gemm, replacement.outputs[0])
+    graph.remove(norm, safe=True)

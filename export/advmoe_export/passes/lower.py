@@ -1,0 +1,162 @@
+"""Write a planned graph as standard ONNX, with one of three ways to carry out a region.
+
+`branches`: one row per decision, an `If` tree around the experts. `dispatch`: rows gathered into one sub-batch per
+expert. `select`: no
+control flow. What is common to them is here: copying nodes, and keeping track of the order in which rows lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from advmoe_export import operators
+from advmoe_export.operators import is_routed
+from advmoe_export.passes.orders import Order, Orders
+from advmoe_export.passes.regions import Plan, Region
+from advmoe_export.passes.rows import is_rowwise, row_dim
+from advmoe_export.scope import Scope
+
+Binding = dict[ir.Value, ir.Value]
+"""Where each value of the traced graph is found in the graph being written."""
+
+
+@dataclass(kw_only=True)
+class Lowering:
+    """The state of writing one copy of the planned graph."""
+
+    plan: Plan
+    scope: Scope
+    sizes: Mapping[str, int]
+    """Sizes of symbolic dimensions that this copy fixes, such as {"batch": 1}; empty for a dynamic batch."""
+    binding: Binding
+    orders: Orders
+    order_of: dict[ir.Value, Order] = field(default_factory=dict)
+    """Order in which the rows of each value lie in this copy; values that are not listed are in their original
+    order.
+    """
+    control_flow: bool = True
+    """Whether `If` and sub-batches may be used."""
+
+    def fixed(self, shape: ir.Shape | None) -> ir.Shape | None:
+        """A shape of the traced graph in this copy."""
+        return fix_shape(shape, self.sizes)
+
+    def fetch(self, value: ir.Value, order: Order) -> ir.Value:
+        """The written form of a value, its rows in the given order."""
+        found = self.binding[value]
+        return self.orders.move(self.scope, found, self.order_of.get(value), order)
+
+    def latest(self, values: Iterable[ir.Value], symbol: str) -> Order:
+        """The order that was made last among those of some values."""
+        orders = [self.order_of[value] for value in values if value in self.order_of]
+        return max(
+            (o for o in orders if o.symbol == symbol), key=lambda o: o.depth, default=self.orders.original(symbol)
+        )
+
+
+def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | None:
+    """Replace symbols by their sizes, in sums and products of symbols too."""
+    if shape is None:
+        return None
+    fixed: list[int | str | None] = []
+    for dim in shape:
+        size = dim if isinstance(dim, int) else dim.evaluate(sizes)
+        fixed.append(size if isinstance(size, int) else size.value)
+    return ir.Shape(fixed)
+
+
+def lower(
+    plan: Plan, scope: Scope, images: ir.Value, *, sizes: Mapping[str, int] | None = None, control_flow: bool = True
+) -> list[ir.Value]:
+    """Write the whole graph into a scope; returns its outputs, rows in their original order."""
+    from advmoe_export.passes.branches import write_branches
+    from advmoe_export.passes.dispatch import write_dispatch
+    from advmoe_export.passes.select import write_selection
+
+    state = Lowering(
+        plan=plan,
+        scope=scope,
+        sizes=sizes or {},
+        binding={plan.graph.inputs[0]: images},
+        orders=Orders(),
+        control_flow=control_flow,
+    )
+    for step in plan.steps:
+        if not isinstance(step, Region):
+            write_plain(state, step)
+        elif not control_flow:
+            write_selection(state, step)
+        elif plan.banks[step.routed[0]].num_experts == 1 or _is_single_row(state, step):
+            write_branches(state, step)
+        else:
+            write_dispatch(state, step)
+    return [state.fetch(output, state.orders.original(str(row_dim(output)))) for output in plan.graph.outputs]
+
+
+def _is_single_row(state: Lowering, region: Region) -> bool:
+    shape = state.fixed(region.expert_index.shape)
+    return shape is not None and shape[0] == 1
+
+
+def write_plain(state: Lowering, node: ir.Node) -> None:
+    """Copy a node that is not routed. Its inputs come in one order if it works row by row, and in their original
+    order otherwise.
+    """
+    running = [value for value in node.inputs if value is not None and value.const_value is None]
+    if is_rowwise(node):
+        order = state.latest(running, str(row_dim(node.outputs[0])))
+        inputs = {value: state.fetch(value, order) for value in running}
+        for output in node.outputs:
+            state.order_of[output] = order
+    else:
+        inputs = {value: state.fetch(value, state.orders.original(str(row_dim(value)))) for value in running}
+    copy_node(state.scope, node, inputs, state.binding, [state.fixed(output.shape) for output in node.outputs])
+
+
+def copy_node(
+    scope: Scope, node: ir.Node, inputs: Mapping[ir.Value, ir.Value], binding: Binding, shapes: list[ir.Shape | None]
+) -> None:
+    """Write a copy of an ordinary node with other running inputs, and bind its outputs."""
+    sources = [
+        None
+        if value is None
+        else inputs[value]
+        if value.const_value is None
+        else scope.constant(value.const_value, value.name)
+        for value in node.inputs
+    ]
+    outputs = [(str(o.name), o.dtype, shape) for o, shape in zip(node.outputs, shapes, strict=True)]
+    copies = scope.ops(node.op_type, sources, dict(node.attributes.items()), outputs=outputs)
+    binding.update(zip(node.outputs, copies, strict=True))
+
+
+def write_expert(
+    state: Lowering,
+    scope: Scope,
+    region: Region,
+    expert: int,
+    inputs: Mapping[ir.Value, ir.Value],
+    rows: int | str | None,
+) -> Binding:
+    """Write a region as one expert runs it, on `rows` rows (a number or the name of a dimension); returns where its
+    values are.
+    """
+    binding: Binding = dict(inputs)
+    for node in region.nodes:
+        shapes = [_with_rows(state.fixed(output.shape), rows) for output in node.outputs]
+        if is_routed(node):
+            x = binding[node.inputs[0]]  # type: ignore[index]
+            assert shapes[0] is not None
+            binding[node.outputs[0]] = operators.compute_expert(
+                scope, node, state.plan.banks[node], expert, x, name=str(node.outputs[0].name), shape=shapes[0]
+            )
+        else:
+            copy_node(scope, node, binding, binding, shapes)
+    return binding
+
+
+def _with_rows(shape: ir.Shape | None, rows: int | str | None) -> ir.Shape | None:
+    return None if shape is None else ir.Shape([rows, *shape[1:]])

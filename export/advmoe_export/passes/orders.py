@@ -1,0 +1,93 @@
+"""The order in which the rows of a tensor lie, while sub-batches are carried through a network.
+
+Dispatching a batch to experts leaves its rows sorted by expert. Putting them back after each layer would cost a pass
+over memory, and the next
+layer sorts them anew anyway; so the new order is carried along, and undone once on the logits. An older tensor that
+meets a
+newer one (a residual) is moved into the newer order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from advmoe_export.scope import Scope
+
+
+@dataclass(eq=False, frozen=True)
+class Order:
+    """An order of the rows of one leading dimension.
+
+    `step` int64 [rows]: row i of this order is row step[i] of the order before it.
+    """
+
+    symbol: str
+    depth: int
+    before: Order | None = None
+    step: ir.Value | None = None
+
+
+class Orders:
+    """All orders of one graph, the index tensors that lead from one to another, and the tensors already moved."""
+
+    def __init__(self) -> None:
+        self._originals: dict[str, Order] = {}
+        self._between: dict[tuple[Order, Order], ir.Value] = {}
+        self._inverse: dict[Order, ir.Value] = {}
+        self._moved: dict[tuple[ir.Value, Order], ir.Value] = {}
+
+    def original(self, symbol: str) -> Order:
+        """The order of the graph's input."""
+        return self._originals.setdefault(symbol, Order(symbol, 0))
+
+    def between(self, scope: Scope, old: Order, new: Order) -> ir.Value:
+        """int64 [rows]: for each row of the newer order, its place in the older one."""
+        if (old, new) not in self._between:
+            assert new.step is not None
+            assert new.before is not None
+            if new.before is old:
+                return new.step
+            rest = self.between(scope, old, new.before)
+            self._between[old, new] = scope.op(
+                "Gather", [rest, new.step], {"axis": 0}, name="order", dtype=ir.DataType.INT64, shape=[new.symbol]
+            )
+        return self._between[old, new]
+
+    def move(self, scope: Scope, value: ir.Value, old: Order | None, new: Order) -> ir.Value:
+        """A tensor with its rows in a newer order, or back in the original one."""
+        if old is None or old is new:
+            if old is new or new.depth == 0:
+                return value
+            old = self.original(new.symbol)
+        key = (value, new)
+        if key not in self._moved:
+            index = self._back(scope, old) if new.depth < old.depth else self.between(scope, old, new)
+            self._moved[key] = scope.op(
+                "Gather",
+                [value, index],
+                {"axis": 0},
+                name=f"{value.name}.ordered",
+                dtype=value.dtype,
+                shape=value.shape,
+            )
+        return self._moved[key]
+
+    def _back(self, scope: Scope, order: Order) -> ir.Value:
+        """int64 [rows]: for each row of the original order, its place in the given one."""
+        if order not in self._inverse:
+            places = self.between(scope, self.original(order.symbol), order)
+            int64, scalar = ir.DataType.INT64, ir.Shape([])
+            count = scope.op("Size", [places], name="rows", dtype=int64, shape=scalar)
+            zero, one = (scope.constant(ir.tensor(v, dtype=int64, name="int64")) for v in (0, 1))
+            positions = scope.op("Range", [zero, count, one], name="positions", dtype=int64, shape=[order.symbol])
+            self._inverse[order] = scope.op(
+                "ScatterElements",
+                [places, places, positions],
+                {"axis": 0},
+                name="inverse",
+                dtype=int64,
+                shape=[order.symbol],
+            )
+        return self._inverse[order]

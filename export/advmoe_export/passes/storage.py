@@ -1,0 +1,89 @@
+"""Weights beside the graph, every byte once.
+
+Branches of a graph may hold the same weights (each profile of a hybrid file, overlapping experts). Tensors that
+share memory here share
+bytes in the data file: several tensors may point at one stretch of it, or at parts of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+ALIGNMENT = 64
+"""Bytes; the data file is mapped into memory and used in place."""
+INLINE = 256
+"""Tensors of fewer bytes stay in the graph."""
+
+
+def write_external(model: ir.Model, path: Path) -> str:
+    """Write all large constants of a graph and its branches into one file and make the graph refer to it.
+
+    Args:
+        model: changed in place; its tensors become references to `path.name` in the folder of `path`.
+        path: the data file to write.
+
+    Returns:
+        The file's SHA-256.
+    """
+    values = [
+        value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= INLINE
+    ]
+    arrays = [np.ascontiguousarray(value.const_value.numpy()) for value in values]  # type: ignore[union-attr]
+    spans = _memory_spans(arrays)
+    offsets = []
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for start, end, members in spans:
+            block = bytearray(end - start)
+            for array in members:
+                at = _address(array) - start
+                block[at : at + array.nbytes] = array.tobytes()
+            padding = bytes(-file.tell() % ALIGNMENT)
+            offsets.append(file.tell() + len(padding))
+            for part in (padding, block):
+                file.write(part)
+                digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    starts = [start for start, _, _ in spans]
+    for value, array in zip(values, arrays, strict=True):
+        tensor = value.const_value
+        assert tensor is not None
+        span = int(np.searchsorted(starts, _address(array), side="right")) - 1
+        value.const_value = ir.ExternalTensor(
+            path.name,
+            offsets[span] + _address(array) - starts[span],
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(value.name),
+            base_dir=path.parent,
+        )
+    return digest.hexdigest()
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _memory_spans(arrays: list[np.ndarray]) -> list[tuple[int, int, list[np.ndarray]]]:
+    """Stretches of memory [start, end) that the arrays cover, each with the arrays in it; arrays that overlap fall
+    into one.
+    """
+    spans: list[tuple[int, int, list[np.ndarray]]] = []
+    for array in sorted(arrays, key=_address):
+        start, end = _address(array), _address(array) + array.nbytes
+        if spans and start < spans[-1][1]:
+            first, last, members = spans.pop()
+            spans.append((first, max(last, end), [*members, array]))
+        else:
+            spans.append((start, end, [array]))
+    return spans

@@ -1,0 +1,84 @@
+"""The forms a model can take, and the graph of each.
+
+| profile    | batch           | how a region runs                                                         |
+|------------|-----------------|---------------------------------------------------------------------------|
+| hybrid     | any             | `If(batch == 1)`: as latency, else as throughput; weights are stored once |
+| latency    | 1               | an `If` tree around the experts                                           |
+| throughput | any             | one sub-batch per expert                                                  |
+| static     | fixed or any    | no control flow: gathered weights at batch 1, else all experts and select |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from advmoe_export.errors import UnsupportedModelError
+from advmoe_export.passes.lower import lower
+from advmoe_export.passes.regions import Plan
+from advmoe_export.scope import Names, Scope
+from advmoe_export.trace import BATCH
+
+PROFILES = ("hybrid", "latency", "throughput", "static")
+IR_VERSION = 10
+"""Version of the file format; onnxruntime reads it from 1.20 on."""
+
+
+def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None) -> ir.Model:
+    """The finished graph of a profile, all weights still in memory.
+
+    Args:
+        plan: the traced graph with its regions.
+        profile: one of `PROFILES`.
+        opset: version of the standard operators.
+        batch_size: batch size to fix, for `static` only.
+
+    Raises:
+        UnsupportedModelError: unknown profile, or a batch size it does not take.
+    """
+    if profile not in PROFILES:
+        raise UnsupportedModelError(f"unknown profile '{profile}', expected one of: {', '.join(PROFILES)}")
+    if batch_size is not None and (profile != "static" or batch_size < 1):
+        raise UnsupportedModelError(
+            f"batch_size {batch_size} does not go with profile '{profile}': only 'static' fixes one, of at least 1"
+        )
+    fixed = 1 if profile == "latency" else batch_size
+    names = Names()
+    outputs_of_model = [str(value.name) for value in plan.graph.outputs]
+    for name in ("images", *outputs_of_model):
+        names.fresh(name)
+    scope = Scope(names)
+    source = plan.graph.inputs[0]
+    assert source.shape is not None
+    images = ir.Value(
+        name="images",
+        shape=ir.Shape([BATCH if fixed is None else fixed, *source.shape[1:]]),
+        type=source.type,
+    )
+    sizes: Mapping[str, int] = {} if fixed is None else {BATCH: fixed}
+    if profile == "hybrid" and plan.regions:
+        outputs = _by_batch(plan, scope, images)
+    else:
+        outputs = lower(plan, scope, images, sizes=sizes, control_flow=profile != "static")
+    for value, name in zip(outputs, outputs_of_model, strict=True):
+        value.name = name
+    graph = scope.graph([images], outputs, "advmoe")
+    graph.opset_imports[""] = opset
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
+
+
+def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
+    """`If(batch == 1)`: one row's form, else many rows' form."""
+    assert images.shape is not None
+    batch = scope.op("Shape", [images], {"start": 0, "end": 1}, name="batch", dtype=ir.DataType.INT64, shape=[1])
+    single = scope.op("Equal", [batch, scope.integers(1)], name="single", dtype=ir.DataType.BOOL, shape=[1])
+    one, many = scope.child(), scope.child()
+    static = [1, *(int(dim) for dim in images.shape[1:])]  # type: ignore[arg-type]
+    image = one.op("Reshape", [images, one.integers(*static)], name="image", dtype=images.dtype, shape=static)
+    branches = {
+        "then_branch": one.graph([], lower(plan, one, image, sizes={BATCH: 1}), "one image"),
+        "else_branch": many.graph([], lower(plan, many, images), "many images"),
+    }
+    outputs = [(str(value.name), value.dtype, value.shape) for value in plan.graph.outputs]
+    return scope.ops("If", [single], branches, outputs=outputs)

@@ -1,0 +1,147 @@
+"""From a torch module to a flat ONNX graph in which only the routed operators are foreign.
+
+Everything that is not routed is translated by torch's own exporter. The only module of the package, with `verify`,
+that needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from advmoe_export import operators
+from advmoe_export.errors import UnsupportedModelError
+
+BATCH = "batch"
+"""Name of the dynamic dimension of a traced graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A module as a program and as a graph.
+
+    `program` is the `torch.export.ExportedProgram`; `graph` is [B, 3, H, W] `images` -> [B, classes] `logits`.
+    """
+
+    program: Any
+    graph: ir.Graph
+
+
+def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
+    """Trace a module in evaluation mode for any batch size at a fixed image size.
+
+    Args:
+        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes].
+        image_size: (H, W).
+        opset: version of the standard operators, at least 18.
+
+    Raises:
+        UnsupportedModelError: torch cannot trace the module, or not for every batch size.
+    """
+    import torch
+
+    example = torch.linspace(0, 1, 2 * 3 * image_size[0] * image_size[1]).reshape(2, 3, *image_size)
+    training = model.training
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(
+                model.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},), strict=False
+            )
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=["logits"],
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UnsupportedModelError(
+            f"torch could not export the module for images [B, 3, {image_size[0]}, {image_size[1]}] of any batch size: "
+            f"{reason}"
+        ) from error
+    finally:
+        model.train(training)
+    assert exported is not None
+    onnx_model = exported.model
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(onnx_model)
+    common.InlinePass()(onnx_model)
+    graph = onnx_model.graph
+    _name_batch(graph, program)
+    if len(graph.outputs) != 1 or graph.outputs[0].shape is None or len(graph.outputs[0].shape) != 2:
+        shapes = ", ".join(str(value.shape) for value in graph.outputs)
+        raise UnsupportedModelError(
+            f"the module must return logits [B, classes] and nothing else, got outputs {shapes}"
+        )
+    for node in graph:
+        if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
+            raise UnsupportedModelError(
+                f"the module has control flow of its own ('{node.op_type}' at '{node.name}'); "
+                "use a routed operator instead"
+            )
+    return Traced(program=program, graph=graph)
+
+
+def _name_batch(graph: ir.Graph, program: Any) -> None:
+    """Call the batch dimension by its name everywhere; some values come with torch's symbol for it."""
+    (name,) = program.graph_signature.user_inputs
+    images = next(node for node in program.graph.nodes if node.name == name)
+    symbol = re.compile(rf"\b{re.escape(str(images.meta['val'].shape[0]))}\b")
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                dim if isinstance(dim, int) else symbol.sub(BATCH, str(dim.value)) for dim in value.shape
+            )
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """How torch's exporter writes each routed operator that the process knows: as one node of the same name."""
+    import onnxscript
+    import torch
+
+    operators.register_schemas()
+    domain = onnxscript.values.Opset(operators.DOMAIN, 1)
+    table: dict[Any, Callable[..., Any]] = {}
+    for name, attributes in operators.ATTRIBUTES.items():
+        operator = getattr(getattr(torch.ops, operators.DOMAIN), name, None)
+        if operator is not None:
+            table[operator.default] = _translation(getattr(domain, name), tuple(attributes))
+    return table
+
+
+def _translation(emit: Callable[..., Any], attributes: tuple[str, ...]) -> Callable[..., Any]:
+    def translate(x: Any, weight: Any, bias: Any, expert_index: Any, *values: Any) -> Any:
+        constants = {
+            key: list(value) if isinstance(value, list | tuple) else value
+            for key, value in zip(attributes, values, strict=True)
+        }
+        return emit(x, weight, bias, expert_index, **constants)
+
+    return translate
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from printing and warning; what matters of it comes back as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,305 @@
+"""Compare an exported file with the module it came from, and say what differs, where, and whether it is a near tie.
+
+Routing is discontinuous: an image on a router's boundary may take another expert after a rounding error, and then
+everything behind it
+differs by right. So decisions are compared first, each with its margin (chosen router logit minus the next), then
+logits, for the images
+whose decisions all agree. Only the first decision of an image that differs counts; those behind it follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
+
+BATCHES = (1, 2, 7, 64)
+"""Batch sizes that are compared, where the profile takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What counts as equal."""
+
+    logits: float
+    """Largest |difference of logits| / largest |logit| of the batch, over images whose decisions agree."""
+    margin: float
+    """A decision may differ if the module's router margin is below this."""
+    flips: float = 1.0
+    """Share of images that may take another pathway, near ties included."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(logits=1e-5, margin=1e-4),
+    "fp16": Tolerance(logits=2e-2, margin=5e-2),
+    "int8": Tolerance(logits=np.inf, margin=np.inf),
+}
+"""By dtype. What int8 costs is a question of accuracy: it is measured on images and reported, not compared bit by
+bit.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the module computes for B images."""
+
+    images: npt.NDArray[Any]
+    """As the exported file reads them."""
+    logits: FloatArray
+    """[B, classes]"""
+    expert_index: npt.NDArray[np.int64]
+    """[B, L]"""
+    margin: FloatArray
+    """[B, L]; infinite where a decision does not come from router logits."""
+
+    def __getitem__(self, rows: Any) -> Reference:
+        return Reference(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One batch at one optimisation level."""
+
+    batch: str
+    """Which images."""
+    size: int
+    """Number of images."""
+    optimization: str
+    """onnxruntime's optimisation level."""
+    flipped: int
+    """Images whose pathway differs."""
+    worst_flip_margin: float
+    """Largest margin of a decision that differs (the first of its image); 0 if none does."""
+    worst_flip: str
+    """Where that is."""
+    difference: float
+    """Largest relative difference of logits among the other images."""
+    worst_logit: str
+    """Where that is."""
+    passed: bool
+    """Whether all is within the tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """All comparisons of a file with its module."""
+
+    path: str
+    tolerance: Tolerance
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference of logits where decisions agree."""
+        return max((check.difference for check in self.checks), default=0.0)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps({"passed": self.passed, **dataclasses.asdict(self)}, allow_nan=True)
+
+    def table(self) -> str:
+        """The report as lines of text."""
+        head = f"{'batch':<28} {'images':>6} {'optimization':<12} {'flipped':>7} {'margin':>9} {'logits':>9}"
+        rows = [
+            f"{c.batch:<28} {c.size:>6} {c.optimization:<12} {c.flipped:>7} {c.worst_flip_margin:>9.1e} "
+            f"{c.difference:>9.1e}"
+            f"{'' if c.passed else '  FAILED'}"
+            for c in self.checks
+        ]
+        return "\n".join([head, *rows])
+
+    def explanation(self) -> str:
+        """One line on the worst failure, or on the largest difference if there is none."""
+        failed = [check for check in self.checks if not check.passed]
+        if not failed:
+            return f"logits agree within {self.difference:.1e}"
+        flip = max(failed, key=lambda check: check.worst_flip_margin)
+        if flip.worst_flip_margin > self.tolerance.margin:
+            return (
+                f"{flip.worst_flip} in batch '{flip.batch}', optimization '{flip.optimization}': "
+                f"margin {flip.worst_flip_margin:.2e} is no near tie (tolerance {self.tolerance.margin:.0e})"
+            )
+        worst = max(failed, key=lambda check: check.difference)
+        return (
+            f"logits differ by {worst.difference:.2e} of the largest (tolerance {self.tolerance.logits:.0e}) "
+            f"at {worst.worst_logit} in batch '{worst.batch}', optimization '{worst.optimization}', "
+            "though all decisions agree"
+        )
+
+
+def run_reference(program: Any, images: npt.NDArray[Any]) -> Reference:
+    """Run a traced program in torch, writing down every routing decision.
+
+    Args:
+        program: a `torch.export.ExportedProgram` from float images in [0, 1] to logits.
+        images: float32 [B, 3, H, W] in [0, 1] or uint8 [B, H, W, 3].
+    """
+    import torch
+
+    from advmoe_export.operators import ATTRIBUTES, DOMAIN
+
+    routed = {
+        getattr(getattr(torch.ops, DOMAIN), name).default
+        for name in ATTRIBUTES
+        if hasattr(getattr(torch.ops, DOMAIN), name)
+    }
+    decisions: list[Any] = []
+    margins: list[Any] = []
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            if n.target in routed:
+                decision = n.args[3]
+                chosen = self.env[decision].reshape(len(x), -1)
+                decisions.append(chosen)
+                margins.append(self.margin(decision).reshape(len(x), -1).expand(chosen.shape))
+            return super().run_node(n)
+
+        def margin(self, decision: Any) -> Any:
+            logits = self.env.get(decision.args[0]) if decision.target == torch.ops.aten.argmax.default else None
+            if logits is None:
+                return torch.full((len(x), 1), torch.inf)
+            first_second = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+            return (
+                first_second[..., 0] - first_second[..., -1]
+                if logits.shape[-1] > 1
+                else first_second[..., 0] * 0 + torch.inf
+            )
+
+    x = as_float_tensor(images)
+    with torch.no_grad():
+        logits = Recorder(program.module(), garbage_collect_values=False).run(x)
+    empty = torch.zeros((len(x), 0))
+    return Reference(
+        images=images,
+        logits=logits.numpy(),
+        expert_index=torch.cat(decisions, dim=1).numpy() if decisions else empty.long().numpy(),
+        margin=torch.cat(margins, dim=1).numpy() if margins else empty.numpy(),
+    )
+
+
+def as_float_tensor(images: npt.NDArray[Any]) -> Any:
+    """Images as the module takes them: a float tensor [B, 3, H, W] in [0, 1]."""
+    import torch
+
+    if images.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
+    return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+
+
+def probe_images(image_size: tuple[int, int], input_type: str, count: int = max(BATCHES)) -> npt.NDArray[Any]:
+    """Synthetic images that differ in colour, contrast and structure, so that routers have something to tell apart."""
+    rng = np.random.default_rng(0)
+    height, width = image_size
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    phase = rng.uniform(0, 2 * np.pi, (count, 3, 1, 1))
+    waves = rng.uniform(0, 8 * np.pi, (2, count, 1, 1, 1))
+    pattern = np.sin(waves[0] * x + waves[1] * y + phase)
+    noise = rng.standard_normal((count, 3, height, width)) * rng.uniform(0, 1, (count, 1, 1, 1))
+    colour, contrast = rng.uniform(0.1, 0.9, (count, 3, 1, 1)), rng.uniform(0.05, 0.5, (count, 1, 1, 1))
+    pixels = np.rint(np.clip(colour + contrast * (pattern + noise), 0, 1) * 255).astype(np.uint8)
+    if input_type == "uint8":
+        return cast("npt.NDArray[Any]", pixels.transpose(0, 2, 3, 1).copy())
+    return cast("npt.NDArray[Any]", np.divide(pixels, 255, dtype=np.float32))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    program: Any,
+    *,
+    images: npt.NDArray[Any] | None = None,
+    tolerance: Tolerance | None = None,
+    optimizations: Sequence[str] = OPTIMIZATION_LEVELS,
+) -> VerificationReport:
+    """Compare a file with the program it was made from, on the CPU.
+
+    Args:
+        path: the `.onnx` file.
+        program: `Traced.program` of the module.
+        images: real images to compare besides the synthetic ones, as the file reads them.
+        tolerance: what counts as equal; by default `TOLERANCES` of the file's dtype.
+        optimizations: onnxruntime optimisation levels to run.
+    """
+    sessions = {level: Session(path, threads=1, optimization=level, check_data=False) for level in optimizations}
+    metadata = next(iter(sessions.values())).metadata
+    tolerance = tolerance or TOLERANCES[metadata.dtype]
+    probes = run_reference(program, probe_images(metadata.image_size, metadata.input_type))
+    batches = list(_batches("synthetic", probes, metadata.batch_size))
+    if images is not None and len(images):
+        batches += _batches("given", run_reference(program, images), metadata.batch_size)
+    checks = [
+        _compare(name, reference, session, level, metadata.layers, tolerance)
+        for name, reference in batches
+        for level, session in sessions.items()
+    ]
+    return VerificationReport(path=str(Path(path)), tolerance=tolerance, checks=tuple(checks))
+
+
+def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:
+    """The batches to compare: several sizes, and one image repeated, which leaves all experts but one without work."""
+    total = len(reference.images)
+    for size in BATCHES if fixed is None else (fixed,):
+        if size <= total:
+            yield f"{source}, first {size}", reference[:size]
+    if fixed is not None:
+        for image in range(1, min(4, total)):
+            yield f"{source}, image {image} x{fixed}", reference[[image] * fixed]
+        return
+    pathways = np.unique(reference.expert_index, axis=0, return_index=True)[1]
+    for image in sorted(pathways)[:3]:
+        yield f"{source}, image {image} repeated", reference[[int(image)] * 5]
+    if total > max(BATCHES):
+        for start in range(0, total, 256):
+            yield f"{source}, from {start}", reference[start : start + 256]
+
+
+def _compare(
+    batch: str, reference: Reference, session: Session, level: str, layers: Sequence[str], tolerance: Tolerance
+) -> Check:
+    outputs = session.run_raw(reference.images)
+    chosen = outputs.get("expert_index", reference.expert_index)
+    differs_BL = chosen != reference.expert_index
+    flipped = np.flatnonzero(differs_BL.any(axis=1))
+    flip_margin, flip_place = 0.0, ""
+    for image in flipped:
+        layer = int(differs_BL[image].argmax())
+        margin = float(reference.margin[image, layer])
+        if margin >= flip_margin:
+            flip_margin = margin
+            flip_place = (
+                f"image {image} takes expert {chosen[image, layer]} instead of {reference.expert_index[image, layer]} "
+                f"in layer '{layers[layer]}'"
+            )
+    same = np.setdiff1d(np.arange(len(chosen)), flipped)
+    difference, place = 0.0, ""
+    if len(same):
+        error = np.abs(outputs["logits"][same].astype(np.float64) - reference.logits[same])
+        difference = float(error.max() / max(float(np.abs(reference.logits[same]).max()), 1e-12))
+        image, label = np.unravel_index(int(np.nan_to_num(error, nan=np.inf).argmax()), error.shape)
+        place = f"image {same[image]}, logit {label}"
+    share = len(flipped) / len(chosen)
+    return Check(
+        batch=batch,
+        size=len(chosen),
+        optimization=level,
+        flipped=len(flipped),
+        worst_flip_margin=flip_margin,
+        worst_flip=flip_place,
+        difference=difference,
+        worst_logit=place,
+        passed=bool(difference <= tolerance.logits and flip_margin <= tolerance.margin and share <= tolerance.flips),
+    )

@@ -1,0 +1,227 @@
+"""Exported files: what they compute, what they say about themselves, and what is left when something is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from advmoe_export import (
+    PROFILES,
+    InputError,
+    ModelFileError,
+    ProviderError,
+    Session,
+    UnsupportedModelError,
+    VerificationError,
+    export_model,
+)
+from torch import Tensor, nn
+
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.routing import Decision, ExpertLayout
+
+LABELS = [f"class {i}" for i in range(10)]
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    """[8, 3, 16, 16], each of its own colour."""
+    generator = torch.Generator().manual_seed(3)
+    colours = torch.rand(8, 3, 1, 1, generator=generator)
+    return (colours + 0.1 * torch.randn(8, 3, 16, 16, generator=generator)).clamp(0, 1)
+
+
+def operators(path: Path) -> list[onnx.NodeProto]:
+    """All nodes of a file, those in branches included."""
+
+    def walk(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+        found = []
+        for node in graph.node:
+            found.append(node)
+            for attribute in node.attribute:
+                found += walk(attribute.g) if attribute.HasField("g") else []
+        return found
+
+    return walk(onnx.load(path, load_external_data=False).graph)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_file_computes_what_the_module_computes(
+    profile: str, small_moe: Make, pictures: Tensor, tmp_path: Path
+) -> None:
+    model = small_moe(decisions=(0, 1, 1, 2))
+    path = tmp_path / "model.onnx"
+    report = export_model(model, path, image_size=16, labels=LABELS, profile=profile, margins=True)
+    assert report.verification.passed
+    session = Session(path, threads=1)
+    for size in (1,) if profile == "latency" else (1, 3, 8):
+        logits, expert_index_BL, margin_BL = model.forward_with_routing(pictures[:size])
+        prediction = session.run(pictures[:size].numpy())
+        np.testing.assert_array_equal(prediction.pathway, expert_index_BL)
+        np.testing.assert_allclose(prediction.logits, logits.detach(), rtol=0, atol=1e-5 * logits.abs().max().item())
+        np.testing.assert_allclose(prediction.probabilities.sum(axis=1), 1.0, rtol=1e-6)
+        assert prediction.labels == tuple(f"class {i}" for i in logits.argmax(dim=1).tolist())
+        np.testing.assert_allclose(prediction.margin, margin_BL.detach(), rtol=0, atol=1e-4)
+    assert len(expert_index_BL.unique(dim=0)) > 1 or profile == "latency"
+
+
+def test_a_file_holds_standard_operators_only_and_every_weight_once(small_moe: Make, tmp_path: Path) -> None:
+    model = small_moe()
+    report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS)
+    nodes = operators(report.path)
+    assert {node.domain for node in nodes} == {""}
+    # BatchNorm is folded away; at N = 2, r = 0.5 two experts share out the bank, and both forms of the hybrid graph
+    # point at the same bytes.
+    assert report.data_bytes <= 1.01 * report.parameter_bytes
+    assert not any(node.op_type == "BatchNormalization" for node in nodes)
+
+
+def test_a_single_image_meets_one_branch_per_layer_and_a_batch_one_convolution_per_expert(
+    small_moe: Make, tmp_path: Path
+) -> None:
+    model = small_moe(num_experts=3, model_scale=0.4)
+    latency = export_model(model, tmp_path / "one.onnx", image_size=16, labels=LABELS, profile="latency")
+    batches = export_model(model, tmp_path / "many.onnx", image_size=16, labels=LABELS, profile="throughput")
+    # 4 MoE layers; a tree over 3 experts has 2 inner nodes; stem and shortcut are not routed.
+    one = [node.op_type for node in operators(latency.path)]
+    assert one.count("If") == 4 * 2
+    assert one.count("Conv") == 4 * 3 + 2
+    many = [node.op_type for node in operators(batches.path)]
+    assert many.count("If") == 0
+    assert many.count("NonZero") == many.count("Conv") - 2 == 4 * 3
+
+
+def test_static_has_no_control_flow_and_gathers_the_weights_of_a_single_image(small_moe: Make, tmp_path: Path) -> None:
+    model = small_moe()
+    report = export_model(model, tmp_path / "one.onnx", image_size=16, labels=LABELS, profile="static", batch_size=1)
+    found = [node.op_type for node in operators(report.path)]
+    assert not {"If", "NonZero", "Loop", "Scan"} & set(found)
+    assert found.count("Conv") == 4 + 2  # one per layer: no expert is computed in vain
+    with pytest.raises(InputError, match="takes batches of 1"):
+        Session(report.path).run(np.zeros((2, 3, 16, 16), dtype=np.float32))
+
+
+def test_uint8_images_are_preprocessed_inside(small_moe: Make, tmp_path: Path) -> None:
+    model = small_moe()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    path = tmp_path / "model.onnx"
+    report = export_model(model, path, image_size=16, labels=LABELS, input_type="uint8", images=pixels)
+    logits, expert_index_BL, _ = model.forward_with_routing(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    prediction = Session(path).run(pixels)
+    np.testing.assert_allclose(prediction.logits, logits.detach(), atol=1e-5 * logits.abs().max().item())
+    # the load is recorded: share of the 5 images per layer and expert
+    load = torch.stack([(expert_index_BL == e).double().mean(0) for e in range(2)], dim=1)
+    np.testing.assert_allclose(report.metadata.expert_load, load)
+    with pytest.raises(InputError, match="reads uint8 images"):
+        Session(path).run(np.zeros((1, 3, 16, 16), dtype=np.float32))
+
+
+def test_metadata_survives_the_file(small_moe: Make, tmp_path: Path) -> None:
+    described = {"architecture": "vgg16", "num_experts": 2, "mean": [0.0, 0.0, 0.0]}
+    report = export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS, metadata=described)
+    metadata = Session(report.path).metadata
+    assert metadata == report.metadata
+    assert metadata.model == described
+    assert metadata.labels == tuple(LABELS)
+    assert metadata.num_experts == (2,) * 4
+    assert metadata.layers == ("convs.0", "convs.1", "convs.2", "convs.3")
+
+
+class UserNetwork(nn.Module):
+    """Somebody's own network, two of our convolutions behind one hand-written decision, no router of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layout = ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5)
+        self.first, self.second = (MoEConv2d(channels, layout, 3, padding=1) for channels in (3, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decision = Decision((x[:, 0].mean((1, 2)) > 0.5).long(), None, None)
+        y = torch.relu(self.first(x, decision))
+        return self.head((torch.relu(self.second(y, decision)) + y).mean((2, 3)))
+
+
+def test_a_users_own_module_with_our_convolution_is_exported(pictures: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = UserNetwork()
+    report = export_model(model, tmp_path / "own.onnx", image_size=16, labels=["no", "yes"])
+    # One decision, so both convolutions and all between them run in one branch: 2 experts * 2 convolutions, in 2 forms.
+    assert [node.op_type for node in operators(report.path)].count("Conv") == 2 * 2 * 2
+    prediction = Session(report.path).run(pictures.numpy())
+    chosen = (pictures[:, 0].mean((1, 2)) > 0.5).long()
+    np.testing.assert_array_equal(prediction.pathway, torch.stack((chosen, chosen), dim=1))
+
+
+def test_a_graph_that_differs_is_not_left_behind(
+    small_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import advmoe_export.passes.fold_batchnorm as pass_
+
+    affine = pass_._affine
+
+    def wrong(node: object) -> object:
+        found = affine(node)  # type: ignore[arg-type]
+        return None if found is None else (found[0] * 1.001, found[1])
+
+    monkeypatch.setattr(pass_, "_affine", wrong)
+    with pytest.raises(VerificationError, match=r"was not written: .*(no near tie|logits differ by)") as raised:
+        export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS)
+    assert not raised.value.report.passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_say_what_to_do(small_moe: Make, tmp_path: Path) -> None:
+    model = small_moe()
+    with pytest.raises(ModelFileError, match=r"folder '.*missing' does not exist"):
+        export_model(model, tmp_path / "missing" / "model.onnx", image_size=16, labels=LABELS)
+    with pytest.raises(UnsupportedModelError, match="unknown profile 'fast', expected one of: hybrid"):
+        export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="fast")
+    with pytest.raises(UnsupportedModelError, match="has 10 classes, got 2 labels"):
+        export_model(model, tmp_path / "model.onnx", image_size=16, labels=["a", "b"])
+    with pytest.raises(UnsupportedModelError, match="opset must be in 18"):
+        export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, opset=9)
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    with pytest.raises(UnsupportedModelError, match="calls no routed operator"):
+        export_model(dense, tmp_path / "model.onnx", image_size=16, labels=LABELS)
+    assert list(tmp_path.iterdir()) == []
+    assert export_model(
+        dense, tmp_path / "dense.onnx", image_size=16, labels=LABELS, allow_unrouted=True
+    ).verification.passed
+
+
+def test_a_session_refuses_what_it_cannot_run(small_moe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_model(small_moe(), path, image_size=16, labels=LABELS, profile="throughput")
+    session = Session(path)
+    with pytest.raises(InputError, match="at least one image"):
+        session.run(np.zeros((0, 3, 16, 16), dtype=np.float32))
+    with pytest.raises(InputError, match=r"got float32 \[1, 3, 8, 8\]"):
+        session.run(np.zeros((1, 3, 8, 8), dtype=np.float32))
+    with pytest.raises(InputError, match="divide 8-bit images by 255"):
+        session.run(np.full((1, 3, 16, 16), 255, dtype=np.float32))
+    with pytest.raises(ProviderError, match="'NoSuchProvider' is not part of this onnxruntime"):
+        Session(path, providers=["NoSuchProvider"])
+    with pytest.raises(ModelFileError, match="no model file"):
+        Session(tmp_path / "other.onnx")
+    data = tmp_path / "model.onnx.data"
+    content = data.read_bytes()
+    data.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(ModelFileError, match="damaged or belongs to another export"):
+        Session(path)
+    data.write_bytes(content[:-1])
+    with pytest.raises(ModelFileError, match="copy both files"):
+        Session(path)
+    data.unlink()
+    with pytest.raises(ModelFileError, match=r"keeps its weights in 'model.onnx.data', which is not beside it"):
+        Session(path)
+    path.write_bytes(b"not a graph")
+    with pytest.raises(ModelFileError, match="not an ONNX file"):
+        Session(path)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), path)
+    with pytest.raises(ModelFileError, match="was not written by advmoe-export"):
+        Session(path)
