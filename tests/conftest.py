@@ -28,11 +28,19 @@ def digits() -> Dataset:
 
 @pytest.fixture
 def tiny_vgg() -> Callable[..., RoutedNetwork]:
-    """Makes a VGG-16 of 4 to 32 channels with fixed weights, in training mode."""
+    """Makes a VGG-16 of 4 to 32 channels with fixed weights, in training mode.
 
-    def make(seed: int = 0, **settings: Any) -> RoutedNetwork:
+    `warm`: with the BatchNorm statistics of noise images, so that such images differ in predictions and pathways.
+    """
+
+    def make(seed: int = 0, *, warm: bool = False, **settings: Any) -> RoutedNetwork:
         torch.manual_seed(seed)
-        return advmoe.create_model("vgg16", **{"kind": "moe", "width": 0.0625, **settings})
+        model = advmoe.create_model("vgg16", **{"kind": "moe", "width": 0.0625, **settings})
+        if warm:
+            with torch.no_grad():
+                for _ in range(20):
+                    model(torch.rand(32, 3, 32, 32))
+        return model
 
     return make
 
@@ -95,7 +103,7 @@ class SmallMoE(nn.Module):
 
 @pytest.fixture
 def small_moe() -> Callable[..., SmallMoE]:
-    """Makes a `SmallMoE` in evaluation mode with fixed weights, whose routers use several experts for 16 x 16 images."""
+    """Makes a `SmallMoE` in evaluation mode, fixed weights; its routers use several experts for 16 x 16 images."""
 
     def make(**settings: Any) -> SmallMoE:
         torch.manual_seed(0)
