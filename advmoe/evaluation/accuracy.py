@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import cross_entropy_objective, evaluating, pgd, starting_point
+from advmoe.attacks.pgd import evaluating
+from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
 from advmoe.errors import AdvMoEError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
-from advmoe.seeding import generator_for
 
 Progress = Callable[[int, float, float], None]
 """(images done, SA so far, RA so far)."""
@@ -58,15 +58,6 @@ class Evaluation:
         }
 
 
-def _starts(images: Tensor, indices: Tensor, attack: AttackConfig, seed: int, restart: int) -> Tensor:
-    """Random starts that depend on the image's own index, so that the batch size changes nothing."""
-    starts = [
-        starting_point(image[None].cpu(), attack, generator_for(seed, restart, int(index)))
-        for image, index in zip(images, indices, strict=True)
-    ]
-    return torch.cat(starts).to(images.device) if starts else images
-
-
 def check_finite(logits: Tensor, routing: Routing) -> None:
     """Refuse a model whose figures would mean nothing.
 
@@ -81,32 +72,6 @@ def check_finite(logits: Tensor, routing: Routing) -> None:
                 f"the logits of {whose} are not finite, so accuracies would mean nothing; expected finite logits: "
                 "check the checkpoint (diverged training?) and the input images"
             )
-
-
-def robust_images(
-    model: RoutedNetwork, images: Tensor, labels: Tensor, indices: Tensor, attack: AttackConfig, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Attack a batch of correctly classified images.
-
-    Returns:
-        Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
-        images that no restart broke.
-    """
-    adversarial = images.clone()
-    alive = torch.arange(len(images), device=images.device)
-    for restart in range(attack.restarts):
-        victims, truth = images[alive], labels[alive]
-        start = _starts(victims, indices[alive.cpu()], attack, seed, restart)
-        found = pgd(model, victims, cross_entropy_objective(truth), attack, start=start, labels_B=truth)
-        with torch.no_grad():
-            survived = model(found).argmax(dim=1) == truth
-        adversarial[alive] = found
-        alive = alive[survived]
-        if len(alive) == 0:
-            break
-    robust = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    robust[alive] = True
-    return adversarial, robust
 
 
 def evaluate(
@@ -136,7 +101,7 @@ def evaluate(
             check_finite(logits, routing)
             right = logits.argmax(dim=1) == y
             adversarial = x.clone()
-            adversarial[right], survived = robust_images(
+            adversarial[right], survived = untargeted(
                 model, x[right], y[right], batch.indices[right.cpu()], attack, seed
             )
             with torch.no_grad():
