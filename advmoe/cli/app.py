@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.format_message() or str(error)
         if not message.strip():  # bare `advmoe`: the help has been shown
             return 1
-        console.fail(f"{message} See 'advmoe --help'.")
+        console.fail(f"{message.rstrip('.')}; see 'advmoe --help'")
         return 1
     except AdvMoEError as error:
         if os.environ.get("ADVMOE_TRACEBACK"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torchvision
@@ -19,6 +20,9 @@ from advmoe.models.registry import ARCHITECTURES
 from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.methods import METHODS
 
+if TYPE_CHECKING:
+    from advmoe_export import ModelMetadata
+
 
 def info(
     file: Annotated[Path | None, typer.Argument(help="A checkpoint (.pt) or an exported model (.onnx).")] = None,
@@ -31,13 +35,21 @@ def info(
         from advmoe.cli.exporter import open_session
 
         session = open_session(file, ["cpu"])
-        title, facts = str(file), dict(session.metadata)
+        title, facts = str(file), model_file_facts(session.metadata)
     else:
         title, facts = str(file), checkpoint_facts(file)
     if json:
         console.emit_json(facts)
     else:
         console.show_facts(title, facts)
+
+
+def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:
+    """What an exported model says about itself."""
+    facts = dataclasses.asdict(metadata)
+    return {name: value for name, value in facts.items() if name not in {"model", "tool"}} | {
+        f"{part}.{name}": value for part in ("model", "tool") for name, value in facts[part].items()
+    }
 
 
 def installation_facts() -> dict[str, Any]:
