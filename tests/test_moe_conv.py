@@ -1,0 +1,190 @@
+"""The routed convolution against a reference that computes every expert for every image and keeps one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from advmoe.models.moe_conv import MoEConv2d, moe_conv2d
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Decision, ExpertLayout, Router
+
+LAYOUTS = {
+    "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),
+    "halves, N r = 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5),
+    "overlap, N r > 1": ExpertLayout(num_channels=6, num_experts=3, model_scale=0.5),
+    "wrap twice": ExpertLayout(num_channels=10, num_experts=3, model_scale=0.8),
+    "whole, r = 1": ExpertLayout(num_channels=4, num_experts=2, model_scale=1.0),
+    "separate": ExpertLayout(num_channels=6, num_experts=3, model_scale=0.5, separate=True),
+    "one": ExpertLayout(num_channels=6, num_experts=1, model_scale=0.5),
+}
+
+
+def compute_all(layer: MoEConv2d, x_BCHW: Tensor, logits_BN: Tensor, chosen_B: Tensor) -> Tensor:
+    """Every expert's channels cut out of one convolution with the whole bank; a one-hot gate keeps the chosen ones."""
+    everything_BCHW = F.conv2d(x_BCHW, layer.weight, stride=layer.stride, padding=layer.padding)
+    row_of = {channel: row for row, channel in enumerate(layer.layout.bank_channels)}
+    experts_NBCHW = torch.stack(
+        [
+            everything_BCHW[:, [row_of[channel] for channel in layer.layout.channels(expert)]]
+            for expert in range(layer.layout.num_experts)
+        ]
+    )
+    probability_BN = logits_BN.softmax(dim=1)
+    gate_BN = F.one_hot(chosen_B, layer.layout.num_experts) * (probability_BN / probability_BN.detach())
+    return torch.einsum("bn,nbchw->bchw", gate_BN, experts_NBCHW)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("kernel_size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_outputs_and_gradients_equal_those_of_computing_all_experts(
+    name: str, kernel_size: int, stride: int, padding: int
+) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv2d(5, LAYOUTS[name], kernel_size, stride=stride, padding=padding).double()
+    router = Router(5, LAYOUTS[name].num_experts).double()
+    torch.nn.init.zeros_(router.linear.bias)  # so that no expert goes without images
+    x_BCHW = torch.randn(24, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x_BCHW, layer.weight, *router.parameters()]
+
+    decision = router.decide(x_BCHW)
+    chosen_B = decision.expert_index_B
+    assert len(chosen_B.unique()) == LAYOUTS[name].num_experts
+    y_BCHW = layer(x_BCHW, decision)
+    reference_BCHW = compute_all(layer, x_BCHW, router(x_BCHW), chosen_B)
+    torch.testing.assert_close(y_BCHW, reference_BCHW)
+
+    toward_BCHW = torch.randn_like(y_BCHW)
+    ours = torch.autograd.grad(y_BCHW, inputs, toward_BCHW)
+    theirs = torch.autograd.grad(reference_BCHW, inputs, toward_BCHW)
+    torch.testing.assert_close(ours, theirs)
+    if LAYOUTS[name].num_experts > 1:
+        assert ours[2].abs().max() > 0, "the router must get a gradient"
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv2d(2, LAYOUTS["overlap, N r > 1"], 3, padding=1).double()
+    x_BCHW = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    decision = Decision(torch.tensor([2, 0, 2, 1]), None, None)
+    assert torch.autograd.gradcheck(lambda x, _: layer(x, decision), (x_BCHW, layer.weight))
+
+
+@pytest.mark.parametrize("chosen", [[2, 0, 1, 2, 0], [1, 1, 1, 1, 1], [0, 2, 2, 0, 0]])
+def test_outputs_come_back_in_batch_order(chosen: list[int]) -> None:
+    # Image b is filled with b + 1 and expert e's 1x1 filters with 10^e: output b is (b + 1) 10^e in both channels.
+    experts = ExpertLayout(num_channels=6, num_experts=3, model_scale=1 / 3)
+    layer = MoEConv2d(1, experts, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 1.0, 10.0, 10.0, 100.0, 100.0]).view(6, 1, 1, 1))
+        x_BCHW = torch.arange(1.0, 6.0).view(5, 1, 1, 1)
+        y_BCHW = layer(x_BCHW, Decision(torch.tensor(chosen), None, None))
+    assert y_BCHW.flatten(1).tolist() == [[(b + 1) * 10.0**e] * 2 for b, e in enumerate(chosen)]
+
+
+def test_weights_of_an_expert_without_images_get_no_gradient() -> None:
+    layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1)
+    layer(torch.rand(4, 3, 5, 5), Decision(torch.ones(4, dtype=torch.int64), None, None)).sum().backward()
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad[:4].any()
+    assert layer.weight.grad[4:].all()
+
+
+def test_an_empty_batch_is_no_error() -> None:
+    layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1)
+    y_BCHW = layer(torch.empty(0, 3, 5, 5), Decision(torch.empty(0, dtype=torch.int64), None, None))
+    assert y_BCHW.shape == (0, 4, 5, 5)
+
+
+def test_bias_dilation_and_groups_are_those_of_an_ordinary_convolution() -> None:
+    torch.manual_seed(0)
+    x_BCHW, weight, bias = torch.randn(4, 4, 7, 7), torch.randn(8, 2, 3, 3), torch.randn(8)
+    chosen_B = torch.tensor([1, 0, 1, 1])
+    geometry = {"stride": 2, "padding": 2, "dilation": 2, "groups": 2}
+    y_BCHW = moe_conv2d(x_BCHW, weight, bias, chosen_B, starts=(0, 4), size=4, **geometry)
+    for b, expert in enumerate(chosen_B.tolist()):
+        rows = slice(4 * expert, 4 * expert + 4)
+        alone = F.conv2d(x_BCHW[b : b + 1], weight[rows], bias[rows], **geometry)
+        torch.testing.assert_close(y_BCHW[b : b + 1], alone)
+
+
+def test_the_exporters_operator_computes_what_eager_mode_computes() -> None:
+    torch.manual_seed(0)
+    arguments = (torch.randn(5, 3, 6, 6), torch.randn(6, 3, 3, 3), None, torch.tensor([2, 0, 1, 1, 2]))
+    operator = torch.ops.advmoe.moe_conv2d
+    y_BCHW = operator(*arguments, [0, 2, 4], 3, [2, 2], [1, 1], [1, 1], 1)
+    eager = moe_conv2d(*arguments, starts=(0, 2, 4), size=3, stride=2, padding=1)
+    assert torch.equal(y_BCHW, eager)
+    torch.library.opcheck(
+        operator.default,
+        (*arguments, [0, 2, 4], 3, [2, 2], [1, 1], [1, 1], 1),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def convolution_flops(run: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> tuple[int, int]:
+    """Executed multiply-adds times two of all convolutions, (forward, backward)."""
+    with FlopCounterMode(display=False) as counter:
+        run(x_BCHW).sum().backward()
+    by_operator = counter.get_flop_counts()["Global"]
+    return by_operator[torch.ops.aten.convolution], by_operator[torch.ops.aten.convolution_backward]
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+def test_only_the_chosen_expert_is_computed_in_training_too(num_experts: int) -> None:
+    # 10 images, r C = 4 of 8 output channels, 3 input channels, 3x3 taps, 6x6 places: 2 * 10 * 4 * 3 * 9 * 36 FLOPs,
+    # and twice that backward (input and weight gradient), whatever N.
+    layer = MoEConv2d(3, ExpertLayout(num_channels=8, num_experts=num_experts, model_scale=0.5), 3, padding=1).train()
+    x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
+    chosen_B = torch.arange(10) % num_experts
+    forward, backward = convolution_flops(lambda x: layer(x, Decision(chosen_B, None, None)), x_BCHW)
+    assert forward == 2 * 10 * 4 * 3 * 9 * 36
+    assert backward == 2 * forward
+
+
+def test_a_whole_moe_network_convolves_as_much_as_s_dense(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    s_dense = convolution_flops(tiny_vgg(kind="s_dense"), images)
+    for num_experts in (1, 2, 4):
+        assert convolution_flops(tiny_vgg(num_experts=num_experts), images) == s_dense
+
+
+@pytest.mark.parametrize("model_scale", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_expert_is_s_dense(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, model_scale: float, training: bool
+) -> None:
+    moe = tiny_vgg(num_experts=1, model_scale=model_scale).train(training)
+    s_dense = tiny_vgg(kind="s_dense", model_scale=model_scale, seed=1).train(training)
+    missing, unexpected = s_dense.load_state_dict(moe.state_dict(), strict=False)
+    assert missing == []
+    assert all(name.startswith("routers.") for name in unexpected)
+
+    labels = torch.arange(8)
+    logits, expected = moe(images), s_dense(images)
+    assert torch.equal(logits, expected)
+    F.cross_entropy(logits, labels).backward()
+    F.cross_entropy(expected, labels).backward()
+    gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
+    for name, parameter in s_dense.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    for name, buffer in s_dense.named_buffers():
+        assert torch.equal(moe.get_buffer(name), buffer)
+    # One expert leaves nothing to decide, so nothing to learn.
+    assert all(not parameter.grad.any() for parameter in moe.router_parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 10])
+@pytest.mark.parametrize("model_scale", [0.2, 0.5, 0.9, 1.0])
+def test_any_number_of_experts_and_any_scale_train(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, num_experts: int, model_scale: float
+) -> None:
+    model = tiny_vgg(num_experts=num_experts, model_scale=model_scale)
+    logits = model(images)
+    assert logits.shape == (8, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
