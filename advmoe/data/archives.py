@@ -58,6 +58,18 @@ def read_tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
     return found
 
 
+def fetch_archive(
+    archive: Archive, folder: Path, *, not_found: str, download: bool, progress: Progress | None = None
+) -> Path:
+    """Download ``archive`` when that is allowed. Raises `DataError`, beginning with ``not_found``, otherwise."""
+    if not download:
+        raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
+    try:
+        return download_archive(archive, folder, progress=progress)
+    except DataError as error:
+        raise DataError(f"{not_found}, and {error}") from error
+
+
 def download_archive(archive: Archive, folder: Path, *, progress: Progress | None = None) -> Path:
     """Download ``archive`` into ``folder`` and return its path; it appears there only when complete and checked.
 

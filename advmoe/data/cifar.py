@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe.data.archives import Archive, check_archive, download_archive, read_tar_members
+from advmoe.data.archives import Archive, check_archive, fetch_archive, read_tar_members
 from advmoe.data.batch_pickle import load_batch
 from advmoe.data.locate import search_roots
 from advmoe.data.parquet import HubLayout, find_splits, read_image_set
@@ -81,12 +81,8 @@ def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress:
         f"{cifar.info.name} was not found in {data_dir} as {cifar.hub.folder}/*.parquet, {cifar.python.folder},"
         f" {cifar.binary.folder}, {cifar.python.archive.file_name} or {cifar.binary.archive.file_name}"
     )
-    if not download:
-        raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
-    try:
-        path = download_archive(cifar.python.archive, data_dir, progress=progress)
-    except DataError as error:
-        raise DataError(f"{not_found}, and {error}") from error
+    archive = cifar.python.archive
+    path = fetch_archive(archive, data_dir, not_found=not_found, download=download, progress=progress)
     return _from_archive(cifar, cifar.python, _decode_pickle, path)
 
 

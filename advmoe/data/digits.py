@@ -11,7 +11,7 @@ from advmoe.data.splits import split_validation
 TEST_SIZE = 360
 SPLIT_SEED = 0
 
-INFO = DatasetInfo(
+DIGITS = DatasetInfo(
     name="digits",
     num_classes=10,
     class_names=tuple("0123456789"),
@@ -37,12 +37,12 @@ def load_digits() -> Dataset:
 
     originals = load_originals()
     levels = np.round(originals.images * (255 / 16)).astype(np.uint8)
-    size = (INFO.image_size, INFO.image_size)
+    size = (DIGITS.image_size, DIGITS.image_size)
     grey = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in levels])
     everything = ImageSet(
         images=np.repeat(grey[..., None], 3, axis=-1),
         labels=originals.target.astype(np.int64),
-        class_names=INFO.class_names,
+        class_names=DIGITS.class_names,
     )
     train_rows, test_rows = split_validation(everything.labels, size=TEST_SIZE, seed=SPLIT_SEED)
-    return Dataset(info=INFO, train=everything.take(train_rows), test=everything.take(test_rows))
+    return Dataset(info=DIGITS, train=everything.take(train_rows), test=everything.take(test_rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,69 @@ class ImageSet:
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedSet:
+    """Images left encoded (JPEG or PNG) where they lie, with one label each: for sets too large for memory.
+
+    Image ``i`` is ``lengths[i]`` bytes of ``files[file_index[i]]`` from ``offsets[i]`` on, so that folders (one image
+    per file), tar shards and packed caches (many) need no conversion.
+    """
+
+    files: tuple[str, ...]
+    """Paths of the files that hold the images."""
+    file_index: NDArray[np.int64]
+    """int64 ``[n]``, each in ``[0, len(files))``."""
+    offsets: NDArray[np.int64]
+    """int64 ``[n]``, in bytes."""
+    lengths: NDArray[np.int64]
+    """int64 ``[n]``, in bytes; -1 means to the end of the file."""
+    labels: NDArray[np.int64]
+    """int64 ``[n]``, each in ``[0, len(class_names))``."""
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("file_index", "offsets", "lengths", "labels"):
+            array = getattr(self, name)
+            if array.dtype != np.int64 or array.shape != self.labels.shape or array.ndim != 1:
+                raise DataError(
+                    f"{name} must be int64 [{self.labels.size}], one per image, not {array.dtype} {list(array.shape)}"
+                )
+        check_labels(self.labels, len(self.class_names), where="the image set")
+        if self.labels.size and not 0 <= self.file_index.min() <= self.file_index.max() < len(self.files):
+            raise DataError(f"file_index must lie in 0..{len(self.files) - 1} ({len(self.files)} files)")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.integer]) -> EncodedSet:
+        """The images at ``indices``, in that order, as a set of their own."""
+        return replace(
+            self,
+            file_index=self.file_index[indices],
+            offsets=self.offsets[indices],
+            lengths=self.lengths[indices],
+            labels=self.labels[indices],
+        )
+
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of image ``row``. Raises `DataError` when its file is missing or too short."""
+        path = self.files[self.file_index[row]]
+        offset, length = int(self.offsets[row]), int(self.lengths[row])
+        try:
+            with Path(path).open("rb") as file:
+                file.seek(offset)
+                encoded = file.read(length)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        if 0 <= length != len(encoded):
+            raise DataError(f"{path} is truncated: image {row} needs {length} bytes from byte {offset} on")
+        return encoded
+
+
+Images = ImageSet | EncodedSet
+"""What a loader makes batches of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What is known of a data set from its name alone."""
@@ -80,11 +143,11 @@ class Dataset:
     """A data set as its authors split it. The test set is for reporting; hold validation images out of ``train``."""
 
     info: DatasetInfo
-    train: ImageSet
-    test: ImageSet
+    train: Images
+    test: Images
 
 
-def complete_dataset(info: DatasetInfo, train: ImageSet, test: ImageSet, *, where: Path) -> Dataset:
+def complete_dataset(info: DatasetInfo, train: Images, test: Images, *, where: Path) -> Dataset:
     """Put the splits together, once their sizes are those of the complete set.
 
     Raises `DataError` when one split is complete and the other is not, so that files must have been lost; warns when

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from advmoe.data import digits
-from advmoe.data.cifar import CIFAR10, CIFAR100, load_cifar
+from advmoe.data.cifar import CIFAR10, CIFAR100, Cifar, load_cifar
+from advmoe.data.digits import DIGITS, load_digits
+from advmoe.data.folders import FOLDER, folder_info, load_folder
+from advmoe.data.imagenet import IMAGENET, load_imagenet
 from advmoe.data.locate import default_data_dir
-from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress
+from advmoe.data.sets import Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
+from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from advmoe.errors import ConfigError
 
 __all__ = [
     "Dataset",
     "DatasetInfo",
+    "EncodedSet",
     "ImageSet",
+    "Images",
     "Progress",
     "dataset_info",
     "dataset_names",
@@ -24,14 +29,35 @@ __all__ = [
 ]
 
 
-class _Load(Protocol):
-    def __call__(self, data_dir: Path, *, download: bool, progress: Progress | None) -> Dataset: ...
+@dataclass(frozen=True)
+class _Source:
+    info: DatasetInfo
+    load: Callable[[Path, bool, Progress | None], Dataset]
+    """``(data_dir, download, progress)`` → the data set."""
 
 
-_SOURCES: dict[str, tuple[DatasetInfo, _Load]] = {
-    "cifar10": (CIFAR10.info, partial(load_cifar, CIFAR10)),
-    "cifar100": (CIFAR100.info, partial(load_cifar, CIFAR100)),
-    "digits": (digits.INFO, lambda data_dir, *, download, progress: digits.load_digits()),
+def _cifar(cifar: Cifar) -> _Source:
+    return _Source(
+        cifar.info,
+        lambda data_dir, download, progress: load_cifar(cifar, data_dir, download=download, progress=progress),
+    )
+
+
+_SOURCES = {
+    source.info.name: source
+    for source in (
+        _cifar(CIFAR10),
+        _cifar(CIFAR100),
+        _Source(
+            TINY_IMAGENET.info,
+            lambda data_dir, download, progress: load_tiny_imagenet(
+                TINY_IMAGENET, data_dir, download=download, progress=progress
+            ),
+        ),
+        _Source(IMAGENET.info, lambda data_dir, download, progress: load_imagenet(IMAGENET, data_dir)),
+        _Source(FOLDER, lambda data_dir, download, progress: load_folder(data_dir)),
+        _Source(DIGITS, lambda data_dir, download, progress: load_digits()),
+    )
 }
 
 
@@ -40,9 +66,15 @@ def dataset_names() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def dataset_info(name: str) -> DatasetInfo:
-    """What is known of the data set from its name alone. Raises `ConfigError` for an unknown name."""
-    return _source(name)[0]
+def dataset_info(name: str, data_dir: Path | None = None) -> DatasetInfo:
+    """What is known of the data set before its images are read.
+
+    For ``folder`` the names of the class folders in ``data_dir`` are part of it.
+
+    Raises `ConfigError` for an unknown name, `DataError` for a ``folder`` that is none.
+    """
+    info = _source(name).info
+    return folder_info(_or_default(data_dir)) if info is FOLDER else info
 
 
 def load_dataset(
@@ -51,15 +83,19 @@ def load_dataset(
     """Load a data set from whatever layout lies under ``data_dir``, downloading it where it may be and must.
 
     ``data_dir`` is ``$ADVMOE_DATA_DIR`` or a folder in the user's cache when ``None``. Existing files are never moved
-    or changed. ``progress(what, done, total)`` is called while something slow goes on.
+    or changed. ``progress(what, done, total)`` is called while something slow goes on. The small sets come as
+    `ImageSet`, ``imagenet`` and ``folder`` as `EncodedSet`; ``.info`` has the class names the files tell.
 
     Raises `ConfigError` for an unknown name, `DataError` for data that is missing, incomplete or malformed.
     """
-    _, load = _source(name)
-    return load(data_dir if data_dir is not None else default_data_dir(), download=download, progress=progress)
+    return _source(name).load(_or_default(data_dir), download, progress)
 
 
-def _source(name: str) -> tuple[DatasetInfo, _Load]:
+def _or_default(data_dir: Path | None) -> Path:
+    return default_data_dir() if data_dir is None else data_dir
+
+
+def _source(name: str) -> _Source:
     try:
         return _SOURCES[name]
     except KeyError:

@@ -1,0 +1,372 @@
+"""Image folders, ImageNet and TinyImageNet, made small here in the exact form of the originals."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from advmoe.data.imagenet import IMAGENET, load_imagenet
+from advmoe.data.sources import Dataset, EncodedSet, dataset_info, load_dataset
+from advmoe.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet, load_tiny_imagenet
+from advmoe.errors import DataError
+
+WNIDS = ("n01440764", "n01443537", "n02084071")
+rng = np.random.default_rng(0)
+
+
+def encoded(side: int = 64, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def decoded(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def everything(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# Any image folder
+
+
+PETS = {
+    "train/dog/2.png": encoded(),
+    "train/dog/1.JPG": encoded(kind="JPEG"),
+    "train/cat/deep/er/9.jpeg": encoded(kind="JPEG"),
+    "train/cat/notes.txt": b"not an image",
+    "train/cat/.hidden.png": b"",
+    "val/cat/1.png": encoded(),
+}
+
+
+def test_reads_any_image_folder_where_it_lies(tmp_path: Path) -> None:
+    before = everything(write(tmp_path, PETS))
+    dataset = load_dataset("folder", tmp_path)
+    train, test = dataset.train, dataset.test
+    assert isinstance(train, EncodedSet)
+    assert isinstance(test, EncodedSet)
+    assert dataset.info.class_names == train.class_names == ("cat", "dog")
+    assert dataset.info.num_classes == 2
+    assert train.labels.tolist() == [0, 1, 1]  # classes by sorted name, and files sorted within
+    assert [train.read(row) for row in range(3)] == [
+        PETS["train/cat/deep/er/9.jpeg"],
+        PETS["train/dog/1.JPG"],
+        PETS["train/dog/2.png"],
+    ]
+    assert (test.labels.tolist(), test.read(0)) == ([0], PETS["val/cat/1.png"])
+    assert everything(tmp_path) == before
+
+
+def test_the_classes_of_a_folder_are_known_before_its_images_are_read(tmp_path: Path) -> None:
+    assert dataset_info("folder", write(tmp_path, PETS)).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_the_validation_folder_may_have_other_names(tmp_path: Path, name: str) -> None:
+    write(tmp_path, PETS)
+    (tmp_path / "val").rename(tmp_path / name)
+    assert len(load_dataset("folder", tmp_path).test) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"val/cat/1.png": None}, r"has no folder val or validation or valid or test; expected an image folder with"),
+        ({name: None for name in PETS if name.startswith("train")}, "has no folder train"),
+        ({"train/stray.png": b"x"}, r"train/stray\.png lies outside the class folders; move it to"),
+        ({"val/cow/1.png": b"x"}, "val/cow is a class that the training images do not have"),
+        (
+            {"train/dog/1.JPG": None, "train/dog/2.png": None, "train/dog/a.webp": b"x"},
+            r"train/dog holds no JPEG",
+        ),
+        (
+            {"train/cat/deep/er/9.jpeg": None, "train/cat/notes.txt": None, "train/cat/.hidden.png": None},
+            "has 1 class",
+        ),
+        ({"val/cat/1.png": None, "val/cat/1.webp": b"x"}, "val holds no JPEG or PNG images"),
+    ],
+)
+def test_refuses_folders_that_do_not_fit(tmp_path: Path, changed: dict[str, bytes | None], message: str) -> None:
+    write(tmp_path, {name: content for name, content in {**PETS, **changed}.items() if content is not None})
+    with pytest.raises(DataError, match=message):
+        load_dataset("folder", tmp_path)
+
+
+# Encoded sets
+
+
+def spans(tmp_path: Path, **changed: object) -> EncodedSet:
+    (tmp_path / "packed").write_bytes(b"aabbbcccc")
+    arrays = {"file_index": [0, 0, 0], "offsets": [0, 2, 5], "lengths": [2, 3, -1], "labels": [0, 1, 0], **changed}
+    return EncodedSet(
+        files=(str(tmp_path / "packed"),),
+        class_names=("even", "odd"),
+        **{name: np.asarray(values) for name, values in arrays.items()},
+    )
+
+
+def test_an_encoded_set_reads_spans_of_files(tmp_path: Path) -> None:
+    whole = spans(tmp_path)
+    assert [whole.read(row) for row in range(len(whole))] == [b"aa", b"bbb", b"cccc"]
+    part = whole.take(np.array([2, 1]))
+    assert ([part.read(0), part.read(1)], part.labels.tolist()) == ([b"cccc", b"bbb"], [0, 1])
+
+
+def test_an_encoded_set_names_files_that_have_shrunk_or_gone(tmp_path: Path) -> None:
+    whole = spans(tmp_path)
+    (tmp_path / "packed").write_bytes(b"aabb")
+    with pytest.raises(DataError, match="packed is truncated: image 1 needs 3 bytes from byte 2 on"):
+        whole.read(1)
+    (tmp_path / "packed").unlink()
+    with pytest.raises(DataError, match="packed cannot be read"):
+        whole.read(1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": [0, 1, 2]}, "label 2 of image 2 is out of range"),
+        ({"offsets": [0, 2]}, r"offsets must be int64 \[3\], one per image, not int64 \[2\]"),
+        ({"lengths": [0.5, 1, 2]}, "lengths must be int64"),
+        ({"file_index": [0, 1, 0]}, r"file_index must lie in 0\.\.0"),
+    ],
+)
+def test_an_encoded_set_refuses_arrays_that_do_not_fit(
+    tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        spans(tmp_path, **changed)
+
+
+# ImageNet
+
+
+SMALL_IMAGENET = replace(
+    IMAGENET,
+    info=replace(IMAGENET.info, num_classes=3, class_names=("tench", "goldfish", "dog"), train_size=6, test_size=3),
+)
+
+
+def write_imagenet(root: Path) -> Path:
+    files = {f"train/{wnid}/{wnid}_{n}.JPEG": encoded(kind="JPEG") for wnid in WNIDS for n in (1, 2)}
+    files |= {f"val/{wnid}/ILSVRC2012_val_0000000{n}.JPEG": encoded(kind="JPEG") for n, wnid in enumerate(WNIDS)}
+    return write(root, files)
+
+
+@pytest.mark.parametrize("sub_folder", ["", "imagenet", "imagenet-1k"])
+def test_reads_imagenet_with_everybodys_class_numbers(tmp_path: Path, sub_folder: str) -> None:
+    root = write_imagenet(tmp_path / sub_folder)
+    dataset = load_imagenet(SMALL_IMAGENET, tmp_path)
+    assert isinstance(dataset.train, EncodedSet)
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.train.class_names == ("tench", "goldfish", "dog")
+    assert dataset.train.read(2) == (root / "train/n01443537/n01443537_1.JPEG").read_bytes()
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+
+
+def test_imagenet_names_are_in_the_order_of_the_wnids() -> None:
+    # n01440764 is the first id of ILSVRC 2012, n01443537 the second, n15075141 the last.
+    names = IMAGENET.info.class_names
+    assert (names[0], names[1], names[999]) == ("tench", "goldfish", "toilet tissue")
+
+
+def test_refuses_an_imagenet_folder_without_val(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="has no folder val"):
+        load_imagenet(SMALL_IMAGENET, tmp_path)
+
+
+def test_refuses_unsorted_validation_images(tmp_path: Path) -> None:
+    write(write_imagenet(tmp_path), {"val/ILSVRC2012_val_00000009.JPEG": b"x"})
+    with pytest.raises(DataError, match=r"val_00000009\.JPEG lies outside the class folders; move it to .*/val/"):
+        load_imagenet(SMALL_IMAGENET, tmp_path)
+
+
+def test_other_image_folders_are_not_taken_for_imagenet(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has 2 class folders \(cat, dog, \.\.\.\).* 1000 named by WordNet.*'folder'"):
+        load_dataset("imagenet", write(tmp_path, PETS))
+
+
+def test_says_where_imagenet_comes_from(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"imagenet was not found in .* get it from image-net\.org"):
+        load_dataset("imagenet", tmp_path / "nothing")
+
+
+# TinyImageNet
+
+
+SMALL_TINY = replace(TINY_IMAGENET, info=replace(TINY_IMAGENET.info, num_classes=3, train_size=6, test_size=3))
+TINY_TRAIN = {
+    f"train/{wnid}/images/{wnid}_{n}.JPEG": encoded(kind="JPEG", mode="L" if n else "RGB")
+    for wnid in WNIDS
+    for n in (0, 1)
+}
+TINY_VAL = {f"val/images/val_{n}.JPEG": encoded(kind="JPEG") for n in range(3)}
+VAL_CLASSES = (2, 0, 1)
+TINY = {
+    "wnids.txt": b"n02084071\nn01440764\nn01443537",  # published in no order
+    "words.txt": b"n01443537\tgoldfish, Carassius auratus\n",
+    **{f"train/{wnid}/{wnid}_boxes.txt": b"" for wnid in WNIDS},
+    **TINY_TRAIN,
+    **TINY_VAL,
+    "val/val_annotations.txt": "".join(
+        f"val_{n}.JPEG\t{WNIDS[label]}\t0\t32\t44\t62\n" for n, label in enumerate(VAL_CLASSES)
+    ).encode(),
+    "test/images/test_0.JPEG": encoded(kind="JPEG"),
+}
+
+
+def load_tiny(data_dir: Path, tiny: TinyImageNet = SMALL_TINY) -> Dataset:
+    return load_tiny_imagenet(tiny, data_dir, download=False)
+
+
+def write_tiny_zip(data_dir: Path) -> TinyImageNet:
+    path = data_dir / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in TINY.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    return replace(SMALL_TINY, archive=replace(TINY_IMAGENET.archive, md5=md5))
+
+
+def write_tiny_parquet(folder: Path, *, names: tuple[str, ...] | None = WNIDS) -> None:
+    folder.mkdir(parents=True)
+    metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
+    for split, images, labels in (
+        ("train-00000-of-00001-1359597a978bc4fa", TINY_TRAIN, [0, 0, 1, 1, 2, 2]),
+        ("valid-00000-of-00001-70d52db3c749a935", TINY_VAL, list(VAL_CLASSES)),
+    ):
+        table = pa.table({"image": [{"bytes": image, "path": None} for image in images.values()], "label": labels})
+        if names is not None:
+            table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pq.write_table(table, folder / f"{split}.parquet")
+
+
+def assert_is_small_tiny(dataset: Dataset) -> None:
+    assert dataset.info.class_names == dataset.train.class_names == WNIDS
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.test.labels.tolist() == list(VAL_CLASSES)
+    for images, files in ((dataset.train, TINY_TRAIN), (dataset.test, TINY_VAL)):
+        for image, content in zip(images.images, files.values(), strict=True):
+            # Two JPEG decoders may differ by a level or two.
+            np.testing.assert_allclose(image.astype(int), decoded(content).astype(int), atol=2)
+
+
+@pytest.mark.parametrize("sub_folder", ["tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200", "renamed"])
+def test_reads_the_official_tiny_imagenet_folder(tmp_path: Path, sub_folder: str) -> None:
+    before = everything(write(tmp_path / sub_folder, TINY))
+    assert_is_small_tiny(load_tiny(tmp_path / "renamed" if sub_folder == "renamed" else tmp_path))
+    assert everything(tmp_path) == before
+
+
+def test_reads_validation_images_sorted_into_class_folders(tmp_path: Path) -> None:
+    files = {name: content for name, content in TINY.items() if not name.startswith("val/")}
+    files |= {
+        f"val/{WNIDS[label]}/images/val_{n}.JPEG": TINY_VAL[f"val/images/val_{n}.JPEG"]
+        for n, label in enumerate(VAL_CLASSES)
+    }
+    dataset = load_tiny(write(tmp_path / "tiny-imagenet-200", files).parent)
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+
+
+def test_reads_the_official_tiny_imagenet_zip_in_place(tmp_path: Path) -> None:
+    tiny = write_tiny_zip(tmp_path)
+    assert_is_small_tiny(load_tiny(tmp_path, tiny))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-imagenet-200.zip"]
+
+
+@pytest.mark.parametrize("sub_folder", ["data", "", "tiny-imagenet/data", "zh-plus/tiny-imagenet/data"])
+def test_reads_tiny_imagenet_from_the_hub_with_the_class_names_of_its_files(tmp_path: Path, sub_folder: str) -> None:
+    write_tiny_parquet(tmp_path / "root" / sub_folder)
+    assert_is_small_tiny(load_tiny(tmp_path / "root"))
+
+
+def test_numbers_stand_for_class_names_that_the_files_do_not_tell(tmp_path: Path) -> None:
+    write_tiny_parquet(tmp_path / "data", names=None)
+    assert load_tiny(tmp_path).info.class_names == ("0", "1", "2")
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda root: [(root / name).unlink() for name in names] and None
+
+
+def rewritten(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_bytes(content) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(*TINY_VAL), "lacks the training or the validation images"),
+        (without("val/images/val_1.JPEG"), "6 training and 2 test images, where tinyimagenet has 6 and 3"),
+        (without("val/val_annotations.txt"), "val/images is a class that the training images do not have"),
+        (
+            rewritten("val/val_annotations.txt", b"val_0.JPEG\tn02084071\t0\t0\t1\t1\n"),
+            "class of val/images/val_1",
+        ),
+        (rewritten("val/val_annotations.txt", b"val_0.JPEG"), "val_annotations.txt, line 1: '' is no class"),
+        (rewritten("val/images/val_2.JPEG", encoded()[:100]), r"val_2\.JPEG: the image cannot be decoded"),
+        (
+            rewritten("val/images/val_2.JPEG", encoded(32)),
+            r"val_2\.JPEG: the image decodes to .*\[3, 64, 64\]",
+        ),
+        (rewritten("val/images/val_2.JPEG", b""), r"val_2\.JPEG: the image is missing"),
+    ],
+)
+def test_refuses_a_damaged_tiny_imagenet_folder(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+    change(write(tmp_path / "tiny-imagenet-200", TINY))
+    with pytest.raises(DataError, match=message):
+        load_tiny(tmp_path)
+
+
+def test_refuses_tiny_imagenet_with_other_classes(tmp_path: Path) -> None:
+    write(tmp_path / "tiny-imagenet-200", TINY)
+    with pytest.raises(DataError, match="has 3 classes, where tinyimagenet has 200"):
+        load_tiny(tmp_path, TINY_IMAGENET)
+
+
+def test_refuses_a_half_extracted_tiny_imagenet_folder(tmp_path: Path) -> None:
+    write(tmp_path / "tiny-imagenet-200", {name: raw for name, raw in TINY.items() if not name.startswith("val")})
+    with pytest.raises(DataError, match=r"is incomplete: expected .*/train and .*/val"):
+        load_tiny(tmp_path)
+
+
+def test_refuses_a_half_downloaded_zip_and_leaves_it_alone(tmp_path: Path) -> None:
+    tiny = write_tiny_zip(tmp_path)
+    path = tmp_path / "tiny-imagenet-200.zip"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"half-downloaded or damaged: .*\(1,000 bytes\)"):
+        load_tiny(tmp_path, tiny)
+    assert path.stat().st_size == 1000
+
+
+def test_refuses_a_published_zip_that_is_no_zip(tmp_path: Path) -> None:
+    write(tmp_path, {"tiny-imagenet-200.zip": b"something else"})
+    md5 = hashlib.md5(b"something else").hexdigest()
+    with pytest.raises(DataError, match="cannot be read as a zip archive"):
+        load_tiny(tmp_path, replace(SMALL_TINY, archive=replace(TINY_IMAGENET.archive, md5=md5)))
+
+
+def test_says_what_was_looked_for_when_tiny_imagenet_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tinyimagenet was not found in .* data/\*\.parquet, tiny-imagenet-200 or"):
+        load_tiny(tmp_path)
