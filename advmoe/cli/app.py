@@ -13,6 +13,7 @@ from advmoe.cli.evaluate import evaluate
 from advmoe.cli.export import export
 from advmoe.cli.info import info
 from advmoe.cli.predict import predict
+from advmoe.cli.recipes import recipes
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, export, predict, info):
+for command in (train, evaluate, export, predict, info, recipes):
     app.command()(command)
 
 

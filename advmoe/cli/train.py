@@ -7,25 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, Seed, resolve_device
 from advmoe.cli.progress import TrainingProgress, data_progress
-from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps, to_dict
+from advmoe.config import to_dict
 from advmoe.data.sources import dataset_info, load_dataset
+from advmoe.errors import ConfigError
 from advmoe.models.registry import build_model
+from advmoe.recipes import recipe as find_recipe
+from advmoe.recipes import resolve
 from advmoe.training.checkpoint import file_digest, load_checkpoint
 from advmoe.training.loop import Trainer
 from advmoe.training.methods import resolve_method
 from advmoe.training.run_folder import RunFolder
 
-TRAIN_STEP_SHARE = 5 / 8
-"""Step size of the training attack relative to eps: 5/255 at 8/255."""
-VALIDATION_STEP_SHARE = 1 / 4
-"""The same for the attack that selects the best checkpoint: 2/255 at 8/255."""
+MODEL, TRAINING, ATTACK, RUN = "Model", "Training", "Attack in training", "Run"
 
 
 @contextmanager
@@ -44,52 +44,81 @@ def stopping_on_interrupt(trainer: Trainer) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def option(panel: str, text: str, *names: str) -> Any:
+    """An option that is unset by default."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
 def train(
-    dataset: Annotated[str, typer.Argument(help="Name of the data set, e.g. cifar10, or digits (needs no download).")],
-    arch: Annotated[str, typer.Option(help="Backbone.")] = "vgg16",
-    kind: Annotated[str, typer.Option(help="moe, dense, s_dense (every width times r) or sparse_cnn.")] = "moe",
+    dataset: Annotated[
+        str | None, typer.Argument(help="Name of the data set, e.g. cifar10, or digits (needs no download).")
+    ] = None,
+    recipe: Annotated[
+        str | None, option(RUN, "A run of the paper by name (see 'advmoe recipes'); other options override it.")
+    ] = None,
+    arch: Annotated[str | None, option(MODEL, "Backbone. Default: vgg16.")] = None,
+    kind: Annotated[
+        str | None, option(MODEL, "moe, dense, s_dense (every width times r), sparse_cnn. Default: moe.")
+    ] = None,
+    num_experts: Annotated[int | None, option(MODEL, "N, experts per layer. Default: 2.")] = None,
+    model_scale: Annotated[
+        float | None, option(MODEL, "r, share of a layer's channels in one expert. Default: 0.5.")
+    ] = None,
+    width: Annotated[float | None, option(MODEL, "Channel multiplier; below 1 for small runs. Default: 1.")] = None,
+    granularity: Annotated[
+        str | None, option(MODEL, "What a router decides for: layer, block, stage, image. Default: layer.")
+    ] = None,
+    router_gradient: Annotated[
+        str | None, option(MODEL, "How gradients pass the argmax: softmax, straight_through. Default: softmax.")
+    ] = None,
+    expert_filters: Annotated[
+        str | None, option(MODEL, "Experts as windows of the backbone, or with separate filters. Default: windows.")
+    ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="advmoe, at (everything jointly), router_at, expert_at, standard. Default: advmoe for moe, else at."
-        ),
+        option(TRAINING, "advmoe, at, at_sparse, mask_at, router_at, expert_at, standard. Default: advmoe for moe."),
     ] = None,
-    num_experts: Annotated[int, typer.Option(help="N, experts per layer.")] = 2,
-    model_scale: Annotated[float, typer.Option(help="r, share of a layer's channels in one expert.")] = 0.5,
-    width: Annotated[float, typer.Option(help="Channel multiplier of the backbone; below 1 for small runs.")] = 1.0,
-    granularity: Annotated[str, typer.Option(help="What one router decides for.")] = "layer",
-    router_gradient: Annotated[
-        str, typer.Option(help="How gradients pass the argmax: softmax or straight_through.")
-    ] = ("softmax"),
-    expert_filters: Annotated[
-        str,
-        typer.Option(help="windows: experts are channel windows of the backbone; separate: each has its own filters."),
-    ] = "windows",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (SGD, cosine to zero).")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = 5e-4,
-    loss: Annotated[str, typer.Option(help="Robust objective: trades or pgd_at.")] = "trades",
-    trades_beta: Annotated[float, typer.Option(help="1/lambda, weight of the KL term of TRADES.")] = 6.0,
-    eps: Annotated[
-        str | None,
-        typer.Option(help="Radius of the attack in [0, 1], e.g. 8/255. Default: the data set's (8/255 for CIFAR)."),
+    epochs: Annotated[int | None, option(TRAINING, "Passes over the training images. Default: 100.")] = None,
+    batch_size: Annotated[int | None, option(TRAINING, "Images per step. Default: 128.")] = None,
+    lr: Annotated[float | None, option(TRAINING, "Peak learning rate (SGD, cosine to zero). Default: 0.1.")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, "L2 penalty. Default: 0.0005.")] = None,
+    loss: Annotated[str | None, option(TRAINING, "Robust objective: trades or pgd_at. Default: trades.")] = None,
+    trades_beta: Annotated[
+        float | None, option(TRAINING, "1/lambda, weight of the KL term of TRADES. Default: 6.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="K, PGD steps of the training attack.")] = 2,
-    step_size: Annotated[str | None, typer.Option(help="Step of the training attack. Default: 5/8 of eps.")] = None,
-    balance: Annotated[float, typer.Option(help="Weight of a load-balance loss on the routers; 0 is off.")] = 0.0,
-    awp: Annotated[float, typer.Option(help="Adversarial weight perturbation, gamma (usually 0.005); 0 is off.")] = 0.0,
+    balance: Annotated[float | None, option(TRAINING, "Weight of a load-balance loss. Default: 0, off.")] = None,
+    awp: Annotated[
+        float | None, option(TRAINING, "Adversarial weight perturbation, gamma, e.g. 0.005. Default: 0, off.")
+    ] = None,
     ema: Annotated[
-        float, typer.Option(help="Validate and keep a moving average of the weights, decay (usually 0.999); 0 is off.")
-    ] = 0.0,
-    init: Annotated[
-        Path | None, typer.Option(help="Checkpoint to start from, for --method router_at, expert_at or fine-tuning.")
+        float | None, option(TRAINING, "Keep a moving average of the weights, decay, e.g. 0.999. Default: 0, off.")
     ] = None,
-    val_limit: Annotated[int, typer.Option(help="Validation images attacked after each epoch, at most.")] = 1000,
-    limit_train: Annotated[int | None, typer.Option(help="Train on this many images only (a seeded choice).")] = None,
+    init: Annotated[
+        Path | None, option(TRAINING, "Checkpoint to start from: for router_at, expert_at, mask_at, or fine-tuning.")
+    ] = None,
+    eps: Annotated[
+        str | None, option(ATTACK, "Radius in [0, 1], e.g. 8/255. Default: the data set's, 8/255 for CIFAR.")
+    ] = None,
+    steps: Annotated[int | None, option(ATTACK, "K, PGD steps. Default: 2.")] = None,
+    step_size: Annotated[str | None, option(ATTACK, "Length of a step. Default: 5/8 of eps.")] = None,
+    limit_train: Annotated[
+        int | None, option(RUN, "Train on this many images only, a seeded choice. Default: all.")
+    ] = None,
+    val_limit: Annotated[
+        int | None, option(RUN, "Validation images attacked after each epoch, at most. Default: 1000.")
+    ] = None,
     data_dir: DataDir = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATASET-ARCH-KIND-METHOD.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    out: Annotated[
+        Path | None, option(RUN, "Run folder. Default: runs/DATASET-ARCH-KIND-METHOD, or runs/RECIPE.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the run folder.", rich_help_panel=RUN)
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -99,58 +128,59 @@ def train(
     Writes config.json, metrics.jsonl, TensorBoard events, last.pt and best.pt (best validation RA) to the run folder.
     Ctrl-C saves; the same command with --resume goes on.
     """
-    info = dataset_info(dataset)
-    radius = info.eps if eps is None else console.number(eps, "--eps")
-    check_eps(radius)
-    attack = AttackConfig(
-        eps=radius,
+    named = None if recipe is None else find_recipe(recipe)
+    chosen = dataset or (named.dataset if named else None)
+    if chosen is None:
+        raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
+    if named is not None and named.starts_from is not None and init is None:
+        raise ConfigError(
+            f"recipe '{recipe}' goes on from '{named.starts_from}'; train that first, then give its checkpoint: "
+            f"--init runs/{named.starts_from}/best.pt"
+        )
+    model, config = resolve(
+        dataset_info(chosen, data_dir),
+        {"arch": "vgg16"}
+        | dict(named.model if named else {})
+        | given(
+            arch=arch,
+            kind=kind,
+            num_experts=num_experts,
+            model_scale=model_scale,
+            width=width,
+            granularity=granularity,
+            router_gradient=router_gradient,
+            expert_filters=expert_filters,
+        ),
+        dict(named.train if named else {})
+        | given(
+            method=method,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            loss=loss,
+            trades_beta=trades_beta,
+            balance=balance,
+            awp=awp,
+            ema=ema,
+            limit_train=limit_train,
+            val_limit=val_limit,
+            init=None if init is None else file_digest(init),
+            seed=seed,
+        ),
+        eps=None if eps is None else console.number(eps, "--eps"),
         steps=steps,
-        step_size=TRAIN_STEP_SHARE * radius if step_size is None else console.number(step_size, "--step-size"),
-        start="gaussian",
-    )
-    config = TrainConfig(
-        dataset=info.name,
-        method=method or ("advmoe" if kind == "moe" else "at"),
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        loss=loss,
-        trades_beta=trades_beta,
-        balance=balance,
-        awp=awp,
-        ema=ema,
-        init=None if init is None else file_digest(init),
-        attack=attack,
-        val_attack=AttackConfig(eps=radius, steps=10, step_size=VALIDATION_STEP_SHARE * radius),
-        val_limit=val_limit,
-        flip=info.flip,
-        limit_train=limit_train,
-        seed=seed,
-    )
-    model = ModelConfig(
-        arch=arch,
-        kind=kind,
-        num_classes=info.num_classes,
-        image_size=info.image_size,
-        width=width,
-        num_experts=num_experts,
-        model_scale=model_scale,
-        expert_filters=expert_filters,
-        granularity=granularity,
-        router_gradient=router_gradient,
-        mean=info.mean,
-        std=info.std,
+        step_size=None if step_size is None else console.number(step_size, "--step-size"),
     )
     resolve_method(config.method, model, has_init=init is not None)
     build_model(model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
     initial = None if init is None else load_checkpoint(init)
-    path = out or Path("runs") / f"{info.name}-{arch}-{kind}-{config.method}"
+    path = out or Path("runs") / (recipe or f"{config.dataset}-{model.arch}-{model.kind}-{config.method}")
     with RunFolder(path) as folder:
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:
-            data = load_dataset(info.name, data_dir, progress=progress)
+            data = load_dataset(config.dataset, data_dir, progress=progress)
         with TrainingProgress() as observer:
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial

@@ -1,0 +1,255 @@
+"""Complete runs by name: the paper's tables and figures, and how a few settings become a full configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps
+from advmoe.data.sources import DatasetInfo
+from advmoe.errors import ConfigError
+
+TRAIN_STEP_SHARE = 5 / 8
+"""Step size of the training attack relative to eps: 5/255 at 8/255."""
+VALIDATION_STEP_SHARE = 1 / 4
+"""The same for the attack that selects the best checkpoint: 2/255 at 8/255."""
+
+BACKBONES = ("resnet18", "wrn28_10", "vgg16", "densenet")
+DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet")
+DEFAULT_METHODS = {"moe": "advmoe", "sparse_cnn": "at_sparse", "dense": "at", "s_dense": "at"}
+"""Training method of each model kind, where none is named."""
+
+BASELINES = {
+    "at-s-dense": ("s_dense", "at", "1: AT (S-Dense)"),
+    "at-sparse": ("sparse_cnn", "at_sparse", "2: AT (Sparse)"),
+    "at-moe": ("moe", "at", "3: AT (MoE)"),
+    "at-dense": ("dense", "at", "4: AT (Dense)"),
+    "advmoe": ("moe", "advmoe", "AdvMoE"),
+}
+"""Methods compared in Table 1: name -> (model kind, training method, name in the paper)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named run: a data set, and the settings that differ from the defaults."""
+
+    name: str
+    shown_in: str
+    """Table or figure of the paper."""
+    summary: str
+    dataset: str
+    model: Mapping[str, Any]
+    """Fields of `ModelConfig`."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig`."""
+    starts_from: str | None = None
+    """Recipe whose best checkpoint this run goes on from."""
+
+
+def resolve(
+    info: DatasetInfo,
+    model: Mapping[str, Any],
+    train: Mapping[str, Any],
+    *,
+    eps: float | None = None,
+    steps: int | None = None,
+    step_size: float | None = None,
+) -> tuple[ModelConfig, TrainConfig]:
+    """Full configurations from a data set and the settings that differ from the defaults.
+
+    Args:
+        info: gives classes, image size, normalisation and the usual radius.
+        model: fields of `ModelConfig`.
+        train: fields of `TrainConfig`.
+        eps: radius of the attacks; the data set's by default.
+        steps: K of the training attack; 2 by default, as in the paper.
+        step_size: of the training attack; 5/8 of eps by default.
+
+    Raises:
+        ConfigError: a value that cannot be carried out.
+    """
+    radius = info.eps if eps is None else eps
+    check_eps(radius)
+    attack = AttackConfig(
+        eps=radius,
+        steps=2 if steps is None else steps,
+        step_size=TRAIN_STEP_SHARE * radius if step_size is None else step_size,
+        start="gaussian",
+    )
+    model_config = ModelConfig(
+        num_classes=info.num_classes, image_size=info.image_size, mean=info.mean, std=info.std, **model
+    )
+    train_config = TrainConfig(
+        **{
+            "dataset": info.name,
+            "method": DEFAULT_METHODS[model_config.kind],
+            "attack": attack,
+            "val_attack": AttackConfig(eps=radius, steps=10, step_size=VALIDATION_STEP_SHARE * radius),
+            "flip": info.flip,
+            **train,
+        }
+    )
+    return model_config, train_config
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = recipes()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"unknown recipe '{name}', 'advmoe recipes' lists the {len(known)} there are{hint}")
+    return known[name]
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name, in the order of the paper's tables and figures."""
+    return {
+        recipe.name: recipe for recipe in (*_table1(), *_fig3(), *_fig5(), *_fig7(), *_fig8(), *_table3(), *_steps())
+    }
+
+
+def _table1() -> Iterator[Recipe]:
+    """Table 1; its checkpoints also serve Table 2 (AutoAttack) and Figs. 2 and 6."""
+    for dataset in DATASETS:
+        for arch in BACKBONES:
+            for name, (kind, method, title) in BASELINES.items():
+                also = (
+                    ", Fig. 2"
+                    if (dataset, arch) == ("cifar10", "resnet18") and name in {"at-s-dense", "at-moe"}
+                    else ""
+                )
+                also += ", Fig. 6" if (dataset, arch) == ("cifar10", "resnet18") and "dense" not in name else ""
+                also += ", Table 2" if dataset.startswith("cifar") and arch in {"resnet18", "wrn28_10"} else ""
+                yield Recipe(
+                    name=f"table1-{dataset}-{arch}-{name}",
+                    shown_in="Table 1" + also,
+                    summary=title,
+                    dataset=dataset,
+                    model={"arch": arch, "kind": kind},
+                    train={"method": method},
+                )
+
+
+def _fig3() -> Iterator[Recipe]:
+    """Fig. 3: router-only AT against standard MoE (M1), AT of S-Dense (M2) and of the mask alone (M3), over r."""
+    for scale in (0.2, 0.5, 0.8):
+        base: dict[str, Any] = {"arch": "resnet18", "model_scale": scale}
+        standard = f"fig3-standard-moe-r{scale:g}"
+        moe = {**base, "kind": "moe"}
+        yield Recipe(
+            name=standard,
+            shown_in="Fig. 3",
+            summary=f"M1: standard training of MoE-CNN, r = {scale:g}",
+            dataset="cifar10",
+            model=moe,
+            train={"method": "standard"},
+        )
+        yield Recipe(
+            name=f"fig3-router-at-r{scale:g}",
+            shown_in="Fig. 3, Fig. 4" if scale == 0.5 else "Fig. 3",
+            summary=f"router-only AT of M1, r = {scale:g}",
+            dataset="cifar10",
+            model=moe,
+            train={"method": "router_at"},
+            starts_from=standard,
+        )
+        yield Recipe(
+            name=f"fig3-at-s-dense-r{scale:g}",
+            shown_in="Fig. 3",
+            summary=f"M2: AT of S-Dense, r = {scale:g}",
+            dataset="cifar10",
+            model={**base, "kind": "s_dense"},
+            train={"method": "at"},
+        )
+        yield Recipe(
+            name=f"fig3-standard-dense-r{scale:g}",
+            shown_in="Fig. 3",
+            summary=f"standard training of the network whose mask M3 learns, r = {scale:g}",
+            dataset="cifar10",
+            model={**base, "kind": "sparse_cnn"},
+            train={"method": "standard"},
+        )
+        yield Recipe(
+            name=f"fig3-mask-at-r{scale:g}",
+            shown_in="Fig. 3",
+            summary=f"M3: robustness-aware mask on standard-trained weights, r = {scale:g}",
+            dataset="cifar10",
+            model={**base, "kind": "sparse_cnn"},
+            train={"method": "mask_at"},
+            starts_from=f"fig3-standard-dense-r{scale:g}",
+        )
+
+
+def _fig5() -> Iterator[Recipe]:
+    yield Recipe(
+        name="fig5-expert-at",
+        shown_in="Fig. 5",
+        summary="expert AT on top of router-only AT",
+        dataset="cifar10",
+        model={"arch": "resnet18", "kind": "moe"},
+        train={"method": "expert_at"},
+        starts_from="fig3-router-at-r0.5",
+    )
+
+
+def _fig7() -> Iterator[Recipe]:
+    for experts in (2, 4, 6, 8, 10):
+        for scale in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            yield Recipe(
+                name=f"fig7-n{experts}-r{scale:g}",
+                shown_in="Fig. 7",
+                summary=f"AdvMoE, N = {experts}, r = {scale:g}",
+                dataset="cifar10",
+                model={"arch": "resnet18", "kind": "moe", "num_experts": experts, "model_scale": scale},
+            )
+
+
+def _fig8() -> Iterator[Recipe]:
+    for arch in ("resnet18", "wrn28_10"):
+        for scale in (0.2, 0.5, 0.8):
+            for name, (kind, method, title) in BASELINES.items():
+                if kind == "dense" and scale != 0.5:  # Dense has r = 1 whatever the others have
+                    continue
+                yield Recipe(
+                    name=f"fig8-{arch}-{name}" + ("" if kind == "dense" else f"-r{scale:g}"),
+                    shown_in="Fig. 8",
+                    summary=title + ("" if kind == "dense" else f", r = {scale:g}"),
+                    dataset="cifar10",
+                    model={"arch": arch, "kind": kind, "model_scale": scale},
+                    train={"method": method},
+                )
+
+
+def _table3() -> Iterator[Recipe]:
+    for name, method in (("at-moe", "at"), ("advmoe", "advmoe")):
+        yield Recipe(
+            name=f"table3-vit-{name}",
+            shown_in="Table 3",
+            summary=f"MoE-ViT, {'AT' if method == 'at' else 'AdvMoE'}",
+            dataset="cifar10",
+            model={"arch": "vit", "kind": "moe", "model_scale": 1.0},
+            train={"method": method, "lr": 0.05},
+        )
+
+
+def _steps() -> Iterator[Recipe]:
+    for steps in (1, 2, 5, 10):
+        yield Recipe(
+            name=f"appc-steps{steps}",
+            shown_in="App. C",
+            summary=f"AdvMoE with {steps}-step PGD in training",
+            dataset="cifar10",
+            model={"arch": "resnet18", "kind": "moe"},
+            train={
+                "attack": AttackConfig(
+                    eps=8 / 255, steps=steps, step_size=max(2 / 255, 10 / 255 / steps), start="gaussian"
+                )
+            },
+        )
