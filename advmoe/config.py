@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from advmoe.errors import ConfigError
 
 KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
-GRANULARITIES = ("layer", "block", "stage", "image")
+GRANULARITIES = ("layer", "block", "stage", "image", "token")
 ROUTER_GRADIENTS = ("softmax", "straight_through")
 EXPERT_FILTERS = ("windows", "separate")
 LOSSES = ("trades", "pgd_at")
@@ -64,7 +64,7 @@ class ModelConfig:
     width: float = 1.0
     """Channel multiplier of the backbone, before r; below 1 for small runs."""
     depth: int | None = None
-    """DenseNet: number of layers; None for 100 on small images and 121 on ImageNet."""
+    """Number of DenseNet's layers (None: 100 on small images, 121 on ImageNet) or of ViT's blocks (None: 12)."""
     growth: int | None = None
     """DenseNet: channels that each layer adds; None for 12 on small images and 32 on ImageNet."""
     num_experts: int = 2
@@ -74,7 +74,8 @@ class ModelConfig:
     expert_filters: str = "windows"
     """`windows`: experts are channel windows of the backbone (paper); `separate`: own filters each (released code)."""
     granularity: str = "layer"
-    """What one router decides for: each `layer`, `block` or `stage`, or the whole network (`image`)."""
+    """What one router decides for: each `layer`, `block` or `stage`, the whole network (`image`), or in vit each
+    `token` of a layer."""
     router_gradient: str = "softmax"
     """How gradients pass the argmax: `softmax` gate or `straight_through`."""
     compact: bool = False
@@ -110,8 +111,15 @@ class ModelConfig:
             len(self.mean) == len(self.std) == 3 and all(0.0 < deviation < math.inf for deviation in self.std),
             f"expected 3 means and 3 positive standard deviations, got {self.mean} and {self.std}",
         )
-        for option, value in (("depth", self.depth), ("growth", self.growth)):
-            check(value is None or self.arch == "densenet", f"{option} is an option of densenet, not of {self.arch}")
+        for option, value, archs in (
+            ("depth", self.depth, ("densenet", "vit")),
+            ("growth", self.growth, ("densenet",)),
+            ("granularity token", self.granularity == "token" or None, ("vit",)),
+        ):
+            check(
+                value is None or self.arch in archs,
+                f"{option} is an option of {' and '.join(archs)}, not of {self.arch}",
+            )
             check(value is None or value >= 1, f"{option} must be at least 1, got {value}")
         check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
 
@@ -164,6 +172,8 @@ class TrainConfig:
     """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, the cross-entropy of adversarial images (Madry et al.)."""
     trades_beta: float = 6.0
     """1 / lambda, weight of the KL term."""
+    specialisation: float | None = 1.0
+    """Speed at which experts part from their common start (`advmoe.training.coupling`); None: they share nothing."""
     balance: float = 0.0
     """Weight of the load-balance loss on the routers; 0 is off, as in the paper."""
     awp: float = 0.0
@@ -199,6 +209,10 @@ class TrainConfig:
             f"weight decay must be finite and not negative, got {self.weight_decay:g}",
         )
         one_of("loss", self.loss, LOSSES)
+        check(
+            self.specialisation is None or 0.0 <= self.specialisation < math.inf,
+            f"specialisation must be finite and not negative, got {self.specialisation}; the default is 1",
+        )
         check(self.balance >= 0, f"the weight of the load-balance loss must not be negative, got {self.balance:g}")
         check(0.0 <= self.awp < 1.0, f"awp (gamma) must be in [0, 1), got {self.awp:g}; the usual value is 0.005")
         check(0.0 <= self.ema < 1.0, f"ema (decay) must be in [0, 1), got {self.ema:g}; the usual value is 0.999")

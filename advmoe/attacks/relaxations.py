@@ -32,7 +32,15 @@ class DetachedTape(RoutingTape):
         return super().decide(layer, x_BCHW)._replace(gate_B=None)
 
 
-class GatedTape(RoutingTape):
+class _SeeingTape(RoutingTape):
+    """Gradients reach the images through the routers' inputs too."""
+
+    def seen(self, x_BCHW: Tensor) -> Tensor:
+        """The layer's input itself."""
+        return x_BCHW
+
+
+class GatedTape(_SeeingTape):
     """A gate of value 1 on the chosen expert's output; see `advmoe.models.routing.gate`."""
 
     def __init__(
@@ -54,7 +62,7 @@ class GatedTape(RoutingTape):
         return decision._replace(gate_B=gate(decision.logits_BN, decision.expert_index_B, self._router_gradient))
 
 
-class MixtureTape(RoutingTape):
+class MixtureTape(_SeeingTape):
     """Gradient of the experts' mixture weighted by softmax(router logits / temperature) (BPDA, Athalye et al., 2018).
 
     The only relaxation that sees what the experts not chosen would compute. It costs N experts instead of one.
@@ -92,15 +100,18 @@ class MixtureTape(RoutingTape):
 class SteeredTape(RoutingTape):
     """Takes a given pathway, and asks the routers along it all the same, with gradients.
 
-    Where every router agrees with the given pathway, the model itself takes it, and computes the same output.
+    Where every router agrees with the given pathway, the model itself takes it, and computes the same output. A layer
+    whose given expert is -1 is left to its router.
     """
 
     def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
         """The expert given, beside the logits of the router that would have decided."""
+        assert self._forced_BL is not None
         router = self._router_of_layer[layer]
-        if self._forced_BL is not None and router not in self._decisions:
-            logits_BN = self._routers[router](x_BCHW)
-            self._decisions[router] = Decision(self._forced_BL[:, layer], logits_BN, None)
+        if router not in self._decisions:
+            logits_BN, given_B = self._routers[router](x_BCHW), self._forced_BL[:, layer]
+            expert_index_B = torch.where(given_B < 0, logits_BN.argmax(dim=1), given_B)
+            self._decisions[router] = Decision(expert_index_B, logits_BN, None)
         return self._decisions[router]
 
     def read(self) -> Routing:

@@ -71,6 +71,11 @@ class ExpertLayout:
         return tuple((start + slot) % self.num_channels for slot in range(self.size))
 
     @property
+    def disjoint(self) -> bool:
+        """Whether no channel belongs to two experts, so that the weight bank splits evenly among them."""
+        return len(self.bank_channels) == self.num_experts * self.size
+
+    @property
     def bank_channels(self) -> tuple[int, ...]:
         """Backbone channels that some expert owns, sorted: the rows of the weight bank. Channels of no expert have no weights."""
         return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))
@@ -132,11 +137,11 @@ class Router(nn.Module):
         return logits
 
     def decide(self, x_BCHW: Tensor) -> Decision:
-        """The expert of each image (first of equal logits), with a gate where gradients are recorded."""
+        """The expert of each image (first of equal logits), with a gate where this router is being trained."""
         logits_BN = self(x_BCHW)
         expert_index_B = logits_BN.argmax(dim=1)
-        wants_gradient = logits_BN.requires_grad and not torch.compiler.is_exporting()
-        gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if wants_gradient else None
+        learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
+        gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if learns else None
         return Decision(expert_index_B, logits_BN, gate_B)
 
 
@@ -182,8 +187,16 @@ class RoutingTape:
             return Decision(self._forced_BL[:, layer], None, None)
         router = self._router_of_layer[layer]
         if router not in self._decisions:
-            self._decisions[router] = self._routers[router].decide(x_BCHW)  # type: ignore[operator]
+            self._decisions[router] = self._routers[router].decide(self.seen(x_BCHW))  # type: ignore[operator]
         return self._decisions[router]
+
+    def seen(self, x_BCHW: Tensor) -> Tensor:
+        """What a router reads: the layer's input, as a constant.
+
+        Routers learn from features and do not shape them. Away from its boundaries the argmax has derivative zero; what
+        a gate would add to the gradient of the experts, or of an attack, is not a derivative of what is computed.
+        """
+        return x_BCHW.detach()
 
     def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
         """Output of MoE layer number `layer`: decide, then `compute(input, decision)` with the experts decided for.

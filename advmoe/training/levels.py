@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from advmoe.config import TrainConfig
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
+from advmoe.training.coupling import couple_gradients
 
 LevelName = Literal["routers", "experts", "all"]
 
@@ -61,11 +62,14 @@ class Level:
 
 
 def make_level(name: LevelName, model: RoutedNetwork, config: TrainConfig) -> Level:
-    """A level with SGD on its parameters."""
+    """A level with SGD on its parameters; the experts' gradients are coupled unless the config says otherwise."""
     parameters = {
         "routers": model.router_parameters,
         "experts": model.expert_parameters,
         "all": model.parameters,
     }[name]
     optimizer = torch.optim.SGD(parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    specialisation = config.specialisation
+    if name != "routers" and specialisation is not None:
+        optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
     return Level(name, model, model.forward_with_routing, optimizer)

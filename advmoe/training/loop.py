@@ -26,6 +26,7 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.coupling import start_equal
 from advmoe.training.levels import make_level
 from advmoe.training.methods import resolve_method
 from advmoe.training.run_folder import RunFolder
@@ -136,6 +137,8 @@ class Trainer:
                     "repeat its options"
                 )
             self.model.load_state_dict(initial.weights)
+        elif config.specialisation is not None:
+            start_equal(self.model)
         self.average = self._new_average()
         self.levels = [make_level(name, self.model, config) for name in self.method.levels]
         self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
