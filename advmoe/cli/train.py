@@ -91,6 +91,9 @@ def train(
     trades_beta: Annotated[
         float | None, option(TRAINING, "1/lambda, weight of the KL term of TRADES. Default: 6.")
     ] = None,
+    specialisation: Annotated[
+        float | None, option(TRAINING, "How fast experts grow apart from their common start; 0: never. Default: 1.")
+    ] = None,
     balance: Annotated[float | None, option(TRAINING, "Weight of a load-balance loss. Default: 0, off.")] = None,
     awp: Annotated[
         float | None, option(TRAINING, "Adversarial weight perturbation, gamma, e.g. 0.005. Default: 0, off.")
@@ -160,6 +163,7 @@ def train(
             weight_decay=weight_decay,
             loss=loss,
             trades_beta=trades_beta,
+            specialisation=specialisation,
             balance=balance,
             awp=awp,
             ema=ema,
