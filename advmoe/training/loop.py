@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -278,7 +278,9 @@ class Trainer:
 
     def _validated(self) -> RoutedNetwork:
         """The network that is validated and kept."""
-        return self.model if self.average is None else self.average.module
+        if self.average is None:
+            return self.model
+        return cast(RoutedNetwork, self.average.module)
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
