@@ -1,9 +1,10 @@
 """What gradient an attacker sees through hard routing: tapes that leave every decision and every output as they are.
 
-The argmax of a router has no gradient, so a network looks the way its surrogate gradient makes it look:
-straight-through hides the expert that was not chosen, and an attack that follows one surrogate flatters the model. The
-tapes here differ in the backward pass only; what an attack finds through any of them holds for the model itself. They
-are handed to `RoutedNetwork.forward_with_routing` by value, nothing is stored on a module.
+The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`): whoever attacks it as it
+is takes its pathway for granted. Surrogates show more, each in its own way: straight-through hides the expert that was
+not chosen, a confident softmax hides nearly everything, and an attack that follows one of them flatters the model. The
+tapes here differ in the backward pass only; what an attack finds through any of them holds for the model itself, up to
+rounding. They are handed to `RoutedNetwork.forward_with_routing` by value, nothing is stored on a module.
 
 Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +26,15 @@ TEMPERATURES = (1.0, 10.0)
 """Temperatures of the softmax relaxation; the higher, the more an attack sees of experts far from being chosen."""
 
 
-class DetachedTape(RoutingTape):
-    """No gradient through the routers: the attacker takes the pathway for granted."""
-
-    def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
-        """The decision, without a gate."""
-        return super().decide(layer, x_BCHW)._replace(gate_B=None)
-
-
-class _SeeingTape(RoutingTape):
-    """Gradients reach the images through the routers' inputs too."""
+class SeeingTape(RoutingTape):
+    """The routers' logits depend on the images in autograd's eyes too; the decisions stay without a gradient."""
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
         """The layer's input itself."""
         return x_BCHW
 
 
-class GatedTape(_SeeingTape):
+class GatedTape(SeeingTape):
     """A gate of value 1 on the chosen expert's output; see `advmoe.models.routing.gate`."""
 
     def __init__(
@@ -62,7 +56,7 @@ class GatedTape(_SeeingTape):
         return decision._replace(gate_B=gate(decision.logits_BN, decision.expert_index_B, self._router_gradient))
 
 
-class MixtureTape(_SeeingTape):
+class MixtureTape(SeeingTape):
     """Gradient of the experts' mixture weighted by softmax(router logits / temperature) (BPDA, Athalye et al., 2018).
 
     The only relaxation that sees what the experts not chosen would compute. It costs N experts instead of one.
@@ -97,7 +91,7 @@ class MixtureTape(_SeeingTape):
         return chosen_B + (mixture_B - mixture_B.detach())
 
 
-class SteeredTape(RoutingTape):
+class SteeredTape(SeeingTape):
     """Takes a given pathway, and asks the routers along it all the same, with gradients.
 
     Where every router agrees with the given pathway, the model itself takes it, and computes the same output. A layer
@@ -131,15 +125,19 @@ def view(model: RoutedNetwork, tape_type: TapeType) -> Forward:
 def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
     """All the ways to look at a model that an attack should try, by name; every one has the model's own outputs.
 
-    `straight_through`, `softmax` (gates), `detached`, and `mixture@T` for each temperature T. A network without
-    routers has only one: {"own": model}.
+    `detached` is the model itself, `straight_through` and `softmax` add a gate, `mixture@T` mixes the experts at
+    temperature T. A network without a choice of experts has one view: {"own": model}.
     """
-    if not (isinstance(model, RoutedNetwork) and model.expert_layouts):
+    if not is_routed(model):
         return {"own": model}
     tapes: dict[str, TapeType] = {
         "straight_through": partial(GatedTape, router_gradient="straight_through"),
         "softmax": partial(GatedTape, router_gradient="softmax"),
-        "detached": DetachedTape,
     }
     tapes |= {f"mixture@{temperature:g}": partial(MixtureTape, temperature=temperature) for temperature in temperatures}
-    return {name: view(model, tape) for name, tape in tapes.items()}
+    return {"detached": model} | {name: view(model, tape) for name, tape in tapes.items()}
+
+
+def is_routed(model: nn.Module) -> TypeGuard[RoutedNetwork]:
+    """Whether the model has a choice of experts."""
+    return isinstance(model, RoutedNetwork) and bool(model.expert_layouts) and model.config.num_experts > 1

@@ -1,0 +1,227 @@
+"""What an attacker sees of hard routing, and the attacks that search pathways."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rooms import THRESHOLD, TwoRooms, room_images
+from torch import Tensor
+
+from advmoe.attacks.pgd import GradientCount
+from advmoe.attacks.relaxations import SteeredTape, routing_views
+from advmoe.attacks.routes import (
+    RouteAttackConfig,
+    all_pathways,
+    attack_every_pathway,
+    attack_routers,
+    decisions,
+    flip_radius,
+    nearest_flips,
+    route_attack,
+    router_margins,
+    weakest_pathways,
+)
+from advmoe.attacks.untargeted import untargeted
+from advmoe.config import AttackConfig
+from advmoe.models.network import RoutedNetwork
+
+EPS = 8 / 255
+ATTACK = AttackConfig(eps=EPS, steps=10, step_size=2 / 255)
+NEAR = THRESHOLD - 4 / 255
+"""Red of an image that the router can be pushed over the threshold within EPS."""
+FAR = THRESHOLD - 16 / 255
+"""Red of an image that cannot."""
+
+
+@pytest.fixture
+def mixed(tiny_vgg: Callable[..., RoutedNetwork]) -> Callable[..., RoutedNetwork]:
+    """Untrained networks whose BatchNorm statistics fit noise images, so that routers and predictions vary."""
+
+    def make(**settings: object) -> RoutedNetwork:
+        net = tiny_vgg(seed=3, **settings)
+        for _ in range(20):
+            net(torch.rand(32, 3, 32, 32))
+        return net.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("granularity", ["layer", "stage", "image"])
+def test_every_view_has_the_outputs_of_the_model_and_a_gradient_of_its_own(
+    mixed: Callable[..., RoutedNetwork], images: Tensor, granularity: str
+) -> None:
+    model = mixed(granularity=granularity)
+    expected = model(images)
+    gradients = []
+    for forward in routing_views(model).values():
+        x = images.clone().requires_grad_()
+        logits = forward(x)
+        torch.testing.assert_close(logits, expected)  # the mixture convolves in other groups: rounding
+        gradients.append(torch.autograd.grad(F.cross_entropy(logits, logits.argmax(dim=1)), x)[0])
+    for number, gradient in enumerate(gradients):
+        assert gradient.isfinite().all()
+        assert not any(torch.equal(gradient, other) for other in gradients[:number])
+
+
+def test_a_network_without_routers_has_one_view(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg(kind="s_dense")
+    assert routing_views(model) == {"own": model}
+
+
+def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() -> None:
+    # Class 0's logit of the mixture is p0 * 4 g, with p0 = 1 / (1 + exp(20 (red - 1/2) / T)). At red = 1/2, T = 10:
+    # p0 = 1/2, d p0 / d red = -(1/4) * 20 / 10 = -1/2, so d logit / d red = -2 g, and d logit / d green = 4 p0 = 2.
+    images = room_images(THRESHOLD, green=0.75).requires_grad_()
+    logits = routing_views(TwoRooms())["mixture@10"](images)
+    (gradient,) = torch.autograd.grad(logits[0, 0], images)
+    red, green, blue = gradient.sum(dim=(0, 2, 3)).tolist()
+    assert (red, green, blue) == pytest.approx((-1.5, 2.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "finds_the_trap"),
+    [("straight_through", False), ("detached", False), ("softmax", True), ("mixture@1", True), ("mixture@10", True)],
+)
+def test_views_differ_in_what_they_can_break(name: str, finds_the_trap: bool) -> None:
+    # The chosen router logit is the constant 0, so straight-through sees no way to the other expert.
+    model = TwoRooms()
+    robust = untargeted(
+        routing_views(model)[name], room_images(NEAR, FAR), torch.tensor([0, 0]), torch.arange(2), ATTACK, 0
+    )[1]
+    assert robust.tolist() == [not finds_the_trap, True]
+
+
+def test_zero_gradients_are_counted() -> None:
+    # Without weights expert 0's logits are constant, and the detached view sees no router: no gradient in 10 steps.
+    model, count = TwoRooms(), GradientCount()
+    torch.nn.init.zeros_(model.conv.weight)
+    untargeted(model, room_images(FAR), torch.tensor([0]), torch.arange(1), ATTACK, 0, count=count)
+    assert (count.taken, count.zero, count.zero_share) == (10, 10, 1.0)
+
+
+def route(
+    model: RoutedNetwork, images: Tensor, labels: Tensor, attack: AttackConfig = ATTACK, **settings: int
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        observed = model.forward_with_routing(images)[1].expert_index_BL.unique(dim=0)
+    return route_attack(
+        model,
+        images,
+        labels,
+        torch.arange(len(images)),
+        attack,
+        0,
+        observed_ML=observed,
+        nearby=images,
+        config=RouteAttackConfig(**settings),
+    )
+
+
+def test_the_route_attack_finds_every_trap_in_reach_and_no_other() -> None:
+    images = room_images(NEAR, FAR)
+    found, robust = route(TwoRooms(), images, torch.tensor([0, 0]))
+    assert robust.tolist() == [False, True]
+    assert TwoRooms()(found).argmax(dim=1).tolist() == [1, 0]
+    assert (found - images).abs().max() <= EPS + 1e-6
+    assert found.min() >= 0.0
+    assert found.max() <= 1.0
+
+
+def test_successes_of_the_route_attack_hold_on_the_model_itself(mixed: Callable[..., RoutedNetwork]) -> None:
+    model, images = mixed(), torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    labels = model(images).argmax(dim=1)
+    attack = AttackConfig(eps=0.5 / 255, steps=4, step_size=0.2 / 255)
+    found, robust = route(model, images, labels, attack, sampled=2, greedy=2)
+    assert 0 < int(robust.sum()) < 16
+    assert torch.equal(model(found).argmax(dim=1) == labels, robust)
+    assert (found - images).abs().max() <= attack.eps + 1e-6
+
+
+def test_all_pathways_are_the_routers_choices_or_too_many(mixed: Callable[..., RoutedNetwork]) -> None:
+    pathways = all_pathways(mixed(granularity="image", num_experts=3, model_scale=0.25), limit=3)
+    assert pathways is not None
+    assert pathways.tolist() == [[0] * 12, [1] * 12, [2] * 12]
+    assert all_pathways(mixed(), limit=2**12 - 1) is None
+
+
+def test_a_steered_pass_is_the_model_where_all_routers_agree(
+    mixed: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    model = mixed()
+    logits, routing = model.forward_with_routing(images)
+    for wanted in (routing.expert_index_BL, torch.full_like(routing.expert_index_BL, -1)):
+        steered, along = model.forward_with_routing(images, wanted, tape_type=SteeredTape)
+        assert torch.equal(steered, logits)
+        assert torch.equal(along.expert_index_BL, routing.expert_index_BL)
+        assert (router_margins(along.logits_BRN, along.expert_index_BL[:, decisions(model)]) >= 0).all()
+
+
+def test_margins_are_to_the_best_other_expert() -> None:
+    logits = torch.tensor([[[1.0, 4.0, 2.0]]])
+    margins = [router_margins(logits, torch.tensor([[expert]])).item() for expert in range(3)]
+    assert margins == [-3.0, 2.0, -2.0]
+
+
+def test_the_nearest_flip_changes_its_router_and_nothing_before_it(
+    mixed: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    model = mixed(granularity="stage")
+    routing = model.forward_with_routing(images)[1]
+    margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, decisions(model)])
+    flipped = nearest_flips(model, images, 0)
+    for image in range(len(images)):
+        layer = decisions(model)[int(margins[image].argmin())]
+        assert torch.equal(flipped[image, :layer], routing.expert_index_BL[image, :layer])
+        assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
+
+
+def test_the_weakest_pathway_comes_first() -> None:
+    # In reach of both rooms (red at the threshold) only the trap's cross-entropy is high.
+    observed = torch.tensor([[0], [1]])
+    assert weakest_pathways(TwoRooms(), room_images(THRESHOLD), torch.tensor([0]), observed, 2).tolist() == [[[1], [0]]]
+
+
+def test_experts_alone_are_robust_where_only_the_router_is_weak() -> None:
+    images, labels = room_images(NEAR, FAR), torch.tensor([0, 0])
+    pathways = torch.zeros(2, 1, dtype=torch.int64)
+    robust = untargeted(TwoRooms(), images, labels, torch.arange(2), ATTACK, 0, pathways_BL=pathways)[1]
+    assert robust.tolist() == [True, True]
+    _, right = attack_routers(TwoRooms(), images, labels, torch.arange(2), pathways, ATTACK, 0)
+    assert right.tolist() == [False, True]
+
+
+def test_the_flip_radius_is_the_first_one_that_reaches_the_threshold() -> None:
+    # 4/255 and 16/255 below the threshold: of 2, 6 and 12 (/255) the first to reach it are 6 and none.
+    radius = flip_radius(
+        TwoRooms(),
+        room_images(NEAR, FAR),
+        torch.arange(2),
+        torch.zeros(2, 1, dtype=torch.int64),
+        [2 / 255, 6 / 255, 12 / 255],
+        seed=0,
+    )
+    assert radius.tolist() == pytest.approx([6 / 255, float("inf")])
+
+
+def test_an_image_is_right_on_every_pathway_only_if_the_trap_is_too() -> None:
+    images, labels = room_images(FAR, FAR), torch.tensor([0, 1])
+    both = torch.tensor([[0], [1]])
+    clean, robust = attack_every_pathway(TwoRooms(), images, labels, torch.arange(2), both, ATTACK, 0)
+    assert (clean.tolist(), robust.tolist()) == ([False, False], [False, False])
+    clean, robust = attack_every_pathway(TwoRooms(), images, labels, torch.arange(2), both[:1], ATTACK, 0)
+    assert (clean.tolist(), robust.tolist()) == ([True, False], [True, False])
+
+
+def test_restarts_side_by_side_are_those_one_by_one(mixed: Callable[..., RoutedNetwork]) -> None:
+    model, images = mixed(), torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    labels, indices = model(images).argmax(dim=1), torch.arange(12)
+    attack = AttackConfig(eps=3 / 255, steps=2, step_size=1 / 255, restarts=6)
+    together, robust = untargeted(model, images, labels, indices, attack, 0)
+    assert 0 < int(robust.sum()) < 12
+    for image in range(12):  # a batch of one leaves no room for two restarts at a time
+        one = slice(image, image + 1)
+        alone, survived = untargeted(model, images[one], labels[one], indices[one], attack, 0)
+        assert survived.item() == robust[image].item()
+        differing = (alone - together[one]).abs() > 1e-5  # rounding of the batch may turn the sign of a gradient near 0
+        assert differing.float().mean() < 0.01
