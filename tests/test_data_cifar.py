@@ -288,6 +288,14 @@ def test_refuses_malformed_pickled_batches(tmp_path: Path, batch: object, messag
         load(tmp_path)
 
 
+def test_a_pickle_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, CIFAR10.python)
+    put = pickle.LONG_BINPUT + b"\xff\xff\xff\xff"  # makes Python's unpickler reserve 2^32 slots of 8 bytes
+    (folder / "data_batch_2").write_bytes(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + put + pickle.STOP)
+    with pytest.raises(DataError, match=r"data_batch_2 .* numbers an object 4294967295, and has only 9 bytes"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
 def test_refuses_truncated_pickled_batches(tmp_path: Path, keep: float) -> None:
     path = write_folder(tmp_path, CIFAR10.python) / "test_batch"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from typing import Any
 
@@ -26,12 +27,20 @@ def load_batch(raw: bytes, *, where: str) -> Batch:
     containers, text, numbers and numeric arrays, and for one that is not a dictionary.
     """
     try:
+        _check_opcodes(raw)
         batch = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
         if not isinstance(batch, dict):
             raise pickle.UnpicklingError(f"it holds a {type(batch).__name__}, not a dictionary")
         return {_text(key): _plain(value) for key, value in batch.items()}
     except Exception as error:  # a malformed pickle can raise nearly anything
         raise DataError(f"{where} is not a readable CIFAR batch (truncated, or not one at all): {error}") from error
+
+
+def _check_opcodes(raw: bytes) -> None:
+    """Refuse what is cut short or would make Python's unpickler reserve memory without end, before it runs."""
+    for opcode, argument, _ in pickletools.genops(raw):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}, and has only {len(raw)} bytes")
 
 
 class _DtypeStandIn:
