@@ -1,0 +1,207 @@
+"""Algorithm 1 step by step: what each level may change, what it is attacked through, and when it stops."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import kl_objective, pgd, starting_point
+from advmoe.config import AttackConfig, TrainConfig
+from advmoe.data.loader import Batch
+from advmoe.errors import TrainingError
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.levels import make_level
+from advmoe.training.losses import trades
+from advmoe.training.methods import METHODS
+from advmoe.training.steps import StepResult
+
+CONFIG = TrainConfig(dataset="digits", batch_size=8)
+
+
+def batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        torch.rand(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator), torch.arange(8)
+    )
+
+
+def run(method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG) -> list[StepResult]:
+    """One step of a method with new optimisers; the noise of each level depends on its batch alone."""
+    levels = [make_level(name, model, config) for name in METHODS[method].levels]
+    noise = [torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0]))) for part in batches]
+    return METHODS[method].step(levels, batches, config, noise)
+
+
+def state(model: RoutedNetwork, routers: bool) -> dict[str, Tensor]:
+    """Parameters and buffers of the routers (phi), or of all the rest (psi)."""
+    return {name: value.clone() for name, value in model.state_dict().items() if name.startswith("routers.") == routers}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.fixture(params=["layer", "image"])
+def model(request: pytest.FixtureRequest, tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
+    return tiny_vgg(warm=True, granularity=request.param)
+
+
+def test_the_router_step_leaves_psi_bit_identical(model: RoutedNetwork) -> None:
+    phi, psi = state(model, True), state(model, False)
+    assert any("running_mean" in name for name in psi)
+    run("router_at", model, batch(1))
+    assert same(state(model, False), psi)
+    after = state(model, True)
+    assert all(not torch.equal(after[name], value) for name, value in phi.items() if name.endswith("weight"))
+
+
+def test_the_expert_step_leaves_phi_bit_identical(model: RoutedNetwork) -> None:
+    phi, psi = state(model, True), state(model, False)
+    run("expert_at", model, batch(1))
+    assert same(state(model, True), phi)
+    after = state(model, False)
+    assert all(not torch.equal(after[name], value) for name, value in psi.items() if name.endswith("weight"))
+
+
+def test_advmoe_is_a_router_step_and_then_an_expert_step_on_another_batch(model: RoutedNetwork) -> None:
+    apart, swapped = copy.deepcopy(model), copy.deepcopy(model)
+    run("advmoe", model, batch(1), batch(2))
+    run("router_at", apart, batch(1))
+    run("expert_at", apart, batch(2))
+    assert same(dict(model.state_dict()), dict(apart.state_dict()))
+    run("advmoe", swapped, batch(2), batch(1))
+    assert not same(state(model, False), state(swapped, False))
+
+
+def test_the_order_of_the_two_steps_matters(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model, reversed_order = tiny_vgg(warm=True), tiny_vgg(warm=True)
+    run("advmoe", model, batch(1), batch(2))
+    run("expert_at", reversed_order, batch(2))
+    run("router_at", reversed_order, batch(1))
+    assert not same(state(model, False), state(reversed_order, False))
+
+
+def test_the_second_attack_meets_the_updated_routers_and_its_own_batch(model: RoutedNetwork) -> None:
+    seen: list[tuple[bool, Tensor, dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((module.training, inputs[0].detach().clone(), state(model, True), state(model, False)))
+
+    phi, psi = state(model, True), state(model, False)
+    handle = model.register_forward_pre_hook(record)
+    run("advmoe", model, batch(1), batch(2))
+    handle.remove()
+    # An attack looks at the clean images once and takes K = 2 steps; both attacks run in eval mode at psi as it was.
+    assert len(seen) == 2 * (1 + 2)
+    for position, (training, images, routers, experts) in enumerate(seen):
+        first = position < 3
+        assert not training
+        assert same(experts, psi)
+        assert same(routers, phi if first else state(model, True))
+        assert (images - batch(1 if first else 2).images).abs().max() <= CONFIG.attack.eps + 1e-6
+    assert not same(phi, state(model, True))
+
+
+def test_joint_training_changes_routers_and_experts(model: RoutedNetwork) -> None:
+    phi, psi = state(model, True), state(model, False)
+    run("at", model, batch(1))
+    assert not same(state(model, True), phi)
+    assert not same(state(model, False), psi)
+
+
+def test_a_step_is_sgd_on_trades_at_the_attacked_images(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    # The same step by hand: attack in eval mode, forward in training mode, w - lr (gradient + decay * w).
+    model = tiny_vgg(kind="dense", warm=True)
+    by_hand, part = copy.deepcopy(model), batch(1)
+    by_hand.eval()
+    generator = torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0])))
+    start = starting_point(part.images, CONFIG.attack, generator)
+    adversarial = pgd(by_hand, part.images, kl_objective(by_hand(part.images)), CONFIG.attack, start=start)
+    by_hand.train()
+    loss = trades(by_hand(part.images), by_hand(adversarial), part.labels, CONFIG.trades_beta)
+    loss.backward()
+    (result,) = run("at", model, part)
+    torch.testing.assert_close(result.loss, loss.detach())
+    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert theirs.grad is not None
+        expected = theirs.detach() - CONFIG.lr * (theirs.grad + CONFIG.weight_decay * theirs.detach())
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_move_by_the_two_training_passes_only(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    # Clean and adversarial images pass once each in training mode; the attack's passes leave no trace.
+    model = tiny_vgg(kind="s_dense")
+    run("at", model, batch(1))
+    assert {int(value) for name, value in model.state_dict().items() if "num_batches" in name} == {2}
+
+
+def test_standard_training_makes_no_adversarial_images(model: RoutedNetwork) -> None:
+    part = batch(1)
+    reference = copy.deepcopy(model)
+    (result,) = run("standard", model, part)
+    assert result.adversarial_correct is None
+    assert result.adversarial_routing is None
+    torch.testing.assert_close(result.loss, F.cross_entropy(reference(part.images), part.labels).detach())
+
+
+@pytest.mark.parametrize("method", ["advmoe", "at", "standard"])
+def test_steps_descend_on_a_batch_that_is_repeated(tiny_vgg: Callable[..., RoutedNetwork], method: str) -> None:
+    model, part = tiny_vgg(), batch(1)
+    config = dataclasses.replace(CONFIG, lr=0.05, trades_beta=1.0)
+    levels = [make_level(name, model, config) for name in METHODS[method].levels]
+    losses = []
+    for step in range(10):
+        noise = [torch.Generator().manual_seed(step)] * len(levels)
+        losses.append(METHODS[method].step(levels, [part] * len(levels), config, noise)[-1].loss.item())
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_results_count_their_batch(model: RoutedNetwork) -> None:
+    for result in run("advmoe", model, batch(1), batch(2)):
+        assert result.images == 8
+        assert 0 <= int(result.clean_correct) <= 8
+        assert result.adversarial_correct is not None
+        assert 0 <= int(result.adversarial_correct) <= 8
+        assert result.routing.expert_index_BL.shape == (8, 12)
+        assert not result.loss.requires_grad
+
+
+@pytest.mark.parametrize("method", ["router_at", "expert_at", "at"])
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(model: RoutedNetwork, method: str) -> None:
+    # beta = 1e300 is finite, its product with the divergence in float32 is not.
+    parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+    config = dataclasses.replace(CONFIG, trades_beta=1e300)
+    with pytest.raises(TrainingError, match=r"loss of the \w+ became (inf|nan); .*lower --lr"):
+        run(method, model, batch(1), config=config)
+    assert same({name: value.detach() for name, value in model.named_parameters()}, parameters)
+    # The frozen level is thawed again, whatever happened.
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_training_attack_does_not_use_the_labels(model: RoutedNetwork) -> None:
+    # TRADES attacks the prediction (KL), not the label: with beta alone driving, other labels give the same attack.
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    part, fresh = batch(1), copy.deepcopy(model)
+    run("at", model, part)
+    run("at", fresh, part._replace(labels=(part.labels + 1) % 10))
+    assert len(seen) == 6
+    assert torch.equal(seen[2], seen[5])
+
+
+def test_the_radius_holds_in_training(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    seen: list[Tensor] = []
+    model, part = tiny_vgg(), batch(1)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    attack = AttackConfig(eps=0.01, steps=5, step_size=0.1, start="gaussian")
+    run("at", model, part, config=dataclasses.replace(CONFIG, attack=attack))
+    assert len(seen) == 6
+    for images in seen:
+        assert (images - part.images).abs().max() <= 0.01 + 1e-6
+        assert images.min() >= 0
+        assert images.max() <= 1
