@@ -8,11 +8,16 @@ from advmoe.config import KINDS, ModelConfig
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 
-WIDTHS = {"densenet": 0.5, "resnet18": 0.125, "vgg16": 0.125, "wrn28_10": 0.05}
+WIDTHS = {"densenet": 0.5, "resnet18": 0.125, "vgg16": 0.125, "vit": 0.125, "wrn28_10": 0.05}
 """Width multipliers that leave 8 to 64 channels."""
-OPTIONS = {"densenet": {32: {"depth": 22}, 64: {"depth": 10, "growth": 8}, 224: {"growth": 8}}}
+OPTIONS = {
+    "densenet": {32: {"depth": 22}, 64: {"depth": 10, "growth": 8}, 224: {"growth": 8}},
+    "vit": {32: {"depth": 2}, 64: {"depth": 2, "granularity": "token"}, 224: {"depth": 3}},
+}
 """Settings per image size that are tried along the way."""
 SIZES = (32, 64, 224)
+REFUSED = {("vit", "sparse_cnn")}
+"""There are no channels to prune in a ViT."""
 
 
 @dataclass(frozen=True)
@@ -44,4 +49,4 @@ class Cell:
         return torch.rand(number, 3, self.image_size, self.image_size, generator=generator)
 
 
-GRID = [Cell(arch, kind, size) for arch in WIDTHS for kind in KINDS for size in SIZES]
+GRID = [Cell(arch, kind, size) for arch in WIDTHS for kind in KINDS for size in SIZES if (arch, kind) not in REFUSED]

@@ -96,7 +96,23 @@ def densenet(ledger: Ledger) -> None:
     ledger.conv(reads, config.num_classes, 1, 1)
 
 
-CLOSED_FORM = {"densenet": densenet, "resnet18": resnet18, "vgg16": vgg16, "wrn28_10": wrn28_10}
+def vit(ledger: Ledger) -> None:
+    config = ledger.config
+    patches = config.image_size // {32: 4, 64: 8, 224: 16}[config.image_size]
+    tokens, dim, routed_rows = patches**2 + 1, 6 * int(64 * config.width), 1
+    if config.granularity == "token":
+        routed_rows = tokens
+    ledger.conv(3, dim, config.image_size // patches, patches)
+    for _ in range(config.depth):
+        ledger.macs += tokens * 4 * dim * dim  # queries, keys, values, output
+        ledger.macs += 2 * tokens * tokens * dim  # similarities, weighted sum of values
+        ledger.macs += 2 * tokens * dim * int(4 * dim * ledger.r + 0.5)
+        if config.kind == "moe":
+            ledger.macs += routed_rows * dim * config.num_experts
+    ledger.conv(dim, config.num_classes, 1, 1)
+
+
+CLOSED_FORM = {"densenet": densenet, "resnet18": resnet18, "vgg16": vgg16, "vit": vit, "wrn28_10": wrn28_10}
 
 
 @pytest.mark.parametrize("cell", GRID, ids=str)
@@ -105,7 +121,7 @@ def test_cell_trains_costs_what_the_formula_says_and_survives_a_checkpoint(cell:
 
     logits, routing = model.forward_with_routing(images)
     assert logits.shape == (2, 5)
-    assert routing.expert_index_BL.shape == (2, len(model.expert_layouts))
+    assert routing.expert_index_BL.shape == (2, len(model.expert_layouts) * model.rows_per_image)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

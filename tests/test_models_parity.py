@@ -23,6 +23,19 @@ def test_dense_equals_torchvision(arch: str, reference: str) -> None:
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
+def test_vit_equals_torchvision() -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.VisionTransformer(64, 8, 2, 6, 48, 192, num_classes=7).eval()
+    torch.nn.init.normal_(theirs.heads.head.weight)  # torchvision starts it at zero
+    ours = create_model("vit", kind="dense", num_classes=7, image_size=64, width=0.125, depth=2).eval()
+    state = theirs.state_dict()
+    state = {name: state.pop(name) for name in ("class_token", "encoder.pos_embedding")} | state
+    names = [name for name in ours.state_dict() if name not in {"mean", "std"}]
+    ours.load_state_dict(dict(zip(names, state.values(), strict=True)), strict=False)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
 def test_wrn_equals_the_functional_form_of_its_paper() -> None:
     model = Cell("wrn28_10", "dense", 32).build()
     randomise_norms(model)
@@ -55,7 +68,7 @@ def randomise_norms(model: torch.nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5)
 
 
-@pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "wrn28_10"])
+@pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "vit", "wrn28_10"])
 def test_moe_with_one_expert_equals_s_dense(arch: str) -> None:
     cell = Cell(arch, "moe", 32)
     one, s_dense = cell.build(num_experts=1).eval(), Cell(arch, "s_dense", 32).build().eval()
@@ -72,6 +85,7 @@ def test_moe_with_one_expert_equals_s_dense(arch: str) -> None:
         ("resnet18", {"layer": 16, "block": 8, "stage": 4, "image": 1}),
         ("wrn28_10", {"layer": 24, "block": 12, "stage": 3, "image": 1}),
         ("vgg16", {"layer": 12, "block": 12, "stage": 5, "image": 1}),
+        ("vit", {"layer": 2, "block": 2, "stage": 1, "image": 1}),
         ("densenet", {"layer": 18, "block": 9, "stage": 3, "image": 1}),  # depth 22: three blocks of three layers
     ],
 )

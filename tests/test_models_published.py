@@ -17,6 +17,7 @@ TABLE = [
     ("wrn28_10", 32, 10, 36_479_194, 0, 5.24698, 1e-3, "imgclsmob"),
     ("vgg16", 32, 10, 14_728_266, -4_224, 0.31, 0.02, "kuangliu/pytorch-cifar"),
     ("vgg16", 224, 1000, 138_365_992, -4_224, 15.47, 1e-3, "torchvision"),
+    ("vit", 224, 1000, 22_050_664, 0, 4.6, 1e-3, "DeiT, Table 1 (22M); timm's vit_small_patch16_224"),
     ("densenet", 32, 10, 769_162, 0, 0.29845, 0.04, "imgclsmob"),
     ("densenet", 224, 1000, 7_978_856, 0, 2.834, 1e-3, "torchvision"),
 ]

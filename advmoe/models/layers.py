@@ -152,7 +152,7 @@ class LayerFactory:
             else:
                 router = Router(in_channels, config.num_experts, router_gradient=config.router_gradient)
             self.routers.append(router)
-            self._open = config.granularity != "layer"
+            self._open = config.granularity not in {"layer", "token"}
         self.router_of_layer.append(len(self.routers) - 1)
         return len(self.layouts) - 1
 

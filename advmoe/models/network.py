@@ -24,6 +24,8 @@ class RoutedNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    rows_per_image: int = 1
+    """What is routed as one: an image (1), or each of its tokens."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
@@ -51,18 +53,34 @@ class RoutedNetwork(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing).
+            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing). Where tokens are
+                routed, L counts the decisions of all MoE layers and tokens, layer by layer.
             tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
         if not self.expert_layouts:
             tape = RoutingTape(self.routers, (), images.new_zeros((images.shape[0], 0), dtype=torch.int64))
         else:
-            tape = tape_type(self.routers, self.router_of_layer, pathways)
+            tape = tape_type(self.routers, self.router_of_layer, None if pathways is None else self._as_rows(pathways))
         x_BCHW = (images - self.mean) / self.std
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)
         logits = self.run(x_BCHW, tape)
-        return logits, tape.read()
+        return logits, self._by_image(tape.read())
+
+    def _as_rows(self, pathways_BL: Tensor) -> Tensor:
+        """Pathways of images -> pathways of the rows that are routed, [B * rows_per_image, MoE layers]."""
+        pathways_BLT: Tensor = pathways_BL.unflatten(1, (-1, self.rows_per_image))
+        return pathways_BLT.transpose(1, 2).flatten(0, 1)
+
+    def _by_image(self, routing: Routing) -> Routing:
+        """A routing of rows -> that of their images, the decisions of each layer side by side."""
+        if self.rows_per_image == 1:
+            return routing
+        by_image = [
+            None if of_rows is None else of_rows.unflatten(0, (-1, self.rows_per_image)).transpose(1, 2).flatten(1, 2)
+            for of_rows in routing
+        ]
+        return Routing(*by_image)  # type: ignore[arg-type]
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """phi."""

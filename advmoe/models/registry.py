@@ -10,12 +10,14 @@ from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.resnet import ResNet18
 from advmoe.models.vgg import VGG16
+from advmoe.models.vit import ViT
 from advmoe.models.wide_resnet import WRN28x10
 
 ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {
     "densenet": DenseNet,
     "resnet18": ResNet18,
     "vgg16": VGG16,
+    "vit": ViT,
     "wrn28_10": WRN28x10,
 }
 

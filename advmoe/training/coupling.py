@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.moe_linear import MoELinear
 
 
 def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
@@ -30,6 +31,9 @@ def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     for module in model.modules():
         if isinstance(module, MoEConv2d) and module.layout.num_experts > 1 and module.layout.disjoint:
             yield module.weight, module.layout.num_experts
+        elif isinstance(module, MoELinear) and module.disjoint and module.num_experts > 1:
+            yield module.weight, module.num_experts
+            yield module.bias, module.num_experts
 
 
 @torch.no_grad()

@@ -28,7 +28,10 @@ class EpochSums:
         sums["loss"] += result.loss * result.images
         sums["clean_correct"] += result.clean_correct
         index_BL = result.routing.expert_index_BL
-        sums["load"] += torch.nn.functional.one_hot(index_BL, self._num_experts).sum(dim=0)
+        if index_BL.shape[1]:
+            chosen_BLN = torch.nn.functional.one_hot(index_BL, self._num_experts)
+            # where tokens are routed, a layer has several decisions per image, side by side
+            sums["load"] += chosen_BLN.unflatten(1, (len(sums["load"]), -1)).sum(dim=(0, 2))
         if result.adversarial_correct is not None and result.adversarial_routing is not None:
             sums["attacked"] += result.images
             sums["adversarial_correct"] += result.adversarial_correct
@@ -52,16 +55,20 @@ class EpochSums:
 
     def router_load(self) -> list[float]:
         """Share of images at the busiest expert of each MoE layer; 1 is a collapsed router, 1 / N perfect balance."""
-        load_LN = self._sums["load"] / max(self.images, 1)
+        load_LN = self._shares()
         return [round(share, 4) for share in load_LN.amax(dim=1).tolist()] if load_LN.numel() else []
 
     def router_entropy(self) -> list[float]:
         """Entropy of each MoE layer's load, divided by log N: 0 is a collapsed router, 1 perfect balance."""
-        load_LN = self._sums["load"] / max(self.images, 1)
+        load_LN = self._shares()
         if not load_LN.numel() or self._num_experts == 1:
             return [0.0] * len(load_LN)
         entropy_L = torch.special.entr(load_LN).sum(dim=1) / torch.log(torch.tensor(float(self._num_experts)))
         return [round(value, 4) for value in entropy_L.tolist()]
+
+    def _shares(self) -> Tensor:
+        load_LN = self._sums["load"]
+        return load_LN / load_LN.sum(dim=1, keepdim=True).clamp_min(1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint."""

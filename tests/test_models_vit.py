@@ -1,0 +1,135 @@
+"""MoE-ViT: each row meets its own expert only, rows being images or tokens; and what vit refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grid import Cell
+
+from advmoe.errors import ConfigError
+from advmoe.models.moe_linear import moe_linear
+from advmoe.models.registry import create_model
+from advmoe.models.routing import Decision
+from advmoe.training.coupling import expert_banks, start_equal
+
+STARTS, SIZE, BANK = (0, 3, 5), 3, 6  # the last window wraps around: rows 5, 0, 1
+
+
+@pytest.fixture
+def operands() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 4, 5, generator=generator)
+    weight, bias = torch.randn(BANK, 5, generator=generator), torch.randn(BANK, generator=generator)
+    return x, weight, bias, torch.tensor([2, 0, 2, 1, 0, 0, 2])
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, expert_index: torch.Tensor) -> torch.Tensor:
+    rows = [[(start + slot) % BANK for slot in range(SIZE)] for start in STARTS]
+    return torch.stack([F.linear(x[b], weight[rows[e]], bias[rows[e]]) for b, e in enumerate(expert_index.tolist())])
+
+
+def test_moe_linear_and_its_gradients_equal_the_row_by_row_reference(operands: tuple[torch.Tensor, ...]) -> None:
+    *floats, expert_index = operands
+    ours = [t.clone().requires_grad_() for t in floats]
+    theirs = [t.clone().requires_grad_() for t in floats]
+    y, expected = moe_linear(*ours, expert_index, starts=STARTS, size=SIZE), reference(*theirs, expert_index)
+    torch.testing.assert_close(y, expected)
+    for mine, other in zip(
+        torch.autograd.grad(y.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_operator_exporters_see_is_the_same_function(operands: tuple[torch.Tensor, ...]) -> None:
+    operator = torch.ops.advmoe.moe_linear
+    assert torch.equal(operator(*operands, list(STARTS), SIZE), moe_linear(*operands, starts=STARTS, size=SIZE))
+    torch.library.opcheck(operator, (*operands, list(STARTS), SIZE), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_no_row_at_all_gives_no_row(operands: tuple[torch.Tensor, ...]) -> None:
+    x, weight, bias, expert_index = operands
+    assert moe_linear(x[:0], weight, bias, expert_index[:0], starts=STARTS, size=SIZE).shape == (0, 4, SIZE)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "token"])
+def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: str) -> None:
+    cell = Cell("vit", "moe", 32)
+    mlp = cell.build(granularity=granularity).blocks[0].mlp
+    dim, hidden = mlp.expand.weight.shape[1], mlp.expand.weight.shape[0]
+    assert hidden == 4 * dim  # N = 2, r = .5: two disjoint halves
+    x_RTD = torch.randn(3, 1 if granularity == "token" else 5, dim)
+    y = mlp.compute(x_RTD.transpose(1, 2).unsqueeze(3), Decision(torch.tensor([1, 0, 1]), None, None))
+    for row, expert in enumerate([1, 0, 1]):
+        half = slice(expert * hidden // 2, (expert + 1) * hidden // 2)
+        own = slice(expert * dim, (expert + 1) * dim)
+        inner = F.gelu(F.linear(x_RTD[row], mlp.expand.weight[half], mlp.expand.bias[half]))
+        expected = F.linear(inner, mlp.reduce.weight[own], mlp.reduce.bias[own])
+        torch.testing.assert_close(y[row].squeeze(2).T, expected)
+
+
+def test_experts_that_start_equal_make_every_pathway_the_same_function() -> None:
+    cell = Cell("vit", "moe", 32)
+    model, images = cell.build().eval(), cell.images(4)
+    start_equal(model)
+    logits, routing = model.forward_with_routing(images)
+    torch.testing.assert_close(model(images, 1 - routing.expert_index_BL), logits)
+    assert len(list(expert_banks(model))) == 2 * 4  # two MLPs of two layers with weight and bias
+    assert len(list(expert_banks(cell.build(model_scale=0.75)))) == 2 * 2  # hidden windows overlap, outputs never do
+
+
+@pytest.mark.parametrize("granularity", ["layer", "stage", "image", "token"])
+def test_replaying_a_pathway_repeats_the_logits(granularity: str) -> None:
+    cell = Cell("vit", "moe", 32)
+    model, images = cell.build(granularity=granularity).eval(), cell.images(4)
+    logits, routing = model.forward_with_routing(images)
+    assert torch.equal(model(images, routing.expert_index_BL), logits)
+    assert not torch.allclose(model(images, 1 - routing.expert_index_BL), logits)
+
+
+def test_tokens_of_one_image_take_different_experts_layer_by_layer() -> None:
+    cell = Cell("vit", "moe", 32)
+    model, images = cell.build(granularity="token"), cell.images(3)
+    for _ in range(20):  # routers centre their input by running statistics
+        model(images)
+    routing = model.eval().forward_with_routing(images)[1]
+    # 8 x 8 patches and the class token, in each of two layers; the first layer's decisions come first
+    assert routing.expert_index_BL.shape == (3, 2 * 65)
+    first = routing.expert_index_BL[:, :65]
+    assert 0 < first.float().mean() < 1
+    assert torch.equal(routing.logits_BRN[:, :65].argmax(dim=2), first)
+    # images do not look into each other: alone, each takes the pathway it takes in the batch
+    alone = model.forward_with_routing(images[1:2])[1].expert_index_BL
+    assert torch.equal(alone, routing.expert_index_BL[1:2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "sparse_cnn"}, "vit has no channels to prune; use kind dense, s_dense or moe, or a CNN"),
+        ({"image_size": 30}, "vit cuts images into patches of 4 pixels, got 30; the nearest is 32"),
+        ({"growth": 12}, "growth is an option of densenet, not of vit"),
+    ],
+)
+def test_vit_refuses_what_it_cannot_be(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("vit", width=0.125, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arch": "resnet18", "depth": 34}, "depth is an option of densenet and vit, not of resnet18"),
+        ({"arch": "vgg16", "granularity": "token"}, "granularity token is an option of vit, not of vgg16"),
+        ({"arch": "densenet", "depth": 99}, r"a depth of 6n \+ 4, got 99; the nearest is 100"),
+        (
+            {"arch": "densenet", "image_size": 224, "depth": 120},
+            "169, 201, 264, got 120; the nearest is 121",
+        ),
+        ({"arch": "densenet", "growth": 0}, "growth must be at least 1, got 0"),
+        ({"arch": "vgg16", "image_size": 16}, "needs at least 32 pixels, got 16"),
+        ({"arch": "resnet18", "compact": True}, "only a sparse_cnn can be compact, got kind 'moe'"),
+        ({"arch": "resnet18", "width": 0.02, "model_scale": 0.2}, "leaves no channel of a layer with 1"),
+    ],
+)
+def test_backbones_refuse_options_that_are_not_theirs(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model(**settings)
