@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -205,6 +206,12 @@ def test_refuses_unsorted_validation_images(tmp_path: Path) -> None:
 def test_other_image_folders_are_not_taken_for_imagenet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 2 class folders \(cat, dog, \.\.\.\).* 1000 named by WordNet.*'folder'"):
         load_dataset("imagenet", write(tmp_path, PETS))
+
+
+def test_refuses_imagenet_with_a_class_missing(tmp_path: Path) -> None:
+    shutil.rmtree(write_imagenet(tmp_path) / "train" / WNIDS[1])
+    with pytest.raises(DataError, match=r"has 2 class folders .* where imagenet has 3 named"):
+        load_imagenet(SMALL_IMAGENET, tmp_path)
 
 
 def test_says_where_imagenet_comes_from(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def split_validation(
 def _quotas(class_sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Images each class gives to the validation set: proportional, summing to ``size``, never a whole class."""
     exact = class_sizes * size / class_sizes.sum()
-    quotas: NDArray[np.int64] = np.minimum(np.floor(exact).astype(np.int64), class_sizes - 1)
+    quotas: NDArray[np.int64] = np.floor(exact).astype(np.int64)  # below the class size, as size < all images
     by_remainder = np.argsort(-(exact - quotas), kind="stable")
     while (missing := size - int(quotas.sum())) > 0:
         open_classes = by_remainder[quotas[by_remainder] < class_sizes[by_remainder] - 1]
