@@ -55,6 +55,7 @@ def test_the_router_step_leaves_psi_bit_identical(model: RoutedNetwork) -> None:
     assert any("running_mean" in name for name in psi)
     run("router_at", model, batch(1))
     assert same(state(model, False), psi)
+    assert all(parameter.grad is None for parameter in model.expert_parameters()), "work that nobody wanted"
     after = state(model, True)
     assert all(not torch.equal(after[name], value) for name, value in phi.items() if name.endswith("weight"))
 
@@ -63,15 +64,16 @@ def test_the_expert_step_leaves_phi_bit_identical(model: RoutedNetwork) -> None:
     phi, psi = state(model, True), state(model, False)
     run("expert_at", model, batch(1))
     assert same(state(model, True), phi)
+    assert all(parameter.grad is None for parameter in model.router_parameters())
     after = state(model, False)
     assert all(not torch.equal(after[name], value) for name, value in psi.items() if name.endswith("weight"))
 
 
 def test_advmoe_is_a_router_step_and_then_an_expert_step_on_another_batch(model: RoutedNetwork) -> None:
     apart, swapped = copy.deepcopy(model), copy.deepcopy(model)
-    run("advmoe", model, batch(1), batch(2))
-    run("router_at", apart, batch(1))
-    run("expert_at", apart, batch(2))
+    results = run("advmoe", model, batch(1), batch(2))
+    results_apart = run("router_at", apart, batch(1)) + run("expert_at", apart, batch(2))
+    assert [result.loss for result in results] == [result.loss for result in results_apart]
     assert same(dict(model.state_dict()), dict(apart.state_dict()))
     run("advmoe", swapped, batch(2), batch(1))
     assert not same(state(model, False), state(swapped, False))
@@ -148,16 +150,18 @@ def test_standard_training_makes_no_adversarial_images(model: RoutedNetwork) -> 
     torch.testing.assert_close(result.loss, F.cross_entropy(reference(part.images), part.labels).detach())
 
 
-@pytest.mark.parametrize("method", ["advmoe", "at", "standard"])
-def test_steps_descend_on_a_batch_that_is_repeated(tiny_vgg: Callable[..., RoutedNetwork], method: str) -> None:
-    model, part = tiny_vgg(), batch(1)
-    config = dataclasses.replace(CONFIG, lr=0.05, trades_beta=1.0)
+@pytest.mark.parametrize(("method", "kind"), [("advmoe", "moe"), ("at", "s_dense"), ("standard", "s_dense")])
+def test_steps_descend_on_a_batch_that_is_repeated(
+    tiny_vgg: Callable[..., RoutedNetwork], method: str, kind: str
+) -> None:
+    model, part = tiny_vgg(kind=kind, granularity="image"), batch(1)
+    config = dataclasses.replace(CONFIG, lr=0.03, trades_beta=1.0)
     levels = [make_level(name, model, config) for name in METHODS[method].levels]
     losses = []
     for step in range(10):
         noise = [torch.Generator().manual_seed(step)] * len(levels)
         losses.append(METHODS[method].step(levels, [part] * len(levels), config, noise)[-1].loss.item())
-    assert losses[-1] < 0.85 * losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_results_count_their_batch(model: RoutedNetwork) -> None:
