@@ -117,7 +117,7 @@ def test_refuses_folders_that_do_not_fit(tmp_path: Path, changed: dict[str, byte
 
 def spans(tmp_path: Path, **changed: object) -> EncodedSet:
     (tmp_path / "packed").write_bytes(b"aabbbcccc")
-    arrays = {"file_index": [0, 0, 0], "offsets": [0, 2, 5], "lengths": [2, 3, -1], "labels": [0, 1, 0], **changed}
+    arrays = {"file_index": [0, 0, 0], "offsets": [0, 2, 5], "lengths": [2, 3, 0], "labels": [0, 1, 0], **changed}
     return EncodedSet(
         files=(str(tmp_path / "packed"),),
         class_names=("even", "odd"),

@@ -111,7 +111,7 @@ def _read_split(split: Path, class_names: tuple[str, ...]) -> EncodedSet:
         files=tuple(f"{split}/{name}" for name in names),
         file_index=np.arange(len(names)),
         offsets=np.zeros(len(names), np.int64),
-        lengths=np.full(len(names), -1, np.int64),
+        lengths=np.zeros(len(names), np.int64),
         labels=label_by_folder(names, class_names, where=str(split)),
         class_names=class_names,
     )

@@ -66,7 +66,7 @@ class EncodedSet:
     offsets: NDArray[np.int64]
     """int64 ``[n]``, in bytes."""
     lengths: NDArray[np.int64]
-    """int64 ``[n]``, in bytes; -1 means to the end of the file."""
+    """int64 ``[n]``, in bytes; 0 means to the end of the file."""
     labels: NDArray[np.int64]
     """int64 ``[n]``, each in ``[0, len(class_names))``."""
     class_names: tuple[str, ...]
@@ -102,10 +102,10 @@ class EncodedSet:
         try:
             with Path(path).open("rb") as file:
                 file.seek(offset)
-                encoded = file.read(length)
+                encoded = file.read(length or -1)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
-        if 0 <= length != len(encoded):
+        if length and len(encoded) != length:
             raise DataError(f"{path} is truncated: image {row} needs {length} bytes from byte {offset} on")
         return encoded
 
