@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import AttackConfig
-from advmoe.errors import AdvMoEError
+from advmoe.errors import AdvMoEError, ConfigError
 
 Forward = Callable[..., Tensor]
 """Images [b, 3, H, W] in [0, 1] (and their pathways [b, L], where the attack fixes them) -> outputs [b, K]."""
@@ -54,6 +54,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse images that are not in [0, 1]: the radius of an attack is in those units, and so is its clamp.
+
+    Raises:
+        ConfigError: some pixel lies outside.
+    """
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ConfigError(
+            f"attacks need images in [0, 1], got values from {images.min().item():.3g} to {images.max().item():.3g}; "
+            "give them as they are and let the model normalise them"
+        )
 
 
 def cross_entropy_objective(labels_B: Tensor) -> Objective:

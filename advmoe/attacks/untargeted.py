@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import Forward, GradientCount, Won, cross_entropy_objective, pgd, starting_point
+from advmoe.attacks.pgd import Forward, GradientCount, Won, check_images, cross_entropy_objective, pgd, starting_point
 from advmoe.config import AttackConfig
 from advmoe.seeding import generator_for
 
@@ -60,7 +60,12 @@ def untargeted(
     Returns:
         Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
         images that no restart broke.
+
+    Raises:
+        ConfigError: images outside [0, 1].
+        AdvMoEError: see `pgd`.
     """
+    check_images(images)
     adversarial = images.clone()
     alive = torch.arange(len(images), device=images.device)
     restart = 0

@@ -1,0 +1,298 @@
+"""Checks that a robust accuracy (RA) has to pass before anybody should believe it.
+
+Each looks for one way in which a defence, or the evaluation itself, is known to fool attacks (Athalye et al., 2018;
+Carlini et al., 2019; Croce & Hein, 2020; the NaN routers of earlier MoE results). They run on a sample of the images.
+A failed check makes the number untrusted, not wrong: it says why the attack may have been too weak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advmoe.attacks.autoattack import autoattack
+from advmoe.attacks.pgd import (
+    GradientCount,
+    check_images,
+    cross_entropy_objective,
+    evaluating,
+    gradient_of,
+    pgd,
+)
+from advmoe.attacks.relaxations import is_routed, routing_views
+from advmoe.attacks.untargeted import untargeted
+from advmoe.config import AttackConfig
+from advmoe.errors import ConfigError
+from advmoe.evaluation.precision import full_precision
+from advmoe.seeding import seeded
+
+Status = Literal["passed", "failed", "info", "not run"]
+
+TOLERANCE = 0.02
+"""Share of images by which a stronger attack, or another way to run the model, may differ before a check fails."""
+LARGE_EPS = AttackConfig(eps=1.0, steps=50, step_size=0.05, start="clean")
+"""An attack that may replace the image; it starts at the clean image, so that it depends on gradients alone."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Outcome of one check."""
+
+    name: str
+    status: Status
+    value: str
+    """What was seen."""
+    expected: str
+    """What a sound evaluation shows, and what a failure points to."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the checks look at."""
+
+    model: nn.Module
+    images: Tensor
+    """[B, 3, H, W] in [0, 1]."""
+    labels: Tensor
+    indices: Tensor
+    attack: AttackConfig
+    """The attack whose RA is to be believed."""
+    seed: int
+
+
+def trusted(diagnostics: Iterable[Diagnostic]) -> bool:
+    """Whether no check failed."""
+    return all(diagnostic.status != "failed" for diagnostic in diagnostics)
+
+
+def diagnose(sample: Sample, *, square_queries: int = 500) -> list[Diagnostic]:
+    """Run all checks; those that need finite outputs are left out if there are none.
+
+    Args:
+        sample: the model and some images, right and wrong ones.
+        square_queries: queries of the black-box check; 0 leaves it out.
+
+    Raises:
+        ConfigError: images outside [0, 1].
+    """
+    check_images(sample.images)
+    with evaluating(sample.model), full_precision(sample.model):
+        first = check_finite(sample)
+        checks = [first, *(check(sample) for check in (check_logits, check_deterministic, check_batch_invariant))]
+        if first.status == "failed":
+            return checks
+        return [
+            *checks,
+            check_input_range(sample),
+            check_label_blind(sample),
+            *check_attack(sample, square_queries),
+        ]
+
+
+def _verdict(name: str, passed: bool, value: str, expected: str) -> Diagnostic:
+    return Diagnostic(name, "passed" if passed else "failed", value, expected)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+@torch.no_grad()
+def _accuracy(sample: Sample, images: Tensor) -> float:
+    return float((sample.model(images).argmax(dim=1) == sample.labels).float().mean())
+
+
+def check_finite(sample: Sample) -> Diagnostic:
+    """sign(NaN) is 0 and argmax(NaN) is 0: NaNs look like robustness."""
+    model, x = sample.model, sample.images.clone().requires_grad_()
+    values: dict[str, Tensor] = {}
+    for name, forward in routing_views(model).items():
+        logits = forward(x)
+        values[f"logits ({name})"] = logits
+        values[f"gradients ({name})"] = gradient_of(F.cross_entropy(logits, sample.labels, reduction="sum"), x)
+    if is_routed(model):
+        with torch.no_grad():
+            router_logits = model.forward_with_routing(sample.images)[1].logits_BRN
+        assert router_logits is not None
+        values["router logits"] = router_logits
+    broken = [name for name, value in values.items() if not value.isfinite().all()]
+    seen = "all finite" if not broken else f"not finite: {', '.join(broken)}"
+    return _verdict("finite", not broken, seen, "finite logits, router logits and gradients; NaN hides the gradient")
+
+
+@torch.no_grad()
+def check_logits(sample: Sample) -> Diagnostic:
+    """A softmax inside the model flattens the gradient of the attack's own softmax."""
+    outputs = sample.model(sample.images)
+    probabilities = bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-4).all())
+    seen = "each row sums to 1" if probabilities else f"from {outputs.min():.3g} to {outputs.max():.3g}"
+    return _verdict("logits", not probabilities, seen, "logits; probabilities flatten the gradient of the loss")
+
+
+@torch.no_grad()
+def check_deterministic(sample: Sample) -> Diagnostic:
+    """A random defence has to be attacked in expectation, which is not done here."""
+    with seeded(sample.seed):
+        first, second = sample.model(sample.images), sample.model(sample.images)
+    difference = float((first - second).abs().max())
+    passed = difference <= 1e-4 * (1.0 + float(first.abs().max()))
+    return _verdict("deterministic", passed, f"largest difference {difference:.2g}", "equal logits for equal images")
+
+
+@torch.no_grad()
+def check_batch_invariant(sample: Sample) -> Diagnostic:
+    """An image's prediction is its own: no batch statistics, no knowledge of the position."""
+    model, images = sample.model, sample.images
+    whole = model(images)
+    reversed_order = model(images.flip(0)).flip(0)
+    one_by_one = torch.cat([model(image[None]) for image in images[:8]])
+    scale = 1e-3 * (1.0 + float(whole.abs().max()))
+    differing = ((whole - reversed_order).abs() > scale).any(dim=1)
+    differing[:8] |= ((whole[:8] - one_by_one).abs() > scale).any(dim=1)
+    share = float(differing.float().mean())
+    return _verdict(
+        "batch_invariant",
+        share <= TOLERANCE,
+        f"{_percent(share)} of images differ",
+        "the same logits in any batch; else attacked images are judged by their neighbours",
+    )
+
+
+def check_input_range(sample: Sample) -> Diagnostic:
+    """Images fed in [0, 1] to a model that expects normalised ones give chance accuracy and a meaningless radius."""
+    images = sample.images
+    mean, std = images.mean(dim=(0, 2, 3), keepdim=True), images.std(dim=(0, 2, 3), keepdim=True)
+    plain, normalised = _accuracy(sample, images), _accuracy(sample, (images - mean) / std.clamp_min(1e-6))
+    return _verdict(
+        "input_range",
+        normalised <= plain + 0.05,
+        f"accuracy {_percent(plain)} on [0, 1], {_percent(normalised)} on normalised images",
+        "images in [0, 1] are what the model was trained on; normalisation belongs inside it",
+    )
+
+
+@torch.no_grad()
+def check_label_blind(sample: Sample) -> Diagnostic:
+    """Equal images have equal predictions; a model that tells them apart gets labels from elsewhere."""
+    grey = torch.full_like(sample.images, 0.5)
+    distinct = int(sample.model(grey).argmax(dim=1).unique().numel())
+    seen = f"{distinct} distinct predictions for {len(grey)} equal images"
+    return _verdict("label_blind", distinct == 1, seen, "one; more means that labels leak into the model")
+
+
+def check_attack(sample: Sample, square_queries: int) -> list[Diagnostic]:
+    """Checks on what PGD does to this model."""
+    model, attack = sample.model, sample.attack
+    with torch.no_grad():
+        right = model(sample.images).argmax(dim=1) == sample.labels
+    images, labels, indices = (
+        sample.images[right],
+        sample.labels[right],
+        sample.indices[right.to(sample.indices.device)],
+    )
+    total = max(len(sample.images), 1)
+
+    def robust(config: AttackConfig, count: GradientCount | None = None) -> tuple[Tensor, Tensor]:
+        return untargeted(model, images, labels, indices, config, sample.seed, count=count)
+
+    count = GradientCount()
+    adversarial, survived = robust(attack, count)
+    ra = float(survived.sum()) / total
+    one = dataclasses.replace(attack, steps=1, step_size=attack.eps, start="clean", restarts=1)
+    quick = dataclasses.replace(attack, steps=min(attack.steps, 20), step_size=max(attack.step_size, attack.eps / 8))
+    radii = (attack.eps / 2, attack.eps, min(2 * attack.eps, 1.0))
+    by_radius = [
+        float(robust(dataclasses.replace(quick, eps=radius, step_size=quick.step_size * radius / attack.eps))[1].sum())
+        / total
+        for radius in (radii if attack.eps else ())
+    ]
+    one_step = float(robust(one)[1].sum()) / total
+    unbounded = float(robust(LARGE_EPS)[1].sum()) / total
+    survivors = survived.nonzero().squeeze(1)
+    further = _attacked_further(sample, images[survivors], labels[survivors], adversarial[survivors]) / total
+    slack = max(TOLERANCE, 1.0 / total)
+    rising = any(later > earlier + slack for earlier, later in itertools.pairwise(by_radius))
+    return [
+        _verdict(
+            "zero_gradients",
+            count.zero_share <= 0.01,
+            f"{_percent(count.zero_share)} of {count.taken} gradients are zero",
+            "at most 1 %; an image with a zero gradient never moves",
+        ),
+        _verdict(
+            "large_eps",
+            unbounded <= slack,
+            f"RA {_percent(unbounded)} at eps = 1",
+            "0 %: an attack that may replace the image must win, else it gets no useful gradient",
+        ),
+        _verdict(
+            "one_step",
+            one_step >= ra - slack,
+            f"RA {_percent(one_step)} after one step, {_percent(ra)} after {attack.steps}",
+            "many small steps break more than one big one; else gradients are masked",
+        ),
+        _verdict(
+            "converged",
+            further <= slack,
+            f"{_percent(further)} more broken by {attack.steps} further steps",
+            f"next to nothing; else {attack.steps} steps of {255 * attack.step_size:.3g}/255 are too few",
+        ),
+        _verdict(
+            "monotone_in_eps",
+            not rising,
+            f"RA {', '.join(map(_percent, by_radius))} at eps/2, eps, 2 eps",
+            "a larger radius never helps the model",
+        ),
+        _black_box(sample, images[survivors], labels[survivors], square_queries, total),
+    ]
+
+
+def _attacked_further(sample: Sample, images: Tensor, labels: Tensor, adversarial: Tensor) -> int:
+    """How many survivors fall if PGD goes on from where it stopped."""
+    if not len(images):
+        return 0
+    objective = cross_entropy_objective(labels)
+    found = pgd(sample.model, images, objective, sample.attack, start=adversarial, labels_B=labels)
+    with torch.no_grad():
+        return int((sample.model(found).argmax(dim=1) != labels).sum())
+
+
+def _black_box(sample: Sample, images: Tensor, labels: Tensor, queries: int, total: int) -> Diagnostic:
+    """Square (Andriushchenko et al., 2020) sees no gradient; it must not find what the gradient misses."""
+    name, expected = "black_box", "Square breaks next to nothing that PGD did not; else the gradient is masked"
+    if queries == 0:
+        return Diagnostic(name, "not run", "switched off", expected)
+    if not len(images):
+        return Diagnostic(name, "passed", "nothing survived PGD", expected)
+    try:
+        result = autoattack(
+            sample.model,
+            images,
+            labels,
+            eps=sample.attack.eps,
+            seed=sample.seed,
+            attacks=("square",),
+            square_queries=queries,
+        )
+    except ConfigError as error:
+        return Diagnostic(name, "not run", str(error), expected)
+    share = float((~result.robust_after["square"]).sum()) / total
+    slack = max(TOLERANCE, 1.0 / total)
+    return _verdict(name, share <= slack, f"{_percent(share)} more broken by {queries} queries", expected)
+
+
+def routing_gap(ra: float, ra_union: float) -> Diagnostic:
+    """Does the model's own gradient flatter it? Compares plain PGD with the union over all views of the routing."""
+    return _verdict(
+        "hidden_by_routing",
+        ra - ra_union <= TOLERANCE,
+        f"RA {_percent(ra)} by the model's own gradient, {_percent(ra_union)} by all views of its routing",
+        "about the same; else hard routing hides part of the gradient and only the union counts",
+    )

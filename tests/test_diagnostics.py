@@ -1,0 +1,220 @@
+"""Deliberately broken defences: each is caught, by the check that is there for it. A sound model passes them all."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rooms import TwoRooms, room_images
+from torch import Tensor, nn
+
+from advmoe.attacks.relaxations import routing_views
+from advmoe.attacks.untargeted import untargeted
+from advmoe.config import AttackConfig
+from advmoe.data.sources import Dataset
+from advmoe.errors import ConfigError
+from advmoe.evaluation.diagnostics import Diagnostic, Sample, diagnose, routing_gap, trusted
+from advmoe.models.network import RoutedNetwork
+
+ATTACK = AttackConfig(eps=24 / 255, steps=20, step_size=6 / 255)
+"""Digits are easy: at this radius the sound model keeps about a third of its images."""
+
+
+class Digits(nn.Module):
+    """A small convolutional net for digits, with a hook for what a defence does to images, and one for logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 5, stride=4, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10)
+        )
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.body(self.before(x)))
+
+
+@pytest.fixture(scope="module")
+def data(digits: Dataset) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(digits.train.images).permute(0, 3, 1, 2).float() / 255
+    return images[:80], torch.from_numpy(digits.train.labels)[:80]
+
+
+def trained(images: Tensor, labels: Tensor) -> Digits:
+    """Fitted to its images, with some noise, by 60 steps of Adam."""
+    torch.manual_seed(0)
+    net = Digits()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images + 0.05 * torch.randn_like(images)), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def sound(data: tuple[Tensor, Tensor]) -> Digits:
+    return trained(*data)
+
+
+def checked(model: nn.Module, data: tuple[Tensor, Tensor], attack: AttackConfig = ATTACK) -> dict[str, Diagnostic]:
+    images, labels = data[0][:40], data[1][:40]
+    sample = Sample(model, images, labels, torch.arange(40), attack, seed=0)
+    return {diagnostic.name: diagnostic for diagnostic in diagnose(sample, square_queries=100)}
+
+
+def defended(sound: Digits, defence: type[Digits]) -> Digits:
+    model = copy.deepcopy(sound)
+    model.__class__ = defence
+    return model
+
+
+def failures(diagnostics: dict[str, Diagnostic]) -> set[str]:
+    return {name for name, diagnostic in diagnostics.items() if diagnostic.status == "failed"}
+
+
+def test_a_sound_model_passes_every_check(sound: Digits, data: tuple[Tensor, Tensor]) -> None:
+    diagnostics = checked(sound, data)
+    assert {diagnostic.status for diagnostic in diagnostics.values()} == {"passed"}, diagnostics
+    assert trusted(diagnostics.values())
+    assert list(diagnostics) == [
+        "finite",
+        "logits",
+        "deterministic",
+        "batch_invariant",
+        "input_range",
+        "label_blind",
+        "zero_gradients",
+        "large_eps",
+        "one_step",
+        "converged",
+        "monotone_in_eps",
+        "black_box",
+    ]
+
+
+class Quantised(Digits):
+    """Rounds the images: the gradient is zero everywhere."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return (16 * x).round() / 16
+
+
+class Saturated(Digits):
+    """Logits so large that the softmax's gradient underflows."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return 1000 * logits
+
+
+class Shattered(Digits):
+    """Adds a ripple too small to see, whose slope drowns the gradient."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return x + 0.002 * torch.sin(1e5 * x)
+
+
+class Noisy(Digits):
+    """Answers at random to a degree."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits + torch.randn_like(logits)
+
+
+class Softmax(Digits):
+    """Gives probabilities for logits."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=1)
+
+
+class BatchStatistics(Digits):
+    """Normalises each image by its neighbours."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits - logits.mean(dim=0)
+
+
+class Leaking(Digits):
+    """Knows the labels of the test set by their position."""
+
+    labels: Tensor
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits + 1000.0 * F.one_hot(self.labels[: len(logits)], 10)
+
+
+class NaN(Digits):
+    """Diverged in training."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("defence", "caught_by"),
+    [
+        (Quantised, {"zero_gradients", "large_eps", "black_box"}),
+        (Saturated, {"zero_gradients", "large_eps"}),
+        (Shattered, {"large_eps"}),
+        (Noisy, {"deterministic"}),
+        (Softmax, {"logits"}),
+        (BatchStatistics, {"batch_invariant"}),
+        (Leaking, {"label_blind", "batch_invariant", "large_eps"}),
+        (NaN, {"finite"}),
+    ],
+)
+def test_a_broken_defence_is_caught(
+    sound: Digits, data: tuple[Tensor, Tensor], defence: type[Digits], caught_by: set[str]
+) -> None:
+    model = defended(sound, defence)
+    if isinstance(model, Leaking):
+        model.labels = data[1][:40]
+    diagnostics = checked(model, data)
+    assert caught_by <= failures(diagnostics), diagnostics
+    assert not trusted(diagnostics.values())
+
+
+def test_normalisation_outside_the_model_is_caught(data: tuple[Tensor, Tensor]) -> None:
+    images, labels = data
+    normalised = (images - images.mean()) / images.std()
+    model = trained(normalised, labels)
+    diagnostics = checked(model, data)
+    assert "input_range" in failures(diagnostics), diagnostics
+    with pytest.raises(ConfigError, match=r"attacks need images in \[0, 1\], got values from -"):
+        checked(model, (normalised, labels))
+
+
+def test_a_nan_router_is_caught_though_its_logits_look_sound(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg().eval()
+    with torch.no_grad():
+        model.routers[3].linear.weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
+    images = torch.rand(8, 3, 32, 32)
+    assert model(images).isfinite().all()
+    sample = Sample(model, images, torch.zeros(8, dtype=torch.int64), torch.arange(8), ATTACK, seed=0)
+    finite = diagnose(sample)[0]
+    assert finite.status == "failed"
+    assert "router logits" in finite.value
+
+
+def test_an_attack_too_weak_to_converge_is_caught(sound: Digits, data: tuple[Tensor, Tensor]) -> None:
+    weak = AttackConfig(eps=24 / 255, steps=4, step_size=3 / 255, start="clean")
+    assert {"converged", "one_step"} <= failures(checked(sound, data, weak))
+
+
+def test_a_robustness_that_only_routing_hides_is_caught() -> None:
+    images, labels = room_images(0.49, 0.47), torch.tensor([0, 0])
+    broken = {}
+    for name, forward in routing_views(TwoRooms()).items():
+        broken[name] = ~untargeted(forward, images, labels, torch.arange(2), ATTACK, 0)[1]
+    own = 1.0 - float(broken["detached"].float().mean())
+    union = 1.0 - float(torch.stack(list(broken.values())).any(dim=0).float().mean())
+    assert (own, union) == (1.0, 0.0)
+    assert routing_gap(own, union).status == "failed"
+    assert routing_gap(union, union).status == "passed"
