@@ -373,7 +373,7 @@ def test_refuses_parquet_of_one_split_only(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"label": [*range(9), 10, *range(10)]}, "label 10 of image 9 is out of range"),
-        ({"label": [None, *[0] * 19]}, "1 labels are missing"),
+        ({"label": [None, *[0] * 19]}, r"1 labels are missing among rows 0\.\.19"),
         ({"label": ["cat"] * TRAIN}, "'label' holds string, not integers"),
         ({"label": None, "fine_label": [0] * TRAIN}, "has no column 'label': it has img, fine_label; is this really"),
         ({"img": None, "image": [b"x"] * TRAIN}, "has no column 'img'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from advmoe.data.sets import DatasetInfo, ImageSet, Progress, check_labels
 from advmoe.errors import DataError
 
 Shards = tuple[Path, ...]
+
+ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +73,48 @@ def _find_shards(folder: Path, split: str) -> Shards:
 def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progress: Progress | None = None) -> ImageSet:
     """Decode every image of ``shards`` into memory; each must have ``info.image_size`` pixels on both sides.
 
-    Raises `DataError` for a file that is truncated or not parquet, a missing column, a label out of range, and an
-    image that cannot be decoded or has another size, naming the file and the row.
+    Raises `DataError` as `read_encoded` does, and for an image that cannot be decoded or has another size.
     """
-    tables = [_read_table(path, hub, info) for path in shards]
-    labels = np.concatenate([table[hub.label_column].to_numpy().astype(np.int64) for table in tables])
-    if not len(labels):
-        raise DataError(f"{shards[0]} holds no images")
-    encoded = _encoded(shards, tables, hub.image_column)
-    images = decode_all(encoded, len(labels), info, progress=progress)
+    labels = np.empty(count_rows(shards), np.int64)
+
+    def encoded() -> Iterator[tuple[str, bytes]]:
+        for row, (name, content, label) in enumerate(read_encoded(shards, hub, info)):
+            labels[row] = label
+            yield name, content
+
+    images = decode_all(encoded(), len(labels), info, progress=progress)
     return ImageSet(images=images, labels=labels, class_names=info.class_names)
+
+
+def count_rows(shards: Shards) -> int:
+    """Number of images in ``shards``. Raises `DataError` when a file is truncated, is not parquet, or has none."""
+    counts = [_open(path).metadata.num_rows for path in shards]
+    if 0 in counts:
+        raise DataError(f"{shards[counts.index(0)]} holds no images")
+    return sum(counts)
+
+
+def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[tuple[str, bytes, int]]:
+    """``(name for messages, encoded image, label)`` of each row, some thousand rows in memory at a time.
+
+    Raises `DataError`, naming the file and where it can the row, for a file that is truncated or not parquet, a
+    missing column, and a label or image that is missing or a label that is out of range.
+    """
+    for path in shards:
+        row = 0
+        for batch in _batches(path, hub, info):
+            labels = batch[hub.label_column]
+            if labels.null_count:
+                raise DataError(
+                    f"{path}: {labels.null_count} labels are missing among rows {row}..{row + len(batch) - 1}"
+                )
+            check_labels(labels.to_numpy(), info.num_classes, where=f"{path}, from row {row} on")
+            images = batch[hub.image_column].field("bytes")
+            for content, label in zip(images, labels.to_pylist(), strict=True):
+                if not content.is_valid:
+                    raise DataError(f"{path}, row {row}: the image is missing")
+                yield f"{path}, row {row}", content.as_py(), label
+                row += 1
 
 
 def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
@@ -91,12 +125,6 @@ def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
     except (KeyError, TypeError, ValueError):
         return ()
     return tuple(str(name) for name in names)
-
-
-def _encoded(shards: Sequence[Path], tables: Sequence[pa.Table], column: str) -> Iterator[tuple[str, bytes | None]]:
-    for path, table in zip(shards, tables, strict=True):
-        for row, encoded in enumerate(table[column].combine_chunks().field("bytes")):
-            yield f"{path}, row {row}", encoded.as_py()
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -111,7 +139,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is truncated or not a parquet file; download it again ({reason})")
 
 
-def _read_table(path: Path, hub: HubLayout, info: DatasetInfo) -> pa.Table:
+def _batches(path: Path, hub: HubLayout, info: DatasetInfo) -> Iterator[pa.RecordBatch]:
     file = _open(path)
     schema = file.schema_arrow
     for name in (hub.image_column, hub.label_column):
@@ -125,10 +153,6 @@ def _read_table(path: Path, hub: HubLayout, info: DatasetInfo) -> pa.Table:
     if not pa.types.is_integer(label_type):
         raise DataError(f"{path}: column {hub.label_column!r} holds {label_type}, not integers")
     try:
-        table = file.read([hub.image_column, hub.label_column])
+        yield from file.iter_batches(ROWS_AT_ONCE, columns=[hub.image_column, hub.label_column])
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-    if table[hub.label_column].null_count:
-        raise DataError(f"{path}: {table[hub.label_column].null_count} labels are missing")
-    check_labels(table[hub.label_column].to_numpy(), info.num_classes, where=str(path))
-    return table
