@@ -32,7 +32,7 @@ class TwoRooms(RoutedNetwork):
             router = self.routers[0]
             router.linear.weight.zero_()
             router.linear.weight[1, 0] = 20.0
-            router.linear.bias.copy_(torch.tensor([0.0, -20.0 * THRESHOLD]))
+            router.centre.running_mean[0] = THRESHOLD
             router.centre.eps = 0.0
         self.eval()
 

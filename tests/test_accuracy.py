@@ -84,7 +84,7 @@ def test_without_a_radius_ra_is_sa(model: RoutedNetwork, images: ImageSet) -> No
 
 
 def test_a_radius_of_the_whole_pixel_range_breaks_everything(model: RoutedNetwork, images: ImageSet) -> None:
-    assert attacked(model, images, eps=1.0, step_size=0.2, steps=10).ra == 0.0
+    assert attacked(model, images, eps=1.0, step_size=0.2, steps=30).ra == 0.0
 
 
 def test_wrong_images_are_neither_right_nor_robust(model: RoutedNetwork, images: ImageSet) -> None:

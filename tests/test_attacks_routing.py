@@ -216,7 +216,7 @@ def test_an_image_is_right_on_every_pathway_only_if_the_trap_is_too() -> None:
 def test_restarts_side_by_side_are_those_one_by_one(mixed: Callable[..., RoutedNetwork]) -> None:
     model, images = mixed(), torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(6))
     labels, indices = model(images).argmax(dim=1), torch.arange(12)
-    attack = AttackConfig(eps=3 / 255, steps=2, step_size=1 / 255, restarts=6)
+    attack = AttackConfig(eps=1 / 255, steps=2, step_size=1 / 255, restarts=6)
     together, robust = untargeted(model, images, labels, indices, attack, 0)
     assert 0 < int(robust.sum()) < 12
     for image in range(12):  # a batch of one leaves no room for two restarts at a time

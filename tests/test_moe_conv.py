@@ -46,7 +46,6 @@ def test_outputs_and_gradients_equal_those_of_computing_all_experts(
     torch.manual_seed(0)
     layer = MoEConv2d(5, LAYOUTS[name], kernel_size, stride=stride, padding=padding).double()
     router = Router(5, LAYOUTS[name].num_experts).double()
-    torch.nn.init.zeros_(router.linear.bias)  # so that no expert goes without images
     x_BCHW = torch.randn(24, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     inputs = [x_BCHW, layer.weight, *router.parameters()]
 

@@ -138,7 +138,6 @@ def test_a_gate_survives_extreme_logits(router_gradient: str) -> None:
 def test_a_router_takes_the_first_of_equal_logits() -> None:
     router = Router(4, 3).eval()
     nn.init.zeros_(router.linear.weight)
-    nn.init.zeros_(router.linear.bias)
     assert router.decide(torch.rand(5, 4, 2, 2)).expert_index_B.tolist() == [0] * 5
 
 

@@ -118,18 +118,48 @@ def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: str) -> Ten
     return difference_B.exp() if router_gradient == "softmax" else 1.0 + difference_B
 
 
-class Router(nn.Module):
-    """Global average pool -> centring -> linear -> N logits.
+class Centring(nn.BatchNorm1d):
+    """Standardises features by running statistics, in training too, so that a decision depends on the image alone.
 
-    The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router sends every
-    image to the same expert within a few epochs. An affine-free BatchNorm takes that direction out.
+    The training attack, the update that follows it and the finished model therefore agree on every decision. By batch
+    statistics a router would, in training, not even see a shift that the attack gives to all images.
+    """
+
+    SLOWEST = 0.02
+    """Weight of the newest batch once 1 / SLOWEST batches have been averaged."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, affine=False)
+
+    def forward(self, features_BC: Tensor) -> Tensor:
+        """[B, C] -> [B, C]; in training mode the statistics take in the batch first."""
+        if not self.training:
+            return super().forward(features_BC)
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            newest = (1.0 / self.num_batches_tracked).clamp(min=self.SLOWEST)
+            self.running_mean.lerp_(features_BC.mean(dim=0), newest)
+            if len(features_BC) > 1:
+                self.running_var.lerp_(features_BC.var(dim=0), newest)
+        return (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+
+
+class Router(nn.Module):
+    """Global average pool -> centring -> linear without bias -> N logits.
+
+    The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router
+    sends every image to the same expert within a few epochs. Centring takes that direction out; as there is no bias,
+    every logit then has mean zero over the data, and no expert can win everywhere.
     """
 
     def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "softmax") -> None:
         super().__init__()
         self.router_gradient = router_gradient
-        self.centre = nn.BatchNorm1d(in_channels, affine=False)
-        self.linear = nn.Linear(in_channels, num_experts)
+        self.centre = Centring(in_channels)
+        self.linear = nn.Linear(in_channels, num_experts, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B, N] for the layer input."""

@@ -66,11 +66,11 @@ class Split:
 def split_dataset(dataset: Dataset, config: TrainConfig) -> Split:
     """Hold out the validation images, then keep `limit_train` of the rest."""
     train, validation = split_validation(dataset.train.labels, fraction=config.val_fraction, seed=config.seed)
-    random = np.random.default_rng(config.seed)
+    train_random, validation_random = np.random.default_rng(config.seed).spawn(2)
     if config.limit_train is not None and config.limit_train < len(train):
-        train = np.sort(random.choice(train, config.limit_train, replace=False))
+        train = np.sort(train_random.choice(train, config.limit_train, replace=False))
     if config.val_limit < len(validation):
-        validation = np.sort(random.choice(validation, config.val_limit, replace=False))
+        validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
     return Split(dataset.train, train, dataset.train.take(validation))
 
 

@@ -49,10 +49,9 @@ class RunFolder:
         write_atomically(self.path / "config.json", lambda temporary: temporary.write_text(text))
 
     def resume(self, epochs_done: int) -> None:
-        """Go on after `epochs_done` epochs: records of later epochs, which no checkpoint has, are dropped."""
+        """Go on after `epochs_done` epochs: what a crash left of later epochs, which no checkpoint has, is dropped."""
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= epochs_done]
-            text = "".join(line + "\n" for line in lines)
+            text = "".join(self.metrics.read_text().splitlines(keepends=True)[:epochs_done])
             write_atomically(self.metrics, lambda temporary: temporary.write_text(text))
 
     def log(self, record: dict[str, Any]) -> None:

@@ -87,10 +87,10 @@ def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.nda
 def _into_linear(graph: ir.Graph, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
     if not _sole_use(norm.outputs[0]):
         return
-    gemm = next(iter(norm.outputs[0].uses())).node
+    gemm = next(iter(norm.outputs[0].uses())).node  # or a MatMul, which is a Gemm with all attributes at their defaults
     attributes = gemm.attributes
     if (
-        gemm.op_type != "Gemm"
+        gemm.op_type not in {"Gemm", "MatMul"}
         or gemm.inputs[0] is not norm.outputs[0]
         or attributes.get_int("transA", 0) != 0
         or attributes.get_float("alpha", 1.0) != 1.0
