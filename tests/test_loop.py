@@ -1,0 +1,368 @@
+"""The training loop: resumption to the bit, selection on validation images, and what a run leaves behind."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig
+from advmoe.data.sources import Dataset, ImageSet
+from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
+from advmoe.evaluation.accuracy import Evaluation
+from advmoe.training import loop
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+from advmoe.training.loop import Trainer, cosine, split_dataset
+from advmoe.training.run_folder import RunFolder
+
+MODEL = ModelConfig(arch="vgg16", kind="moe", width=0.0625)
+# 16 images in batches of 8 are 2 steps an epoch, 4 in all; 10 validation images under a short attack.
+TRAIN = TrainConfig(
+    dataset="digits",
+    epochs=2,
+    batch_size=8,
+    limit_train=16,
+    val_limit=10,
+    val_attack=AttackConfig(eps=8 / 255, steps=1),
+    flip=False,
+)
+STANDARD = dataclasses.replace(TRAIN, method="standard")
+"""The same without attacks in training, where they do not matter."""
+
+
+class Observer:
+    """Notes what it is told; asks the trainer to stop, or fails, after a step."""
+
+    def __init__(self, *, stop_after: int | None = None, fail_after: int | None = None) -> None:
+        self.stop_after, self.fail_after = stop_after, fail_after
+        self.trainer: Trainer | None = None
+        self.steps: list[int] = []
+        self.records: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+
+    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        assert (epochs, steps_per_epoch) == (2, 2)
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        self.steps.append(step)
+        if step == self.fail_after:
+            raise MemoryError
+        if step == self.stop_after:
+            assert self.trainer is not None
+            self.trainer.request_stop()
+
+    def validated(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def train(
+    dataset: Dataset,
+    path: Path,
+    config: TrainConfig = TRAIN,
+    *,
+    model: ModelConfig = MODEL,
+    observer: Any = None,
+    resume: Checkpoint | None = None,
+    before: Callable[[Trainer], None] = lambda trainer: None,
+) -> bool:
+    observer = observer or Observer()
+    with RunFolder(path) as folder:
+        trainer = Trainer(model, config, dataset, folder, device=torch.device("cpu"), observer=observer, resume=resume)
+        observer.trainer = trainer
+        before(trainer)
+        return trainer.fit()
+
+
+def resumed(dataset: Dataset, path: Path, config: TrainConfig = TRAIN, **more: Any) -> bool:
+    return train(dataset, path, config, resume=load_checkpoint(path / "last.pt"), **more)
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Everything a run left that does not depend on the clock."""
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {"records": [{**record, "images_per_second": 0} for record in records]}
+    for name in ("last", "best"):
+        checkpoint = load_checkpoint(path / f"{name}.pt")
+        metrics = {**checkpoint.metrics, "images_per_second": 0}
+        found[name] = dataclasses.replace(checkpoint, metrics=metrics)
+    return found
+
+
+def assert_identical(left: Any, right: Any, where: str = "") -> None:
+    """Equal to the last bit, whatever they are nested in."""
+    assert type(left) is type(right), where
+    if isinstance(left, Tensor):
+        assert left.dtype == right.dtype, where
+        assert torch.equal(left, right), where
+    elif dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_identical(getattr(left, field.name), getattr(right, field.name), f"{where}.{field.name}")
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for name in left:
+            assert_identical(left[name], right[name], f"{where}.{name}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for position, pair in enumerate(zip(left, right, strict=True)):
+            assert_identical(*pair, f"{where}[{position}]")
+    else:
+        assert left == right, where
+
+
+@pytest.fixture(scope="module")
+def whole_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train(digits, path)
+    return path
+
+
+def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert {name for name in names if not name.startswith("events.")} == {
+        "config.json",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+    }
+    assert any(name.startswith("events.") for name in names)
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["model"]["arch"] == "vgg16"
+    assert config["train"]["limit_train"] == 16
+    records = contents(whole_run)["records"]
+    assert [record["epoch"] for record in records] == [1, 2]
+    for record in records:
+        assert 0 <= record["val_ra_pgd1"] <= record["val_sa"] <= 100
+        assert len(record["router_load"]) == 12
+        assert all(0.5 <= load <= 1 for load in record["router_load"]), "the busiest of two experts has half at least"
+        assert {"train_loss", "train_sa", "train_ra", "routers_loss", "routers_sa"} <= record.keys()
+    best = load_checkpoint(whole_run / "best.pt")
+    assert best.class_names == tuple("0123456789")
+    assert best.optimizers == []
+    assert best.progress == {}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    digits: Dataset, whole_run: Path, tmp_path: Path
+) -> None:
+    train(digits, tmp_path / "again")
+    assert_identical(contents(tmp_path / "again"), contents(whole_run))
+    train(digits, tmp_path / "other", dataclasses.replace(TRAIN, seed=1))
+    other, first = load_checkpoint(tmp_path / "other" / "last.pt"), load_checkpoint(whole_run / "last.pt")
+    assert not torch.equal(other.weights["classifier.weight"], first.weights["classifier.weight"])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_interrupted_after_any_step_goes_on_bit_for_bit(
+    digits: Dataset, whole_run: Path, tmp_path: Path, step: int
+) -> None:
+    stopping, going_on = Observer(stop_after=step), Observer()
+    assert not train(digits, tmp_path / "run", observer=stopping)
+    assert resumed(digits, tmp_path / "run", observer=going_on)
+    assert stopping.steps + going_on.steps == [1, 2, 3, 4], "no step twice, none left out"
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+def test_a_crash_loses_the_steps_since_the_last_checkpoint_only(
+    digits: Dataset, whole_run: Path, tmp_path: Path
+) -> None:
+    going_on = Observer()
+    with pytest.raises(MemoryError):
+        train(digits, tmp_path / "run", observer=Observer(fail_after=4))
+    assert resumed(digits, tmp_path / "run", observer=going_on)
+    assert going_on.steps == [3, 4], "the first epoch, 2 steps, was saved"
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+def test_checkpoints_in_mid_epoch_are_made_by_the_clock(
+    digits: Dataset, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(MemoryError):
+        train(digits, tmp_path / "run", observer=Observer(fail_after=2))
+    going_on = Observer()
+    assert resumed(digits, tmp_path / "run", observer=going_on)
+    assert going_on.steps == [2, 3, 4], "step 1 was saved in the middle of its epoch"
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "at", "ema": 0.9}, {"method": "standard"}, {"loss": "pgd_at", "awp": 0.005, "balance": 0.1}],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_way_of_training_resumes_bit_for_bit(digits: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(TRAIN, **changes)
+    train(digits, tmp_path / "whole", config)
+    assert not train(digits, tmp_path / "run", config, observer=Observer(stop_after=3))
+    assert resumed(digits, tmp_path / "run", config)
+    assert_identical(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+
+def test_resuming_a_complete_run_does_nothing(digits: Dataset, whole_run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole_run.iterdir() if path.suffix == ".pt"}
+    observer = Observer()
+    assert resumed(digits, whole_run, observer=observer)
+    assert observer.steps == []
+    assert {path.name: path.read_bytes() for path in whole_run.iterdir() if path.suffix == ".pt"} == before
+
+
+def test_a_line_of_metrics_that_a_crash_cut_short_is_no_obstacle(
+    digits: Dataset, whole_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        train(digits, tmp_path / "run", observer=Observer(fail_after=3))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "val_s')
+    assert resumed(digits, tmp_path / "run")
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+def scripted(*shares: float) -> Callable[..., Evaluation]:
+    """An evaluation that finds these RAs, one after the other."""
+    left = list(shares)
+
+    def evaluate(model: nn.Module, images: object, attack: AttackConfig, *, seed: int, **_: object) -> Evaluation:
+        nothing = np.zeros((1, 12), np.int64)
+        return Evaluation(1, 0.9, left.pop(0), attack, seed, nothing, nothing)
+
+    return evaluate
+
+
+def test_the_best_checkpoint_is_the_first_of_the_highest_validation_ra(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shares, best in (("falls", (0.5, 0.2), 1), ("rises", (0.2, 0.5), 2), ("stays", (0.5, 0.5), 1)):
+        monkeypatch.setattr(loop, "evaluate", scripted(*shares))
+        train(digits, tmp_path / name, STANDARD)
+        checkpoint = load_checkpoint(tmp_path / name / "best.pt")
+        assert checkpoint.metrics["epoch"] == best
+        assert checkpoint.metrics["val_ra_pgd1"] == 100 * max(shares)
+        last = load_checkpoint(tmp_path / name / "last.pt")
+        same = torch.equal(checkpoint.weights["classifier.weight"], last.weights["classifier.weight"])
+        assert same == (best == 2)
+
+
+def test_a_resumed_run_remembers_the_best(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "evaluate", scripted(0.5, 0.2))
+    assert not train(digits, tmp_path / "run", STANDARD, observer=Observer(stop_after=2))
+    assert resumed(digits, tmp_path / "run", STANDARD)
+    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 1
+
+
+def test_a_best_ra_of_zero_is_kept_too(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "evaluate", scripted(0.0, 0.0))
+    train(digits, tmp_path / "run", STANDARD)
+    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 1
+
+
+def test_the_test_images_are_never_touched(digits: Dataset, tmp_path: Path, whole_run: Path) -> None:
+    without_test: Any = SimpleNamespace(info=digits.info, train=digits.train)  # any use of .test raises
+    train(without_test, tmp_path / "run")
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+def test_training_and_validation_images_are_disjoint(digits: Dataset) -> None:
+    assert isinstance(digits.train, ImageSet)
+    images = digits.train.images.copy()
+    images[:, 0, 0, 0] = np.arange(200)  # a number for every image, so that validation images can be told
+    numbered: Any = SimpleNamespace(train=dataclasses.replace(digits.train, images=images))
+    split = split_dataset(numbered, dataclasses.replace(TRAIN, limit_train=None, val_limit=1000))
+    validation = set(split.validation.images[:, 0, 0, 0].tolist())
+    assert len(split.validation) == len(validation) == 20, "a tenth of 200"
+    assert set(split.train_indices.tolist()) == set(range(200)) - validation
+
+
+def test_limits_choose_among_the_images_of_their_own_half(digits: Dataset) -> None:
+    def split(**limits: Any) -> loop.Split:
+        return split_dataset(digits, dataclasses.replace(TRAIN, **limits))
+
+    whole, limited = split(limit_train=None, val_limit=1000), split(limit_train=16, val_limit=10)
+    assert len(limited.train_indices) == len(set(limited.train_indices.tolist())) == 16
+    assert set(limited.train_indices.tolist()) < set(whole.train_indices.tolist())
+    assert len(limited.validation) == 10
+    np.testing.assert_array_equal(limited.train_indices, split(limit_train=16, val_limit=10).train_indices)
+    assert split(limit_train=16, seed=1).train_indices.tolist() != limited.train_indices.tolist()
+    # Each limit has a choice of its own, so that runs of different sizes are compared on the same validation images.
+    np.testing.assert_array_equal(split(limit_train=None).validation.images, limited.validation.images)
+    np.testing.assert_array_equal(split(val_limit=1000).train_indices, limited.train_indices)
+    assert len(split(limit_train=10**6).train_indices) == len(whole.train_indices)
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    assert cosine(0, 8, 0.1) == pytest.approx(0.1)
+    assert cosine(2, 8, 0.1) == pytest.approx(0.1 * (1 + 2**-0.5) / 2)
+    assert cosine(4, 8, 0.1) == pytest.approx(0.05)
+    assert cosine(8, 8, 0.1) == pytest.approx(0.0)
+
+
+def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, tmp_path: Path) -> None:
+    class Sabotage(Observer):
+        def validated(self, record: dict[str, Any]) -> None:
+            assert self.trainer is not None
+            nn.init.constant_(self.trainer.model.classifier.bias, float("nan"))  # type: ignore[union-attr, arg-type]
+
+    with pytest.raises(AdvMoEError, match=r"not finite|became nan"):
+        train(digits, tmp_path / "run", STANDARD, observer=Sabotage())
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last.progress["step"] == 2
+    assert all(value.isfinite().all() for value in last.weights.values())
+
+
+@pytest.mark.parametrize(("threshold", "warnings"), [(0.5, 2), (1.1, 0)])
+def test_collapsed_routers_are_pointed_out_after_each_epoch(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float, warnings: int
+) -> None:
+    # The busiest of two experts has at least half of the images, and never more than all of them.
+    monkeypatch.setattr(loop, "COLLAPSED_LOAD", threshold)
+    observer = Observer()
+    train(digits, tmp_path / "run", STANDARD, observer=observer)
+    assert len(observer.warnings) == warnings
+    for warning in observer.warnings:
+        assert "MoE layers 0, 1, 2" in warning
+        assert "nearly every image to one expert" in warning
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(digits: Dataset, whole_run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole_run.iterdir()}
+    with pytest.raises(ConfigError, match=r"already holds a run; continue it with --resume or choose another .* --out"):
+        train(digits, whole_run)
+    assert {path.name: path.read_bytes() for path in whole_run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"lr": 0.05}, "lr = 0.1"), ({"epochs": 3}, "epochs = 2"), ({"seed": 5}, "seed = 0"), ({"ema": 0.5}, "ema = 0")],
+)
+def test_a_run_is_not_resumed_with_other_settings(
+    digits: Dataset, whole_run: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"cannot resume .* started with {message}.*repeat the original options"):
+        resumed(digits, whole_run, dataclasses.replace(TRAIN, **changes))
+
+
+def test_a_run_is_not_resumed_with_another_model(digits: Dataset, whole_run: Path) -> None:
+    with pytest.raises(CheckpointError, match="num_experts = 2"):
+        resumed(digits, whole_run, model=dataclasses.replace(MODEL, num_experts=4))
+
+
+def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no training state; resume needs the last.pt"):
+        train(digits, tmp_path / "run", resume=load_checkpoint(whole_run / "best.pt"))
+
+
+def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(TRAIN, batch_size=190, limit_train=None)
+    with pytest.raises(
+        ConfigError, match="180 training images do not fill one batch of 190; use a smaller --batch-size"
+    ):
+        train(digits, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
