@@ -215,6 +215,10 @@ class TrainConfig:
         )
         check(self.balance >= 0, f"the weight of the load-balance loss must not be negative, got {self.balance:g}")
         check(0.0 <= self.awp < 1.0, f"awp (gamma) must be in [0, 1), got {self.awp:g}; the usual value is 0.005")
+        check(
+            self.ema == 0 or self.method != "at_sparse",
+            "ema would average the different networks of at_sparse's phases; leave it off",
+        )
         check(0.0 <= self.ema < 1.0, f"ema (decay) must be in [0, 1), got {self.ema:g}; the usual value is 0.999")
         check(
             0.0 <= self.trades_beta < math.inf,

@@ -15,18 +15,22 @@ from torch import Tensor, nn
 class ChannelMask(nn.Module):
     """A learned choice of `kept` channels: those with the highest scores (HYDRA, Sehwag et al., 2020, for channels).
 
-    The mask is 1 for kept channels and 0 for the others; its gradient passes straight through to the scores.
+    The mask is 1 for kept channels and 0 for the others; its gradient passes straight through to the scores. While
+    it is `open` all channels are kept: the network is Dense.
     """
+
+    open: Tensor
 
     def __init__(self, full: int, kept: int) -> None:
         super().__init__()
         self.kept = kept
         self.scores = nn.Parameter(torch.rand(full))
+        self.register_buffer("open", torch.tensor(False))
 
     def forward(self) -> Tensor:
         """The mask [C], with values 0 and 1."""
         mask_C = torch.zeros_like(self.scores).index_fill(0, self.kept_channels(), 1.0)
-        return mask_C + (self.scores - self.scores.detach())
+        return torch.where(self.open, 1.0, mask_C + (self.scores - self.scores.detach()))
 
     def kept_channels(self) -> Tensor:
         """int64 [kept], increasing."""

@@ -14,12 +14,30 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 
 
+def masks_open(model: RoutedNetwork) -> bool:
+    """Whether a Sparse-CNN still uses all channels, as Dense does."""
+    first = next(iter(model.masks), None)
+    return isinstance(first, ChannelMask) and bool(first.open)
+
+
+def open_masks(model: RoutedNetwork) -> None:
+    """Let a Sparse-CNN use all channels."""
+    for mask in model.masks:
+        if isinstance(mask, ChannelMask):
+            mask.open.fill_(True)
+
+
+def close_masks(model: RoutedNetwork) -> None:
+    """Start to learn which channels a Sparse-CNN keeps: scores from the present weights, only the highest count."""
+    init_scores(model)
+    for mask in model.masks:
+        if isinstance(mask, ChannelMask):
+            mask.open.fill_(False)
+
+
 @torch.no_grad()
 def init_scores(model: RoutedNetwork) -> None:
-    """Start each mask from the weights that read its channels: L2 norms, at most 1 (HYDRA's scaled initialisation).
-
-    Called once when mask learning starts from a trained Dense.
-    """
+    """Start each mask from the weights that read its channels: L2 norms, at most 1 (HYDRA's scaled initialisation)."""
     norms = {mask: torch.zeros_like(mask.scores) for mask in model.masks if isinstance(mask, ChannelMask)}
     for layer in model.modules():
         if isinstance(layer, Conv2d | Linear) and layer.reads.masked:
@@ -42,10 +60,9 @@ def compact(model: RoutedNetwork) -> RoutedNetwork:
         A new network in the same mode, on the same device; the given one if it is compact already.
 
     Raises:
-        ConfigError: the model is not a Sparse-CNN.
+        ConfigError: the model is not a Sparse-CNN, or its masks are open.
     """
-    if model.config.kind != "sparse_cnn":
-        raise ConfigError(f"only a Sparse-CNN can be compacted, got a model of kind '{model.config.kind}'")
+    _require_masks(model, "can be compacted")
     if model.config.compact:
         return model
     with torch.device("meta"):
@@ -55,10 +72,20 @@ def compact(model: RoutedNetwork) -> RoutedNetwork:
         for entry, value in _kept_entries(layer).items():
             weights[f"{name}.{entry}"] = value
     for index, mask in enumerate(model.masks):
-        del weights[f"masks.{index}.scores"]
+        del weights[f"masks.{index}.scores"], weights[f"masks.{index}.open"]
         weights[f"masks.{index}.channels"] = mask.kept_channels()  # type: ignore[operator]
     small.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
     return small.train(model.training)
+
+
+def _require_masks(model: RoutedNetwork, what: str) -> None:
+    kind = model.config.kind
+    if kind != "sparse_cnn":
+        raise ConfigError(f"only a Sparse-CNN {what}, got a model of kind '{kind}'")
+    if masks_open(model):
+        raise ConfigError(
+            f"only a Sparse-CNN with learned masks {what}, but these are not learned yet: train it further"
+        )
 
 
 def _kept_entries(layer: nn.Module) -> dict[str, Tensor]:
@@ -83,10 +110,9 @@ def mask_pathway(model: RoutedNetwork) -> tuple[tuple[int, ...], ...]:
     channels as in `ExpertLayout.channels`, so that pathways and mask can be compared (paper, Fig. 6).
 
     Raises:
-        ConfigError: the model is not a Sparse-CNN.
+        ConfigError: the model is not a Sparse-CNN, or its masks are open.
     """
-    if model.config.kind != "sparse_cnn":
-        raise ConfigError(f"only a Sparse-CNN has a mask pathway, got a model of kind '{model.config.kind}'")
+    _require_masks(model, "has a mask pathway")
     return tuple(
         tuple(mask.kept_channels().tolist())
         for channels in model.routable

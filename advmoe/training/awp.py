@@ -23,7 +23,7 @@ def perturbed_weights(
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(loss(), weights, allow_unused=True) if weights else ()
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for buffer, saved in buffers:

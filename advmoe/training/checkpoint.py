@@ -15,6 +15,7 @@ import torch
 
 from advmoe.config import ModelConfig, from_dict, to_dict
 from advmoe.errors import CheckpointError, ConfigError
+from advmoe.models.masked import compact, masks_open
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 
@@ -43,13 +44,15 @@ class Checkpoint:
     """State dict that training goes on from, where `weights` is a moving average."""
 
     def build(self) -> RoutedNetwork:
-        """The model, in eval mode."""
+        """The model, in eval mode; a Sparse-CNN whose masks are learned without the channels it dropped."""
         try:
             model = build_model(self.model)
             model.load_state_dict(self.weights)
         except (ConfigError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {reason}") from error
+        if self.model.kind == "sparse_cnn" and not masks_open(model):
+            model = compact(model)
         return model.eval()
 
 

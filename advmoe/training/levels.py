@@ -1,10 +1,10 @@
-"""The parts of a network that a training step may change: the routers (phi), the experts (psi), or both."""
+"""The parts of a network that a training step may change: routers (phi), experts (psi), Sparse-CNN's masks, or all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,12 +15,14 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 from advmoe.training.coupling import couple_gradients
 
-LevelName = Literal["routers", "experts", "all"]
+LevelName = Literal["routers", "experts", "masks", "all"]
 
 
 @dataclass(frozen=True)
 class Level:
     """One level of the bi-level problem: what it may change, and the optimiser that does it.
+
+    The optimiser may know more parameters than the level may change; those are left alone.
 
     `forward` gives logits and routing; a distributed run puts a gradient-synchronising wrapper here.
     """
@@ -33,13 +35,19 @@ class Level:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What this level may change."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        fixed = {id(parameter) for parameter in self._fixed_parameters()}
+        known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return [parameter for parameter in known if id(parameter) not in fixed]
+
+    def restricted(self, name: LevelName) -> Level:
+        """This level, changing one part only, with the same optimiser."""
+        return replace(self, name=name)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Put this level into training mode and hold the other one fixed: no gradients, no change of its statistics.
+        """Put this level into training mode and hold the others fixed: no gradients, no change of their statistics.
 
-        The fixed level runs as it does at inference, its BatchNorm on stored statistics. So the experts learn on the
+        A fixed level runs as it does at inference, its BatchNorm on stored statistics. So the experts learn on the
         pathways that the attack saw and that the finished model will take, not on those of a batch-dependent router.
         """
         fixed = list(self._fixed_parameters())
@@ -55,21 +63,25 @@ class Level:
                 parameter.requires_grad_(True)
 
     def _fixed_parameters(self) -> Iterator[nn.Parameter]:
-        if self.name == "routers":
-            yield from self.model.expert_parameters()
-        elif self.name == "experts":
-            yield from self.model.router_parameters()
+        for name, parameters in parts(self.model).items():
+            if self.name not in {name, "all"}:
+                yield from parameters
+
+
+def parts(model: RoutedNetwork) -> dict[LevelName, list[nn.Parameter]]:
+    """The parameters of a network, by the level that may change them."""
+    return {
+        "routers": list(model.router_parameters()),
+        "experts": list(model.expert_parameters()),
+        "masks": list(model.mask_parameters()),
+    }
 
 
 def make_level(name: LevelName, model: RoutedNetwork, config: TrainConfig) -> Level:
     """A level with SGD on its parameters; the experts' gradients are coupled unless the config says otherwise."""
-    parameters = {
-        "routers": model.router_parameters,
-        "experts": model.expert_parameters,
-        "all": model.parameters,
-    }[name]
-    optimizer = torch.optim.SGD(parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    parameters = list(model.parameters()) if name == "all" else parts(model)[name]
+    optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     specialisation = config.specialisation
-    if name != "routers" and specialisation is not None:
+    if name in {"experts", "all"} and specialisation is not None:
         optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
     return Level(name, model, model.forward_with_routing, optimizer)

@@ -6,6 +6,7 @@ here. A run that is stopped after any step and resumed goes on bit for bit as if
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from advmoe.data.sources import Dataset, ImageSet
 from advmoe.data.splits import split_validation
 from advmoe.errors import CheckpointError, ConfigError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
+from advmoe.models.masked import close_masks
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
@@ -80,6 +82,25 @@ def difference(given: Any, wanted: Any) -> str:
     return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")
 
 
+def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
+    """Give a fresh model the weights of a checkpoint of the same model; a Sparse-CNN may also start from its Dense.
+
+    Raises:
+        ConfigError: the checkpoint holds another model.
+    """
+    wanted, weights = model.config, initial.weights
+    from_dense = wanted.kind == "sparse_cnn" and initial.model.kind == "dense"
+    if from_dense:
+        wanted = dataclasses.replace(wanted, kind="dense", model_scale=initial.model.model_scale)
+    if initial.model != wanted:
+        raise ConfigError(
+            f"the checkpoint to start from holds another model: {difference(initial.model, wanted)}; repeat its options"
+        )
+    model.load_state_dict(model.state_dict() | weights)
+    if from_dense:
+        close_masks(model)
+
+
 def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
     """A model's state dict on the CPU."""
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
@@ -131,12 +152,7 @@ class Trainer:
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
         if initial is not None:
-            if initial.model != model_config:
-                raise ConfigError(
-                    f"the checkpoint to start from holds another model: {difference(initial.model, model_config)}; "
-                    "repeat its options"
-                )
-            self.model.load_state_dict(initial.weights)
+            start_from(self.model, initial)
         elif config.specialisation is not None:
             start_equal(self.model)
         self.average = self._new_average()
@@ -197,7 +213,8 @@ class Trainer:
             for group in level.optimizer.param_groups:
                 group["lr"] = cosine(self.step, total, self.config.lr)
         try:
-            results = self.method.step(self.levels, batches, self.config, noise)
+            levels = self.levels if self.method.phase is None else self.method.phase(self.levels, self.step / total)
+            results = self.method.step(levels, batches, self.config, noise)
         except TrainingError:
             self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
             raise
@@ -231,8 +248,10 @@ class Trainer:
                     f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
                     "send nearly every image to one expert"
                 )
-        ra, best = 100 * validation.ra, 100 * validation.ra > self.best_ra
-        self.best_ra = max(ra, self.best_ra)
+        settled = self.step > self.method.settled * self.config.epochs * self.steps_per_epoch
+        best = settled and 100 * validation.ra > self.best_ra
+        if best:
+            self.best_ra = 100 * validation.ra
         self._metrics = record
         self.folder.log(record)
         self.sums = self._new_sums()

@@ -9,6 +9,7 @@ import torch
 
 from advmoe.config import KINDS, ModelConfig, TrainConfig, check, one_of
 from advmoe.data.loader import Batch
+from advmoe.models.masked import close_masks, masks_open, open_masks
 from advmoe.training.levels import Level, LevelName
 from advmoe.training.steps import StepResult, adversarial_update, standard_update
 
@@ -25,6 +26,10 @@ class Method:
     """One iteration: as many batches and generators of attack noise as there are levels."""
     kinds: tuple[str, ...] = KINDS
     """Model kinds it is defined for."""
+    phase: Callable[[Sequence[Level], float], Sequence[Level]] | None = None
+    """(levels, share of the run that is done) -> levels as this phase of the run changes them; None: as they are."""
+    settled: float = 0.0
+    """Share of the run before which no checkpoint counts as its best, because the network is still another one."""
     starts_from_checkpoint: bool = False
     """Whether it only makes sense on top of an earlier run."""
     summary: str
@@ -55,6 +60,21 @@ def standard(
     return [standard_update(levels[0], batches[0])]
 
 
+PRETRAINED, PRUNED = 100 / 220, 120 / 220
+"""Shares of a run at which AT (Sparse) closes and fixes its masks: 100, 20 and 100 epochs in HYDRA."""
+
+
+def sparse_phase(levels: Sequence[Level], progress: float) -> list[Level]:
+    """AT (Sparse) in three phases: all weights of Dense, then the masks alone, then the weights under fixed masks."""
+    (level,) = levels
+    if progress < PRETRAINED:
+        open_masks(level.model)
+        return [level.restricted("experts")]
+    if masks_open(level.model):
+        close_masks(level.model)
+    return [level.restricted("masks" if progress < PRUNED else "experts")]
+
+
 METHODS: dict[str, Method] = {
     "advmoe": Method(
         levels=("routers", "experts"),
@@ -64,6 +84,21 @@ METHODS: dict[str, Method] = {
     ),
     "at": Method(
         levels=("all",), step=adversarial_training, summary="adversarial training (TRADES) of all parameters jointly"
+    ),
+    "at_sparse": Method(
+        levels=("all",),
+        step=adversarial_training,
+        phase=sparse_phase,
+        settled=PRUNED,
+        kinds=("sparse_cnn",),
+        summary="AT (Sparse): AT of Dense, then of its channel masks, then of the kept weights",
+    ),
+    "mask_at": Method(
+        levels=("masks",),
+        step=adversarial_training,
+        kinds=("sparse_cnn",),
+        starts_from_checkpoint=True,
+        summary="AT of the channel masks alone, on the weights of a trained Dense (Fig. 3, M3)",
     ),
     "router_at": Method(
         levels=("routers",),
@@ -75,9 +110,9 @@ METHODS: dict[str, Method] = {
     "expert_at": Method(
         levels=("experts",),
         step=adversarial_training,
-        kinds=("moe",),
+        kinds=("moe", "sparse_cnn"),
         starts_from_checkpoint=True,
-        summary="expert AT of a trained model, routers fixed (Sec. 4, Q2)",
+        summary="AT of the experts of a trained model, routers fixed (Sec. 4, Q2), or a Sparse-CNN, masks fixed",
     ),
     "standard": Method(levels=("all",), step=standard, summary="ordinary training on clean images"),
 }
