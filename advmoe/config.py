@@ -30,7 +30,7 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
     known = sorted(choices)
     if value in known:
         return value
-    close = difflib.get_close_matches(value.lower(), known, n=1)
+    close = difflib.get_close_matches(str(value).lower(), known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     raise ConfigError(f"unknown {what} '{value}', expected one of: {', '.join(known)}{hint}")
 

@@ -26,7 +26,7 @@ def digits() -> Dataset:
     return Dataset(info=whole.info, train=whole.train.take(np.arange(200)), test=whole.test.take(np.arange(40)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_vgg() -> Callable[..., RoutedNetwork]:
     """Makes a VGG-16 of 4 to 32 channels with fixed weights, in training mode.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
@@ -21,6 +21,17 @@ from advmoe.models.registry import build_model
 
 FORMAT = "advmoe-checkpoint"
 VERSION = 1
+CONTENTS: dict[str, type | UnionType] = {
+    "model": dict,
+    "weights": dict,
+    "class_names": list,
+    "train": dict,
+    "metrics": dict,
+    "progress": dict,
+    "optimizers": list,
+    "training_weights": dict | None,
+}
+"""What a checkpoint file holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,7 @@ class Checkpoint:
         try:
             model = build_model(self.model)
             model.load_state_dict(self.weights)
-        except (ConfigError, RuntimeError) as error:
+        except (ConfigError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {reason}") from error
         if self.model.kind == "sparse_cnn" and not masks_open(model):
@@ -114,8 +125,9 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
     try:
-        contents = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, ValueError, KeyError, OSError) as error:
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
+            contents = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # damaged bytes can make the unpickler fail in any way
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: it is truncated, corrupt, or holds more than plain data; "
             "expected a file written by 'advmoe train'"
@@ -127,6 +139,9 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
             f"{path} has checkpoint version {contents.get('version')}, this program reads version {VERSION}; "
             "install the version of advmoe that wrote it"
         )
+    wrong = [name for name, kind in CONTENTS.items() if not isinstance(contents.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(wrong)} missing or of the wrong kind")
     try:
         return Checkpoint(
             model=from_dict(ModelConfig, contents["model"]),
@@ -138,7 +153,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
             optimizers=contents["optimizers"],
             training_weights=contents["training_weights"],
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
 

@@ -1,0 +1,253 @@
+"""Checkpoints: whole or not there, plain data only, and refused with a reason when they are anything else."""
+
+import contextlib
+import io
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import advmoe
+from advmoe.config import ModelConfig, TrainConfig, to_dict
+from advmoe.errors import CheckpointError
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
+
+MODEL = ModelConfig(arch="vgg16", width=0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
+    return tiny_vgg(warm=True, mean=MODEL.mean, std=MODEL.std).eval()
+
+
+@pytest.fixture
+def saved(model: RoutedNetwork, tmp_path: Path) -> Path:
+    path = tmp_path / "model.pt"
+    train = to_dict(TrainConfig(dataset="digits"))
+    names = tuple("0123456789")
+    save_checkpoint(
+        path, Checkpoint(model=MODEL, weights=model.state_dict(), class_names=names, train=train, metrics={"epoch": 3})
+    )
+    return path
+
+
+def rewritten(path: Path, *, without: str = "", **changes: Any) -> Path:
+    """The same file with other contents."""
+    contents = torch.load(path, weights_only=True) | changes
+    contents.pop(without, None)
+    torch.save(contents, path)
+    return path
+
+
+def test_a_checkpoint_carries_everything_that_rebuilds_the_model(
+    saved: Path, model: RoutedNetwork, images: torch.Tensor
+) -> None:
+    loaded = advmoe.load(saved)
+    assert not loaded.training
+    assert loaded.config == MODEL
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    contents = load_checkpoint(saved)
+    assert contents.class_names == tuple("0123456789")
+    assert contents.train == to_dict(TrainConfig(dataset="digits"))
+    assert contents.metrics == {"epoch": 3}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved: Path) -> None:
+    before = saved.read_bytes()
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(saved, fail)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
+    saved: Path, model: RoutedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def interrupt(contents: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(saved, Checkpoint(model=MODEL, weights=model.state_dict()))
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append("fsync")
+        fsync(descriptor)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        events.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_atomically(saved, lambda path: path.write_bytes(b"new"))
+    assert saved.read_bytes() == b"new"
+    assert events[:2] == ["fsync", "replace"]
+
+
+def test_files_get_the_permissions_of_the_users_mask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", lambda path: path.write_bytes(b""))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+class Exploit:
+    """Unpickles by creating the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("container", ["pickle", "torch", "inside", "zip"])
+def test_a_hostile_checkpoint_is_refused_and_not_executed(saved: Path, tmp_path: Path, container: str) -> None:
+    trap = tmp_path / "executed"
+    if container == "pickle":
+        saved.write_bytes(pickle.dumps(Exploit(trap)))
+    elif container == "torch":
+        torch.save(Exploit(trap), saved)
+    elif container == "inside":
+        torch.save(torch.load(saved, weights_only=True) | {"metrics": Exploit(trap)}, saved)
+    else:
+        with zipfile.ZipFile(saved, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Exploit(trap)))
+            archive.writestr("archive/version", "3")
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_checkpoint(saved)
+    assert not trap.exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*missing\.pt"):
+        load_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: it is truncated, corrupt"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"", b"hello", b"\x80\x04.", b"PK\x03\x04garbage", b"\x89PNG\r\n\x1a\n" + bytes(100), b"cos\nsystem\n"]
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, foreign: bytes) -> None:
+    path = tmp_path / "foreign.pt"
+    path.write_bytes(foreign)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_damaged_bytes_never_give_another_error(saved: Path) -> None:
+    whole, rng = saved.read_bytes(), random.Random(0)
+    names = zipfile.ZipFile(io.BytesIO(whole)).namelist()
+    pickled = whole.find(b"format")  # the pickled description, where damage is most interesting
+    assert any(name.endswith("data.pkl") for name in names)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(whole)) if rng.random() < 0.3 else pickled + rng.randrange(-60, 3000)
+            damaged[place] = rng.randrange(256)
+        saved.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            advmoe.load(saved)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], {"state_dict": {"weight": torch.ones(2)}}, torch.ones(3), {"format": "other"}, None, 5]
+)
+def test_another_programs_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of advmoe; .*'advmoe train'"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_future_version_is_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has checkpoint version 999, this program reads version 1; install"):
+        load_checkpoint(rewritten(saved, version=999))
+
+
+def test_fields_of_a_newer_program_are_refused(saved: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="ModelConfig has no field tentacles; was this written by a newer version"
+    ):
+        load_checkpoint(rewritten(saved, model={**to_dict(MODEL), "tentacles": 8}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"without": "weights"},
+        {"weights": None},
+        {"weights": [1, 2]},
+        {"weights": {"classifier.weight": "heavy"}},
+        {"weights": {5: torch.ones(1)}},
+        {"without": "model"},
+        {"model": [1]},
+        {"model": {}},
+        {"model": {"arch": 5}},
+        {"model": {"arch": "vgg16", "num_experts": "two"}},
+        {"model": {"arch": "vgg16", "width": "wide"}},
+        {"model": {"arch": "vgg16", "num_experts": 0}},
+        {"model": {"arch": "vgg16", "num_experts": 2.5}},
+        {"model": {"arch": "vgg16", "mean": ["a", "b", "c"]}},
+        {"model": {"arch": "vgg16", "image_size": 4}},
+        {"model": {"arch": "vgg17"}},
+        {"class_names": 5},
+        {"train": [1]},
+        {"train": None},
+        {"metrics": "good"},
+        {"progress": 5},
+        {"optimizers": {}},
+    ],
+    ids=str,
+)
+def test_incomplete_or_inconsistent_contents_are_refused(saved: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        advmoe.load(rewritten(saved, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_refused(saved: Path, change: str) -> None:
+    weights = dict(load_checkpoint(saved).weights)
+    if change == "missing":
+        del weights["classifier.weight"]
+    elif change == "unexpected":
+        weights["surplus"] = torch.ones(1)
+    else:
+        weights["classifier.weight"] = torch.ones(3, 3)
+    with pytest.raises(CheckpointError, match="weights do not fit its own model description"):
+        advmoe.load(rewritten(saved, weights=weights))
