@@ -80,19 +80,36 @@ def test_a_file_holds_standard_operators_only_and_every_weight_once(small_moe: M
     assert not any(node.op_type == "BatchNormalization" for node in nodes)
 
 
-def test_a_single_image_meets_one_branch_per_layer_and_a_batch_one_convolution_per_expert(
-    small_moe: Make, tmp_path: Path
-) -> None:
+def test_a_single_image_meets_one_branch_per_layer(small_moe: Make, tmp_path: Path) -> None:
     model = small_moe(num_experts=3, model_scale=0.4)
-    latency = export_model(model, tmp_path / "one.onnx", image_size=16, labels=LABELS, profile="latency")
-    batches = export_model(model, tmp_path / "many.onnx", image_size=16, labels=LABELS, profile="throughput")
-    # 4 MoE layers; a tree over 3 experts has 2 inner nodes; stem and shortcut are not routed.
-    one = [node.op_type for node in operators(latency.path)]
-    assert one.count("If") == 4 * 2
-    assert one.count("Conv") == 4 * 3 + 2
-    many = [node.op_type for node in operators(batches.path)]
-    assert many.count("If") == 0
-    assert many.count("NonZero") == many.count("Conv") - 2 == 4 * 3
+    report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="latency")
+    found = [node.op_type for node in operators(report.path)]
+    # 4 MoE layers; a tree over 3 experts has 2 inner nodes; the shortcut joins the branches it is added in; the stem.
+    assert found.count("If") == 4 * 2
+    assert found.count("Conv") == 4 * 3 + 3 + 1
+
+
+@pytest.mark.parametrize(("weight_share", "scanned"), [(0.0, 0), (1.0, 3), (np.inf, 4)])
+def test_a_batch_goes_image_by_image_where_activations_outweigh_weights_and_in_sub_batches_elsewhere(
+    weight_share: float,
+    scanned: int,
+    small_moe: Make,
+    pictures: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("advmoe_export.passes.per_image.WEIGHT_SHARE", weight_share)
+    model = small_moe()
+    report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="throughput")
+    found = [node.op_type for node in operators(report.path)]
+    # Weights over activations of the layers: 864 / 5128, 576 / 2568, 576 / 3080, and behind the last pooling 576 / 520.
+    assert found.count("Scan") == min(scanned, 1)
+    assert found.count("If") == scanned
+    assert found.count("NonZero") == (4 - scanned) * 2
+    logits, expert_index_BL, _ = model.forward_with_routing(pictures)
+    prediction = Session(report.path).run(pictures.numpy())
+    np.testing.assert_array_equal(prediction.pathway, expert_index_BL)
+    np.testing.assert_allclose(prediction.logits, logits.detach(), atol=1e-5 * logits.abs().max().item())
 
 
 def test_static_has_no_control_flow_and_gathers_the_weights_of_a_single_image(small_moe: Make, tmp_path: Path) -> None:
@@ -100,7 +117,7 @@ def test_static_has_no_control_flow_and_gathers_the_weights_of_a_single_image(sm
     report = export_model(model, tmp_path / "one.onnx", image_size=16, labels=LABELS, profile="static", batch_size=1)
     found = [node.op_type for node in operators(report.path)]
     assert not {"If", "NonZero", "Loop", "Scan"} & set(found)
-    assert found.count("Conv") == 4 + 2  # one per layer: no expert is computed in vain
+    assert found.count("Conv") == 4 + 2  # with stem and shortcut one per layer: no expert is computed in vain
     with pytest.raises(InputError, match="takes batches of 1"):
         Session(report.path).run(np.zeros((2, 3, 16, 16), dtype=np.float32))
 

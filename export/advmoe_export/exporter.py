@@ -25,6 +25,7 @@ from advmoe_export.passes.interface import add_expert_index, add_router_margin, 
 from advmoe_export.passes.regions import Plan, plan_regions
 from advmoe_export.passes.rows import row_dim
 from advmoe_export.passes.storage import write_external
+from advmoe_export.passes.two_way import compare_two_way
 from advmoe_export.profiles import build
 from advmoe_export.session import OPTIMIZATION_LEVELS, data_file
 from advmoe_export.trace import BATCH, trace
@@ -120,7 +121,7 @@ def export_model(
             "advmoe::moe_linear); to export a dense network on purpose, allow it"
         )
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
-    plan = _plan(graph, margins=margins, input_type=input_type)
+    plan = plan_graph(graph, margins=margins, input_type=input_type)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
     described = ModelMetadata(
         labels=tuple(str(label) for label in labels),
@@ -163,9 +164,11 @@ def export_model(
     )
 
 
-def _plan(graph: ir.Graph, *, margins: bool, input_type: str) -> Plan:
+def plan_graph(graph: ir.Graph, *, margins: bool = False, input_type: str = "float32") -> Plan:
     """All passes over the traced graph."""
     fold_batchnorm(graph)
+    compare_two_way(graph)
+    compare_two_way(graph)
     if routed_nodes(graph):
         add_expert_index(graph)
         if margins:

@@ -10,13 +10,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from advmoe_export.errors import UnsupportedModelError
-from advmoe_export.passes.lower import lower
-from advmoe_export.passes.regions import Plan
+from advmoe_export.passes.branches import write_branches
+from advmoe_export.passes.dispatch import write_dispatch
+from advmoe_export.passes.lower import Lowering, write_plain
+from advmoe_export.passes.per_image import live_values, steps_per_image, write_scan
+from advmoe_export.passes.regions import Plan, Region
+from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.select import write_selection
 from advmoe_export.scope import Names, Scope
 from advmoe_export.trace import BATCH
 
@@ -59,13 +65,19 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
     sizes: Mapping[str, int] = {} if fixed is None else {BATCH: fixed}
     if profile == "hybrid" and plan.regions:
         outputs = _by_batch(plan, scope, images)
+    elif profile == "static":
+        outputs = _write(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}), select=True)
+    elif fixed is not None:
+        outputs = _write(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
     else:
-        outputs = lower(plan, scope, images, sizes=sizes, control_flow=profile != "static")
+        outputs = _write_many(plan, scope, images)
     for value, name in zip(outputs, outputs_of_model, strict=True):
         value.name = name
     graph = scope.graph([images], outputs, "advmoe")
     graph.opset_imports[""] = opset
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
+    common.RemoveUnusedNodesPass()(model)
+    return model
 
 
 def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
@@ -76,9 +88,48 @@ def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
     one, many = scope.child(), scope.child()
     static = [1, *(int(dim) for dim in images.shape[1:])]  # type: ignore[arg-type]
     image = one.op("Reshape", [images, one.integers(*static)], name="image", dtype=images.dtype, shape=static)
+    state = Lowering(plan=plan, scope=one, sizes={BATCH: 1}, binding={plan.graph.inputs[0]: image})
     branches = {
-        "then_branch": one.graph([], lower(plan, one, image, sizes={BATCH: 1}), "one image"),
-        "else_branch": many.graph([], lower(plan, many, images), "many images"),
+        "then_branch": one.graph([], _write(state), "one image"),
+        "else_branch": many.graph([], _write_many(plan, many, images), "many images"),
     }
     outputs = [(str(value.name), value.dtype, value.shape) for value in plan.graph.outputs]
     return scope.ops("If", [single], branches, outputs=outputs)
+
+
+def _write_many(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
+    """Any number of images: the first layers one by one, the others in sub-batches."""
+    state = Lowering(plan=plan, scope=scope, sizes={}, binding={plan.graph.inputs[0]: images})
+    count = steps_per_image(plan)
+    if count:
+        live = live_values(plan, count)
+
+        def write(body: Scope, image: ir.Value) -> list[ir.Value]:
+            single = Lowering(plan=plan, scope=body, sizes={BATCH: 1}, binding={plan.graph.inputs[0]: image})
+            for step in plan.steps[:count]:
+                _write_step(single, step)
+            return [single.binding[value] for value in live]
+
+        state.binding.update(zip(live, write_scan(scope, images, live, write), strict=True))
+    return _write(state, plan.steps[count:])
+
+
+def _write(state: Lowering, steps: Sequence[ir.Node | Region] | None = None, *, select: bool = False) -> list[ir.Value]:
+    """Write steps of a plan, all by default; returns the graph's outputs, rows in their original order."""
+    for step in state.plan.steps if steps is None else steps:
+        _write_step(state, step, select=select)
+    outputs = state.plan.graph.outputs
+    return [state.fetch(value, state.orders.original(str(row_dim(value)))) for value in outputs]
+
+
+def _write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False) -> None:
+    if not isinstance(step, Region):
+        write_plain(state, step)
+        return
+    rows = state.fixed(step.expert_index.shape)
+    if select:
+        write_selection(state, step)
+    elif state.plan.banks[step.routed[0]].num_experts == 1 or (rows is not None and rows[0] == 1):
+        write_branches(state, step)
+    else:
+        write_dispatch(state, step)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from advmoe_export.passes.lower import Lowering, write_expert
 from advmoe_export.passes.regions import Region
 from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.two_way import second_chosen
 from advmoe_export.scope import Scope
 
 
@@ -31,7 +32,8 @@ def write_branches(state: Lowering, region: Region) -> None:
         state.order_of.update(dict.fromkeys(region.outputs, order))
         return
 
-    expert_index = state.binding[region.expert_index]
+    second = second_chosen(region.expert_index)
+    decision = state.binding[region.expert_index if second is None else second[0]]
 
     def tree(scope: Scope, low: int, high: int) -> list[ir.Value]:
         """Outputs of the region for an expert in low ... high - 1."""
@@ -39,21 +41,18 @@ def write_branches(state: Lowering, region: Region) -> None:
             binding = write_expert(state, scope, region, low, inputs, rows)
             return [binding[output] for output in region.outputs]
         middle = (low + high) // 2
-        below = scope.op(
-            "Less",
-            [expert_index, scope.integers(middle)],
-            name="below",
-            dtype=ir.DataType.BOOL,
-            shape=expert_index.shape,
-        )
+        above = decision
+        if second is None:
+            last = scope.integers(middle - 1)
+            above = scope.op("Greater", [decision, last], name="above", dtype=ir.DataType.BOOL, shape=decision.shape)
         branches = {}
-        for branch, bounds in (("then_branch", (low, middle)), ("else_branch", (middle, high))):
+        for branch, bounds in (("then_branch", (middle, high)), ("else_branch", (low, middle))):
             inner = scope.child()
             outputs = tree(inner, *bounds)
             branches[branch] = inner.graph([], outputs, scope.names.fresh(f"experts {bounds[0]}-{bounds[1] - 1}"))
         return scope.ops(
             "If",
-            [below],
+            [above],
             branches,
             outputs=[
                 (str(output.name), output.dtype, _rows(state.fixed(output.shape), rows)) for output in region.outputs

@@ -13,6 +13,7 @@ from advmoe_export.passes.lower import Binding, Lowering, write_expert
 from advmoe_export.passes.orders import Order
 from advmoe_export.passes.regions import Region
 from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.two_way import second_chosen
 from advmoe_export.scope import Scope
 
 
@@ -20,10 +21,11 @@ def write_dispatch(state: Lowering, region: Region) -> None:
     """Write the region into the state's scope; its outputs lie in a new order."""
     scope, bank = state.scope, state.plan.banks[region.routed[0]]
     order = state.latest([*region.inputs, region.expert_index], region.row_dim)
-    expert_index = state.fetch(region.expert_index, order)
+    second = second_chosen(region.expert_index)
+    decision = state.fetch(region.expert_index if second is None else second[1], order)
     name = str(region.routed[0].outputs[0].name)
     places = [
-        _places(scope, expert_index, expert, bank.num_experts, scope.names.fresh(f"rows_{name}_{expert}"))
+        _places(scope, decision, expert, scope.names.fresh(f"rows_{name}_{expert}"))
         for expert in range(bank.num_experts)
     ]
     parts: list[Binding] = []
@@ -48,19 +50,15 @@ def write_dispatch(state: Lowering, region: Region) -> None:
         state.order_of[output] = sorted_by_expert
 
 
-def _places(scope: Scope, expert_index: ir.Value, expert: int, num_experts: int, dim: str) -> ir.Value:
-    """int64 [dim]: the rows that chose an expert."""
+def _places(scope: Scope, decision: ir.Value, expert: int, dim: str) -> ir.Value:
+    """int64 [dim]: the rows that chose an expert, from int64 [rows], or from bool [rows] between two."""
     boolean, int64 = ir.DataType.BOOL, ir.DataType.INT64
-    if num_experts == 2:
-        chosen = scope.op(
-            "Cast", [expert_index], {"to": boolean.value}, name="chosen", dtype=boolean, shape=expert_index.shape
-        )
-        if expert == 0:
-            chosen = scope.op("Not", [chosen], name="chosen", dtype=boolean, shape=expert_index.shape)
-    else:
-        chosen = scope.op(
-            "Equal", [expert_index, scope.integers(expert)], name="chosen", dtype=boolean, shape=expert_index.shape
-        )
+    chosen = decision
+    if decision.dtype == int64:
+        number = scope.integers(expert)
+        chosen = scope.op("Equal", [decision, number], name="chosen", dtype=boolean, shape=decision.shape)
+    elif expert == 0:
+        chosen = scope.op("Not", [decision], name="chosen", dtype=boolean, shape=decision.shape)
     places = scope.op("NonZero", [chosen], name="places", dtype=int64, shape=[1, dim])
     return scope.op("Squeeze", [places, scope.integers(0)], name="places", dtype=int64, shape=[dim])
 

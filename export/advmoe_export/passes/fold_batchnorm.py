@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from advmoe_export import operators
 from advmoe_export.operators import initializer, is_routed
+from advmoe_export.passes.editing import constant, insert_one
 
 
 def fold_batchnorm(graph: ir.Graph) -> None:
@@ -49,16 +50,6 @@ def _sole_use(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
-def _new_initializer(graph: ir.Graph, like: str, array: np.ndarray) -> ir.Value:
-    name = like
-    while name in graph.initializers:
-        name += ".folded"
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
 def _remove(graph: ir.Graph, node: ir.Node, replacement: ir.Value) -> None:
     node.outputs[0].replace_all_uses_with(replacement, replace_graph_outputs=True)
     graph.remove(node, safe=True)
@@ -79,8 +70,8 @@ def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.nda
     folded = weight * row_scale.reshape(-1, *([1] * (weight.ndim - 1)))
     folded_bias = row_shift if bias is None else row_shift + bias * row_scale
     name = str(routed.inputs[1].name)  # type: ignore[union-attr]
-    routed.replace_input_with(1, _new_initializer(graph, f"{name}.folded", folded.astype(weight.dtype)))
-    routed.replace_input_with(2, _new_initializer(graph, f"{name}.bias", folded_bias.astype(weight.dtype)))
+    routed.replace_input_with(1, constant(graph, folded.astype(weight.dtype), f"{name}.folded"))
+    routed.replace_input_with(2, constant(graph, folded_bias.astype(weight.dtype), f"{name}.bias"))
     _remove(graph, norm, routed.outputs[0])
 
 
@@ -104,20 +95,17 @@ def _into_linear(graph: ir.Graph, norm: ir.Node, scale: np.ndarray, shift: np.nd
     folded_OI = (weight_OI * scale).astype(weight.dtype)
     folded_O = (bias_O + weight_OI @ shift).astype(weight.dtype)
     name = str(gemm.inputs[1].name)  # type: ignore[union-attr]
-    source = norm.inputs[0]
-    assert source is not None
-    replacement = ir.Node(
-        "",
+    replacement = insert_one(
+        graph,
+        gemm,
         "Gemm",
         [
-            source,
-            _new_initializer(graph, f"{name}.centred", folded_OI),
-            _new_initializer(graph, f"{name}.centred.bias", folded_O),
+            norm.inputs[0],
+            constant(graph, folded_OI, f"{name}.centred"),
+            constant(graph, folded_O, f"{name}.centred.bias"),
         ],
-        [ir.AttrInt64("transB", 1)],
-        outputs=[ir.Value(name=f"{gemm.outputs[0].name}", type=gemm.outputs[0].type, shape=gemm.outputs[0].shape)],
-        name=gemm.name,
+        {"transB": 1},
+        (f"{gemm.outputs[0].name}.centred", gemm.outputs[0].dtype, gemm.outputs[0].shape),
     )
-    graph.insert_before(gemm, replacement)
-    _remove(graph, gemm, replacement.outputs[0])
+    _remove(graph, gemm, replacement)
     graph.remove(norm, safe=True)

@@ -5,14 +5,15 @@ margins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.errors import UnsupportedModelError
 from advmoe_export.operators import is_routed
+from advmoe_export.passes.editing import constant, insert, insert_one
 from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.two_way import difference_of_logits, second_chosen
 
 EXPERT_INDEX = "expert_index"
 ROUTER_MARGIN = "router_margin"
@@ -28,15 +29,13 @@ def take_uint8_images(graph: ir.Graph) -> None:
     )
     images.name = "images.float"
     nhwc, nchw = ir.Shape([batch, height, width, channels]), images.shape
-    first = graph[0]
-    cast = _node("Cast", [pixels], {"to": ir.DataType.FLOAT.value}, "pixels", ir.DataType.FLOAT, nhwc)
-    planes = _node("Transpose", [cast], {"perm": [0, 3, 1, 2]}, "planes", ir.DataType.FLOAT, nchw)
-    scaled = _node(
-        "Div", [planes, _constant(graph, np.float32(255), "pixel_range")], {}, "scaled", ir.DataType.FLOAT, nchw
-    )
+    first, dtype = graph[0], ir.DataType.FLOAT
+    cast = insert_one(graph, first, "Cast", [pixels], {"to": dtype.value}, ("pixels", dtype, nhwc))
+    planes = insert_one(graph, first, "Transpose", [cast], {"perm": [0, 3, 1, 2]}, ("planes", dtype, nchw))
+    range_ = constant(graph, np.float32(255), "pixel_range")
+    scaled = insert_one(graph, first, "Div", [planes, range_], {}, ("scaled", dtype, nchw))
     images.replace_all_uses_with(scaled)
     graph.inputs[0] = pixels
-    graph.insert_before(first, [value.producer() for value in (cast, planes, scaled)])  # type: ignore[misc]
 
 
 def routed_nodes(graph: ir.Graph) -> list[ir.Node]:
@@ -49,8 +48,10 @@ def add_expert_index(graph: ir.Graph) -> None:
 
     A layer that routes tokens has one column per token.
     """
-    columns = [_by_image(graph, node.inputs[3]) for node in routed_nodes(graph)]
-    _add_output(graph, columns, EXPERT_INDEX, ir.DataType.INT64)
+    decisions = [node.inputs[3] for node in routed_nodes(graph)]
+    compared = [second_chosen(decision) for decision in decisions]
+    chosen = decisions if None in compared else [second[0] for second in compared if second is not None]
+    _add_output(graph, [_by_image(graph, value) for value in chosen], EXPERT_INDEX, ir.DataType.INT64)
 
 
 def add_router_margin(graph: ir.Graph) -> None:
@@ -71,41 +72,31 @@ def add_router_margin(graph: ir.Graph) -> None:
     _add_output(graph, columns, ROUTER_MARGIN, ir.DataType.FLOAT)
 
 
-def router_logits(decision: ir.Value | None) -> ir.Value | None:
-    """The logits [rows, N] whose argmax a decision is, if it is one."""
-    producer = None if decision is None else decision.producer()
-    if producer is None or producer.op_type != "ArgMax":
-        return None
-    return producer.inputs[0]
-
-
 def _margin(graph: ir.Graph, decision: ir.Value) -> ir.Value:
-    logits = router_logits(decision)
-    if logits is None or logits.shape is None or len(logits.shape) != 2:
+    """float [rows, 1]"""
+    name, dtype = str(decision.name), ir.DataType.FLOAT
+    difference = difference_of_logits(decision)
+    if difference is not None:
+        return insert_one(graph, None, "Abs", [difference], {}, (f"{name}.margin", dtype, difference.shape))
+    argmax = decision.producer()
+    logits = argmax.inputs[0] if argmax is not None and argmax.op_type == "ArgMax" else None
+    if logits is None or logits.shape is None or len(logits.shape) != 2 or logits.shape[1] == 1:
         raise UnsupportedModelError(
-            f"router margins were asked for, but the decision '{decision.name}' is not the argmax of logits [B, N]; "
+            f"router margins were asked for, but the decision '{name}' is not the argmax of two or more logits [B, N]; "
             "export without margins"
         )
-    rows, dtype = logits.shape[0], ir.DataType.FLOAT
-    if logits.shape[1] == 1:
-        margin = _node(
-            "ReduceSum", [logits, _constant(graph, [1], "axis_1")], {"keepdims": 0}, "margin", dtype, ir.Shape([rows])
-        )
-        return _append(graph, margin)
-    values, places = (
-        ir.Value(name=f"{decision.name}.{what}", type=ir.TensorType(kind), shape=ir.Shape([rows, 2]))
-        for what, kind in (("top2", dtype), ("top2_places", ir.DataType.INT64))
+    rows = logits.shape[0]
+    values, _ = insert(
+        graph,
+        None,
+        "TopK",
+        [logits, constant(graph, [2], "two")],
+        {"axis": 1},
+        (f"{name}.top2", dtype, ir.Shape([rows, 2])),
+        (f"{name}.top2_places", ir.DataType.INT64, ir.Shape([rows, 2])),
     )
-    graph.append(
-        ir.Node("", "TopK", [logits, _constant(graph, [2], "two")], [ir.AttrInt64("axis", 1)], outputs=[values, places])
-    )
-    signs = _constant(graph, np.array([[1.0], [-1.0]], dtype=np.float32), "first_minus_second")
-    difference = _append(
-        graph, _node("MatMul", [values, signs], {}, f"{decision.name}.margin", dtype, ir.Shape([rows, 1]))
-    )
-    return _append(
-        graph, _node("Flatten", [difference], {"axis": 1}, f"{decision.name}.margin_column", dtype, ir.Shape([rows, 1]))
-    )
+    signs = constant(graph, np.array([[1.0], [-1.0]], dtype=np.float32), "first_minus_second")
+    return insert_one(graph, None, "MatMul", [values, signs], {}, (f"{name}.margin", dtype, ir.Shape([rows, 1])))
 
 
 def _by_image(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
@@ -116,51 +107,22 @@ def _by_image(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     if row_dim(value) == str(batch) and len(value.shape) == 2:
         return value
+    axis = constant(graph, [1], "axis_1")
     if row_dim(value) == str(batch):
-        column = _node(
-            "Unsqueeze",
-            [value, _constant(graph, [1], "axis_1")],
-            {},
-            f"{value.name}.column",
-            value.dtype,
-            ir.Shape([batch, 1]),
-        )
-        return _append(graph, column)
+        column = (f"{value.name}.column", value.dtype, ir.Shape([batch, 1]))
+        return insert_one(graph, None, "Unsqueeze", [value, axis], {}, column)
     per_image = value.shape[0].evaluate({str(batch): 1})  # type: ignore[union-attr]
     if not isinstance(per_image, int):
         raise UnsupportedModelError(f"a router decides for {value.shape[0]} rows, which is not a multiple of the batch")
-    target = _constant(graph, [-1, per_image], f"rows_per_image_{per_image}")
-    shape = ir.Shape([batch, per_image])
-    return _append(graph, _node("Reshape", [value, target], {}, f"{value.name}.columns", value.dtype, shape))
+    target = constant(graph, [-1, per_image], f"rows_per_image_{per_image}")
+    columns = (f"{value.name}.columns", value.dtype, ir.Shape([batch, per_image]))
+    return insert_one(graph, None, "Reshape", [value, target], {}, columns)
 
 
 def _add_output(graph: ir.Graph, columns: Sequence[ir.Value], name: str, dtype: ir.DataType) -> None:
+    """Add columns [B, ...] side by side as an output of the graph."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     width = sum(int(column.shape[1]) for column in columns)  # type: ignore[arg-type,index,misc]
-    graph.outputs.append(_append(graph, _node("Concat", columns, {"axis": 1}, name, dtype, ir.Shape([batch, width]))))
-
-
-def _node(
-    op_type: str, inputs: Sequence[ir.Value], attributes: dict[str, Any], name: str, dtype: ir.DataType, shape: ir.Shape
-) -> ir.Value:
-    output = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-    attrs = ir.convenience.convert_attributes(attributes)
-    ir.Node("", op_type, inputs, attrs, outputs=[output], name=f"{op_type}.{name}")
-    return output
-
-
-def _append(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    graph.append(value.producer())  # type: ignore[arg-type]
-    return value
-
-
-def _constant(graph: ir.Graph, content: Any, name: str) -> ir.Value:
-    if name not in graph.initializers:
-        array = content if isinstance(content, np.ndarray | np.generic) else np.array(content, dtype=np.int64)
-        tensor = ir.tensor(np.asarray(array), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        )
-    return graph.initializers[name]
+    shape = ir.Shape([batch, width])
+    joined = insert_one(graph, None, "Concat", columns, {"axis": 1}, (f"{name}.columns", columns[0].dtype, shape))
+    graph.outputs.append(insert_one(graph, None, "Cast", [joined], {"to": dtype.value}, (name, dtype, shape)))

@@ -1,8 +1,7 @@
-"""Write a planned graph as standard ONNX, with one of three ways to carry out a region.
+"""What the ways to write a region as standard ONNX have in common: copying nodes, keeping track of the order of rows.
 
 `branches`: one row per decision, an `If` tree around the experts. `dispatch`: rows gathered into one sub-batch per
-expert. `select`: no
-control flow. What is common to them is here: copying nodes, and keeping track of the order in which rows lie.
+expert. `select`: no control flow.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ class Lowering:
     sizes: Mapping[str, int]
     """Sizes of symbolic dimensions that this copy fixes, such as {"batch": 1}; empty for a dynamic batch."""
     binding: Binding
-    orders: Orders
+    orders: Orders = field(default_factory=Orders)
     order_of: dict[ir.Value, Order] = field(default_factory=dict)
     """Order in which the rows of each value lie in this copy; values that are not listed are in their original
     order.
     """
-    control_flow: bool = True
-    """Whether `If` and sub-batches may be used."""
 
     def fixed(self, shape: ir.Shape | None) -> ir.Shape | None:
         """A shape of the traced graph in this copy."""
@@ -66,39 +63,6 @@ def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | No
         size = dim if isinstance(dim, int) else dim.evaluate(sizes)
         fixed.append(size if isinstance(size, int) else size.value)
     return ir.Shape(fixed)
-
-
-def lower(
-    plan: Plan, scope: Scope, images: ir.Value, *, sizes: Mapping[str, int] | None = None, control_flow: bool = True
-) -> list[ir.Value]:
-    """Write the whole graph into a scope; returns its outputs, rows in their original order."""
-    from advmoe_export.passes.branches import write_branches
-    from advmoe_export.passes.dispatch import write_dispatch
-    from advmoe_export.passes.select import write_selection
-
-    state = Lowering(
-        plan=plan,
-        scope=scope,
-        sizes=sizes or {},
-        binding={plan.graph.inputs[0]: images},
-        orders=Orders(),
-        control_flow=control_flow,
-    )
-    for step in plan.steps:
-        if not isinstance(step, Region):
-            write_plain(state, step)
-        elif not control_flow:
-            write_selection(state, step)
-        elif plan.banks[step.routed[0]].num_experts == 1 or _is_single_row(state, step):
-            write_branches(state, step)
-        else:
-            write_dispatch(state, step)
-    return [state.fetch(output, state.orders.original(str(row_dim(output)))) for output in plan.graph.outputs]
-
-
-def _is_single_row(state: Lowering, region: Region) -> bool:
-    shape = state.fixed(region.expert_index.shape)
-    return shape is not None and shape[0] == 1
 
 
 def write_plain(state: Lowering, node: ir.Node) -> None:

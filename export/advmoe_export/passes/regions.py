@@ -28,6 +28,10 @@ FOLLOWERS = named(
 """Operators worth taking in behind a routed one: they cost a pass over memory of their own outside the branch."""
 
 
+PRECEDERS = FOLLOWERS | {"Conv"}
+"""Operators worth taking in before one: a shortcut's convolution stays in the memory layout of the routed one."""
+
+
 @dataclass(eq=False)
 class Region:
     """Nodes that run under one decision, in topological order."""
@@ -173,7 +177,7 @@ class _Grouping:
             return
         (region,) = groups
         assert region is not None
-        if node.op_type in FOLLOWERS and is_rowwise(node) and self._rows_agree(node, region):
+        if node.op_type in PRECEDERS and is_rowwise(node) and self._rows_agree(node, region):
             self._merge(region, {*region.nodes, node})
 
     def _rows_agree(self, node: ir.Node, region: Region) -> bool:

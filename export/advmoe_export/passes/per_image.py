@@ -1,0 +1,89 @@
+"""The first layers of a network image by image, inside a `Scan`, when the batch is larger than one.
+
+Gathering sub-batches moves every activation several times. Where activations are large and weights small, as at the
+beginning of a CNN, it is cheaper to take one image after the other through the experts it chose: its activations stay
+in the cache, and so do the weights. Further on weights outweigh activations, and sub-batches pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from advmoe_export.operators import is_routed
+from advmoe_export.passes.regions import Plan, Region
+from advmoe_export.passes.rows import row_dim
+from advmoe_export.scope import Scope
+
+WEIGHT_SHARE = 1.0
+"""A region runs image by image if its weights are at most this many times the activations it reads and writes."""
+
+
+def steps_per_image(plan: Plan) -> int:
+    """How many of the plan's first steps to run image by image."""
+    count = 0
+    for position, step in enumerate(plan.steps):
+        if isinstance(step, Region) and _weight_bytes(plan, step) <= WEIGHT_SHARE * _activation_bytes(step):
+            count = position + 1
+    batch = row_dim(plan.graph.inputs[0])
+    return count if all(row_dim(value) == batch for value in live_values(plan, count)) else 0
+
+
+def _weight_bytes(plan: Plan, region: Region) -> int:
+    return sum(plan.banks[node].expert_weight(0).nbytes for node in region.nodes if is_routed(node))
+
+
+def _activation_bytes(region: Region) -> int:
+    """Bytes that enter and leave a region for one image."""
+    return sum(_row_bytes(value) for value in (*region.inputs, *region.outputs))
+
+
+def _row_bytes(value: ir.Value) -> int:
+    if value.shape is None or value.dtype is None:
+        return 0
+    return int(math.prod(dim for dim in value.shape[1:] if isinstance(dim, int)) * value.dtype.itemsize)
+
+
+def live_values(plan: Plan, count: int) -> list[ir.Value]:
+    """Values computed by the first steps that the later ones, or the caller, need."""
+    first = {node for step in plan.steps[:count] for node in (step.nodes if isinstance(step, Region) else [step])}
+    return [
+        output
+        for node in plan.graph
+        if node in first
+        for output in node.outputs
+        if output.is_graph_output() or any(use.node not in first for use in output.uses())
+    ]
+
+
+def write_scan(
+    scope: Scope, images: ir.Value, live: list[ir.Value], write: Callable[[Scope, ir.Value], list[ir.Value]]
+) -> list[ir.Value]:
+    """Write one `Scan` over the images; returns `live` as written, each [B, ...].
+
+    Args:
+        scope: where the `Scan` goes.
+        images: what to iterate over, [B, ...].
+        live: values of the traced graph that are needed behind the `Scan`, each [B, ...].
+        write: writes the steps for one image [1, ...] into a scope and returns `live`, each [1, ...].
+    """
+    assert images.shape is not None
+    body = scope.child()
+    image = ir.Value(name=scope.names.fresh("image"), type=images.type, shape=ir.Shape(images.shape[1:]))
+    single = ir.Shape([1, *images.shape[1:]])
+    row = body.op("Unsqueeze", [image, body.integers(0)], name="image.row", dtype=images.dtype, shape=single)
+    results = [
+        body.op(
+            "Squeeze", [found, body.integers(0)], name=f"{value.name}.row", dtype=found.dtype, shape=value.shape[1:]
+        )
+        for value, found in zip(live, write(body, row), strict=True)
+        if value.shape is not None
+    ]
+    return scope.ops(
+        "Scan",
+        [images],
+        {"body": body.graph([image], results, scope.names.fresh("each image")), "num_scan_inputs": 1},
+        outputs=[(str(value.name), value.dtype, value.shape) for value in live],
+    )

@@ -1,0 +1,86 @@
+"""Decide between two experts by one comparison: argmax(logit_0, logit_1) = (w_1 - w_0) . x + (b_1 - b_0) > 0.
+
+The linear layer shrinks to one output and the ArgMax goes. Rounding may differ from the two logits' by their last bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from advmoe_export.operators import is_routed
+from advmoe_export.passes.editing import constant, insert_one
+
+
+def compare_two_way(graph: ir.Graph) -> None:
+    """Change the traced graph in place, wherever a decision is the argmax of a linear layer with two outputs.
+
+    The decision becomes Cast(Squeeze(Greater(difference, 0))) of `difference` float [rows, 1].
+    """
+    decisions = {node.inputs[3] for node in graph if is_routed(node)}
+    for decision in decisions:
+        argmax = None if decision is None else decision.producer()
+        if argmax is None or argmax.op_type != "ArgMax":
+            continue
+        logits = argmax.inputs[0]
+        gemm = None if logits is None else logits.producer()
+        if (
+            gemm is None
+            or gemm.op_type != "Gemm"
+            or logits is None
+            or len(logits.uses()) != 1
+            or logits.shape is None
+            or logits.shape[1] != 2
+            or gemm.attributes.get_int("transB", 0) != 1
+            or gemm.attributes.get_int("transA", 0) != 0
+            or len(gemm.inputs) != 3
+            or any(value is None or value.const_value is None for value in gemm.inputs[1:])
+        ):
+            continue
+        weight, bias = (value.const_value.numpy().astype(np.float64) for value in gemm.inputs[1:])  # type: ignore[union-attr]
+        dtype, rows, name = logits.dtype, logits.shape[0], str(logits.name)
+        column = ir.Shape([rows, 1])
+        as_float = gemm.inputs[1].const_value.numpy().dtype  # type: ignore[union-attr]
+        difference = insert_one(
+            graph,
+            argmax,
+            "Gemm",
+            [
+                gemm.inputs[0],
+                constant(graph, (weight[1:] - weight[:1]).astype(as_float), f"{name}.difference.weight"),
+                constant(graph, (bias[1:] - bias[:1]).astype(as_float), f"{name}.difference.bias"),
+            ],
+            {"transB": 1},
+            (f"{name}.difference", dtype, column),
+        )
+        zero = constant(graph, np.zeros((), as_float), "zero")
+        second = insert_one(
+            graph, argmax, "Greater", [difference, zero], {}, (f"{name}.second", ir.DataType.BOOL, column)
+        )
+        flat, int64 = ir.Shape([rows]), ir.DataType.INT64
+        axis = constant(graph, [1], "axis_1")
+        row = insert_one(graph, argmax, "Squeeze", [second, axis], {}, (f"{name}.row", ir.DataType.BOOL, flat))
+        chosen = insert_one(graph, argmax, "Cast", [row], {"to": int64.value}, (f"{name}.expert", int64, flat))
+        argmax.outputs[0].replace_all_uses_with(chosen)
+        graph.remove([argmax, gemm], safe=True)
+
+
+def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """Whether the second of two experts is chosen, bool [rows, 1] and [rows], if the decision is made that way."""
+    row = _source(decision, "Cast")
+    column = _source(row, "Squeeze")
+    if row is None or column is None or _source(column, "Greater") is None:
+        return None
+    return column, row
+
+
+def difference_of_logits(decision: ir.Value | None) -> ir.Value | None:
+    """float [rows, 1], second minus first router logit, if the decision is made by comparison."""
+    second = second_chosen(decision)
+    return None if second is None else _source(second[0], "Greater")
+
+
+def _source(value: ir.Value | None, op_type: str) -> ir.Value | None:
+    """The first input of the node that computes a value, if it is of that kind."""
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == op_type else None
