@@ -15,6 +15,8 @@ KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
 GRANULARITIES = ("layer", "block", "stage", "image", "token")
 ROUTER_GRADIENTS = ("softmax", "straight_through")
 EXPERT_FILTERS = ("windows", "separate")
+ROUTER_OPTIONS = ("num_experts", "granularity", "router_gradient", "expert_filters")
+"""Fields of `ModelConfig` that mean something for kind `moe` only."""
 LOSSES = ("trades", "pgd_at")
 ATTACK_STARTS = ("uniform", "gaussian", "clean")
 
@@ -111,16 +113,22 @@ class ModelConfig:
             len(self.mean) == len(self.std) == 3 and all(0.0 < deviation < math.inf for deviation in self.std),
             f"expected 3 means and 3 positive standard deviations, got {self.mean} and {self.std}",
         )
-        for option, value, archs in (
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            check(
+                self.kind == "moe" or option.name not in ROUTER_OPTIONS or value == option.default,
+                f"{option.name} = {value} needs routers, which kind {self.kind} has not; leave it out or use kind moe",
+            )
+        for name, value, archs in (
             ("depth", self.depth, ("densenet", "vit")),
             ("growth", self.growth, ("densenet",)),
             ("granularity token", self.granularity == "token" or None, ("vit",)),
         ):
             check(
                 value is None or self.arch in archs,
-                f"{option} is an option of {' and '.join(archs)}, not of {self.arch}",
+                f"{name} is an option of {' and '.join(archs)}, not of {self.arch}",
             )
-            check(value is None or value >= 1, f"{option} must be at least 1, got {value}")
+            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
 
 

@@ -32,7 +32,9 @@ class Cell:
         return f"{self.arch}-{self.kind}-{self.image_size}"
 
     def config(self, **settings: object) -> ModelConfig:
-        options = OPTIONS.get(self.arch, {}).get(self.image_size, {})
+        options = dict(OPTIONS.get(self.arch, {}).get(self.image_size, {}))
+        if self.kind != "moe":
+            options.pop("granularity", None)
         fixed = {"num_classes": 5, "width": WIDTHS[self.arch], "model_scale": 0.5, "num_experts": 2}
         return ModelConfig(
             arch=self.arch, kind=self.kind, image_size=self.image_size, **{**fixed, **options, **settings}

@@ -126,6 +126,14 @@ def test_vit_refuses_what_it_cannot_be(settings: dict, message: str) -> None:
         ),
         ({"arch": "densenet", "growth": 0}, "growth must be at least 1, got 0"),
         ({"arch": "vgg16", "image_size": 16}, "needs at least 32 pixels, got 16"),
+        (
+            {"arch": "vgg16", "kind": "s_dense", "num_experts": 4},
+            "num_experts = 4 needs routers, which kind",
+        ),
+        (
+            {"arch": "vgg16", "kind": "sparse_cnn", "granularity": "block"},
+            "granularity = block needs routers",
+        ),
         ({"arch": "resnet18", "compact": True}, "only a sparse_cnn can be compact, got kind 'moe'"),
         ({"arch": "resnet18", "width": 0.02, "model_scale": 0.2}, "leaves no channel of a layer with 1"),
     ],

@@ -16,6 +16,7 @@ from advmoe.cli import console
 from advmoe.cli.options import Json
 from advmoe.config import KINDS, to_dict
 from advmoe.data.sources import dataset_names
+from advmoe.evaluation.cost import measure_cost
 from advmoe.models.registry import ARCHITECTURES
 from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.methods import METHODS
@@ -73,8 +74,10 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     contents = load_checkpoint(path)
     model = contents.build()
     facts: dict[str, Any] = dict(to_dict(contents.model))
-    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    cost = measure_cost(model, contents.model.image_size)
+    facts["parameters"] = cost.parameters
     facts["router_parameters"] = sum(parameter.numel() for parameter in model.router_parameters())
+    facts["gflops"] = cost.gflops
     facts["moe_layers"] = len(model.expert_layouts)
     facts["classes"] = ", ".join(contents.class_names)
     facts |= {f"train.{name}": value for name, value in contents.train.items()}

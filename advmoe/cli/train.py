@@ -70,8 +70,15 @@ def train(
         float | None, option(MODEL, "r, share of a layer's channels in one expert. Default: 0.5.")
     ] = None,
     width: Annotated[float | None, option(MODEL, "Channel multiplier; below 1 for small runs. Default: 1.")] = None,
+    depth: Annotated[
+        int | None, option(MODEL, "Layers of densenet or blocks of vit. Default: 100 (121 for ImageNet); 12.")
+    ] = None,
+    growth: Annotated[
+        int | None, option(MODEL, "Channels that each layer of densenet adds. Default: 12 (32 for ImageNet).")
+    ] = None,
     granularity: Annotated[
-        str | None, option(MODEL, "What a router decides for: layer, block, stage, image. Default: layer.")
+        str | None,
+        option(MODEL, "What a router decides for: layer, block, stage, image; token in vit. Default: layer."),
     ] = None,
     router_gradient: Annotated[
         str | None, option(MODEL, "How gradients pass the argmax: softmax, straight_through. Default: softmax.")
@@ -150,6 +157,8 @@ def train(
             num_experts=num_experts,
             model_scale=model_scale,
             width=width,
+            depth=depth,
+            growth=growth,
             granularity=granularity,
             router_gradient=router_gradient,
             expert_filters=expert_filters,
