@@ -8,9 +8,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 def epoch_order(seed: int, stream: int, epoch: int, len: int) -> NDArray[np.int64]: ...
+
+def open_pack(path: str | PathLike[str]) -> tuple[EncodedSource, NDArray[np.int64], str]: ...
+def tar_samples(
+    path: str | PathLike[str],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]: ...
 @final
-class CropFlip:
-    def __new__(cls, padding: int, flip: bool) -> CropFlip: ...
+class Transform:
+    @staticmethod
+    def as_they_are() -> Transform: ...
+    @staticmethod
+    def crop_flip(padding: int, flip: bool) -> Transform: ...
+    @staticmethod
+    def random_resized_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: bool) -> Transform: ...
+    @staticmethod
+    def resize_center_crop(resize: int) -> Transform: ...
+
+@final
+class EncodedSource:
+    def __new__(
+        cls,
+        files: Sequence[str | PathLike[str]],
+        file_indices: NDArray[np.uint32],
+        offsets: NDArray[np.uint64],
+        lengths: NDArray[np.uint64],
+    ) -> EncodedSource: ...
+    def __len__(self) -> int: ...
+    def size(self, row: int) -> tuple[int, int]: ...
+
+@final
+class PackWriter:
+    def __new__(cls, path: str | PathLike[str]) -> PackWriter: ...
+    def add(self, image: bytes, label: int) -> None: ...
+    def finish(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class Stop:
@@ -24,20 +55,21 @@ class BatchFiller:
         *,
         seed: int,
         stream: int,
-        augment: CropFlip | None,
+        transform: Transform,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         channels_last: bool,
         num_threads: int,
+        skip_bad: bool,
     ) -> BatchFiller: ...
     def fill(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray[np.uint8] | EncodedSource,
         rows: NDArray[np.int64],
         epoch: int,
         out: NDArray[np.uint8] | NDArray[np.float32],
         stop: Stop,
-    ) -> None: ...
+    ) -> list[tuple[int, str]]: ...
 
 @final
 class Channels:

@@ -8,11 +8,9 @@ Two loaders that differ only in `stream` are independent: AdvMoE draws its two b
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmoe import rust_router
-from advmoe.errors import ConfigError
+from advmoe.data.encoded import EncodedImages
+from advmoe.data.prefetch import Ahead
+from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
+from advmoe.errors import ConfigError, DataError
+
+__all__ = ["Batch", "BatchLoader", "CropFlip", "LabelledImages"]
 
 
 class Batch(NamedTuple):
@@ -35,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class LabelledImages(Protocol):
-    """What a loader reads: `advmoe.data.sources.ImageSet` has this form."""
+    """Images in memory, as `advmoe.data.sets.ImageSet` holds them."""
 
     @property
     def images(self) -> NDArray[np.uint8]:
@@ -44,20 +47,6 @@ class LabelledImages(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """[n]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropFlip:
-    """Random crop of the image's own size after padding with zeros, then a random mirror: CIFAR's augmentation."""
-
-    padding: int = 4
-    """Pixels added on each side."""
-    flip: bool = True
-    """Mirror half of the images."""
-
-    def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ConfigError(f"expected padding >= 0, got {self.padding}")
 
 
 class BatchLoader:
@@ -69,11 +58,12 @@ class BatchLoader:
     differ by one batch; `drop_last` leaves it out, as distributed training wants.
 
     Args:
-        images: The image set; its arrays are read, not copied.
+        images: The image set, in memory (its arrays are read, not copied) or encoded in files.
         indices: Rows to use, in this order; all by default.
         batch_size: Images per batch and rank.
         shuffle: A new order every epoch.
-        augment: What is drawn for each image in each epoch.
+        augment: What is done to each image; random choices are new in every epoch. Without it, and with `CropFlip`,
+            all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
         stream: Chooses one of the experiment's independent sequences.
         num_threads: Threads that fill one batch, by default 2 or fewer.
@@ -86,19 +76,21 @@ class BatchLoader:
         std: Divides the difference.
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; by default where there is one.
+        on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`.
 
     Raises:
         ConfigError: An argument out of its range.
+        DataError: While iterating, an image that cannot be read or decoded.
     """
 
     def __init__(
         self,
-        images: LabelledImages,
+        images: LabelledImages | EncodedImages,
         *,
         batch_size: int,
         indices: NDArray[np.integer] | None = None,
         shuffle: bool = False,
-        augment: CropFlip | None = None,
+        augment: Transform | None = None,
         seed: int = 0,
         stream: int = 0,
         num_threads: int | None = None,
@@ -111,9 +103,10 @@ class BatchLoader:
         std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         channels_last: bool = False,
         pin_memory: bool | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
     ) -> None:
-        pixels = images.images
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not pixels.flags.c_contiguous:
+        pixels = images.source if isinstance(images, EncodedImages) else images.images
+        if isinstance(pixels, np.ndarray) and not _is_rgb(pixels):
             raise ConfigError(
                 f"expected C-contiguous uint8 images [n, H, W, 3], got {pixels.dtype} {list(pixels.shape)}; "
                 "convert them with numpy.ascontiguousarray"
@@ -142,11 +135,17 @@ class BatchLoader:
             raise ConfigError(f"expected 3 means and 3 positive standard deviations, got {mean} and {std}")
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"expected num_threads >= 1, got {num_threads}")
-        self._images = images
+        if on_bad_image not in ("raise", "skip"):
+            raise ConfigError(f'expected on_bad_image "raise" or "skip", got {on_bad_image!r}')
+        self.skipped: dict[int, str] = {}
+        """Row and error of every image that was skipped so far."""
+        self._pixels = pixels
+        self._labels = images.labels
         self._rows = rows.astype(np.int64)
         self._batch_size = batch_size
         self._shuffle = shuffle
-        self._augment = augment
+        self._transform = augment
+        self._size = output_size(augment)
         self._seed = seed
         self._stream = stream
         self._num_threads = num_threads or min(2, os.cpu_count() or 1)
@@ -159,6 +158,7 @@ class BatchLoader:
         self._std = std
         self._channels_last = channels_last
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._skip_bad = on_bad_image == "skip"
         self._position = _Position(epoch=0, batch=0)
         self._filler: tuple[int, rust_router.BatchFiller] | None = None
 
@@ -230,43 +230,67 @@ class BatchLoader:
             return rows[share.start : share.stop]
 
         stop = rust_router.Stop()
-        ahead = _Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), range(start, len(self)), self._prefetch)
+        ahead = Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), range(start, len(self)), self._prefetch)
         try:
             for batch in range(start, len(self)):
                 made = ahead.next()
                 last = batch + 1 == len(self)
                 self._position = _Position(epoch=epoch + last, batch=0 if last else batch + 1)
-                yield made
+                if len(made.indices):  # all of them may have been skipped
+                    yield made
         finally:
             stop.set()
             ahead.close()
 
     def _fill(self, rows: NDArray[np.int64], epoch: int, stop: rust_router.Stop) -> Batch:
-        _, height, width, channels = self._images.images.shape
-        shape = (height, width, channels) if self._channels_last else (channels, height, width)
+        height, width = self._image_size()
+        shape = (height, width, 3) if self._channels_last else (3, height, width)
         images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=self._pin_memory)
-        self._own_filler().fill(self._images.images, rows, epoch, images.numpy(), stop)
+        skipped = self._own_filler().fill(self._pixels, rows, epoch, images.numpy(), stop)
+        if skipped:
+            self.skipped.update((int(rows[place]), message) for place, message in skipped)
+            kept = np.delete(np.arange(len(rows)), [place for place, _ in skipped])
+            rows, images = rows[kept], images[torch.from_numpy(kept)]
         if self._channels_last:
             images = images.permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(self._images.labels[rows]), torch.from_numpy(rows.copy()))
+        return Batch(images, torch.from_numpy(self._labels[rows]), torch.from_numpy(rows.copy()))
+
+    def _image_size(self) -> tuple[int, int]:
+        """Height and width of every batch: the transform's, or that of the first image that shows its size."""
+        if self._size is None:
+            pixels = self._pixels
+            self._size = pixels.shape[1:3] if isinstance(pixels, np.ndarray) else self._first_size(pixels)
+        return self._size
+
+    def _first_size(self, source: rust_router.EncodedSource) -> tuple[int, int]:
+        for row in self._rows.tolist():
+            try:
+                return source.size(row)
+            except DataError:
+                if not self._skip_bad:
+                    raise
+        raise DataError(f"none of the {len(self._rows)} images can be read")
 
     def _own_filler(self) -> rust_router.BatchFiller:
         """This process's threads: those of a parent do not exist in a forked child."""
         if self._filler is None or self._filler[0] != os.getpid():
-            augment = None
-            if self._augment is not None:
-                augment = rust_router.CropFlip(self._augment.padding, self._augment.flip)
             filler = rust_router.BatchFiller(
                 seed=self._seed,
                 stream=self._stream,
-                augment=augment,
+                transform=compiled(self._transform),
                 mean=self._mean,
                 std=self._std,
                 channels_last=self._channels_last,
                 num_threads=self._num_threads,
+                skip_bad=self._skip_bad,
             )
             self._filler = (os.getpid(), filler)
         return self._filler[1]
+
+
+def _is_rgb(pixels: NDArray[np.uint8]) -> bool:
+    has_form = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
+    return has_form and pixels.flags.c_contiguous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,39 +299,3 @@ class _Position:
 
     epoch: int
     batch: int
-
-
-class _Ahead:
-    """Makes batches in order, up to `depth` of them before they are asked for, on one thread of its own.
-
-    That thread never waits for its consumer, so one that goes away half-way leaves nothing that hangs.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], batches: range, depth: int) -> None:
-        self._make = make
-        self._batches = batches
-        self._depth = depth
-        self._made: deque[Future[Batch]] = deque()
-        self._executor: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
-
-    def next(self) -> Batch:
-        """The next batch; waits for it if it is not there yet."""
-        if self._depth == 0:
-            batch, self._batches = self._batches[0], self._batches[1:]
-            return self._make(batch)
-        if self._executor is None or self._process != os.getpid():
-            # A forked child has this object, but neither its thread nor the batches that were being made.
-            self._batches = range(self._batches.start - len(self._made), self._batches.stop)
-            self._made.clear()
-            self._process = os.getpid()
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches-ahead")
-        while self._batches and len(self._made) <= self._depth:
-            self._made.append(self._executor.submit(self._make, self._batches[0]))
-            self._batches = self._batches[1:]
-        return self._made.popleft().result()
-
-    def close(self) -> None:
-        """Forgets the batches that nobody will ask for."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)

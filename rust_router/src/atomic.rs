@@ -6,31 +6,44 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Writes a file beside its target, flushes it to the disk, then gives it its name; on an error nothing is left.
-///
-/// # Errors
-/// What `content` returns, or a file that cannot be written.
-pub fn write<T>(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<T>) -> Result<T> {
-    let failed = |e| Error::io("write", path, e);
-    let partial = partial_name(path);
-    let written = File::create(&partial).map_err(failed).and_then(|file| {
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        let value = content(&mut out)?;
-        out.flush().and_then(|()| out.get_ref().sync_all()).map_err(failed)?;
-        Ok(value)
-    });
-    let finished = written.and_then(|value| fs::rename(&partial, path).map(|()| value).map_err(failed));
-    if finished.is_err() {
-        // The first error is the one to tell; a rest that cannot be removed either changes nothing about it.
-        drop(fs::remove_file(&partial));
-    }
-    finished
+/// A file that is written beside its target and takes its name when it is complete; dropped before, it leaves nothing.
+#[derive(Debug)]
+pub struct NewFile {
+    /// Where its content goes; it may be written in any order.
+    pub out: BufWriter<File>,
+    partial: PathBuf,
+    path: PathBuf,
 }
 
-fn partial_name(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.partial", std::process::id()));
-    path.with_file_name(name)
+impl NewFile {
+    /// Begins a file that will be `path`.
+    ///
+    /// # Errors
+    /// A folder that cannot be written to.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.partial", std::process::id()));
+        let partial = path.with_file_name(name);
+        let file = File::create(&partial).map_err(|e| Error::io("write", path, e))?;
+        Ok(Self { out: BufWriter::with_capacity(1 << 20, file), partial, path: path.to_owned() })
+    }
+
+    /// Flushes everything to the disk and gives the file its name.
+    ///
+    /// # Errors
+    /// A disk that is full, or a target that cannot be replaced.
+    pub fn commit(mut self) -> Result<()> {
+        let flushed = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
+        let renamed = flushed.and_then(|()| fs::rename(&self.partial, &self.path));
+        renamed.map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        // Gone already if it was committed; and a rest that cannot be removed has no better place to be reported.
+        drop(fs::remove_file(&self.partial));
+    }
 }
 
 #[cfg(test)]
@@ -38,16 +51,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_write_that_fails_leaves_the_old_file_and_no_rest() {
+    fn a_file_given_up_leaves_the_old_one_and_no_rest() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        write(&path, |out| out.write_all(b"old").map_err(|e| Error::io("write", &path, e))).unwrap();
-        let failed = write(&path, |out| {
-            out.write_all(b"new").unwrap();
-            Err::<(), _>(Error::Stopped)
-        });
-        assert!(matches!(failed, Err(Error::Stopped)));
-        assert_eq!(fs::read(&path).unwrap(), b"old");
+        for (content, commit) in [(b"old", true), (b"new", false)] {
+            let mut file = NewFile::create(&path).unwrap();
+            file.out.write_all(content).unwrap();
+            if commit {
+                file.commit().unwrap();
+            }
+            assert_eq!(fs::read(&path).unwrap(), b"old");
+        }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

@@ -1,39 +1,106 @@
-//! Which window of an image is seen, and writing it into a batch.
+//! Which part of an image a batch shows: decided from its size and its random words alone, before a pixel is touched.
 
-use crate::rng::{Purpose, Stream, below};
-use crate::source::ImageView;
+use crate::batch::Window;
+use crate::error::{Error, Result};
+use crate::rng::{Purpose, Stream, below, unit};
 
-/// Random crop of the image's own size after padding it with zeros, then a random mirror (CIFAR's augmentation).
+/// Height and width.
+pub type Size = (usize, usize);
+
+/// What is done to every image. Mirrors are drawn with [`mirrored`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Transform {
+    /// Images come in the batch's size and stay as they are.
+    AsTheyAre,
+    /// Random crop of the image's own size after padding it with zeros (CIFAR's augmentation).
+    CropFlip {
+        /// Pixels added on each side.
+        padding: u32,
+        /// Whether half of the images are mirrored.
+        flip: bool,
+    },
+    /// A random part of the image, resized to the batch's size (ImageNet's augmentation).
+    RandomResizedCrop {
+        /// Least and greatest part of the image's area.
+        scale: (f64, f64),
+        /// Least and greatest width / height.
+        ratio: (f64, f64),
+        /// Whether half of the images are mirrored.
+        flip: bool,
+    },
+    /// The shorter side resized to a length, then the middle (ImageNet's evaluation).
+    ResizeCenterCrop {
+        /// Length of the shorter side.
+        resize: usize,
+    },
+}
+
+/// A rectangle of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CropFlip {
-    /// Pixels added on each side.
-    pub padding: u32,
-    /// Whether half of the images are mirrored.
-    pub flip: bool,
+pub struct Part {
+    /// First row.
+    pub top: usize,
+    /// First column.
+    pub left: usize,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
 }
 
-/// Where the top left corner of the output lies in the image (outside it there are zeros), and if it is mirrored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Window {
-    /// Row of the image shown in the output's first row.
-    pub top: isize,
-    /// Column of the image shown at the window's left edge.
-    pub left: isize,
-    /// Left and right exchanged.
-    pub mirrored: bool,
+/// How an image is shown: perhaps a part of it resized, then a window of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The part that is resized, and to what size.
+    pub resized: Option<(Part, Size)>,
+    /// What the batch shows of the result.
+    pub window: Window,
 }
 
-impl CropFlip {
-    /// The window of image `index` in `epoch`: words 0 and 1 of [`Purpose::Crop`] place it, word 0 of
-    /// [`Purpose::Flip`] mirrors it.
-    #[must_use]
-    pub fn window(self, stream: Stream, epoch: u64, index: u64) -> Window {
-        let [y, x, ..] = stream.block(Purpose::Crop, epoch, index, 0);
-        let places = 2 * u64::from(self.padding) + 1;
-        #[expect(clippy::cast_possible_wrap, reason = "at most twice a u32")]
-        let offset = |word| below(word, places) as isize - self.padding as isize;
-        let mirrored = self.flip && mirrored(stream, epoch, index);
-        Window { top: offset(y), left: offset(x), mirrored }
+impl Transform {
+    /// How image `index`, of size `image`, fills a batch of images of size `out` in `epoch`.
+    ///
+    /// # Errors
+    /// A size that this transform cannot bring to that of the batch.
+    pub fn view(self, stream: Stream, epoch: u64, index: u64, image: Size, out: Size) -> Result<View> {
+        let upright = Window::default();
+        match self {
+            Self::AsTheyAre | Self::CropFlip { .. } if image != out => {
+                let message = format!(
+                    "expected images of {}x{}, but image {index} is {}x{}; resize them, or load sizes apart",
+                    out.0, out.1, image.0, image.1
+                );
+                Err(Error::Argument(message))
+            }
+            Self::AsTheyAre => Ok(View { resized: None, window: upright }),
+            Self::CropFlip { padding, flip } => {
+                let [y, x, ..] = stream.block(Purpose::Crop, epoch, index, 0);
+                let places = 2 * u64::from(padding) + 1;
+                let offset = |word| below(word, places) as isize - padding as isize;
+                let mirrored = flip && mirrored(stream, epoch, index);
+                Ok(View { resized: None, window: Window { top: offset(y), left: offset(x), mirrored } })
+            }
+            Self::RandomResizedCrop { scale, ratio, flip } => {
+                let part = random_part(stream, epoch, index, image, scale, ratio);
+                let mirrored = flip && mirrored(stream, epoch, index);
+                Ok(View { resized: Some((part, out)), window: Window { mirrored, ..upright } })
+            }
+            Self::ResizeCenterCrop { resize } => {
+                let (height, width) = image;
+                let longer = |long: usize, short: usize| long * resize / short;
+                let size =
+                    if height <= width { (resize, longer(width, height)) } else { (longer(height, width), resize) };
+                if size.0 < out.0 || size.1 < out.1 {
+                    let message = format!("expected to resize to at least {}x{}, got {resize}", out.0, out.1);
+                    return Err(Error::Argument(message));
+                }
+                let part = Part { top: 0, left: 0, height, width };
+                // Python's round, as torchvision's center_crop has it: halves go to the even number.
+                let middle = |of: usize, shown: usize| ((of - shown) as f64 / 2.0).round_ties_even() as isize;
+                let window = Window { top: middle(size.0, out.0), left: middle(size.1, out.1), mirrored: false };
+                Ok(View { resized: Some((part, size)), window })
+            }
+        }
     }
 }
 
@@ -43,114 +110,39 @@ pub fn mirrored(stream: Stream, epoch: u64, index: u64) -> bool {
     stream.block(Purpose::Flip, epoch, index, 0)[0] >> 63 == 1
 }
 
-/// Order of a batch's axes in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// Channels before rows and columns: `[batch, 3, height, width]`.
-    Planar,
-    /// Channels last: `[batch, height, width, 3]`.
-    Interleaved,
-}
-
-/// What each byte of each channel becomes in the batch.
-pub type Levels<T> = [[T; 256]; 3];
-
-/// Bytes as they are.
-#[must_use]
-pub fn byte_levels() -> Box<Levels<u8>> {
-    Box::new([std::array::from_fn(|level| level as u8); 3])
-}
-
-/// `(level / 255 - mean) / std` in 32-bit floats, each operation rounded as torch and NumPy round it.
-#[must_use]
-pub fn float_levels(mean: [f32; 3], std: [f32; 3]) -> Box<Levels<f32>> {
-    Box::new(std::array::from_fn(|c| std::array::from_fn(|level| (level as f32 / 255.0 - mean[c]) / std[c])))
-}
-
-/// Writes the window of `image` that starts at `window` and has `height` rows into `out`.
-///
-/// The width follows from `out`, which holds `3 * height * width` elements.
-pub fn write<T: Copy>(
-    image: ImageView<'_>,
-    window: Window,
-    levels: &Levels<T>,
-    layout: Layout,
-    height: usize,
-    out: &mut [T],
-) {
-    let width = out.len() / (3 * height);
-    // Columns of the window that lie in the image; the others stay zero.
-    let inside = clip(window.left, width, image.width);
-    let source_start = if inside.is_empty() { 0 } else { 3 * inside.start.saturating_add_signed(window.left) };
-    let source_len = 3 * inside.len();
-    let target = if window.mirrored { width - inside.end..width - inside.start } else { inside };
-    let row_of = |y: usize| {
-        let row = y.checked_add_signed(window.top).filter(|&row| row < image.height)?;
-        Some(&image.rgb[3 * row * image.width + source_start..][..source_len])
-    };
-    match layout {
-        Layout::Planar => {
-            let (red, rest) = out.split_at_mut(height * width);
-            let (green, blue) = rest.split_at_mut(height * width);
-            let rows = red.chunks_exact_mut(width).zip(green.chunks_exact_mut(width)).zip(blue.chunks_exact_mut(width));
-            for (y, ((red, green), blue)) in rows.enumerate() {
-                let Some(source) = row_of(y) else {
-                    red.fill(levels[0][0]);
-                    green.fill(levels[1][0]);
-                    blue.fill(levels[2][0]);
-                    continue;
-                };
-                let red = frame(red, &target, levels[0][0]);
-                let green = frame(green, &target, levels[1][0]);
-                let blue = frame(blue, &target, levels[2][0]);
-                let pixels = source.chunks_exact(3);
-                let put = |(((r, g), b), pixel): (((&mut T, &mut T), &mut T), &[u8])| {
-                    *r = levels[0][usize::from(pixel[0])];
-                    *g = levels[1][usize::from(pixel[1])];
-                    *b = levels[2][usize::from(pixel[2])];
-                };
-                let planes = red.iter_mut().zip(green).zip(blue);
-                if window.mirrored {
-                    planes.zip(pixels.rev()).for_each(put);
-                } else {
-                    planes.zip(pixels).for_each(put);
-                }
-            }
-        }
-        Layout::Interleaved => {
-            let zero = [levels[0][0], levels[1][0], levels[2][0]];
-            let put = |(out, pixel): (&mut [T; 3], &[u8])| {
-                *out = std::array::from_fn(|c| levels[c][usize::from(pixel[c])]);
-            };
-            for (y, row) in out.chunks_exact_mut(3 * width).enumerate() {
-                let (row, _) = row.as_chunks_mut::<3>();
-                let Some(source) = row_of(y) else {
-                    row.fill(zero);
-                    continue;
-                };
-                let row = frame(row, &target, zero);
-                if window.mirrored {
-                    row.iter_mut().zip(source.chunks_exact(3).rev()).for_each(put);
-                } else {
-                    row.iter_mut().zip(source.chunks_exact(3)).for_each(put);
-                }
-            }
+/// torchvision's `RandomResizedCrop.get_params`: ten attempts, one block of words each (area, ratio, top, left), then the
+/// largest middle part of an allowed ratio.
+fn random_part(
+    stream: Stream,
+    epoch: u64,
+    index: u64,
+    (height, width): Size,
+    scale: (f64, f64),
+    ratio: (f64, f64),
+) -> Part {
+    let area = (height * width) as f64;
+    let between = |word, (low, high): (f64, f64)| low + (high - low) * unit(word);
+    for attempt in 0..10 {
+        let [area_word, ratio_word, top, left] = stream.block(Purpose::Crop, epoch, index, attempt);
+        let target = area * between(area_word, scale);
+        let aspect = between(ratio_word, (ratio.0.ln(), ratio.1.ln())).exp();
+        let w = (target * aspect).sqrt().round_ties_even() as usize;
+        let h = (target / aspect).sqrt().round_ties_even() as usize;
+        if (1..=width).contains(&w) && (1..=height).contains(&h) {
+            let place = |word, free: usize| below(word, free as u64 + 1) as usize;
+            return Part { top: place(top, height - h), left: place(left, width - w), height: h, width: w };
         }
     }
-}
-
-/// The part of `0..len` that, moved by `offset`, lies in `0..limit`.
-fn clip(offset: isize, len: usize, limit: usize) -> std::ops::Range<usize> {
-    let end = limit.saturating_add_signed(offset.saturating_neg()).min(len);
-    let start = 0_usize.saturating_add_signed(offset.saturating_neg()).min(end);
-    start..end
-}
-
-/// Zeroes a row outside `inside` and returns what is within.
-fn frame<'a, T: Copy>(row: &'a mut [T], inside: &std::ops::Range<usize>, zero: T) -> &'a mut [T] {
-    row[..inside.start].fill(zero);
-    row[inside.end..].fill(zero);
-    &mut row[inside.clone()]
+    let actual = width as f64 / height as f64;
+    let (h, w) = if actual < ratio.0 {
+        ((width as f64 / ratio.0).round_ties_even() as usize, width)
+    } else if actual > ratio.1 {
+        (height, (height as f64 * ratio.1).round_ties_even() as usize)
+    } else {
+        (height, width)
+    };
+    let (h, w) = (h.clamp(1, height), w.clamp(1, width));
+    Part { top: (height - h) / 2, left: (width - w) / 2, height: h, width: w }
 }
 
 #[cfg(test)]
@@ -158,57 +150,43 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The definition, one element at a time.
-    fn reference(
-        image: ImageView<'_>,
-        window: Window,
-        height: usize,
-        width: usize,
-        c: usize,
-        y: usize,
-        x: usize,
-    ) -> u8 {
-        assert!(y < height);
-        let column = if window.mirrored { width - 1 - x } else { x };
-        let (row, column) = (y as isize + window.top, column as isize + window.left);
-        let in_image = (0..image.height as isize).contains(&row) && (0..image.width as isize).contains(&column);
-        if in_image { image.rgb[(row as usize * image.width + column as usize) * 3 + c] } else { 0 }
-    }
+    const STREAM: Stream = Stream { seed: 3, stream: 1 };
 
     proptest! {
         #[test]
-        fn a_window_shows_the_image_and_zeros_around_it(
-            (ih, iw, h, w) in (1..6_usize, 1..6_usize, 1..8_usize, 1..8_usize),
-            (top, left) in (-9..9_isize, -9..9_isize),
-            mirrored: bool,
+        fn crops_stay_within_the_padding(epoch: u64, index: u64, padding in 0..9_u32) {
+            let view = Transform::CropFlip { padding, flip: true }.view(STREAM, epoch, index, (8, 8), (8, 8)).unwrap();
+            let Window { top, left, .. } = view.window;
+            prop_assert!(top.unsigned_abs() <= padding as usize && left.unsigned_abs() <= padding as usize);
+        }
+
+        #[test]
+        fn random_parts_lie_in_the_image_with_area_and_ratio_as_asked(
+            index: u64, height in 1..400_usize, width in 1..400_usize,
         ) {
-            let rgb: Vec<u8> = (1..=ih * iw * 3).map(|v| v as u8).collect();
-            let image = ImageView { rgb: &rgb, height: ih, width: iw };
-            let window = Window { top, left, mirrored };
-            let mut planar = vec![255_u8; 3 * h * w];
-            let mut interleaved = planar.clone();
-            write(image, window, &byte_levels(), Layout::Planar, h, &mut planar);
-            write(image, window, &byte_levels(), Layout::Interleaved, h, &mut interleaved);
-            for (c, y, x) in (0..3).flat_map(|c| (0..h).flat_map(move |y| (0..w).map(move |x| (c, y, x)))) {
-                let expected = reference(image, window, h, w, c, y, x);
-                prop_assert_eq!(planar[(c * h + y) * w + x], expected);
-                prop_assert_eq!(interleaved[(y * w + x) * 3 + c], expected);
+            let (scale, ratio) = ((0.25, 1.0), (0.75, 4.0 / 3.0));
+            let part = random_part(STREAM, 0, index, (height, width), scale, ratio);
+            prop_assert!(part.height >= 1 && part.top + part.height <= height);
+            prop_assert!(part.width >= 1 && part.left + part.width <= width);
+            // Rounding each side by half a pixel moves the ratio of sides of 20 pixels and more by less than 6 %.
+            if part.height >= 20 && part.width >= 20 {
+                let aspect = part.width as f64 / part.height as f64;
+                prop_assert!((0.7..1.42).contains(&aspect), "{}", aspect);
             }
         }
 
         #[test]
-        fn crops_stay_within_the_padding(seed: u64, epoch: u64, index: u64, padding in 0..9_u32) {
-            let window = CropFlip { padding, flip: true }.window(Stream { seed, stream: 0 }, epoch, index);
-            prop_assert!(window.top.unsigned_abs() <= padding as usize && window.left.unsigned_abs() <= padding as usize);
+        fn the_middle_lies_in_the_resized_image(height in 1..300_usize, width in 1..300_usize, crop in 1..64_usize) {
+            let view = Transform::ResizeCenterCrop { resize: 64 }.view(STREAM, 0, 0, (height, width), (crop, crop)).unwrap();
+            let (_, size) = view.resized.unwrap();
+            prop_assert_eq!(size.0.min(size.1), 64);
+            prop_assert!(view.window.top as usize + crop <= size.0 && view.window.left as usize + crop <= size.1);
         }
     }
 
     #[test]
-    fn floats_are_levels_over_255_normalised() {
-        let levels = float_levels([0.0, 0.5, 0.25], [1.0, 0.5, 0.25]);
-        assert_eq!(levels[0][255], 1.0);
-        assert_eq!(levels[0][51], 0.2); // 51 / 255
-        assert_eq!(levels[1][255], 1.0); // (1 - 0.5) / 0.5
-        assert_eq!(levels[2][0], -1.0); // (0 - 0.25) / 0.25
+    fn an_image_of_another_size_is_named() {
+        let message = Transform::AsTheyAre.view(STREAM, 0, 7, (3, 4), (32, 32)).unwrap_err().to_string();
+        assert!(message.starts_with("expected images of 32x32, but image 7 is 3x4"), "{message}");
     }
 }

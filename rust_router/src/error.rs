@@ -16,6 +16,18 @@ pub enum Error {
         /// How many rows there are.
         len: usize,
     },
+    /// An image that cannot be read or decoded.
+    #[error("image {row} ({} at byte {offset}): {reason}", file.display())]
+    Sample {
+        /// Its row.
+        row: usize,
+        /// The file it lies in.
+        file: PathBuf,
+        /// Where it begins there.
+        offset: u64,
+        /// Why it cannot be shown.
+        reason: String,
+    },
     /// The caller asked to stop.
     #[error("loading was stopped by its caller")]
     Stopped,

@@ -4,17 +4,22 @@
 //! knows of it and only converts.
 //!
 //! Data flows one way: a [`source`] yields RGB bytes, [`augment`] decides from counter-based random numbers
-//! ([`rng`]) which window of them is seen, and [`loader`] writes a batch into a buffer the caller owns. A [`route_log`]
+//! ([`rng`]) which part of them is seen, and [`loader`] writes a [`batch`] into a buffer the caller owns. A [`route_log`]
 //! keeps which experts every sample took; [`pathways`] counts them and [`similarity`] compares them as sets of channels.
 
 pub mod atomic;
 pub mod augment;
+pub mod batch;
+pub mod decode;
 pub mod error;
 pub mod loader;
+pub mod pack;
 pub mod pathways;
+pub mod resize;
 pub mod rng;
 pub mod route_file;
 pub mod route_log;
+pub mod shard;
 pub mod similarity;
 pub mod source;
 

@@ -1,13 +1,17 @@
 //! Filling one batch, on one thread or several, always with the same bytes.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::augment::{CropFlip, Layout, Levels, Window, write};
+use crate::augment::Transform;
+use crate::batch::{Layout, Levels, write};
 use crate::error::{Error, Result};
+use crate::resize::Resizer;
 use crate::rng::Stream;
-use crate::source::Source;
+use crate::source::{Scratch, Source};
 
 /// Threads that fill batches. They belong to the process that made them.
 #[derive(Debug)]
@@ -50,12 +54,23 @@ impl Drop for Workers {
 pub struct Recipe<T> {
     /// Random numbers.
     pub stream: Stream,
-    /// Augmentation, or none.
-    pub augment: Option<CropFlip>,
+    /// Which part of an image is seen.
+    pub transform: Transform,
     /// What bytes become.
     pub levels: Box<Levels<T>>,
     /// Order of the batch's axes.
     pub layout: Layout,
+    /// Leave out images that cannot be read or decoded, instead of giving up the batch.
+    pub skip_bad: bool,
+}
+
+/// An image that was left out.
+#[derive(Debug)]
+pub struct Skipped {
+    /// Its place in the batch, where there are zeros now.
+    pub position: usize,
+    /// What is wrong with it.
+    pub error: Error,
 }
 
 /// Which images a batch has, and of what size.
@@ -73,58 +88,83 @@ pub struct Request<'a> {
     pub stop: &'a AtomicBool,
 }
 
-/// Fills `out`, `rows.len()` images of `height * width * 3` elements; the result depends on the recipe, the rows and
-/// the epoch alone.
+thread_local! {
+    static SCRATCH: RefCell<(Scratch, Resizer)> = RefCell::default();
+}
+
+/// Fills `out`, `rows.len()` images of `height * width * 3` elements, and returns the images that had to be left out, in
+/// the batch's order. The result depends on the recipe, the rows and the epoch alone.
 ///
 /// # Errors
-/// A buffer of another size, a row the source does not have, an image of another size than the batch's, or being
-/// stopped.
+/// A buffer of another size, a row the source does not have, an image of a size that cannot be brought to the batch's,
+/// being stopped, and, unless they are skipped, images that cannot be read or decoded.
 pub fn fill<T: Copy + Send + Sync>(
     workers: &Workers,
     source: &dyn Source,
     recipe: &Recipe<T>,
     request: Request<'_>,
     out: &mut [T],
-) -> Result<()> {
-    let Request { rows, epoch, height, width, stop } = request;
+) -> Result<Vec<Skipped>> {
+    let Request { rows, height, width, .. } = request;
     let elements = height * width * 3;
     if elements == 0 || out.len() != rows.len() * elements {
-        let message =
-            format!("expected a buffer of {} x {height} x {width} x 3, got {} elements", rows.len(), out.len());
+        let got = out.len();
+        let message = format!("expected a buffer of {} x {height} x {width} x 3, got {got} elements", rows.len());
         return Err(Error::Argument(message));
     }
-    let one = |(&row, out): (&i64, &mut [T])| {
-        if stop.load(Ordering::Relaxed) {
-            return Err(Error::Stopped);
+    let skipped = Mutex::new(Vec::new());
+    let one = |(position, (&row, out)): (usize, (&i64, &mut [T]))| match show(source, recipe, request, row, out) {
+        Err(error @ Error::Sample { .. }) if recipe.skip_bad => {
+            out.fill(recipe.levels[0][0]);
+            skipped.lock().unwrap_or_else(PoisonError::into_inner).push(Skipped { position, error });
+            Ok(())
         }
-        let index = usize::try_from(row).map_err(|_| Error::Row { row, len: source.len() })?;
-        let image = source.image(index)?;
-        if (image.height, image.width) != (height, width) {
-            let (h, w) = (image.height, image.width);
-            return Err(Error::Argument(format!("expected images of {height}x{width}, but image {row} is {h}x{w}")));
-        }
-        let window = match recipe.augment {
-            Some(augment) => augment.window(recipe.stream, epoch, index as u64),
-            None => Window::default(),
-        };
-        write(image, window, &recipe.levels, recipe.layout, height, out);
-        Ok(())
+        result => result,
     };
     match &workers.pool {
-        None => rows.iter().zip(out.chunks_exact_mut(elements)).try_for_each(one),
-        Some(pool) => pool.install(|| rows.par_iter().zip(out.par_chunks_exact_mut(elements)).try_for_each(one)),
+        None => rows.iter().zip(out.chunks_exact_mut(elements)).enumerate().try_for_each(one)?,
+        Some(pool) => {
+            pool.install(|| rows.par_iter().zip(out.par_chunks_exact_mut(elements)).enumerate().try_for_each(one))?;
+        }
     }
+    let mut skipped = skipped.into_inner().unwrap_or_else(PoisonError::into_inner);
+    skipped.sort_unstable_by_key(|skipped| skipped.position);
+    Ok(skipped)
+}
+
+/// Writes one image.
+fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, row: i64, out: &mut [T]) -> Result<()> {
+    let Request { epoch, height, width, stop, .. } = request;
+    if stop.load(Ordering::Relaxed) {
+        return Err(Error::Stopped);
+    }
+    let index = usize::try_from(row).map_err(|_| Error::Row { row, len: source.len() })?;
+    SCRATCH.with_borrow_mut(|(scratch, resizer)| {
+        let mut image = source.image(index, scratch)?;
+        let size = (image.height, image.width);
+        let view = recipe.transform.view(recipe.stream, epoch, index as u64, size, (height, width))?;
+        if let Some((part, size)) = view.resized {
+            image = resizer.resize(image, part, size).map_err(|e| Error::Argument(format!("image {row}: {e}")))?;
+        }
+        write(image, view.window, &recipe.levels, recipe.layout, height, out);
+        Ok(())
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::augment::byte_levels;
-    use crate::source::Pixels;
+    use crate::batch::byte_levels;
+    use crate::source::{Encoded, Pixels, Span};
 
     fn recipe() -> Recipe<u8> {
-        let augment = Some(CropFlip { padding: 2, flip: true });
-        Recipe { stream: Stream { seed: 1, stream: 2 }, augment, levels: byte_levels(), layout: Layout::Planar }
+        Recipe {
+            stream: Stream { seed: 1, stream: 2 },
+            transform: Transform::CropFlip { padding: 2, flip: true },
+            levels: byte_levels(),
+            layout: Layout::Planar,
+            skip_bad: false,
+        }
     }
 
     fn batch(num_threads: usize, rows: &[i64], stop: &AtomicBool) -> Result<Vec<u8>> {
@@ -157,5 +197,30 @@ mod tests {
     #[test]
     fn a_stopped_batch_says_so() {
         assert!(matches!(batch(1, &[0], &AtomicBool::new(true)), Err(Error::Stopped)));
+    }
+
+    #[test]
+    fn a_bad_image_ends_the_batch_or_is_left_out_and_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("images");
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 5, 4);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.write_header().unwrap().write_image_data(&[9; 60]).unwrap();
+        let length = bytes.len() as u64;
+        bytes.extend([0; 10]);
+        std::fs::write(&path, bytes).unwrap();
+        let spans = vec![Span { file: 0, offset: 0, length }, Span { file: 0, offset: length, length: 10 }];
+        let source = Encoded::new(vec![path], spans).unwrap();
+        let (workers, stop) = (Workers::new(2).unwrap(), AtomicBool::new(false));
+        let request = Request { rows: &[1, 0, 1], epoch: 0, height: 4, width: 5, stop: &stop };
+        let mut out = vec![7; 180];
+        let mut recipe = Recipe { transform: Transform::AsTheyAre, ..recipe() };
+        let message = fill(&workers, &source, &recipe, request, &mut out).unwrap_err().to_string();
+        assert!(message.starts_with("image 1 (") && message.contains("expected JPEG or PNG"), "{message}");
+        recipe.skip_bad = true;
+        let skipped = fill(&workers, &source, &recipe, request, &mut out).unwrap();
+        assert_eq!(skipped.iter().map(|s| s.position).collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(out, [[0; 60], [9; 60], [0; 60]].concat());
     }
 }

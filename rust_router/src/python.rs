@@ -1,6 +1,7 @@
 //! The Python module `advmoe.rust_router`: converts and releases the interpreter, nothing else.
 
 mod batches;
+mod files;
 mod routes;
 
 use pyo3::prelude::*;
@@ -15,7 +16,9 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error {
             Error::Argument(_) | Error::Threads { .. } => ConfigError::new_err(message),
-            Error::Row { .. } | Error::Stopped | Error::Io { .. } | Error::Format { .. } => DataError::new_err(message),
+            Error::Row { .. } | Error::Sample { .. } | Error::Stopped | Error::Io { .. } | Error::Format { .. } => {
+                DataError::new_err(message)
+            }
         }
     }
 }
@@ -28,7 +31,9 @@ fn contiguous(_: impl std::error::Error) -> PyErr {
 #[pymodule]
 mod rust_router {
     #[pymodule_export]
-    use super::batches::{BatchFiller, CropFlip, Stop, epoch_order};
+    use super::batches::{BatchFiller, EncodedSource, Stop, Transform, epoch_order};
+    #[pymodule_export]
+    use super::files::{PackWriter, open_pack, tar_samples};
     #[pymodule_export]
     use super::routes::{Channels, RouteLog};
 }

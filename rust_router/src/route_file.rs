@@ -22,7 +22,7 @@ use std::path::Path;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-use crate::atomic;
+use crate::atomic::NewFile;
 use crate::error::{Error, Result};
 use crate::route_log::{Key, MAX_CONDITION, RouteLog, Rows};
 
@@ -33,7 +33,9 @@ const VERSION: i64 = 1;
 /// # Errors
 /// A file that cannot be written.
 pub fn save(log: &mut RouteLog, path: &Path) -> Result<()> {
-    atomic::write(path, |out| write(log, out).map_err(|e| Error::io("write", path, e)))
+    let mut file = NewFile::create(path)?;
+    write(log, &mut file.out).map_err(|e| Error::io("write", path, e))?;
+    file.commit()
 }
 
 /// Reads a log that [`save`] or somebody else's `numpy.savez` wrote.

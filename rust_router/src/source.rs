@@ -1,5 +1,13 @@
-//! Where images come from: something that lends RGB bytes by row.
+//! Where images come from: something that shows RGB bytes by row, from memory or decoded from spans of files.
 
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::augment::Size;
+use crate::decode;
 use crate::error::{Error, Result};
 
 /// One image: `height * width * 3` bytes, rows first, channels last.
@@ -13,6 +21,13 @@ pub struct ImageView<'a> {
     pub width: usize,
 }
 
+/// Memory of one thread that is used again for every image.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    encoded: Vec<u8>,
+    rgb: Vec<u8>,
+}
+
 /// Images reachable by row from several threads at once.
 pub trait Source: Sync {
     /// How many images there are.
@@ -23,11 +38,11 @@ pub trait Source: Sync {
         self.len() == 0
     }
 
-    /// Lends image `row`.
+    /// Shows image `row`, from memory of its own or from `scratch`.
     ///
     /// # Errors
-    /// A row that is not there.
-    fn image(&self, row: usize) -> Result<ImageView<'_>>;
+    /// A row that is not there, or an image that cannot be read or decoded.
+    fn image<'a>(&'a self, row: usize, scratch: &'a mut Scratch) -> Result<ImageView<'a>>;
 }
 
 /// Images of one size, side by side in memory: `[num, height, width, 3]`.
@@ -59,10 +74,178 @@ impl Source for Pixels<'_> {
         self.rgb.len() / (self.height * self.width * 3)
     }
 
-    fn image(&self, row: usize) -> Result<ImageView<'_>> {
+    fn image<'a>(&'a self, row: usize, _: &'a mut Scratch) -> Result<ImageView<'a>> {
         let bytes = self.height * self.width * 3;
         let rgb = row.checked_mul(bytes).and_then(|start| self.rgb.get(start..)?.get(..bytes));
         let rgb = rgb.ok_or(Error::Row { row: row as i64, len: self.len() })?;
         Ok(ImageView { rgb, height: self.height, width: self.width })
+    }
+}
+
+/// Where the bytes of one encoded image lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Which of the source's files.
+    pub file: u32,
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes; 0 means up to the end of the file.
+    pub length: u64,
+}
+
+/// JPEG and PNG images in files: whole files, members of uncompressed tar archives, or of a pack.
+#[derive(Debug)]
+pub struct Encoded {
+    files: Vec<PathBuf>,
+    /// Files kept open, where they are few enough.
+    handles: Vec<OnceLock<File>>,
+    spans: Vec<Span>,
+}
+
+impl Encoded {
+    /// Most files that are kept open.
+    const MAX_OPEN: usize = 512;
+    /// Longest encoded image, in bytes.
+    const MAX_BYTES: u64 = 1 << 28;
+
+    /// Images at `spans` of `files`. Nothing is read yet.
+    ///
+    /// # Errors
+    /// A span of a file that is not in the list, or longer than an image may be.
+    pub fn new(files: Vec<PathBuf>, spans: Vec<Span>) -> Result<Self> {
+        for (row, span) in spans.iter().enumerate() {
+            if span.file as usize >= files.len() || span.length > Self::MAX_BYTES {
+                let (file, length, count, most) = (span.file, span.length, files.len(), Self::MAX_BYTES);
+                return Err(Error::Argument(format!(
+                    "image {row} is said to be {length} bytes of file {file}; expected at most {most}, of {count} files"
+                )));
+            }
+        }
+        let shared = if files.len() <= Self::MAX_OPEN { files.len() } else { 0 };
+        let handles = (0..shared).map(|_| OnceLock::new()).collect();
+        Ok(Self { files, handles, spans })
+    }
+
+    /// Height and width of image `row`, from its header.
+    ///
+    /// # Errors
+    /// As [`Source::image`].
+    pub fn size(&self, row: usize) -> Result<Size> {
+        let mut bytes = Vec::new();
+        let span = self.read(row, &mut bytes)?;
+        let size = catch_unwind(AssertUnwindSafe(|| decode::size(&bytes)));
+        size.unwrap_or_else(|_| Err(PANIC.into())).map_err(|reason| self.sample(row, span, reason))
+    }
+
+    /// Reads the encoded bytes of image `row`.
+    ///
+    /// # Errors
+    /// A row that is not there, or a file that cannot be read that far.
+    pub fn read(&self, row: usize, bytes: &mut Vec<u8>) -> Result<Span> {
+        let span = *self.spans.get(row).ok_or(Error::Row { row: row as i64, len: self.spans.len() })?;
+        let path = &self.files[span.file as usize];
+        let read = |bytes: &mut Vec<u8>| match self.handles.get(span.file as usize) {
+            Some(handle) => read_span(keep_open(handle, path)?, span, bytes),
+            None => read_span(&File::open(path)?, span, bytes),
+        };
+        read(bytes).map_err(|e| self.sample(row, span, e.to_string()))?;
+        Ok(span)
+    }
+
+    fn sample(&self, row: usize, span: Span, reason: String) -> Error {
+        Error::Sample { row, file: self.files[span.file as usize].clone(), offset: span.offset, reason }
+    }
+}
+
+/// A panic in a decoder is a damaged image, not the end of the epoch.
+const PANIC: &str = "the decoder gave up on it";
+
+impl Source for Encoded {
+    fn len(&self) -> usize {
+        self.spans.len()
+    }
+
+    fn image<'a>(&'a self, row: usize, scratch: &'a mut Scratch) -> Result<ImageView<'a>> {
+        let Scratch { encoded, rgb } = scratch;
+        let span = self.read(row, encoded)?;
+        // Both buffers may hold anything afterwards; the next image overwrites them.
+        let size = catch_unwind(AssertUnwindSafe(|| decode::decode(encoded, rgb)));
+        let size = size.unwrap_or_else(|_| Err(PANIC.into()));
+        let (height, width) = size.map_err(|reason| self.sample(row, span, reason))?;
+        Ok(ImageView { rgb, height, width })
+    }
+}
+
+fn keep_open<'a>(handle: &'a OnceLock<File>, path: &Path) -> io::Result<&'a File> {
+    match handle.get() {
+        Some(file) => Ok(file),
+        None => {
+            let file = File::open(path)?;
+            Ok(handle.get_or_init(|| file))
+        }
+    }
+}
+
+fn read_span(file: &File, span: Span, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let end = file.metadata()?.len();
+    let length = if span.length == 0 { end.saturating_sub(span.offset) } else { span.length };
+    let fits = span.offset.checked_add(length).is_some_and(|last| last <= end) && length <= Encoded::MAX_BYTES;
+    if !fits {
+        let message = format!("{length} bytes from {} on are not in its {end} bytes", span.offset);
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, message));
+    }
+    bytes.resize(length as usize, 0);
+    read_exact_at(file, bytes, span.offset)
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                bytes = &mut bytes[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_span_that_cannot_be_read_names_its_file_and_row() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shard.tar");
+        std::fs::write(&path, b"0123456789").unwrap();
+        let spans = vec![
+            Span { file: 0, offset: 2, length: 3 },
+            Span { file: 0, offset: 8, length: 3 },
+            Span { file: 1, offset: 0, length: 0 },
+            Span { file: 0, offset: u64::MAX, length: 5 },
+        ];
+        let source = Encoded::new(vec![path.clone(), folder.path().join("gone.jpg")], spans).unwrap();
+        let mut bytes = Vec::new();
+        source.read(0, &mut bytes).unwrap();
+        assert_eq!(bytes, b"234");
+        let message = |row| source.image(row, &mut Scratch::default()).unwrap_err().to_string();
+        let shard = path.display();
+        assert_eq!(
+            message(0),
+            format!("image 0 ({shard} at byte 2): expected JPEG or PNG, got bytes that begin with [32, 33, 34]")
+        );
+        assert_eq!(message(1), format!("image 1 ({shard} at byte 8): 3 bytes from 8 on are not in its 10 bytes"));
+        assert!(message(2).contains("gone.jpg at byte 0): "));
+        assert!(message(3).contains("are not in its 10 bytes"));
+        let outside = Encoded::new(vec![], vec![Span { file: 0, offset: 0, length: 1 }]).unwrap_err().to_string();
+        assert!(outside.starts_with("image 0 is said to be 1 bytes of file 0; expected"), "{outside}");
     }
 }

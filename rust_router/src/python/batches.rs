@@ -1,15 +1,18 @@
 //! Batches, for Python.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray4, PyReadwriteArray4, PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
 use super::{ConfigError, contiguous};
-use crate::augment::{self, Layout};
-use crate::loader::{self, Recipe, Request, Workers};
+use crate::augment;
+use crate::batch::{self, Layout};
+use crate::error::Result;
+use crate::loader::{self, Recipe, Request, Skipped, Workers};
 use crate::rng::Stream;
-use crate::source::Pixels;
+use crate::source::{self, Pixels, Source, Span};
 
 /// The order of an epoch: a permutation of `range(len)`, a pure function of its arguments.
 #[pyfunction]
@@ -17,16 +20,68 @@ pub(super) fn epoch_order(py: Python<'_>, seed: u64, stream: u64, epoch: u64, le
     py.detach(|| Stream { seed, stream }.permutation(epoch, len)).to_pyarray(py)
 }
 
-/// Random crop of the image's own size after zero padding, then a random mirror.
+/// What is done to every image.
 #[pyclass(frozen, from_py_object)]
 #[derive(Clone)]
-pub(super) struct CropFlip(augment::CropFlip);
+pub(super) struct Transform(augment::Transform);
 
 #[pymethods]
-impl CropFlip {
+impl Transform {
+    /// Nothing.
+    #[staticmethod]
+    fn as_they_are() -> Self {
+        Self(augment::Transform::AsTheyAre)
+    }
+
+    /// Random crop of the image's own size after zero padding, then a random mirror.
+    #[staticmethod]
+    fn crop_flip(padding: u32, flip: bool) -> Self {
+        Self(augment::Transform::CropFlip { padding, flip })
+    }
+
+    /// A random part, resized to the batch's size, then a random mirror.
+    #[staticmethod]
+    fn random_resized_crop(scale: (f64, f64), ratio: (f64, f64), flip: bool) -> Self {
+        Self(augment::Transform::RandomResizedCrop { scale, ratio, flip })
+    }
+
+    /// The shorter side resized to a length, then the middle.
+    #[staticmethod]
+    fn resize_center_crop(resize: usize) -> Self {
+        Self(augment::Transform::ResizeCenterCrop { resize })
+    }
+}
+
+/// Encoded images in files.
+#[pyclass(frozen)]
+pub(super) struct EncodedSource(pub(super) source::Encoded);
+
+#[pymethods]
+impl EncodedSource {
+    /// Image i is `lengths[i]` bytes of `files[file_indices[i]]` from `offsets[i]` on; a length of 0 means all that follow.
     #[new]
-    fn new(padding: u32, flip: bool) -> Self {
-        Self(augment::CropFlip { padding, flip })
+    fn new(
+        files: Vec<PathBuf>,
+        file_indices: PyReadonlyArray1<'_, u32>,
+        offsets: PyReadonlyArray1<'_, u64>,
+        lengths: PyReadonlyArray1<'_, u64>,
+    ) -> PyResult<Self> {
+        let (file_indices, offsets, lengths) = (file_indices.as_array(), offsets.as_array(), lengths.as_array());
+        if file_indices.len() != offsets.len() || offsets.len() != lengths.len() {
+            return Err(ConfigError::new_err("expected as many file indices as offsets and lengths"));
+        }
+        let spans = file_indices.iter().zip(offsets).zip(lengths);
+        let spans = spans.map(|((&file, &offset), &length)| Span { file, offset, length });
+        Ok(Self(source::Encoded::new(files, spans.collect())?))
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Height and width of an image, from its header.
+    fn size(&self, py: Python<'_>, row: usize) -> PyResult<(usize, usize)> {
+        Ok(py.detach(|| self.0.size(row))?)
     }
 }
 
@@ -48,6 +103,13 @@ impl Stop {
     }
 }
 
+/// Images as Python holds them.
+#[derive(FromPyObject)]
+enum Images<'py> {
+    Pixels(PyReadonlyArray4<'py, u8>),
+    Encoded(Bound<'py, EncodedSource>),
+}
+
 /// Fills batches with the interpreter released. Belongs to the process that made it.
 #[pyclass(frozen)]
 pub(super) struct BatchFiller {
@@ -56,55 +118,79 @@ pub(super) struct BatchFiller {
     floats: Recipe<f32>,
 }
 
+impl BatchFiller {
+    fn fill_from<'py>(
+        &self,
+        py: Python<'py>,
+        source: &(dyn Source + Sync),
+        request: Request<'_>,
+        out: &Bound<'py, PyAny>,
+    ) -> PyResult<Vec<Skipped>> {
+        let done: Result<Vec<Skipped>> = if let Ok(mut out) = out.extract::<PyReadwriteArray4<'py, f32>>() {
+            let out = out.as_slice_mut().map_err(contiguous)?;
+            py.detach(|| loader::fill(&self.workers, source, &self.floats, request, out))
+        } else {
+            let mut out = out.extract::<PyReadwriteArray4<'py, u8>>()?;
+            let out = out.as_slice_mut().map_err(contiguous)?;
+            py.detach(|| loader::fill(&self.workers, source, &self.bytes, request, out))
+        };
+        Ok(done?)
+    }
+}
+
 #[pymethods]
 impl BatchFiller {
     #[new]
-    #[pyo3(signature = (*, seed, stream, augment, mean, std, channels_last, num_threads))]
+    #[pyo3(signature = (*, seed, stream, transform, mean, std, channels_last, num_threads, skip_bad))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         seed: u64,
         stream: u64,
-        augment: Option<CropFlip>,
+        transform: Transform,
         mean: [f32; 3],
         std: [f32; 3],
         channels_last: bool,
         num_threads: usize,
+        skip_bad: bool,
     ) -> PyResult<Self> {
-        let stream = Stream { seed, stream };
-        let augment = augment.map(|a| a.0);
+        let (stream, transform) = (Stream { seed, stream }, transform.0);
         let layout = if channels_last { Layout::Interleaved } else { Layout::Planar };
         Ok(Self {
             workers: Workers::new(num_threads)?,
-            bytes: Recipe { stream, augment, levels: augment::byte_levels(), layout },
-            floats: Recipe { stream, augment, levels: augment::float_levels(mean, std), layout },
+            bytes: Recipe { stream, transform, levels: batch::byte_levels(), layout, skip_bad },
+            floats: Recipe { stream, transform, levels: batch::float_levels(mean, std), layout, skip_bad },
         })
     }
 
     /// Writes the images of `rows`, as `epoch` sees them, into `out`: uint8 or float32, `[B, 3, H, W]` or, with
-    /// `channels_last`, `[B, H, W, 3]`, C-contiguous.
+    /// `channels_last`, `[B, H, W, 3]`, C-contiguous. Returns place and error of the images that were skipped.
     fn fill<'py>(
         &self,
         py: Python<'py>,
-        images: PyReadonlyArray4<'py, u8>,
+        images: Images<'py>,
         rows: PyReadonlyArray1<'py, i64>,
         epoch: u64,
         out: &Bound<'py, PyAny>,
         stop: &Stop,
-    ) -> PyResult<()> {
-        let &[_, height, width, channels] = images.shape() else { unreachable!("four axes by type") };
-        if channels != 3 {
-            return Err(ConfigError::new_err(format!("expected RGB images [n, H, W, 3], got {channels} channels")));
-        }
-        let source = Pixels::new(images.as_slice().map_err(contiguous)?, height, width)?;
+    ) -> PyResult<Vec<(usize, String)>> {
         let rows = rows.as_slice().map_err(contiguous)?;
+        let shape: [usize; 4] = out.getattr("shape")?.extract::<(usize, usize, usize, usize)>()?.into();
+        let [height, width] = match self.bytes.layout {
+            Layout::Planar => [shape[2], shape[3]],
+            Layout::Interleaved => [shape[1], shape[2]],
+        };
         let request = Request { rows, epoch, height, width, stop: &stop.0 };
-        if let Ok(mut out) = out.extract::<PyReadwriteArray4<'py, f32>>() {
-            let out = out.as_slice_mut().map_err(contiguous)?;
-            py.detach(|| loader::fill(&self.workers, &source, &self.floats, request, out))?;
-        } else {
-            let mut out = out.extract::<PyReadwriteArray4<'py, u8>>()?;
-            let out = out.as_slice_mut().map_err(contiguous)?;
-            py.detach(|| loader::fill(&self.workers, &source, &self.bytes, request, out))?;
-        }
-        Ok(())
+        let skipped = match &images {
+            Images::Pixels(array) => {
+                let &[_, height, width, 3] = array.shape() else {
+                    let shape = array.shape();
+                    return Err(ConfigError::new_err(format!("expected RGB images [n, H, W, 3], got {shape:?}")));
+                };
+                let source = Pixels::new(array.as_slice().map_err(contiguous)?, height, width)?;
+                self.fill_from(py, &source, request, out)?
+            }
+            Images::Encoded(source) => self.fill_from(py, &source.get().0, request, out)?,
+        };
+        Ok(skipped.into_iter().map(|skipped| (skipped.position, skipped.error.to_string())).collect())
     }
 }

@@ -1,0 +1,48 @@
+"""Making things in order on another thread, some of them before they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Makes one thing for each number of a range, up to `depth` of them before they are asked for.
+
+    Its thread never waits for the consumer, so one that goes away half-way leaves nothing that hangs. A forked child
+    starts a thread of its own and goes on where its parent was.
+    """
+
+    def __init__(self, make: Callable[[int], T], numbers: range, depth: int) -> None:
+        self._make = make
+        self._numbers = numbers
+        self._depth = depth
+        self._made: deque[Future[T]] = deque()
+        self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def next(self) -> T:
+        """The next thing; waits for it if it is not there yet. What went wrong making it is raised here."""
+        if self._depth == 0:
+            number, self._numbers = self._numbers[0], self._numbers[1:]
+            return self._make(number)
+        if self._executor is None or self._process != os.getpid():
+            # A forked child has this object, but neither its thread nor what was being made.
+            self._numbers = range(self._numbers.start - len(self._made), self._numbers.stop)
+            self._made.clear()
+            self._process = os.getpid()
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches-ahead")
+        while self._numbers and len(self._made) <= self._depth:
+            self._made.append(self._executor.submit(self._make, self._numbers[0]))
+            self._numbers = self._numbers[1:]
+        return self._made.popleft().result()
+
+    def close(self) -> None:
+        """Forgets what nobody will ask for."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)

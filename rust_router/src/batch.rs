@@ -1,0 +1,178 @@
+//! Writing images into a batch: what bytes become, and in which order the axes lie.
+
+use crate::source::ImageView;
+
+/// Where the top left corner of the output lies in the image (outside it there are zeros), and if it is mirrored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// Row of the image shown in the output's first row.
+    pub top: isize,
+    /// Column of the image shown at the window's left edge.
+    pub left: isize,
+    /// Left and right exchanged.
+    pub mirrored: bool,
+}
+
+/// Order of a batch's axes in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Channels before rows and columns: `[batch, 3, height, width]`.
+    Planar,
+    /// Channels last: `[batch, height, width, 3]`.
+    Interleaved,
+}
+
+/// What each byte of each channel becomes in the batch.
+pub type Levels<T> = [[T; 256]; 3];
+
+/// Bytes as they are.
+#[must_use]
+pub fn byte_levels() -> Box<Levels<u8>> {
+    Box::new([std::array::from_fn(|level| level as u8); 3])
+}
+
+/// `(level / 255 - mean) / std` in 32-bit floats, each operation rounded as torch and NumPy round it.
+#[must_use]
+pub fn float_levels(mean: [f32; 3], std: [f32; 3]) -> Box<Levels<f32>> {
+    Box::new(std::array::from_fn(|c| std::array::from_fn(|level| (level as f32 / 255.0 - mean[c]) / std[c])))
+}
+
+/// Writes the window of `image` that starts at `window` and has `height` rows into `out`.
+///
+/// The width follows from `out`, which holds `3 * height * width` elements.
+pub fn write<T: Copy>(
+    image: ImageView<'_>,
+    window: Window,
+    levels: &Levels<T>,
+    layout: Layout,
+    height: usize,
+    out: &mut [T],
+) {
+    let width = out.len() / (3 * height);
+    // Columns of the window that lie in the image; the others stay zero.
+    let inside = clip(window.left, width, image.width);
+    let source_start = if inside.is_empty() { 0 } else { 3 * inside.start.saturating_add_signed(window.left) };
+    let source_len = 3 * inside.len();
+    let target = if window.mirrored { width - inside.end..width - inside.start } else { inside };
+    let row_of = |y: usize| {
+        let row = y.checked_add_signed(window.top).filter(|&row| row < image.height)?;
+        Some(&image.rgb[3 * row * image.width + source_start..][..source_len])
+    };
+    match layout {
+        Layout::Planar => {
+            let (red, rest) = out.split_at_mut(height * width);
+            let (green, blue) = rest.split_at_mut(height * width);
+            let rows = red.chunks_exact_mut(width).zip(green.chunks_exact_mut(width)).zip(blue.chunks_exact_mut(width));
+            for (y, ((red, green), blue)) in rows.enumerate() {
+                let Some(source) = row_of(y) else {
+                    red.fill(levels[0][0]);
+                    green.fill(levels[1][0]);
+                    blue.fill(levels[2][0]);
+                    continue;
+                };
+                let red = frame(red, &target, levels[0][0]);
+                let green = frame(green, &target, levels[1][0]);
+                let blue = frame(blue, &target, levels[2][0]);
+                let pixels = source.chunks_exact(3);
+                let put = |(((r, g), b), pixel): (((&mut T, &mut T), &mut T), &[u8])| {
+                    *r = levels[0][usize::from(pixel[0])];
+                    *g = levels[1][usize::from(pixel[1])];
+                    *b = levels[2][usize::from(pixel[2])];
+                };
+                let planes = red.iter_mut().zip(green).zip(blue);
+                if window.mirrored {
+                    planes.zip(pixels.rev()).for_each(put);
+                } else {
+                    planes.zip(pixels).for_each(put);
+                }
+            }
+        }
+        Layout::Interleaved => {
+            let zero = [levels[0][0], levels[1][0], levels[2][0]];
+            let put = |(out, pixel): (&mut [T; 3], &[u8])| {
+                *out = std::array::from_fn(|c| levels[c][usize::from(pixel[c])]);
+            };
+            for (y, row) in out.chunks_exact_mut(3 * width).enumerate() {
+                let (row, _) = row.as_chunks_mut::<3>();
+                let Some(source) = row_of(y) else {
+                    row.fill(zero);
+                    continue;
+                };
+                let row = frame(row, &target, zero);
+                if window.mirrored {
+                    row.iter_mut().zip(source.chunks_exact(3).rev()).for_each(put);
+                } else {
+                    row.iter_mut().zip(source.chunks_exact(3)).for_each(put);
+                }
+            }
+        }
+    }
+}
+
+/// The part of `0..len` that, moved by `offset`, lies in `0..limit`.
+fn clip(offset: isize, len: usize, limit: usize) -> std::ops::Range<usize> {
+    let end = limit.saturating_add_signed(offset.saturating_neg()).min(len);
+    let start = 0_usize.saturating_add_signed(offset.saturating_neg()).min(end);
+    start..end
+}
+
+/// Zeroes a row outside `inside` and returns what is within.
+fn frame<'a, T: Copy>(row: &'a mut [T], inside: &std::ops::Range<usize>, zero: T) -> &'a mut [T] {
+    row[..inside.start].fill(zero);
+    row[inside.end..].fill(zero);
+    &mut row[inside.clone()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The definition, one element at a time.
+    fn reference(
+        image: ImageView<'_>,
+        window: Window,
+        height: usize,
+        width: usize,
+        c: usize,
+        y: usize,
+        x: usize,
+    ) -> u8 {
+        assert!(y < height);
+        let column = if window.mirrored { width - 1 - x } else { x };
+        let (row, column) = (y as isize + window.top, column as isize + window.left);
+        let in_image = (0..image.height as isize).contains(&row) && (0..image.width as isize).contains(&column);
+        if in_image { image.rgb[(row as usize * image.width + column as usize) * 3 + c] } else { 0 }
+    }
+
+    proptest! {
+        #[test]
+        fn a_window_shows_the_image_and_zeros_around_it(
+            (ih, iw, h, w) in (1..6_usize, 1..6_usize, 1..8_usize, 1..8_usize),
+            (top, left) in (-9..9_isize, -9..9_isize),
+            mirrored: bool,
+        ) {
+            let rgb: Vec<u8> = (1..=ih * iw * 3).map(|v| v as u8).collect();
+            let image = ImageView { rgb: &rgb, height: ih, width: iw };
+            let window = Window { top, left, mirrored };
+            let mut planar = vec![255_u8; 3 * h * w];
+            let mut interleaved = planar.clone();
+            write(image, window, &byte_levels(), Layout::Planar, h, &mut planar);
+            write(image, window, &byte_levels(), Layout::Interleaved, h, &mut interleaved);
+            for (c, y, x) in (0..3).flat_map(|c| (0..h).flat_map(move |y| (0..w).map(move |x| (c, y, x)))) {
+                let expected = reference(image, window, h, w, c, y, x);
+                prop_assert_eq!(planar[(c * h + y) * w + x], expected);
+                prop_assert_eq!(interleaved[(y * w + x) * 3 + c], expected);
+            }
+        }
+    }
+
+    #[test]
+    fn floats_are_levels_over_255_normalised() {
+        let levels = float_levels([0.0, 0.5, 0.25], [1.0, 0.5, 0.25]);
+        assert_eq!(levels[0][255], 1.0);
+        assert_eq!(levels[0][51], 0.2); // 51 / 255
+        assert_eq!(levels[1][255], 1.0); // (1 - 0.5) / 0.5
+        assert_eq!(levels[2][0], -1.0); // (0 - 0.25) / 0.25
+    }
+}

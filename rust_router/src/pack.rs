@@ -1,0 +1,207 @@
+//! Packs: many encoded images in one file, with their labels and a text that says where they came from.
+//!
+//! Little-endian. A header of 64 bytes, the images one after another, the index, the text; nothing behind it.
+//!
+//! | bytes | header |
+//! |---|---|
+//! | 0–7 | `ADVMPACK` |
+//! | 8–11 | version, 1 |
+//! | 12–15 | CRC-32 of index and text |
+//! | 16–23 | n, number of images |
+//! | 24–31 | where the index begins |
+//! | 32–39 | length of the text |
+//!
+//! The index holds n + 1 image starts (u64, absolute; the last is the index's own) and n labels (i64).
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::atomic::NewFile;
+use crate::error::{Error, Result};
+use crate::source::{Encoded, Span};
+
+const MAGIC: &[u8; 8] = b"ADVMPACK";
+const VERSION: u32 = 1;
+const HEADER: u64 = 64;
+
+/// A pack in the making; dropped before it is finished, it leaves nothing.
+#[derive(Debug)]
+pub struct PackWriter {
+    file: NewFile,
+    path: PathBuf,
+    starts: Vec<u64>,
+    labels: Vec<i64>,
+}
+
+impl PackWriter {
+    /// Begins the pack that will be `path`.
+    ///
+    /// # Errors
+    /// A folder that cannot be written to.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut file = NewFile::create(path)?;
+        file.out.write_all(&[0; HEADER as usize]).map_err(|e| Error::io("write", path, e))?;
+        Ok(Self { file, path: path.to_owned(), starts: vec![HEADER], labels: Vec::new() })
+    }
+
+    /// Adds one encoded image.
+    ///
+    /// # Errors
+    /// No bytes, or a full disk.
+    pub fn add(&mut self, image: &[u8], label: i64) -> Result<()> {
+        let row = self.labels.len();
+        if image.is_empty() {
+            return Err(Error::Argument(format!("image {row} has no bytes; leave it out or fetch its source again")));
+        }
+        self.file.out.write_all(image).map_err(|e| Error::io("write", &self.path, e))?;
+        self.starts.push(self.starts[row] + image.len() as u64);
+        self.labels.push(label);
+        Ok(())
+    }
+
+    /// Writes index, text and header, and gives the file its name.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn finish(mut self, text: &str) -> Result<()> {
+        let mut index: Vec<u8> = self.starts.iter().flat_map(|start| start.to_le_bytes()).collect();
+        index.extend(self.labels.iter().flat_map(|label| label.to_le_bytes()));
+        index.extend(text.as_bytes());
+        let mut header = Vec::with_capacity(HEADER as usize);
+        header.extend(MAGIC);
+        header.extend(VERSION.to_le_bytes());
+        header.extend(crc32fast::hash(&index).to_le_bytes());
+        header.extend((self.labels.len() as u64).to_le_bytes());
+        header.extend(self.starts[self.labels.len()].to_le_bytes());
+        header.extend((text.len() as u64).to_le_bytes());
+        let out = &mut self.file.out;
+        let written = out.write_all(&index).and_then(|()| out.rewind()).and_then(|()| out.write_all(&header));
+        written.map_err(|e| Error::io("write", &self.path, e))?;
+        self.file.commit()
+    }
+}
+
+/// What a pack says about its images.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Pack {
+    /// Where each image lies in the pack.
+    pub spans: Vec<Span>,
+    /// Labels.
+    pub labels: Vec<i64>,
+    /// What its writer had to say.
+    pub text: String,
+}
+
+impl Pack {
+    /// Reads and checks a pack's header, index and text; of its images only where they lie.
+    ///
+    /// # Errors
+    /// A file that is not there, not a pack, damaged or cut.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
+        Self::read(BufReader::new(file)).map_err(|reason| Error::Format { what: "pack", path: path.to_owned(), reason })
+    }
+
+    /// [`Self::open`] for anything that holds a file's bytes; an error is the reason why it is no pack.
+    ///
+    /// # Errors
+    /// Anything but a whole pack. Memory stays within a small multiple of the bytes' length.
+    pub fn read(mut file: impl Read + Seek) -> std::result::Result<Self, String> {
+        let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
+        let mut header = [0; HEADER as usize];
+        file.rewind().and_then(|()| file.read_exact(&mut header)).map_err(|e| e.to_string())?;
+        let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let (version, crc) = (number(8) as u32, (number(8) >> 32) as u32);
+        if &header[..8] != MAGIC || version != VERSION {
+            return Err(format!("expected {} version {VERSION}", String::from_utf8_lossy(MAGIC)));
+        }
+        let (n, index_start, text_length) = (number(16), number(24), number(32));
+        let index_length = n.checked_mul(16).and_then(|bytes| bytes.checked_add(8));
+        let end = index_length.and_then(|bytes| index_start.checked_add(bytes)?.checked_add(text_length));
+        if end != Some(length) {
+            return Err(format!("it has {length} bytes, which are not those its header counts"));
+        }
+        let mut index = Vec::new();
+        let read = file.seek(SeekFrom::Start(index_start)).and_then(|_| file.read_to_end(&mut index));
+        read.map_err(|e| e.to_string())?;
+        if crc32fast::hash(&index) != crc {
+            return Err("the checksum of its index differs".into());
+        }
+        let text = index.split_off((length - text_length - index_start) as usize);
+        let text = String::from_utf8(text).map_err(|e| e.to_string())?;
+        let labels = index.split_off(8 * (n as usize + 1));
+        let starts: Vec<u64> = index.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
+        let labels = labels.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect();
+        if starts[0] != HEADER || starts[n as usize] != index_start || !starts.is_sorted_by(|a, b| a < b) {
+            return Err("its images do not lie one after another".into());
+        }
+        let spans = starts.windows(2).map(|pair| Span { file: 0, offset: pair[0], length: pair[1] - pair[0] });
+        Ok(Self { spans: spans.collect(), labels, text })
+    }
+
+    /// The images of the pack, whose file is `path`.
+    ///
+    /// # Errors
+    /// An image that is too long to be one.
+    pub fn source(&self, path: &Path) -> Result<Encoded> {
+        Encoded::new(vec![path.to_owned()], self.spans.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn pack(folder: &Path, images: &[&[u8]]) -> Vec<u8> {
+        let path = folder.join("images.pack");
+        let mut writer = PackWriter::create(&path).unwrap();
+        for (image, label) in images.iter().zip(-1..) {
+            writer.add(image, label).unwrap();
+        }
+        writer.finish("from ünit tests").unwrap();
+        std::fs::read(&path).unwrap()
+    }
+
+    #[test]
+    fn what_was_packed_is_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        pack(folder.path(), &[b"first", b"2nd"]);
+        let path = folder.path().join("images.pack");
+        let opened = Pack::open(&path).unwrap();
+        assert_eq!((opened.labels.as_slice(), opened.text.as_str()), (&[-1, 0][..], "from ünit tests"));
+        let source = opened.source(&path).unwrap();
+        let mut bytes = Vec::new();
+        source.read(1, &mut bytes).unwrap();
+        assert_eq!(bytes, b"2nd");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(Pack::read(Cursor::new(pack(folder.path(), &[]))).unwrap().spans.is_empty());
+    }
+
+    #[test]
+    fn a_pack_given_up_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = PackWriter::create(&folder.path().join("images.pack")).unwrap();
+        writer.add(b"first", 0).unwrap();
+        assert!(writer.add(b"", 0).is_err());
+        drop(writer);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_pack_cut_or_changed_anywhere_but_in_its_images_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = pack(folder.path(), &[b"first", b"2nd"]);
+        for end in 0..whole.len() {
+            assert!(Pack::read(Cursor::new(&whole[..end])).is_err(), "cut at {end}");
+        }
+        let images = HEADER as usize..HEADER as usize + 8;
+        for place in (0..40).chain(images.end..whole.len()) {
+            let mut changed = whole.clone();
+            changed[place] ^= 0x40;
+            assert!(Pack::read(Cursor::new(changed)).is_err(), "changed at {place}");
+        }
+        assert!(Pack::read(Cursor::new([&whole[..], &[0]].concat())).is_err());
+    }
+}

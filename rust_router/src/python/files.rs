@@ -1,0 +1,75 @@
+//! Packs and tar shards, for Python.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use numpy::{IntoPyArray, PyArray1};
+use pyo3::prelude::*;
+
+use super::batches::EncodedSource;
+use super::{ConfigError, DataError};
+use crate::{pack, shard};
+
+type Array1<'py, T> = Bound<'py, PyArray1<T>>;
+
+/// A pack in the making; nothing is left of one that is not finished.
+#[pyclass(frozen)]
+pub(super) struct PackWriter(Mutex<Option<pack::PackWriter>>);
+
+impl PackWriter {
+    fn take(&self) -> PyResult<pack::PackWriter> {
+        let writer = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        writer.ok_or_else(|| ConfigError::new_err("expected a pack in the making; this one is finished, or failed"))
+    }
+}
+
+#[pymethods]
+impl PackWriter {
+    #[new]
+    fn new(path: PathBuf) -> PyResult<Self> {
+        Ok(Self(Mutex::new(Some(pack::PackWriter::create(&path)?))))
+    }
+
+    /// Adds one encoded image.
+    fn add(&self, image: &[u8], label: i64) -> PyResult<()> {
+        let mut writer = self.take()?;
+        writer.add(image, label)?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
+        Ok(())
+    }
+
+    /// Completes the file; `text` says where its images came from.
+    fn finish(&self, py: Python<'_>, text: &str) -> PyResult<()> {
+        let writer = self.take()?;
+        Ok(py.detach(|| writer.finish(text))?)
+    }
+
+    /// Gives the file up, if it is not finished.
+    fn close(&self) {
+        drop(self.take());
+    }
+}
+
+/// A pack's images, labels and text.
+#[pyfunction]
+pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<(EncodedSource, Array1<'_, i64>, String)> {
+    let (pack, source) = py.detach(|| {
+        let pack = pack::Pack::open(&path)?;
+        let source = pack.source(&path)?;
+        Ok::<_, crate::Error>((pack, source))
+    })?;
+    Ok((EncodedSource(source), pack.labels.into_pyarray(py), pack.text))
+}
+
+/// Offsets, lengths and labels of the images of a tar shard.
+#[pyfunction]
+pub(super) fn tar_samples(
+    py: Python<'_>,
+    path: PathBuf,
+) -> PyResult<(Array1<'_, u64>, Array1<'_, u64>, Array1<'_, i64>)> {
+    let samples = py.detach(|| shard::open(&path)).map_err(|e| DataError::new_err(e.to_string()))?;
+    let offsets: Vec<u64> = samples.iter().map(|sample| sample.offset).collect();
+    let lengths: Vec<u64> = samples.iter().map(|sample| sample.length).collect();
+    let labels: Vec<i64> = samples.iter().map(|sample| sample.label).collect();
+    Ok((offsets.into_pyarray(py), lengths.into_pyarray(py), labels.into_pyarray(py)))
+}

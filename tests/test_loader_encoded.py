@@ -1,0 +1,367 @@
+"""Encoded images: decoded and transformed as Pillow and torchvision do, found in folders, tar shards and packs."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as reference
+
+from advmoe import rust_router
+from advmoe.data.cache import packed
+from advmoe.data.encoded import EncodedImages, image_folder, tar_shards
+from advmoe.data.loader import BatchLoader, CropFlip
+from advmoe.data.transforms import RandomResizedCrop, ResizeCenterCrop, Transform
+from advmoe.errors import ConfigError, DataError
+
+SEED, STREAM = 5, 1
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0]).resize((160, 120))
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def in_folder(folder: Path, contents: list[bytes]) -> EncodedImages:
+    """Images of one class, in order."""
+    (folder / "class").mkdir(parents=True)
+    for number, content in enumerate(contents):
+        (folder / "class" / f"{number:04d}.jpg").write_bytes(content)
+    return image_folder(folder)
+
+
+def load(images: EncodedImages, transform: Transform | None = None, epoch: int = 0) -> NDArray[np.uint8]:
+    """All images of an epoch, uint8 [n, H, W, 3]."""
+    loader = BatchLoader(
+        images, batch_size=3, augment=transform, dtype=torch.uint8, seed=SEED, stream=STREAM, channels_last=True
+    )
+    return torch.cat([batch.images for batch in loader.epoch(epoch)]).permute(0, 2, 3, 1).numpy()
+
+
+def words(purpose: int, epoch: int, index: int, count: int) -> list[int]:
+    philox = np.random.Philox(key=[SEED, STREAM], counter=[0, index, epoch, purpose])
+    return [int(word) for word in philox.random_raw(count)]
+
+
+def difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.int16]:
+    return np.abs(a.astype(np.int16) - b.astype(np.int16))
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"quality": 90, "subsampling": 0}),
+        ("RGB", {"quality": 75, "subsampling": 2}),
+        ("RGB", {"quality": 90, "progressive": True}),
+        ("RGB", {"quality": 90, "subsampling": 1, "restart_marker_rows": 1}),
+        ("L", {"quality": 90}),
+        ("CMYK", {"quality": 90}),
+    ],
+)
+def test_jpeg_differs_from_libjpeg_by_rounding_only(
+    photo: Image.Image, tmp_path: Path, mode: str, options: dict[str, Any]
+) -> None:
+    content = encode(photo.convert(mode), **options)
+    (ours,) = load(in_folder(tmp_path, [content]))
+    pillow = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    apart = difference(ours, pillow)
+    # Colour conversion of CMYK is rounded at more places.
+    assert apart.max() <= (6 if mode == "CMYK" else 4)
+    assert apart.mean() < 0.5
+    if mode != "CMYK":  # torchvision's CMYK differs from Pillow's by more than a level itself
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        theirs = decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        assert difference(ours, theirs).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_png_of_every_mode_is_what_pillow_shows(photo: Image.Image, tmp_path: Path, mode: str) -> None:
+    if mode == "I;16":
+        levels = np.asarray(photo.convert("L")).astype(np.uint16) * 257
+        content, expected = encode(Image.fromarray(levels), "PNG"), photo.convert("L").convert("RGB")
+    else:
+        image = photo.convert(mode)
+        content, expected = encode(image, "PNG"), image.convert("RGB")
+    (ours,) = load(in_folder(tmp_path, [content]))
+    np.testing.assert_array_equal(ours, np.asarray(expected))
+
+
+def test_formats_are_told_by_content_and_exif_is_ignored(photo: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a.JPEG").write_bytes(encode(photo, "PNG"))
+    (tmp_path / "class" / "b.png").write_bytes(encode(photo, quality=95, exif=exif))
+    images = load(image_folder(tmp_path))
+    np.testing.assert_array_equal(images[0], np.asarray(photo))
+    assert difference(images[1], np.asarray(photo)).mean() < 4
+
+
+def oracle_part(index: int, epoch: int, height: int, width: int, transform: RandomResizedCrop) -> tuple[int, ...]:
+    """torchvision's RandomResizedCrop.get_params, one Philox block of area, ratio, top and left for each attempt."""
+    draws = words(1, epoch, index, 40)
+    for area_word, ratio_word, top, left in zip(*[iter(draws)] * 4, strict=True):
+        unit = [(word >> 11) / 2**53 for word in (area_word, ratio_word)]
+        area = height * width * (transform.scale[0] + (transform.scale[1] - transform.scale[0]) * unit[0])
+        low, high = (math.log(ratio) for ratio in transform.ratio)
+        ratio = math.exp(low + (high - low) * unit[1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return (top * (height - h + 1)) >> 64, (left * (width - w + 1)) >> 64, h, w
+    raise AssertionError("no attempt fits; choose another image")
+
+
+def test_random_resized_crop_is_torchvisions_for_the_same_draws(photo: Image.Image, tmp_path: Path) -> None:
+    source = in_folder(tmp_path, [encode(photo, "PNG")] * 12)
+    transform = RandomResizedCrop(size=(48, 40))
+    parts, mirrors = [], []
+    for index, ours in enumerate(load(source, transform, epoch=2)):
+        top, left, height, width = oracle_part(index, 2, 120, 160, transform)
+        crop = photo.crop((left, top, left + width, top + height)).resize((40, 48), Image.Resampling.BILINEAR)
+        mirrored = words(2, 2, index, 1)[0] >> 63
+        expected = np.asarray(crop)[:, ::-1] if mirrored else np.asarray(crop)
+        assert difference(ours, expected).max() <= 1  # fixed-point weights of another precision
+        parts.append((top, left, height, width))
+        mirrors.append(mirrored)
+    assert len(set(parts)) == 12
+    assert 0 < sum(mirrors) < 12
+
+
+@pytest.mark.parametrize("size", [(120, 160), (75, 50), (64, 64), (40, 33)])
+def test_resize_and_center_crop_are_torchvisions(photo: Image.Image, tmp_path: Path, size: tuple[int, int]) -> None:
+    image = photo.resize(size[::-1])
+    (ours,) = load(in_folder(tmp_path, [encode(image, "PNG")]), ResizeCenterCrop(size=(32, 48), resize=64))
+    resized = reference.resize(image, [64], interpolation=reference.InterpolationMode.BILINEAR)
+    expected = np.asarray(reference.center_crop(resized, [32, 48]))
+    assert difference(ours, expected).max() <= 1
+
+
+def test_encoded_and_decoded_images_give_the_same_batches(photo: Image.Image, tmp_path: Path) -> None:
+    images = [np.asarray(photo.rotate(30 * turn)) for turn in range(7)]
+    encoded = in_folder(tmp_path, [encode(Image.fromarray(image), "PNG") for image in images])
+
+    class Decoded:
+        def __init__(self) -> None:
+            self.images = np.stack(images)
+            self.labels = np.zeros(7, dtype=np.int64)
+
+    for transform in (None, CropFlip(), RandomResizedCrop(size=24), ResizeCenterCrop(size=24, resize=30)):
+        expected = None
+        for source in (Decoded(), encoded):
+            for num_threads in (1, 2, 7):
+                loader = BatchLoader(
+                    source, batch_size=3, shuffle=True, augment=transform, seed=1, num_threads=num_threads
+                )
+                got = torch.cat([batch.images for batch in loader])
+                expected = got if expected is None else expected
+                assert torch.equal(got, expected)
+
+
+def test_tar_shards_are_read_in_place(photo: Image.Image, tmp_path: Path) -> None:
+    images = [photo.rotate(40 * turn) for turn in range(5)]
+    paths: list[Path] = []
+    for shard in (images[:3], images[3:]):
+        path = tmp_path / f"shard-{len(paths)}.tar"
+        with tarfile.open(path, "w") as tar:
+            for image in shard:
+                number = images.index(image)
+                for ending, content in (("cls", f"{number}".encode()), ("png", encode(image, "PNG"))):
+                    member = tarfile.TarInfo(f"train/{number:03d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        paths.append(path)
+    source = tar_shards(paths, class_names=list("abcde"))
+    assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(load(source), np.stack([np.asarray(image) for image in images]))
+    with pytest.raises(DataError, match="expected labels 0 to 1, got 0 to 4"):
+        tar_shards(paths, class_names=["a", "b"])
+    paths[0].write_bytes(paths[0].read_bytes()[:-9000])
+    with pytest.raises(DataError, match=r"shard-0.tar is not a tar shard or is damaged: [^\n]+"):
+        tar_shards(paths, class_names=list("abcde"))
+
+
+def parquet(path: Path, contents: list[bytes | None], labels: list[int]) -> None:
+    images = [{"bytes": content, "path": None} for content in contents]
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+
+
+def test_a_pack_is_made_once_and_again_when_its_source_or_itself_changed(photo: Image.Image, tmp_path: Path) -> None:
+    files = [tmp_path / "train-0.parquet", tmp_path / "train-1.parquet"]
+    parquet(files[0], [encode(photo, "PNG")], [1])
+    parquet(files[1], [encode(photo.rotate(90, expand=False), "PNG")], [0])
+    pack = tmp_path / "train.pack"
+    reports: list[tuple[int, int]] = []
+
+    def again() -> EncodedImages:
+        reports.clear()
+        return packed(files, pack, class_names=["a", "b"], progress=lambda done, total: reports.append((done, total)))
+
+    first = again()
+    assert reports == [(2, 2)]
+    assert first.labels.tolist() == [1, 0]
+    np.testing.assert_array_equal(load(first)[0], np.asarray(photo))
+    again()
+    assert reports == []
+    parquet(files[1], [encode(photo, "PNG")] * 2, [0, 0])
+    assert len(again()) == 3
+    assert reports == [(3, 3)]
+    pack.write_bytes(pack.read_bytes()[:-1])
+    again()
+    assert reports == [(3, 3)]
+    os.utime(files[0], (1, 1))
+    again()
+    assert reports == [(3, 3)]
+    assert {path.name for path in tmp_path.iterdir()} == {"train-0.parquet", "train-1.parquet", "train.pack"}
+
+
+@pytest.mark.parametrize(
+    ("contents", "labels", "message"),
+    [
+        ([b"x", None], [0, 0], r"train.parquet has no image in row 1"),
+        ([b"x", b""], [0, 0], r"train.parquet has no image in row 1"),
+        ([b"x", b"y"], [0, 2], r"train.parquet has label 2 in row 1; expected 0 to 1"),
+    ],
+)
+def test_parquet_that_cannot_be_packed_leaves_no_pack(
+    tmp_path: Path, contents: list[bytes | None], labels: list[int], message: str
+) -> None:
+    parquet(tmp_path / "train.parquet", contents, labels)
+    with pytest.raises(DataError, match=message):
+        packed([tmp_path / "train.parquet"], tmp_path / "pack", class_names=["a", "b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
+
+
+def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    with pytest.raises(DataError, match=r"cannot read .*train.parquet: No such file"):
+        packed([path], tmp_path / "pack", class_names=["a"])
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"train.parquet is not a parquet file, or is cut: [^\n]+$"):
+        packed([path], tmp_path / "pack", class_names=["a"])
+    pq.write_table(pa.table({"img": ["x"], "label": [0]}), path)
+    with pytest.raises(DataError, match=r"has no column 'image'; it has img, label"):
+        packed([path], tmp_path / "pack", class_names=["a"])
+    with pytest.raises(DataError, match=r"cannot be read as images and labels: [^\n]+$"):
+        packed([path], tmp_path / "pack", class_names=["a"], image_column="img")
+
+
+HOSTILE = (
+    "empty",
+    "zeros",
+    "text",
+    "gif",
+    "jpeg cut in its header",
+    "jpeg cut in its data",
+    "jpeg cut at its end",
+    "jpeg of 65,535 x 65,535 pixels",
+    "jpeg without data",
+    "png cut in its header",
+    "png cut in its data",
+    "png with a wrong checksum",
+    "png bomb",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(photo: Image.Image) -> dict[str, bytes]:
+    """Files that are no images, or worse."""
+    jpeg, png = encode(photo, quality=90), encode(photo, "PNG")
+    frame = jpeg.index(b"\xff\xc0")  # marker, length (2), precision (1), height (2), width (2)
+    giant_jpeg = jpeg[: frame + 5] + b"\xff\xff\xff\xff" + jpeg[frame + 9 :]
+    bomb = io.BytesIO()
+    Image.new("1", (8300, 8300)).save(bomb, "PNG")  # some 10 kB that would be 200 MB of RGB
+    contents = (
+        b"",
+        bytes(1000),
+        b"<html>404 Not Found</html>",
+        b"GIF89a" + bytes(100),
+        jpeg[:100],
+        jpeg[: len(jpeg) // 2],
+        jpeg[:-200],
+        giant_jpeg,
+        jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xd9",
+        png[:20],
+        png[: len(png) // 2],
+        png[:40] + bytes([png[40] ^ 1]) + png[41:],
+        bomb.getvalue(),
+    )
+    return dict(zip(HOSTILE, contents, strict=True))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_named_with_its_row(
+    photo: Image.Image, hostile: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    source = in_folder(tmp_path, [encode(photo), hostile[name]])
+    with pytest.raises(DataError, match=r"^image 1 \(.*0001.jpg at byte 0\): [^\n]+$"):
+        load(source)
+
+
+def test_bad_images_are_skipped_on_request_and_reported(
+    photo: Image.Image, hostile: dict[str, bytes], tmp_path: Path
+) -> None:
+    bad = list(hostile.values())
+    source = in_folder(tmp_path, [bad[0], encode(photo), *bad[1:], encode(photo)])
+    loader = BatchLoader(source, batch_size=4, shuffle=True, on_bad_image="skip")
+    batches = list(loader)
+    assert sorted(int(index) for batch in batches for index in batch.indices) == [1, len(bad) + 1]
+    assert all(len(batch.images) == len(batch.labels) == len(batch.indices) > 0 for batch in batches)
+    assert sorted(loader.skipped) == [row for row in range(len(bad) + 2) if row not in (1, len(bad) + 1)]
+    assert "0000.jpg" in loader.skipped[0]
+
+
+def test_images_of_different_sizes_need_a_transform_that_resizes(photo: Image.Image, tmp_path: Path) -> None:
+    source = in_folder(tmp_path, [encode(photo), encode(photo.resize((50, 60)))])
+    with pytest.raises(ConfigError, match="expected images of 120x160, but image 1 is 60x50; resize them"):
+        load(source)
+    assert load(source, ResizeCenterCrop(size=32, resize=32)).shape == (2, 32, 32, 3)
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a folder of class folders"):
+        image_folder(tmp_path / "missing")
+    (tmp_path / "class").mkdir()
+    with pytest.raises(DataError, match=r"<class>/<image>\.jpg, found none"):
+        image_folder(tmp_path)
+
+
+def test_a_file_that_goes_missing_is_named(photo: Image.Image, tmp_path: Path) -> None:
+    source = in_folder(tmp_path, [encode(photo)])
+    (tmp_path / "class" / "0000.jpg").unlink()
+    with pytest.raises(DataError, match=r"image 0 \(.*0000.jpg at byte 0\): No such file"):
+        load(source)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CropFlip(padding=-1), "expected padding >= 0, got -1"),
+        (lambda: RandomResizedCrop(size=0), "expected a size of 1 to 65535 pixels, got 0"),
+        (lambda: RandomResizedCrop(scale=(0.5, 0.1)), "expected rising scale"),
+        (lambda: ResizeCenterCrop(size=224, resize=200), "expected resize from 224 to 65535, got 200"),
+        (lambda: rust_router.PackWriter("/nowhere/x.pack"), "cannot write /nowhere/x.pack"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(make: object, message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        make()  # type: ignore[operator]
