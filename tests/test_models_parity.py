@@ -7,6 +7,7 @@ import torchvision
 from grid import Cell
 from torch import Tensor
 
+from advmoe.evaluation.cost import measure_cost
 from advmoe.models.registry import create_model
 
 
@@ -110,3 +111,17 @@ def test_image_router_sees_the_normalised_image_and_nothing_else() -> None:
     for parameter in model.expert_parameters():
         parameter.data.normal_()
     torch.testing.assert_close(model.forward_with_routing(images)[1].logits_BRN[:, 0], expected)
+
+
+@pytest.mark.parametrize("expert_filters", ["windows", "separate"])
+@pytest.mark.parametrize(("num_experts", "model_scale"), [(1, 0.1), (3, 0.3), (10, 0.9), (16, 0.1), (16, 1.0)])
+@pytest.mark.parametrize("arch", ["resnet18", "vit"])
+def test_a_pathway_costs_s_dense_and_its_routers_for_any_n_and_r(
+    arch: str, num_experts: int, model_scale: float, expert_filters: str
+) -> None:
+    settings = {"width": 0.25, "model_scale": model_scale, **({"depth": 2} if arch == "vit" else {})}
+    moe = create_model(arch, num_experts=num_experts, expert_filters=expert_filters, **settings)
+    moe(torch.rand(3, 3, 32, 32)).sum().backward()
+    inputs = sum(router.linear.in_features for router in moe.routers)
+    s_dense = measure_cost(create_model(arch, kind="s_dense", **settings), 32)
+    assert measure_cost(moe, 32).gflops == pytest.approx(s_dense.gflops + inputs * num_experts / 1e9, rel=1e-12)

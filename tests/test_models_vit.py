@@ -58,6 +58,9 @@ def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: st
     assert hidden == 4 * dim  # N = 2, r = .5: two disjoint halves
     x_RTD = torch.randn(3, 1 if granularity == "token" else 5, dim)
     y = mlp.compute(x_RTD.transpose(1, 2).unsqueeze(3), Decision(torch.tensor([1, 0, 1]), None, None))
+    index_R = torch.tensor([1, 0, 1])
+    as_exported = mlp.reduce(F.gelu(mlp.expand(x_RTD, index_R)), index_R)
+    torch.testing.assert_close(y.squeeze(3).transpose(1, 2), as_exported)
     for row, expert in enumerate([1, 0, 1]):
         half = slice(expert * hidden // 2, (expert + 1) * hidden // 2)
         own = slice(expert * dim, (expert + 1) * dim)

@@ -27,8 +27,8 @@ def dispatch(x: Tensor, expert_index_B: Tensor, num_experts: int, compute: Calla
     """Apply `compute(expert, sub_batch)` to the images of each expert that has any, and combine in batch order."""
     counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
     present = [expert for expert, count in enumerate(counts) if count]
-    if len(present) == 1:
-        return compute(present[0], x)
+    if len(present) < 2:  # also for an empty batch, whose shape an expert knows
+        return compute(present[0] if present else 0, x)
     order_B = expert_index_B.argsort(stable=True)
     parts = x[order_B].split([counts[expert] for expert in present])
     y = torch.cat([compute(expert, part) for expert, part in zip(present, parts, strict=True)])
@@ -54,8 +54,6 @@ def _moe_conv2d(
         rows_bias = None if bias is None else expert_rows(bias, starts[expert], size)
         return F.conv2d(part, rows, rows_bias, list(stride), list(padding), list(dilation), groups)
 
-    if len(x) == 0:
-        return convolve(0, x)
     return dispatch(x, expert_index, len(starts), convolve)
 
 

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from advmoe.models.moe_conv import dispatch, expert_rows
 
 
+def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, size: int) -> Tensor:
+    return F.linear(x, expert_rows(weight, start, size), None if bias is None else expert_rows(bias, start, size))
+
+
 def _moe_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, starts: Sequence[int], size: int
 ) -> Tensor:
     def multiply(expert: int, part: Tensor) -> Tensor:
-        rows_bias = None if bias is None else expert_rows(bias, starts[expert], size)
-        return F.linear(part, expert_rows(weight, starts[expert], size), rows_bias)
+        return _expert_linear(part, weight, bias, starts[expert], size)
 
-    if len(x) == 0:
-        return multiply(0, x)
     return dispatch(x, expert_index, len(starts), multiply)
 
 
@@ -89,6 +90,10 @@ class MoELinear(nn.Module):
     def forward(self, x: Tensor, expert_index: Tensor) -> Tensor:
         """[rows, ..., D_in] and int64 [rows] -> [rows, ..., size]."""
         return moe_linear(x, self.weight, self.bias, expert_index, starts=self.starts, size=self.size)
+
+    def one_expert(self, expert: int, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., size], all rows by the same expert."""
+        return _expert_linear(x, self.weight, self.bias, self.starts[expert], self.size)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

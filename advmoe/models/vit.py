@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from advmoe.config import ModelConfig, check
 from advmoe.models.channels import Channels
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
+from advmoe.models.moe_conv import dispatch
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision, ExpertLayout, RoutingTape
@@ -106,11 +107,18 @@ class RoutedMLP(nn.Module):
     def compute(self, x_RDT1: Tensor, decision: Decision) -> Tensor:
         """Output of each row's expert, as feature maps [R, D, tokens, 1]."""
         x_RTD = x_RDT1.squeeze(3).transpose(1, 2)
-        hidden = F.gelu(self.expand(x_RTD, decision.expert_index_B))
-        y_RTD: Tensor = self.reduce(hidden, decision.expert_index_B)
+        index_R = decision.expert_index_B
+        if torch.compiler.is_exporting():
+            y_RTD: Tensor = self.reduce(F.gelu(self.expand(x_RTD, index_R)), index_R)
+        else:  # both layers of an expert on its rows: one dispatch instead of two
+            y_RTD = dispatch(x_RTD, index_R, self.expand.num_experts, self.one_expert)
         if decision.gate_B is not None:
             y_RTD = y_RTD * decision.gate_B[:, None, None]
         return y_RTD.transpose(1, 2).unsqueeze(3)
+
+    def one_expert(self, expert: int, x_RTD: Tensor) -> Tensor:
+        """Output of one expert for all rows."""
+        return self.reduce.one_expert(expert, F.gelu(self.expand.one_expert(expert, x_RTD)))
 
 
 class Block(nn.Module):
