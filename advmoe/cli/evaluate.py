@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 
+from advmoe.attacks.autoattack import package
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed, resolve_device
-from advmoe.cli.progress import data_progress, evaluation_progress
+from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps
+from advmoe.data.sets import Dataset, Images
 from advmoe.data.sources import load_dataset
 from advmoe.errors import CheckpointError, ConfigError
-from advmoe.evaluation.accuracy import evaluate as evaluate_model
-from advmoe.training.checkpoint import load_checkpoint
+from advmoe.evaluation.card import make_card, pixels, save_card
+from advmoe.evaluation.cost import measure_cost
+from advmoe.evaluation.dissection import route_log
+from advmoe.evaluation.results import SuiteConfig
+from advmoe.evaluation.suite import run_suite
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+
+CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"
+"""What `--out` holds."""
+SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
+"""Radii of the whole suite's sweep, relative to eps."""
+UNTRUSTED = 2
+"""Exit status of --strict if a diagnostic failed."""
 
 
 def evaluate(
@@ -29,6 +44,24 @@ def evaluate(
     ] = None,
     step_size: Annotated[str | None, typer.Option(help="Length of a PGD step. Default: a quarter of eps.")] = None,
     restarts: Annotated[int, typer.Option(help="Random starts; an image is robust if it survives them all.")] = 1,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Attack the routing of an MoE-CNN too: gradient views, route attack.")
+    ] = False,
+    autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack (standard version).")] = False,
+    eps_sweep: Annotated[
+        str | None, typer.Option(help="Further radii for PGD, e.g. 2/255,4/255.", metavar="EPS,EPS,...")
+    ] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Everything: --routing, --autoattack and a sweep from eps/4 to 2 eps.")
+    ] = False,
+    diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0 leaves them out.")] = 64,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 2 if a diagnostic fails: the numbers are not to be trusted.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the result card, the route log and the state from which to go on."),
+    ] = None,
     limit_eval: LimitEval = None,
     batch_size: Annotated[int, typer.Option(help="Images attacked at a time; changes nothing but memory.")] = 256,
     data_dir: DataDir = None,
@@ -36,24 +69,77 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure standard accuracy (SA) and robust accuracy under PGD (RA) on the test images.
+    """Measure standard accuracy (SA) and robust accuracy (RA) on the test images, and whether RA can be trusted.
 
     The checkpoint carries everything needed: architecture, classes, normalisation, the radius it was trained for.
+    With --out, an interrupted evaluation goes on where it stopped when the same command is given again.
     """
     check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
+    check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
     contents = load_checkpoint(checkpoint)
     model = contents.build().to(resolve_device(device))
-    if eps is None:
+    radius = _radius(contents, eps)
+    length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
+    sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
+    if suite and not sweep:
+        sweep = tuple(min(share * radius, 1.0) for share in SWEEP_SHARES)
+    config = SuiteConfig(
+        attack=AttackConfig(eps=radius, steps=steps, step_size=length, restarts=restarts),
+        routing=routing or suite,
+        autoattack=autoattack or suite,
+        eps_sweep=sweep,
+        diagnosed=diagnose,
+    )
+    if config.autoattack:
+        package()
+    data = _load(contents, checkpoint, dataset, data_dir)
+    images = _chosen(data.test, limit_eval, seed)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    with suite_progress(len(images)) as progress:
+        result = run_suite(
+            model,
+            images,
+            config,
+            batch_size=batch_size,
+            seed=seed,
+            state_path=None if out is None else out / STATE,
+            progress=progress,
+        )
+    card = make_card(
+        result,
+        name=f"{checkpoint.parent.name}/{checkpoint.stem}",
+        dataset=data.info.name,
+        model=contents.model,
+        train=contents.train,
+        cost=measure_cost(model, contents.model.image_size),
+        device=_hardware(next(model.parameters()).device),
+    )
+    if out is not None:
+        save_card(out / CARD, card)
+        route_log(result, model).save(out / ROUTES)
+    if json:
+        console.emit_json({"checkpoint": str(checkpoint), "dataset": data.info.name} | card["advmoe"])
+    else:
+        show(f"{checkpoint} on {data.info.name} (test)", card)
+    if strict and not card["advmoe"]["trusted"]:
+        raise typer.Exit(UNTRUSTED)
+
+
+def _radius(contents: Checkpoint, eps: str | None) -> float:
+    if eps is not None:
+        radius = console.number(eps, "--eps")
+    else:
         trained = contents.train.get("attack", {}).get("eps")
         if trained is None:
             raise ConfigError("the checkpoint does not say which radius it was trained for; give --eps, e.g. 8/255")
         radius = float(trained)
-    else:
-        radius = console.number(eps, "--eps")
     check_eps(radius)
-    length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
-    attack = AttackConfig(eps=radius, steps=steps, step_size=length, restarts=restarts)
+    return radius
+
+
+def _load(contents: Checkpoint, checkpoint: Path, dataset: str | None, data_dir: Path | None) -> Dataset:
     name = dataset or contents.train.get("dataset")
     if name is None:
         raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
@@ -61,27 +147,64 @@ def evaluate(
         data = load_dataset(name, data_dir, progress=reading)
     if contents.class_names and contents.class_names != data.info.class_names:
         raise CheckpointError(
-            f"{checkpoint} tells {len(contents.class_names)} classes apart ({', '.join(contents.class_names[:3])}, ...), "
+            f"{checkpoint} tells {len(contents.class_names)} classes apart "
+            f"({', '.join(contents.class_names[:3])}, ...), "
             f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
             "evaluate it on the data set it was trained on"
         )
-    images = data.test
-    if limit_eval is not None and limit_eval < len(images):
-        images = images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit_eval, replace=False)))
-    with evaluation_progress(len(images)) as progress:
-        result = evaluate_model(model, images, attack, batch_size=batch_size, seed=seed, progress=progress)
-    figures = {"checkpoint": str(checkpoint), "dataset": data.info.name} | result.as_dict()
-    if json:
-        console.emit_json(figures)
-        return
-    rows = {
-        "SA": f"{100 * result.sa:.2f} %",
-        f"RA (PGD-{steps}, eps {255 * radius:g}/255)": f"{100 * result.ra:.2f} %",
-        "attack": f"step {255 * length:.3g}/255, {restarts} restart(s), start {attack.start}",
-        "images": result.images,
-        "seed": seed,
+    return data
+
+
+def _chosen(images: Images, limit: int | None, seed: int) -> Images:
+    """All the images, or a seeded choice of them in their order."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False)))
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def show(title: str, card: dict[str, Any]) -> None:
+    """Figures and diagnostics as tables."""
+    numbers = card["advmoe"]
+    attack = numbers["attack"]
+    pgd = f"ra_pgd{attack['steps']}"
+    rows: dict[str, Any] = {
+        "SA": f"{numbers['sa']:.2f} %",
+        f"RA (PGD-{attack['steps']}, eps {pixels(attack['eps'])})": f"{numbers[pgd]:.2f} %",
     }
-    if model.expert_layouts:
-        rows["pathways changed by the attack"] = f"{100 * result.routers_fooled:.2f} %"
-        rows["distinct pathways, clean"] = len(np.unique(result.clean_pathways_NL, axis=0))
-    console.show_facts(f"{checkpoint} on {data.info.name} (test)", rows)
+    for view, ra in numbers.get("ra_views", {}).items():
+        rows[f"  routing seen as {view}"] = f"{ra:.2f} %"
+    names = {
+        "ra_union": "RA, union of all views of the routing",
+        "ra_route": f"RA, and the route attack ({'exact' if numbers.get('routes_exact') else 'sampled, greedy'})",
+        "ra_aa": "RA (AutoAttack, standard)",
+        "ra_worst": "RA, worst of everything run",
+        "ra_experts": "RA-E, experts attacked with the routing frozen",
+        "ra_routers": "RA-R, only routers attacked",
+        "every_pathway": "right on every pathway in use",
+        "ra_every_pathway": "the same under attack",
+    }
+    rows |= {text: f"{numbers[name]:.2f} %" for name, text in names.items() if name in numbers}
+    rows |= {f"RA at eps {eps}": f"{ra:.2f} %" for eps, ra in numbers.get("ra_by_eps", {}).items()}
+    if "routers_fooled" in numbers:
+        rows["pathways changed by PGD"] = f"{numbers['routers_fooled']:.2f} %"
+        rows["distinct pathways, clean"] = numbers["pathways"]
+    rows |= {
+        "attack": f"step {255 * attack['step_size']:.3g}/255, {attack['restarts']} restart(s), start {attack['start']}",
+        "images": f"{numbers['images']} (standard error of RA {numbers['standard_error']:.2f} points), "
+        f"seed {numbers['seed']}",
+        "parameters, GFLOPs per image": f"{numbers['parameters']:,}, {numbers['gflops']:.4g}",
+    }
+    console.show_facts(title, rows)
+    if numbers["diagnostics"]:
+        verdict = "trusted" if numbers["trusted"] else "NOT TO BE TRUSTED"
+        console.show_table(
+            f"Diagnostics: these numbers are {verdict}",
+            ("check", "status", "seen"),
+            [(item["name"], item["status"], item["value"]) for item in numbers["diagnostics"]],
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.markup import escape
@@ -23,8 +25,12 @@ class ImagesPerSecond(ProgressColumn):
         return Text(f"{speed:.0f} images/s")
 
 
+SECONDS_BETWEEN_LINES = 30.0
+"""Where there is no terminal to draw a bar on, training says this often how far it is."""
+
+
 class TrainingProgress:
-    """Shows a training run: one bar over all its steps, one line per epoch."""
+    """Shows a training run: one bar over all its steps, one line per epoch; in a log file, lines instead of the bar."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -38,6 +44,7 @@ class TrainingProgress:
         )
         self._steps_per_epoch = 1
         self._epochs = 1
+        self._next_line = 0.0
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -66,6 +73,15 @@ class TrainingProgress:
             images=images,
             description=f"epoch {epoch}/{self._epochs}",
         )
+        now = time.monotonic()
+        if not console.err.is_terminal and now >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            left = self._progress.tasks[0].time_remaining
+            eta = "" if left is None else f", {timedelta(seconds=round(left))} left"
+            of = self._epochs * self._steps_per_epoch
+            self._progress.console.print(
+                f"epoch {epoch}/{self._epochs}, step {step}/{of}: {shown}{eta}", highlight=False
+            )
 
     def validated(self, record: dict[str, Any]) -> None:
         """Print the epoch's line."""
@@ -85,21 +101,21 @@ class TrainingProgress:
 
 
 @contextmanager
-def evaluation_progress(total: int) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar over images with SA and RA so far."""
+def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
+    """A bar over images, with what is being done to them and the time left."""
     with Progress(
         TextColumn("evaluating"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[what]}"),
         TimeRemainingColumn(),
         console=console.err,
         transient=True,
     ) as progress:
-        task = progress.add_task("evaluating", total=total, figures="")
+        task = progress.add_task("evaluating", total=total, what="")
 
-        def update(done: int, sa: float, ra: float) -> None:
-            progress.update(task, completed=done, figures=f"SA {100 * sa:.1f} RA {100 * ra:.1f}")
+        def update(done: float, total: int, what: str) -> None:
+            progress.update(task, completed=done, what=what)
 
         yield update
 

@@ -1,0 +1,50 @@
+"""What became of each adversarial example: router and prediction, each fooled or not (paper, Sec. 3, Figs. 4 and 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advmoe.evaluation.results import SuiteResult
+from advmoe.models.network import RoutedNetwork
+from advmoe.routes import Condition, RouteChange, RouteLog
+
+
+def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
+    """The pathways that an evaluation saw, under the conditions `clean`, `pgd` and `worst`."""
+    log = RouteLog([model.config.num_experts] * (len(model.expert_layouts) * model.rows_per_image))
+    for name, pathways in result.arrays.items():
+        kind, _, condition = name.partition("/")
+        if kind == "pathway":
+            log.append(
+                condition,
+                result.arrays["index"],
+                pathways,
+                labels=result.arrays["label"],
+                predictions=result.arrays[f"prediction/{condition}"],
+            )
+    return log
+
+
+def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> dict[str, Any]:
+    """Shares of all images in per cent: the four classes, and what they add up to.
+
+    Images that are wrong when clean are among the wrong ones: RA here is the accuracy under the attack.
+    """
+    change: RouteChange = log.compare(clean, attack)
+    parts = change.dissection
+    if parts is None:
+        return {}
+    total = parts.num_samples
+
+    def percent(count: float) -> float:
+        return round(100 * count / total, 2)
+
+    return {
+        "router_survives_right": percent(parts.survived_right),
+        "router_fooled_right": percent(parts.fooled_right),
+        "router_survives_wrong": percent(parts.survived_wrong),
+        "router_fooled_wrong": percent(parts.fooled_wrong),
+        "router_robustness": round(100 * parts.router_robustness, 2),
+        "moe_robustness": round(100 * parts.robust_accuracy, 2),
+        "changed_by_layer": [round(100 * share, 2) for share in change.changed_by_layer],
+    }

@@ -1,0 +1,78 @@
+"""Pathways as sets of channels: how near they are to the mask of a Sparse-CNN, and to each other (paper, Fig. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe.errors import ConfigError
+from advmoe.models.masked import mask_pathway
+from advmoe.models.network import RoutedNetwork
+from advmoe.routes import Condition, Diversity, PathwayChannels, RouteLog
+
+BINS = 40
+"""Bins of the histograms of IoU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSimilarity:
+    """Pathways against a Sparse-CNN's mask pathway, under one condition."""
+
+    condition: str
+    iou: NDArray[np.float64]
+    """[n] |P and M| / |P or M| over the channels of all MoE layers."""
+    cosine: NDArray[np.float64]
+    """[n] of the two sets as 0/1 vectors."""
+
+
+def pathway_channels(model: RoutedNetwork) -> PathwayChannels:
+    """Which backbone channels each expert of each MoE layer computes.
+
+    Raises:
+        ConfigError: the experts' filters are their own (`separate`) and are no backbone channels.
+    """
+    layouts = model.expert_layouts
+    if any(layout.separate and layout.num_experts * layout.size != layout.num_channels for layout in layouts):
+        raise ConfigError(
+            "pathways are compared as sets of backbone channels, but this model's experts have filters of their own "
+            "(expert_filters 'separate'); only models with 'windows' can be compared"
+        )
+    return PathwayChannels(
+        [[layout.channels(expert) for expert in range(layout.num_experts)] for layout in layouts],
+        [layout.num_channels for layout in layouts],
+    )
+
+
+def mask_of(model: RoutedNetwork, like: PathwayChannels) -> NDArray[np.bool_]:
+    """The mask pathway of a Sparse-CNN as one mask over the channels of all MoE layers, [C].
+
+    Raises:
+        ConfigError: not a Sparse-CNN, or one on another backbone.
+    """
+    kept = mask_pathway(model)
+    widths = [table.shape[1] for table in like.tables]
+    if len(kept) != len(widths) or any(channels[-1] >= width for channels, width in zip(kept, widths, strict=True)):
+        raise ConfigError(
+            f"the Sparse-CNN has {len(kept)} prunable layers, the MoE-CNN {len(widths)} MoE layers, or other widths; "
+            "compare models on the same backbone"
+        )
+    return np.concatenate([np.isin(np.arange(width), channels) for channels, width in zip(kept, widths, strict=True)])
+
+
+def mask_similarity(
+    log: RouteLog, conditions: Sequence[str], channels: PathwayChannels, mask: NDArray[np.bool_]
+) -> list[MaskSimilarity]:
+    """IoU and cosine of every pathway with the mask, condition by condition."""
+    similar = []
+    for condition in conditions:
+        iou, cosine = log.mask_similarity(condition, channels, mask)
+        similar.append(MaskSimilarity(condition=condition, iou=iou, cosine=cosine))
+    return similar
+
+
+def diversity(log: RouteLog, condition: Condition, channels: PathwayChannels) -> Diversity:
+    """IoU over pairs of images: 1 if all take one pathway."""
+    return log.diversity(condition, channels, bins=BINS)

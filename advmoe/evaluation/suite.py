@@ -1,0 +1,143 @@
+"""The whole evaluation of one model: every attack on every image, batch by batch, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import evaluating
+from advmoe.attacks.relaxations import is_routed
+from advmoe.config import to_dict
+from advmoe.data.loader import BatchLoader
+from advmoe.data.sets import ImageSet
+from advmoe.evaluation.diagnostics import Diagnostic, Sample, diagnose, routing_gap
+from advmoe.evaluation.precision import full_precision
+from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.stages import begin, predict, stages
+from advmoe.evaluation.state import EvaluationState
+from advmoe.models.network import RoutedNetwork
+
+Progress = Callable[[float, int, str], None]
+"""(images done, images in all, what is going on)."""
+
+
+def run_suite(
+    model: nn.Module,
+    images: ImageSet,
+    config: SuiteConfig,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    state_path: Path | None = None,
+    progress: Progress | None = None,
+) -> SuiteResult:
+    """Evaluate a model, in fp32; it is left in the mode it was in.
+
+    Args:
+        model: a module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
+        images: the test images.
+        config: what to measure.
+        batch_size: images attacked at a time; changes nothing but memory, and AutoAttack's random numbers.
+        seed: of everything random.
+        state_path: where to keep the results of each batch; an interrupted evaluation goes on from there.
+        progress: called as work goes on.
+
+    Raises:
+        CheckpointError: the state at `state_path` belongs to another evaluation.
+        ConfigError: AutoAttack is asked for and not installed, or the model is not in fp32.
+        AdvMoEError: logits or gradients are not finite.
+    """
+    tell = progress or (lambda *_: None)
+    state = EvaluationState(state_path, identity(model, images, config, batch_size, seed))
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    total = len(images)
+    with evaluating(model), full_precision(model):
+        tell(state.images_done, total, "clean images")
+        common_ML, counts = common_pathways(model, images, batch_size, device)
+        first_batch, rest = divmod(state.images_done, batch_size)
+        if rest:
+            first_batch += 1  # the last batch, smaller than the others
+        for batch in BatchLoader(images, batch_size=batch_size).epoch(0, start_batch=first_batch):
+            done = state.images_done
+            run = begin(model, batch, config, seed, device)
+            attacks = stages(run, common_ML)
+            for number, (what, attack) in enumerate(attacks):
+                tell(done + len(run.y) * number / len(attacks), total, what)
+                attack()
+            run.observe("worst", run.worst)
+            run.record("worst", ~run.broken[run.right])
+            state.add({name: run.arrays[name] for name in sorted(run.arrays)})
+        tell(total, total, "diagnostics")
+        diagnostics = _diagnose(model, images, config, seed, device)
+    result = SuiteResult(
+        config=config,
+        seed=seed,
+        arrays=state.arrays,
+        diagnostics=tuple(diagnostics),
+        exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
+        pathways_used=len(counts),
+    )
+    if config.routing and is_routed(model) and config.diagnosed:
+        gap = routing_gap(result.ra("pgd"), result.ra_union)
+        result = dataclasses.replace(result, diagnostics=(*result.diagnostics, gap))
+    return result
+
+
+def _choices(model: RoutedNetwork) -> int:
+    """Number of pathways there could be."""
+    return int(model.config.num_experts ** (len(model.routers) * model.rows_per_image))
+
+
+def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size: int, seed: int) -> dict[str, Any]:
+    """What an interrupted evaluation has to have in common with the one that goes on from it."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    pixels = hashlib.sha256(images.images.tobytes())
+    pixels.update(images.labels.tobytes())
+    settings = to_dict(config)
+    for diagnostic_only in ("diagnosed", "square_queries"):
+        del settings[diagnostic_only]
+    return {
+        "model": weights.hexdigest()[:16],
+        "images": pixels.hexdigest()[:16],
+        "batch size": batch_size,
+        "seed": seed,
+    } | settings
+
+
+def common_pathways(
+    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device
+) -> tuple[Tensor, np.ndarray]:
+    """Distinct clean pathways [M, L] and how many images take each [M], the most frequent first."""
+    pathways = [
+        predict(model, batch.images.to(device))[1].cpu()
+        for batch in BatchLoader(images, batch_size=batch_size).epoch(0)
+    ]
+    pathways_NL = torch.cat(pathways)
+    if not pathways_NL.shape[1]:
+        return pathways_NL[:1].to(device), np.array([len(pathways_NL)])
+    distinct_ML, counts = pathways_NL.unique(dim=0, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return distinct_ML[order].to(device), counts[order].numpy()
+
+
+def _diagnose(
+    model: nn.Module, images: ImageSet, config: SuiteConfig, seed: int, device: torch.device
+) -> list[Diagnostic]:
+    """Checks on an evenly spread sample of the images."""
+    if not config.diagnosed or not len(images):
+        return []
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(config.diagnosed, len(images))).round().astype(np.int64))
+    (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
+    sample = Sample(model, batch.images.to(device), batch.labels.to(device), batch.indices, config.attack, seed)
+    return diagnose(sample, square_queries=config.square_queries)

@@ -1,0 +1,145 @@
+"""The whole evaluation: what its figures mean, that it resumes, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rooms import TwoRooms, room_images
+
+from advmoe.config import AttackConfig
+from advmoe.data.sets import ImageSet
+from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
+from advmoe.evaluation.accuracy import evaluate
+from advmoe.evaluation.card import figures
+from advmoe.evaluation.dissection import dissection, route_log
+from advmoe.evaluation.precision import full_precision
+from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.suite import run_suite
+from advmoe.models.network import RoutedNetwork
+
+ATTACK = AttackConfig(eps=8 / 255, steps=10, step_size=2 / 255)
+ROUTING = SuiteConfig(attack=ATTACK, diagnosed=0)
+
+
+def rooms(*reds: float, labels: list[int] | None = None) -> ImageSet:
+    """Images for the two rooms: red (in levels) decides which, green says class 0, so the labels are 0 by default."""
+    images = (255 * room_images(*(red / 255 for red in reds))).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    chosen = np.array(labels or [0] * len(reds), dtype=np.int64)
+    return ImageSet(images=images, labels=chosen, class_names=("zero", "one"))
+
+
+@pytest.fixture(scope="module")
+def result() -> SuiteResult:
+    """Red 124 is 4 levels below the threshold of 127.5, red 110 is out of reach, 140 is in the trap and wrong."""
+    return run_suite(TwoRooms(), rooms(124, 110, 110, 140), ROUTING)
+
+
+def test_each_attack_says_what_it_can_and_cannot_break(result: SuiteResult) -> None:
+    numbers = figures(result)
+    assert numbers["sa"] == 75.0  # the image in the trap is wrong
+    assert numbers["ra_pgd10"] == 75.0  # the model's own gradient does not see the router
+    assert numbers["ra_views"] == {
+        "detached": 75.0,
+        "straight_through": 75.0,
+        "softmax": 50.0,
+        "mixture@1": 50.0,
+        "mixture@10": 50.0,
+    }
+    assert numbers["ra_union"] == numbers["ra_route"] == numbers["ra_worst"] == 50.0
+    assert numbers["routes_exact"] is True
+    assert numbers["ra_experts"] == 75.0  # with the routing frozen nothing is weak
+    assert numbers["ra_routers"] == 50.0
+    assert numbers["every_pathway"] == 0.0  # expert 1 says class 1 to everything
+    assert numbers["pathways"] == 2
+    # Of 1, 2, 4, 8 levels (and a half) 124 flips at 4; the trap is 12 levels from the threshold and does not flip.
+    assert numbers["routers_flipped_within"] == {"4/255": 25.0}
+
+
+def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: SuiteResult) -> None:
+    assert result.arrays["prediction/clean"].tolist() == [0, 0, 0, 1]
+    assert result.arrays["prediction/worst"].tolist() == [1, 0, 0, 1]
+    log = route_log(result, TwoRooms())
+    assert [name for name, _ in log.conditions] == ["clean", "pgd", "worst"]
+    assert log.routes("worst").experts_NL[:, 0].tolist() == [1, 0, 0, 1]
+    parts = dissection(log, "worst")
+    # Image 0: router and prediction fooled; 1 and 2: neither; 3 was wrong from the start, in the room it stays in.
+    assert parts["router_fooled_wrong"] == 25.0
+    assert parts["router_survives_right"] == 50.0
+    assert parts["router_survives_wrong"] == 25.0
+    assert (parts["router_robustness"], parts["moe_robustness"]) == (75.0, 50.0)
+
+
+def test_without_routing_the_suite_is_sa_and_ra(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    images = ImageSet(images=noise, labels=np.arange(12) % 10, class_names=tuple("0123456789"))
+    attack = AttackConfig(eps=1 / 255, steps=2, step_size=1 / 255)
+    plain = evaluate(model, images, attack, batch_size=5)
+    result = run_suite(model, images, SuiteConfig(attack=attack, diagnosed=0, eps_sweep=(0.0, 4 / 255)), batch_size=5)
+    assert (result.sa, result.ra("pgd")) == (plain.sa, plain.ra)
+    assert result.attacks == ["eps/0", "eps/0.0156863", "pgd", "worst"]
+    assert result.ra("eps/0") == result.sa
+    assert result.ra("eps/0.0156863") <= result.ra("pgd")
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model, images, path = TwoRooms(), rooms(124, 110, 123, 140, 110), tmp_path / "state.npz"
+    whole = run_suite(model, images, ROUTING, batch_size=2)
+    seen: list[float] = []
+
+    def interrupted(done: float, total: int, what: str) -> None:
+        seen.append(done)
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=interrupted)
+    assert [name.name for name in tmp_path.iterdir()] == ["state.npz"]
+    seen.clear()
+    resumed = run_suite(
+        model, images, ROUTING, batch_size=2, state_path=path, progress=lambda done, *_: seen.append(done)
+    )
+    assert min(seen) == 2
+    assert resumed.arrays.keys() == whole.arrays.keys()
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(resumed.arrays[name], array)
+    seen.clear()
+    run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=lambda done, *_: seen.append(done))
+    assert set(seen) == {5}
+
+
+def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path) -> None:
+    images, path = rooms(124, 110), tmp_path / "state.npz"
+    run_suite(TwoRooms(), images, ROUTING, state_path=path)
+    other = TwoRooms()
+    torch.nn.init.ones_(other.conv.weight)
+    with pytest.raises(CheckpointError, match="belongs to another evaluation: model was"):
+        run_suite(other, images, ROUTING, state_path=path)
+    with pytest.raises(CheckpointError, match="seed was 0, now it is 1"):
+        run_suite(TwoRooms(), images, ROUTING, state_path=path, seed=1)
+    with pytest.raises(CheckpointError, match="images was"):
+        run_suite(TwoRooms(), rooms(124, 111), ROUTING, state_path=path)
+    path.write_bytes(b"PK broken")
+    with pytest.raises(CheckpointError, match="damaged; move it away"):
+        run_suite(TwoRooms(), images, ROUTING, state_path=path)
+
+
+def test_nan_models_and_half_precision_are_refused(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = TwoRooms()
+    torch.nn.init.constant_(model.routers[0].linear.weight, torch.nan)
+    with pytest.raises(AdvMoEError, match="logits of the routers are not finite"):
+        run_suite(model, rooms(124, 110), ROUTING)
+    with pytest.raises(ConfigError, match=r"measured in fp32, got parameters in torch\.bfloat16"):
+        run_suite(TwoRooms().bfloat16(), rooms(124, 110), ROUTING)
+    with pytest.raises(ConfigError, match="did you mean 8/255"):
+        SuiteConfig(attack=ATTACK, eps_sweep=(8.0,))
+
+
+def test_full_precision_switches_tf32_off_and_back() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with full_precision(torch.nn.Linear(1, 1)):
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
