@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:  # a full disk, a folder that is a file or may not be written to
+        console.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 1
     except typer.TyperException as error:
         message = error.format_message() or str(error)
         if not message.strip():  # bare `advmoe`: the help has been shown

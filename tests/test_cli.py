@@ -1,0 +1,242 @@
+"""The command line: names that scripts rely on, and one clear line for every mistake."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from advmoe.cli.app import main
+
+SMALL = ["--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--val-limit", "10"]
+QUICK = [*SMALL, "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "digits", "--arch", "vgg16", *QUICK, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("ADVMOE_TRACEBACK", raising=False)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistake gets: on stderr, with exit code 1, and nothing written."""
+    before = sorted(Path.cwd().rglob("*"))
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return lines[0]
+
+
+OPTIONS = {
+    "train": (
+        "--data-dir --out --epochs --batch-size --width --limit-train --num-experts --model-scale --kind --method "
+        "--steps --eps --seed --device --json --arch --resume --step-size --lr --trades-beta --val-limit"
+    ),
+    "evaluate": "--data-dir --batch-size --limit-eval --steps --eps --seed --device --json --restarts --step-size",
+    "export": "--json",
+    "predict": "--json --top",
+    "info": "--json",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_that_scripts_rely_on(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert set(OPTIONS[command].split()) <= set(re.findall(r"--[a-z-]+", help_text))
+
+
+def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    help_text = capsys.readouterr().out
+    for command in OPTIONS:
+        assert re.search(rf"\b{command}\b", help_text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "cifar11"], r"unknown data set 'cifar11'.*cifar10"),
+        (["train", "digits", "--arch", "vgg17"], r"unknown architecture 'vgg17'.*did you mean 'vgg16'\?"),
+        (["train", "digits", "--kind", "sdense"], r"unknown model kind 'sdense'.*did you mean 's_dense'\?"),
+        (["train", "digits", "--method", "advmo"], r"unknown training method 'advmo'.*did you mean 'advmoe'\?"),
+        (["train", "digits", "--kind", "dense", "--method", "advmoe"], r"'advmoe' trains .*moe, got 'dense'"),
+        (["train", "digits", "--granularity", "pixel"], r"unknown router granularity 'pixel', expected one of"),
+        (["train", "digits", "--num-experts", "0"], r"number of experts N must be at least 1, got 0"),
+        (["train", "digits", "--model-scale", "0"], r"model scale r must be in \(0, 1\], got 0"),
+        (["train", "digits", "--model-scale", "1.5"], r"model scale r must be in \(0, 1\], got 1.5"),
+        (["train", "digits", "--model-scale", "0.001"], r"r = 0.001 leaves no channel of a layer with 64; use r >="),
+        (["train", "digits", "--width", "0"], r"width multiplier must be positive"),
+        (["train", "digits", "--width", "inf"], r"width multiplier must be positive and finite, got inf"),
+        (["train", "digits", "--eps", "8"], r"eps must be in \[0, 1\].*got 8; did you mean 8/255\?"),
+        (["train", "digits", "--eps", "-0.1"], r"eps must be in \[0, 1\].*got -0.1"),
+        (["train", "digits", "--eps", "eight"], r"--eps must be a number or a fraction such as 8/255, got 'eight'"),
+        (["train", "digits", "--eps", "1/0"], r"--eps must be a number or a fraction"),
+        (["train", "digits", "--eps", "nan"], r"eps must be in \[0, 1\].*got nan"),
+        (["train", "digits", "--step-size", "inf"], r"step size must be finite"),
+        (["train", "digits", "--steps", "-1"], r"steps must not be negative, got -1"),
+        (["train", "digits", "--epochs", "0"], r"epochs must be at least 1, got 0"),
+        (["train", "digits", "--batch-size", "1"], r"batch size must be at least 2 \(BatchNorm\), got 1"),
+        (["train", "digits", "--lr", "nan"], r"learning rate must be positive and finite, got nan"),
+        (["train", "digits", "--weight-decay", "-1"], r"weight decay must be finite and not negative, got -1"),
+        (["train", "digits", "--seed", "-1"], r"Invalid value for '--seed'"),
+        (["train", "digits", "--limit-train", "5"], r"--limit-train must be at least one batch \(128\), got 5"),
+        (["train", "digits", "--val-limit", "0"], r"val_limit must be at least 1, got 0"),
+        (["train", "digits", "--device", "tpu"], r"unknown device 'tpu', expected auto, cpu, cuda or cuda:N"),
+        (["train", "digits", "--device", "cuda:99"], r"device 'cuda:99'.*this machine has \d+ CUDA"),
+        (["train", "digits", "--resume"], r"no checkpoint at .*last\.pt"),
+        (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
+        (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
+        (["train", "cifar10", "--data-dir", "file"], r"file is a file; give the folder"),
+        (["evaluate", "missing.pt"], r"no checkpoint at missing\.pt"),
+        (["evaluate", "file"], r"file cannot be read as a checkpoint"),
+        (["export", "missing.pt", "model.onnx"], r"no checkpoint at missing\.pt"),
+        (["export", "file", "model.onnx"], r"file cannot be read as a checkpoint"),
+        (["predict", "missing.onnx", "file"], r"missing\.onnx"),
+        (["predict", "file", "file"], r"file"),
+        (["info", "missing.pt"], r"no checkpoint at missing\.pt"),
+        (["info", "file"], r"file cannot be read as a checkpoint"),
+        (["bogus"], r"No such command 'bogus'"),
+        (["evaluate"], r"Missing argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not what you think")
+    assert re.search(message, refused(arguments, capsys))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eps", "8"], r"eps must be in \[0, 1\].*did you mean 8/255\?"),
+        (["--steps", "-2"], r"steps must not be negative"),
+        (["--restarts", "0"], r"restarts must be at least 1"),
+        (["--batch-size", "0"], r"--batch-size must be at least 1, got 0"),
+        (["--limit-eval", "0"], r"--limit-eval must be at least 1, got 0"),
+        (["--seed", "-1"], r"Invalid value for '--seed'"),
+        (["--dataset", "nope"], r"unknown data set 'nope'"),
+        (["--device", "tpu"], r"unknown device"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistaken_evaluation_gets_one_clear_line(
+    run_folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert re.search(message, refused(["evaluate", str(run_folder / "best.pt"), *options], capsys))
+
+
+def test_a_run_folder_that_cannot_be_made_gets_one_clear_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert re.search(r"error: file: .*exists", refused(["train", "digits", *QUICK, "--out", "file"], capsys))
+
+
+def test_a_folder_that_holds_a_run_is_not_trained_over(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run_folder / "last.pt").read_bytes()
+    capsys.readouterr()
+    message = refused(["train", "digits", *QUICK, "--out", str(run_folder)], capsys)
+    assert "already holds a run; continue it with --resume" in message
+    assert (run_folder / "last.pt").read_bytes() == before
+
+
+def test_a_truncated_checkpoint_gets_one_clear_line(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "half.pt").write_bytes((run_folder / "best.pt").read_bytes()[:5000])
+    capsys.readouterr()
+    for command in (["evaluate", "half.pt"], ["export", "half.pt", "model.onnx"], ["info", "half.pt"]):
+        assert "half.pt cannot be read as a checkpoint: it is truncated" in refused(command, capsys)
+
+
+def test_training_again_with_resume_and_other_options_is_refused(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "copy")
+    capsys.readouterr()
+    message = refused(["train", "digits", *QUICK, "--lr", "0.5", "--out", "copy", "--resume"], capsys)
+    assert "started with lr = 0.1" in message
+
+
+def test_train_and_evaluate_print_one_json_object(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "copy")
+    capsys.readouterr()
+    assert main(["train", "digits", *QUICK, "--out", "copy", "--resume", "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert Path(trained["checkpoint"]).name == "best.pt"
+    assert trained["config"]["limit_train"] == 16
+    assert trained["metrics"]["epoch"] == 1
+
+    assert main(["evaluate", trained["checkpoint"], "--steps", "2", "--limit-eval", "12", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["images"] == 12
+    assert 0 <= evaluated["ra_pgd2"] <= evaluated["sa"] <= 100
+    assert evaluated["attack"]["eps"] == pytest.approx(8 / 255)
+    assert evaluated["attack"]["steps"] == 2
+
+    assert main(["info", trained["checkpoint"], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["arch"] == "vgg16"
+    assert facts["moe_layers"] == 12
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run_folder / "best.pt"), "--steps", "1", "--limit-eval", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "SA" in out
+    assert re.search(r"RA \(PGD-1, eps 8/255\)", out)
+    assert main(["info"]) == 0
+    assert "vgg16" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_served_model(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("advmoe_export")
+    pytest.importorskip("onnxruntime")
+    capsys.readouterr()
+    assert main(["export", str(run_folder / "best.pt"), "model.onnx", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "red.png")
+    assert main(["predict", "model.onnx", "red.png", "--json"]) == 0
+    (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert prediction["label"] in "0123456789"
+    assert len(prediction["pathway"]) == 12
+
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    assert "broken.png cannot be decoded as an image" in refused(["predict", "model.onnx", "broken.png"], capsys)
+    assert "no image file gone.png" in refused(["predict", "model.onnx", "gone.png"], capsys)
+
+
+def test_nan_weights_are_refused_by_evaluate(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    contents = torch.load(run_folder / "best.pt", weights_only=True)
+    name = next(name for name in contents["weights"] if name.startswith("routers.") and name.endswith("weight"))
+    contents["weights"][name].fill_(float("nan"))
+    torch.save(contents, tmp_path / "nan.pt")
+    capsys.readouterr()
+    assert "not finite" in refused(["evaluate", "nan.pt", "--steps", "1", "--limit-eval", "8"], capsys)
