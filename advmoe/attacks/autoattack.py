@@ -88,7 +88,13 @@ def autoattack(
         raise ConfigError(
             f"AutoAttack's targeted losses need at least 4 classes, got {num_classes}; use PGD and the route attack"
         )
-    runner = package().AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=images.device)
+    images = images.contiguous()
+
+    def contiguous(x: Tensor) -> Tensor:
+        """The package needs contiguous gradients, which not every model gives; this reshape makes them so."""
+        return forward(x.flatten(1).unflatten(1, x.shape[1:]))
+
+    runner = package().AutoAttack(contiguous, norm="Linf", eps=eps, seed=seed, version="standard", device=images.device)
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, num_classes - 1)
     runner.square.n_queries = square_queries
     with seeded(seed), _collected_warnings() as warnings:

@@ -1,0 +1,127 @@
+"""AutoAttack through its package: official settings, agreement with a second implementation, and its limits."""
+
+import importlib
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advmoe.attacks import autoattack as wrapper
+from advmoe.attacks.autoattack import STANDARD, autoattack
+from advmoe.attacks.pgd import evaluating
+from advmoe.attacks.untargeted import untargeted
+from advmoe.config import AttackConfig
+from advmoe.data.sources import Dataset
+from advmoe.errors import ConfigError
+
+pytest.importorskip("pyautoattack", reason="AutoAttack is an optional dependency")
+EPS = 24 / 255
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Dataset) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small net for digits and 10 of its training images, all classified correctly."""
+    images = torch.from_numpy(digits.train.images[:80]).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(digits.train.labels[:80])
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    right = (net(images).argmax(dim=1) == labels).nonzero().squeeze(1)[:10]
+    return net.eval(), images[right].contiguous(), labels[right]
+
+
+def test_the_standard_version_has_the_official_settings(
+    trained: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Croce & Hein: APGD-CE and targeted APGD-DLR (9 targets) and FAB (9 targets) with 100 steps, one restart each, and
+    # Square with 5,000 queries.
+    net, images, labels = trained
+    package, made = wrapper.package(), []
+
+    class Spy(package.AutoAttack):  # type: ignore[name-defined, misc]
+        def run_standard_evaluation(self, x: Tensor, y: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+            made.append(self)
+            return x, y
+
+    monkeypatch.setattr(package, "AutoAttack", Spy)
+    autoattack(net, images, labels, eps=EPS, seed=0)
+    runner = made[0]
+    assert [made[0].apgd.n_iter, runner.apgd_targeted.n_iter, runner.fab.n_iter] == [100, 100, 100]
+    assert [runner.apgd.n_restarts, runner.apgd_targeted.n_restarts, runner.fab.n_restarts] == [1, 1, 1]
+    assert (runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes) == (9, 9)
+    assert (runner.square.n_queries, runner.square.n_restarts) == (5000, 1)
+    assert len(made) == len(STANDARD)
+
+
+@pytest.mark.slow
+def test_it_agrees_with_a_second_implementation(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+    torchattacks = pytest.importorskip("torchattacks", reason="the second implementation is not installed")
+    net, images, labels = trained
+    with evaluating(net):
+        ours = autoattack(net, images, labels, eps=EPS, seed=0, attacks=("apgd-ce", "apgd-t", "fab-t"))
+        left = torch.ones(len(images), dtype=torch.bool)
+        for attack in (
+            torchattacks.APGD(net, eps=EPS, steps=100),
+            torchattacks.APGDT(net, eps=EPS, steps=100),
+            torchattacks.FAB(net, eps=EPS, steps=100, multi_targeted=True),
+        ):
+            left &= net(attack(images, labels)).argmax(dim=1) == labels
+    assert 0 < int(left.sum()) < len(images)
+    assert torch.equal(ours.robust_after["fab-t"], left)
+
+
+def test_it_breaks_what_pgd_breaks_within_the_ball(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+    net, images, labels = trained
+    with evaluating(net):
+        channels_last = images.to(memory_format=torch.channels_last)  # not contiguous, as a loader may give them
+        result = autoattack(
+            net, channels_last, labels, eps=EPS, seed=0, attacks=("apgd-ce", "square"), square_queries=50
+        )
+        attack = AttackConfig(eps=EPS, steps=50, step_size=EPS / 4)
+        robust = untargeted(net, images, labels, torch.arange(len(images)), attack, 0)[1]
+    assert list(result.robust_after) == ["apgd-ce", "square"]
+    masks = list(result.robust_after.values())
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(masks))
+    assert (masks[-1] <= robust).all()
+    assert torch.equal(net(result.adversarial).argmax(dim=1) == labels, masks[-1])
+    assert (result.adversarial - images).abs().max() <= EPS + 1e-6
+    assert result.adversarial.min() >= 0.0
+    assert result.adversarial.max() <= 1.0
+
+
+def test_its_checks_become_warnings_of_the_result(
+    trained: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, images, labels = trained
+    softmax = nn.Sequential(net, nn.Softmax(dim=1))
+    result = autoattack(softmax, images[:4], labels[:4], eps=1 / 255, seed=0, attacks=("apgd-ce",))
+    assert any("probability distribution" in warning for warning in result.warnings)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_leaves_the_random_state_alone(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+    net, images, labels = trained
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    autoattack(net, images[:2], labels[:2], eps=EPS, seed=0, attacks=("apgd-ce",))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_too_few_classes_and_a_missing_package_are_refused(
+    trained: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, images, labels = trained
+    three = nn.Sequential(net, nn.Linear(10, 3))
+    with pytest.raises(ConfigError, match="at least 4 classes, got 3"):
+        autoattack(three, images, labels, eps=EPS, seed=0)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ConfigError, match=r"pip install 'advmoe\[autoattack\]'"):
+        importlib.import_module("advmoe.attacks.autoattack").package()
