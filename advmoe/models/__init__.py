@@ -1,1 +1,1 @@
-"""Backbones as Dense, S-Dense and MoE-CNN."""
+"""Backbones as Dense, S-Dense, Sparse-CNN and MoE-CNN, and MoE-ViT."""

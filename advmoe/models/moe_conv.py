@@ -1,7 +1,7 @@
 """The MoE convolution: every image is convolved with the filters of its own expert, and with no others.
 
-The batch is dispatched (grouped by expert), each group runs one ordinary convolution, the results are combined back into
-batch order. In training too the cost is that of one expert per image.
+The batch is dispatched (grouped by expert), each group runs one ordinary convolution, the results are combined back
+into batch order. In training too the cost is that of one expert per image.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def _moe_conv2d(
     return dispatch(x, expert_index, len(starts), convolve)
 
 
-# The operator an exporter sees as one node. Its kernel is the function above; `moe_conv2d` below calls the function itself while
-# running eagerly, so that autograd differentiates through it.
+# The operator an exporter sees as one node. Its kernel is the function above; `moe_conv2d` below calls the function
+# itself while running eagerly, so that autograd differentiates through it.
 _operator = torch.library.custom_op(
     "advmoe::moe_conv2d",
     lambda *args: _moe_conv2d(*args).clone(),
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] starts, int size, int[] stride, int[] padding, "
-        "int[] dilation, int groups) -> Tensor"
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] starts, int size, int[] stride, "
+        "int[] padding, int[] dilation, int groups) -> Tensor"
     ),
 )
 
@@ -105,7 +105,8 @@ def moe_conv2d(
 
     Args:
         x_BCHW: layer input.
-        weight: weight bank [rows, C / groups, kh, kw]; expert e owns rows starts[e] ... starts[e] + size - 1, modulo rows.
+        weight: weight bank [rows, C / groups, kh, kw]; expert e owns rows starts[e] ... starts[e] + size - 1, modulo
+            rows.
         bias: bias bank [rows] or None.
         expert_index_B: int64, one of range(len(starts)) per image.
         starts: first row of each expert.

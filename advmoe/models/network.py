@@ -1,4 +1,4 @@
-"""What all networks of the project share: images in, logits out, pathways on request, and the split of theta into phi and psi."""
+"""What all networks share: images in, logits out, pathways on request, and the split of theta into phi and psi."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Routing: which expert each image takes in each MoE layer, as plain values.
 
-An MoE layer is a router plus one convolution (METHOD: paper, Sec. 3). The router picks one of N experts per image; the picks
-of all layers are the image's *pathway*. Nothing here is stored on a module: a forward pass opens a `RoutingTape`, each layer asks
-it for its decision, and the tape is read out as a `Routing` at the end.
+An MoE layer is a router plus one convolution (paper, Sec. 3). The router picks one of N experts per image; the picks of
+all layers are the image's *pathway*. Nothing here is stored on a module: a forward pass opens a `RoutingTape`, each
+layer asks it for its decision, and the tape is read out as a `Routing` at the end.
 
-Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers, R routers (R <= L, several layers may share one).
+Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers, R routers (R <= L, several layers may
+share one).
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def scaled_channels(num_channels: int, model_scale: float) -> int:
 class ExpertLayout:
     """Which channels of a layer each expert owns.
 
-    Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1, overlapping
-    above. `separate` gives every expert filters of its own instead, as the authors' released code does; at N = 2, r = 0.5
-    the two agree.
+    Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1,
+    overlapping above. `separate` gives every expert filters of its own instead, as the authors' released code does; at
+    N = 2, r = 0.5 the two agree.
     """
 
     num_channels: int
@@ -77,7 +78,7 @@ class ExpertLayout:
 
     @property
     def bank_channels(self) -> tuple[int, ...]:
-        """Backbone channels that some expert owns, sorted: the rows of the weight bank. Channels of no expert have no weights."""
+        """Backbone channels that some expert owns, sorted: the rows of the weight bank. The others have no weights."""
         return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))
 
     @property
@@ -99,7 +100,7 @@ class Decision(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The pathways of a batch: `expert_index_BL` int64 in [0, N), and the logits of each router (None if they were forced)."""
+    """The pathways of a batch: `expert_index_BL` int64 in [0, N), and the routers' logits (None if forced)."""
 
     expert_index_BL: Tensor
     logits_BRN: Tensor | None
@@ -108,9 +109,9 @@ class Routing(NamedTuple):
 def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: str) -> Tensor:
     """A factor of value 1 that lets gradients through the argmax.
 
-    `softmax`: p_e / stopgrad(p_e), whose gradient reaches all logits. `straight_through`: 1 + logit_e - stopgrad(logit_e), the
-    gradient reaches the chosen logit only (as in the authors' released code). The softmax form is evaluated in log
-    space, where nothing underflows.
+    `softmax`: p_e / stopgrad(p_e), whose gradient reaches all logits. `straight_through`: 1 + logit_e -
+    stopgrad(logit_e), the gradient reaches the chosen logit only (as in the authors' released code). The softmax form
+    is evaluated in log space, where nothing underflows.
     """
     score_BN = logits_BN.log_softmax(dim=1) if router_gradient == "softmax" else logits_BN
     score_B = score_BN.gather(1, expert_index_B.unsqueeze(1)).squeeze(1)
