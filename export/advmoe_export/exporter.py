@@ -19,9 +19,11 @@ import onnx_ir as ir
 
 from advmoe_export.errors import ModelFileError, UnsupportedModelError, VerificationError
 from advmoe_export.metadata import KEY, ModelMetadata
-from advmoe_export.operators import Bank
+from advmoe_export.operators import Bank, decision_of
 from advmoe_export.passes.fold_batchnorm import fold_batchnorm
+from advmoe_export.passes.half import use_half_precision
 from advmoe_export.passes.interface import add_expert_index, add_router_margin, routed_nodes, take_uint8_images
+from advmoe_export.passes.quantize import quantize
 from advmoe_export.passes.regions import Plan, plan_regions
 from advmoe_export.passes.rows import row_dim
 from advmoe_export.passes.storage import write_external
@@ -29,10 +31,18 @@ from advmoe_export.passes.two_way import compare_two_way
 from advmoe_export.profiles import build
 from advmoe_export.session import OPTIMIZATION_LEVELS, data_file
 from advmoe_export.trace import BATCH, trace
-from advmoe_export.verify import Reference, Tolerance, VerificationReport, run_reference, verify
+from advmoe_export.verify import (
+    Agreement,
+    Reference,
+    Tolerance,
+    VerificationReport,
+    compare_on,
+    run_reference,
+    verify,
+)
 
 INPUT_TYPES = ("float32", "uint8")
-DTYPES = ("fp32",)
+DTYPES = ("fp32", "fp16", "int8")
 OPSETS = range(18, 24)
 
 
@@ -49,6 +59,8 @@ class ExportReport:
     """Bytes of the module's parameters, for comparison."""
     metadata: ModelMetadata
     verification: VerificationReport
+    agreement: Agreement | None
+    """Module and file on the given images; None if none were given."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
@@ -70,6 +82,7 @@ def export_model(
     input_type: str = "float32",
     margins: bool = False,
     images: npt.NDArray[Any] | None = None,
+    targets: npt.NDArray[Any] | None = None,
     allow_unrouted: bool = False,
     tolerance: Tolerance | None = None,
 ) -> ExportReport:
@@ -89,11 +102,12 @@ def export_model(
         profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no control flow).
         batch_size: batch size to fix, for `static` only.
         opset: version of ONNX's standard operators.
-        dtype: of weights and activations; routers stay fp32.
+        dtype: of weights and activations, `fp32`, `fp16` or `int8`; routers stay fp32.
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
         margins: also output `router_margin`.
-        images: real images, as the file will read them: verified besides synthetic ones, and the source of the
-            recorded expert load.
+        images: real images, as the file will read them: verified besides synthetic ones, source of the recorded expert
+            load, and calibration set of int8.
+        targets: int64 [B], their classes, for the accuracy in the report.
         allow_unrouted: accept a module without any routed layer (Dense, S-Dense).
         tolerance: what counts as equal in the verification.
 
@@ -121,7 +135,12 @@ def export_model(
             "advmoe::moe_linear); to export a dense network on purpose, allow it"
         )
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
-    plan = plan_graph(graph, margins=margins, input_type=input_type)
+    if dtype == "int8" and (reference is None or profile == "static"):
+        raise UnsupportedModelError(
+            "int8 needs real images to calibrate with, and branches or sub-batches to put each expert's scales in: "
+            "give images, and another profile than 'static'"
+        )
+    plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, images=images, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
     described = ModelMetadata(
         labels=tuple(str(label) for label in labels),
@@ -148,6 +167,7 @@ def export_model(
             )
             if not report.passed:
                 raise VerificationError(f"'{target}' was not written: {report.explanation()}", report)
+            agreement = None if reference is None else compare_on(draft, reference, targets)
             sizes = draft.stat().st_size, described.data_bytes
             data_file(draft).replace(data_file(target))
             draft.replace(target)
@@ -161,13 +181,21 @@ def export_model(
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         metadata=described,
         verification=dataclasses.replace(report, path=str(target)),
+        agreement=agreement,
     )
 
 
-def plan_graph(graph: ir.Graph, *, margins: bool = False, input_type: str = "float32") -> Plan:
-    """All passes over the traced graph."""
+def plan_graph(
+    graph: ir.Graph,
+    *,
+    margins: bool = False,
+    input_type: str = "float32",
+    dtype: str = "fp32",
+    images: npt.NDArray[Any] | None = None,
+    opset: int = 18,
+) -> Plan:
+    """All passes over the traced graph; arguments as of `export_model`."""
     fold_batchnorm(graph)
-    compare_two_way(graph)
     compare_two_way(graph)
     if routed_nodes(graph):
         add_expert_index(graph)
@@ -175,6 +203,11 @@ def plan_graph(graph: ir.Graph, *, margins: bool = False, input_type: str = "flo
             add_router_margin(graph)
     if input_type == "uint8":
         take_uint8_images(graph)
+    if dtype == "fp16":
+        use_half_precision(graph)
+    elif dtype == "int8":
+        assert images is not None
+        quantize(graph, images, opset)
     return plan_regions(graph)
 
 
@@ -204,7 +237,7 @@ def _layers(plan: Plan) -> dict[str, tuple[Any, ...]]:
 
 def _columns(node: ir.Node) -> int:
     """Decisions per image of a routed operator: 1, or the number of tokens."""
-    decision = node.inputs[3]
+    decision = decision_of(node)
     if decision is None or decision.shape is None or row_dim(decision) is None:
         return 1
     rows = decision.shape[0].evaluate({BATCH: 1})  # type: ignore[union-attr]

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -25,6 +28,8 @@ from advmoe_export.scope import Scope
 DOMAIN = "advmoe"
 CONV = "moe_conv2d"
 LINEAR = "moe_linear"
+FAKE_QUANTIZE = "fake_quantize"
+"""Rounds x to the uint8 levels of each row's expert: y = fake_quantize(x, expert_index) {scales, zero_points}."""
 INPUTS = ("x", "weight", "bias", "expert_index")
 ATTRIBUTES: dict[str, dict[str, str]] = {
     CONV: {"starts": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS", "dilation": "INTS", "groups": "INT"},
@@ -33,8 +38,18 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 
 def is_routed(node: ir.Node) -> bool:
-    """Whether the node is one of the routed operators."""
+    """Whether the node obeys a decision: a routed operator, or a quantisation with scales of each expert."""
     return node.domain == DOMAIN
+
+
+def has_bank(node: ir.Node) -> bool:
+    """Whether the node is a routed operator with weights: an MoE layer."""
+    return node.domain == DOMAIN and node.op_type in ATTRIBUTES
+
+
+def decision_of(node: ir.Node) -> ir.Value | None:
+    """The decision int64 [rows] that a node obeys; None for ordinary nodes."""
+    return node.inputs[-1] if is_routed(node) else None
 
 
 def register_schemas() -> None:
@@ -71,6 +86,43 @@ def register_schemas() -> None:
         )
 
 
+class Stored(NamedTuple):
+    """A constant as it lies in the file: numbers, or integers with a scale and a zero point along one axis."""
+
+    values: ir.TensorProtocol
+    scale: ir.TensorProtocol | None = None
+    zero: ir.TensorProtocol | None = None
+    axis: int = 0
+
+
+def _restore(scope: Scope, stored: Stored) -> ir.Value:
+    """A stored constant as floats in a scope."""
+    values = scope.constant(stored.values)
+    if stored.scale is None or stored.zero is None:
+        return values
+    return scope.op(
+        "DequantizeLinear",
+        [values, scope.constant(stored.scale), scope.constant(stored.zero)],
+        {"axis": stored.axis},
+        name=f"{stored.values.name}.restored",
+        dtype=ir.DataType.FLOAT,
+        shape=values.shape,
+    )
+
+
+def quantize_rows(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Codes [rows, ...] in -127 ... 127 and one scale per row."""
+    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+    scale = (np.maximum(largest, 1e-8) / 127).astype(np.float32)
+    codes = np.rint(weight / scale.reshape(-1, *([1] * (weight.ndim - 1))))
+    return codes.astype(np.int8), scale
+
+
+def quantize_bias(bias: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """Codes of a bias in units of scale, as integer kernels add it to their sums."""
+    return np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+
+
 @dataclass(eq=False, kw_only=True)
 class Bank:
     """The weights of all experts of one routed node, as arrays that share memory wherever experts share filters.
@@ -82,7 +134,9 @@ class Bank:
     bias: np.ndarray | None
     starts: tuple[int, ...]
     size: int
-    _tensors: dict[tuple[str, int], ir.TensorProtocol] = field(default_factory=dict)
+    x_scales: tuple[float, ...] | None = None
+    """Scale of the uint8 input of each expert, where the operator is quantised."""
+    _tensors: dict[int, tuple[Stored, Stored | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         over = max(start + self.size for start in self.starts) - len(self.weight)
@@ -107,18 +161,48 @@ class Bank:
         """A view of one expert's bias."""
         return None if self.bias is None else self.bias[self.window(expert)]
 
-    def tensors(
-        self, expert: int, name: str, *, transposed: bool = False
-    ) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None]:
-        """One expert's weight and bias as tensors; the same objects whenever they are asked for."""
-        if ("weight", expert) not in self._tensors:
-            weight = self.expert_weight(expert)
-            weight = np.ascontiguousarray(weight.T) if transposed else weight
-            self._tensors["weight", expert] = ir.tensor(weight, name=f"{name}.expert{expert}.weight")
-            bias = self.expert_bias(expert)
-            if bias is not None:
-                self._tensors["bias", expert] = ir.tensor(bias, name=f"{name}.expert{expert}.bias")
-        return self._tensors["weight", expert], self._tensors.get(("bias", expert))
+    def written(self, scope: Scope, node: ir.Node, expert: int) -> tuple[ir.Value, ir.Value | None]:
+        """One expert's weight and bias in a scope, the weight of a linear operator transposed.
+
+        The tensors are the same objects whenever they are asked for, so that they are stored once.
+        """
+        if expert not in self._tensors:
+            self._tensors[expert] = self._make_tensors(node, expert)
+        weight, bias = self._tensors[expert]
+        return _restore(scope, weight), None if bias is None else _restore(scope, bias)
+
+    def _make_tensors(self, node: ir.Node, expert: int) -> tuple[Stored, Stored | None]:
+        name, axis = f"{node.name}.expert{expert}", 1 if node.op_type == LINEAR else 0
+        weight, bias = self.expert_weight(expert), self.expert_bias(expert)
+        scale = None
+        if self.x_scales is not None:
+            weight, scale = self.codes[0][self.window(expert)], self.codes[1][self.window(expert)]
+            zero = np.zeros(len(scale), np.int8)
+        if axis == 1:
+            weight = np.ascontiguousarray(weight.T)
+        if scale is None or self.x_scales is None:
+            plain = Stored(ir.tensor(weight, name=f"{name}.weight"))
+            return plain, None if bias is None else Stored(ir.tensor(bias, name=f"{name}.bias"))
+        integers = Stored(
+            ir.tensor(weight, name=f"{name}.weight"),
+            ir.tensor(scale, name=f"{name}.scale"),
+            ir.tensor(zero, name=f"{name}.zero"),
+            axis,
+        )
+        if bias is None or axis == 1:
+            return integers, None if bias is None else Stored(ir.tensor(bias, name=f"{name}.bias"))
+        bias_scale = (scale * np.float32(self.x_scales[expert])).astype(np.float32)
+        codes = quantize_bias(bias, bias_scale)
+        return integers, Stored(
+            ir.tensor(codes, name=f"{name}.bias"),
+            ir.tensor(bias_scale, name=f"{name}.bias_scale"),
+            ir.tensor(np.zeros(len(codes), np.int32), name=f"{name}.bias_zero"),
+        )
+
+    @cached_property
+    def codes(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+        """The weights as integers, and the scale of each row."""
+        return quantize_rows(self.weight)
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray | None]:
         """All experts' filters one after another, [N * size, ...]; a view of the bank where that is its order
@@ -162,7 +246,9 @@ def read_bank(node: ir.Node) -> Bank:
         raise UnsupportedModelError(
             f"experts of '{node.name}' must lie in a bank of {len(weight)} rows, got windows of {size} rows at {starts}"
         )
-    return Bank(weight=weight, bias=bias, starts=starts, size=size)
+    scales = node.attributes.get_floats("x_scales", None)
+    x_scales = None if scales is None else tuple(scales)
+    return Bank(weight=weight, bias=bias, starts=starts, size=size, x_scales=x_scales)
 
 
 def ints(node: ir.Node, name: str) -> Sequence[int]:
@@ -199,16 +285,28 @@ def apply(
 
 
 def compute_expert(
-    scope: Scope, node: ir.Node, bank: Bank, expert: int, x: ir.Value, *, name: str, shape: ir.Shape
+    scope: Scope, node: ir.Node, bank: Bank | None, expert: int, x: ir.Value, *, name: str, shape: ir.Shape
 ) -> ir.Value:
-    """What one expert computes, its weights inside the scope."""
-    weight, bias = bank.tensors(expert, str(node.name), transposed=node.op_type == LINEAR)
-    return apply(
-        scope,
-        node,
-        x,
-        scope.constant(weight),
-        None if bias is None else scope.constant(bias),
-        name=name,
-        shape=shape,
-    )
+    """What one expert computes, its weights inside the scope.
+
+    Args:
+        scope: where to write.
+        node: the routed node.
+        bank: its weights; None for `fake_quantize`, which has none.
+        expert: which of the experts.
+        x: the rows that chose it.
+        name: of the result.
+        shape: of the result.
+    """
+    if bank is None:
+        return _round(scope, node, expert, x, name, shape)
+    weight, bias = bank.written(scope, node, expert)
+    return apply(scope, node, x, weight, bias, name=name, shape=shape)
+
+
+def _round(scope: Scope, node: ir.Node, expert: int, x: ir.Value, name: str, shape: ir.Shape) -> ir.Value:
+    scale = np.float32(node.attributes.get_floats("scales")[expert])
+    zero = np.uint8(node.attributes.get_ints("zero_points")[expert])
+    levels = [scope.constant(ir.tensor(np.asarray(value), name=f"{name}.level")) for value in (scale, zero)]
+    codes = scope.op("QuantizeLinear", [x, *levels], name=f"{name}.codes", dtype=ir.DataType.UINT8, shape=shape)
+    return scope.op("DequantizeLinear", [codes, *levels], name=name, dtype=x.dtype, shape=shape)

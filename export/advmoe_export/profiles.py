@@ -66,18 +66,28 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
     if profile == "hybrid" and plan.regions:
         outputs = _by_batch(plan, scope, images)
     elif profile == "static":
-        outputs = _write(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}), select=True)
+        outputs = write_selected(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
     elif fixed is not None:
         outputs = _write(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
     else:
         outputs = _write_many(plan, scope, images)
     for value, name in zip(outputs, outputs_of_model, strict=True):
         value.name = name
-    graph = scope.graph([images], outputs, "advmoe")
+    return finish(scope, [images], outputs, opset)
+
+
+def finish(scope: Scope, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Model:
+    """A model of what was written into a scope, without nodes that nobody needs."""
+    graph = scope.graph(inputs, outputs, "advmoe")
     graph.opset_imports[""] = opset
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def write_selected(state: Lowering) -> list[ir.Value]:
+    """Write the whole plan without control flow."""
+    return _write(state, select=True)
 
 
 def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
@@ -129,7 +139,7 @@ def _write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False
     rows = state.fixed(step.expert_index.shape)
     if select:
         write_selection(state, step)
-    elif state.plan.banks[step.routed[0]].num_experts == 1 or (rows is not None and rows[0] == 1):
+    elif step.num_experts == 1 or (rows is not None and rows[0] == 1):
         write_branches(state, step)
     else:
         write_dispatch(state, step)

@@ -15,7 +15,6 @@ def write_branches(state: Lowering, region: Region) -> None:
     """Write the region into the state's scope. With one expert there is nothing to choose, and it is written without
     a branch.
     """
-    bank = state.plan.banks[region.routed[0]]
     order = state.latest(region.inputs, region.row_dim)
     inputs = {
         value: state.fetch(
@@ -26,7 +25,7 @@ def write_branches(state: Lowering, region: Region) -> None:
     shape = state.fixed(region.expert_index.shape)
     assert shape is not None
     rows = shape[0] if isinstance(shape[0], int) else region.row_dim
-    if bank.num_experts == 1:
+    if region.num_experts == 1:
         binding = write_expert(state, state.scope, region, 0, inputs, rows)
         state.binding.update({output: binding[output] for output in region.outputs})
         state.order_of.update(dict.fromkeys(region.outputs, order))
@@ -59,7 +58,7 @@ def write_branches(state: Lowering, region: Region) -> None:
             ],
         )
 
-    state.binding.update(zip(region.outputs, tree(state.scope, 0, bank.num_experts), strict=True))
+    state.binding.update(zip(region.outputs, tree(state.scope, 0, region.num_experts), strict=True))
 
 
 def _rows(shape: ir.Shape | None, rows: int | str) -> ir.Shape | None:

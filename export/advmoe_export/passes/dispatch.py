@@ -19,14 +19,14 @@ from advmoe_export.scope import Scope
 
 def write_dispatch(state: Lowering, region: Region) -> None:
     """Write the region into the state's scope; its outputs lie in a new order."""
-    scope, bank = state.scope, state.plan.banks[region.routed[0]]
+    scope = state.scope
     order = state.latest([*region.inputs, region.expert_index], region.row_dim)
     second = second_chosen(region.expert_index)
     decision = state.fetch(region.expert_index if second is None else second[1], order)
     name = str(region.routed[0].outputs[0].name)
     places = [
         _places(scope, decision, expert, scope.names.fresh(f"rows_{name}_{expert}"))
-        for expert in range(bank.num_experts)
+        for expert in range(region.num_experts)
     ]
     parts: list[Binding] = []
     for expert, chosen in enumerate(places):

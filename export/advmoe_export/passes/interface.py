@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.errors import UnsupportedModelError
-from advmoe_export.operators import is_routed
+from advmoe_export.operators import decision_of, has_bank
 from advmoe_export.passes.editing import constant, insert, insert_one
 from advmoe_export.passes.rows import row_dim
 from advmoe_export.passes.two_way import difference_of_logits, second_chosen
@@ -40,7 +40,7 @@ def take_uint8_images(graph: ir.Graph) -> None:
 
 def routed_nodes(graph: ir.Graph) -> list[ir.Node]:
     """The MoE layers in the order of computation."""
-    return [node for node in graph if is_routed(node)]
+    return [node for node in graph if has_bank(node)]
 
 
 def add_expert_index(graph: ir.Graph) -> None:
@@ -48,7 +48,7 @@ def add_expert_index(graph: ir.Graph) -> None:
 
     A layer that routes tokens has one column per token.
     """
-    decisions = [node.inputs[3] for node in routed_nodes(graph)]
+    decisions = [decision_of(node) for node in routed_nodes(graph)]
     compared = [second_chosen(decision) for decision in decisions]
     chosen = decisions if None in compared else [second[0] for second in compared if second is not None]
     _add_output(graph, [_by_image(graph, value) for value in chosen], EXPERT_INDEX, ir.DataType.INT64)
@@ -64,7 +64,7 @@ def add_router_margin(graph: ir.Graph) -> None:
     margins: dict[ir.Value, ir.Value] = {}
     columns = []
     for node in routed_nodes(graph):
-        decision = node.inputs[3]
+        decision = decision_of(node)
         assert decision is not None
         if decision not in margins:
             margins[decision] = _margin(graph, decision)

@@ -115,7 +115,7 @@ def write_expert(
             x = binding[node.inputs[0]]  # type: ignore[index]
             assert shapes[0] is not None
             binding[node.outputs[0]] = operators.compute_expert(
-                scope, node, state.plan.banks[node], expert, x, name=str(node.outputs[0].name), shape=shapes[0]
+                scope, node, state.plan.banks.get(node), expert, x, name=str(node.outputs[0].name), shape=shapes[0]
             )
         else:
             copy_node(scope, node, binding, binding, shapes)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from advmoe_export.operators import is_routed
 from advmoe_export.passes.regions import Plan, Region
 from advmoe_export.passes.rows import row_dim
 from advmoe_export.scope import Scope
@@ -32,7 +31,7 @@ def steps_per_image(plan: Plan) -> int:
 
 
 def _weight_bytes(plan: Plan, region: Region) -> int:
-    return sum(plan.banks[node].expert_weight(0).nbytes for node in region.nodes if is_routed(node))
+    return sum(plan.banks[node].expert_weight(0).nbytes for node in region.nodes if node in plan.banks)
 
 
 def _activation_bytes(region: Region) -> int:

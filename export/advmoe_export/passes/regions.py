@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from advmoe_export.operators import Bank, is_routed, read_bank
+from advmoe_export.operators import Bank, decision_of, has_bank, is_routed, read_bank
 from advmoe_export.passes.rows import is_rowwise, named, row_dim
 
 FOLLOWERS = named(
@@ -44,6 +44,12 @@ class Region:
     def routed(self) -> list[ir.Node]:
         """The routed operators."""
         return [node for node in self.nodes if is_routed(node)]
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        attributes = self.routed[0].attributes
+        return len(attributes["starts" if "starts" in attributes else "scales"].value)
 
     @property
     def row_dim(self) -> str:
@@ -96,7 +102,7 @@ def plan_regions(graph: ir.Graph) -> Plan:
         grouping.open(node)
     for position, node in enumerate(routed):
         for earlier in reversed(routed[:position]):
-            if earlier.inputs[3] is node.inputs[3]:
+            if decision_of(earlier) is decision_of(node):
                 grouping.join(earlier, node)
                 break
     for node in nodes:
@@ -104,13 +110,13 @@ def plan_regions(graph: ir.Graph) -> Plan:
             grouping.follow(node)
     for node in reversed(nodes):
         grouping.precede(node)
-    return Plan(graph, grouping.steps(), {node: read_bank(node) for node in routed})
+    return Plan(graph, grouping.steps(), {node: read_bank(node) for node in routed if has_bank(node)})
 
 
 def _data_inputs(node: ir.Node) -> Iterator[ir.Value]:
     """Running inputs of a node, without the decision of a routed operator."""
-    for position, value in enumerate(node.inputs):
-        if value is not None and value.const_value is None and not (is_routed(node) and position == 3):
+    for value in node.inputs:
+        if value is not None and value.const_value is None and value is not decision_of(node):
             yield value
 
 
@@ -138,7 +144,7 @@ class _Grouping:
             self.reachable[node] = after
 
     def open(self, node: ir.Node) -> None:
-        decision = node.inputs[3]
+        decision = decision_of(node)
         assert decision is not None
         self.group[node] = Region([node], decision)
 

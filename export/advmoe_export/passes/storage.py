@@ -36,8 +36,10 @@ def write_external(model: ir.Model, path: Path) -> str:
         for value in graph.initializers.values()
         if value.const_value is not None and value.const_value.nbytes >= INLINE
     ]
-    arrays = [np.ascontiguousarray(value.const_value.numpy()) for value in values]  # type: ignore[union-attr]
-    spans = _memory_spans(arrays)
+    tensors = {id(value.const_value): value.const_value for value in values}
+    contents = {key: np.ascontiguousarray(tensor.numpy()) for key, tensor in tensors.items()}  # type: ignore[union-attr]
+    arrays = [contents[id(value.const_value)] for value in values]
+    spans = _memory_spans(list(contents.values()))
     offsets = []
     digest = hashlib.sha256()
     with path.open("wb") as file:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from advmoe_export.operators import is_routed
+from advmoe_export.operators import decision_of, is_routed
 from advmoe_export.passes.editing import constant, insert_one
 
 
@@ -17,7 +17,7 @@ def compare_two_way(graph: ir.Graph) -> None:
 
     The decision becomes Cast(Squeeze(Greater(difference, 0))) of `difference` float [rows, 1].
     """
-    decisions = {node.inputs[3] for node in graph if is_routed(node)}
+    decisions = {decision_of(node) for node in graph if is_routed(node)}
     for decision in decisions:
         argmax = None if decision is None else decision.producer()
         if argmax is None or argmax.op_type != "ArgMax":

@@ -1,0 +1,74 @@
+"""Weights and activations in float16, routers in float32.
+
+A router's decision jumps where its logits tie, so rounding there changes the pathway. Everything that serves decisions
+only stays in float32; what it reads is widened first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from advmoe_export.operators import decision_of
+from advmoe_export.passes.editing import constant, insert_one
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT_ONLY = frozenset({"Resize", "Upsample"})
+"""Operators whose constant float inputs are not data."""
+
+
+def router_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes whose results reach the logits through decisions only, or not at all."""
+    found: set[ir.Node] = set()
+    logits = graph.outputs[0]
+    for node in reversed(list(graph)):
+        uses = [use for output in node.outputs for use in output.uses()]
+        if logits not in node.outputs and all(
+            use.node in found or decision_of(use.node) is use.node.inputs[use.idx] for use in uses
+        ):
+            found.add(node)
+    return found
+
+
+def use_half_precision(graph: ir.Graph) -> None:
+    """Change the traced graph in place. Images and outputs keep their types."""
+    routers = router_nodes(graph)
+    halves: dict[ir.Value, ir.Value] = {}
+    widened: dict[ir.Value, ir.Value] = {}
+    for images in graph.inputs:
+        if images.dtype == FLOAT:
+            half = (f"{images.name}.half", HALF, images.shape)
+            halves[images] = insert_one(graph, graph[0], "Cast", [images], {"to": HALF.value}, half)
+    casts = {value.producer() for value in halves.values()}
+    narrowed: set[ir.Value] = set(halves.values())
+    for node in list(graph):
+        if node in casts:
+            continue
+        if node in routers:
+            for position, value in enumerate(node.inputs):
+                if value is not None and value in narrowed:
+                    if value not in widened:
+                        wide = (f"{value.name}.wide", FLOAT, value.shape)
+                        widened[value] = insert_one(graph, node, "Cast", [value], {"to": FLOAT.value}, wide)
+                    node.replace_input_with(position, widened[value])
+            continue
+        for position, value in enumerate(node.inputs):
+            if value is None or value.dtype != FLOAT:
+                continue
+            if value in halves:
+                node.replace_input_with(position, halves[value])
+            elif value.const_value is not None and node.op_type not in FLOAT_ONLY:
+                array = value.const_value.numpy()
+                with np.errstate(over="ignore"):
+                    node.replace_input_with(position, constant(graph, array.astype(np.float16), f"{value.name}.half"))
+        if node.op_type == "Cast" and node.attributes.get_int("to") == FLOAT.value:
+            node.attributes["to"] = ir.AttrInt64("to", HALF.value)
+        for output in node.outputs:
+            if output.dtype == FLOAT:
+                output.type = ir.TensorType(HALF)
+                narrowed.add(output)
+    for position, result in enumerate(graph.outputs):
+        if result in narrowed:
+            wide = (str(result.name), FLOAT, result.shape)
+            result.name = f"{result.name}.half"
+            graph.outputs[position] = insert_one(graph, None, "Cast", [result], {"to": FLOAT.value}, wide)
