@@ -126,26 +126,18 @@ class Centring(nn.BatchNorm1d):
     statistics a router would, in training, not even see a shift that the attack gives to all images.
     """
 
-    SLOWEST = 0.02
-    """Weight of the newest batch once 1 / SLOWEST batches have been averaged."""
-
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, affine=False)
 
     def forward(self, features_BC: Tensor) -> Tensor:
-        """[B, C] -> [B, C]; in training mode the statistics take in the batch first."""
+        """[B, C] -> [B, C] by the stored statistics, which in training mode take in the batch afterwards."""
         if not self.training:
             return super().forward(features_BC)
-        assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            newest = (1.0 / self.num_batches_tracked).clamp(min=self.SLOWEST)
-            self.running_mean.lerp_(features_BC.mean(dim=0), newest)
-            if len(features_BC) > 1:
-                self.running_var.lerp_(features_BC.var(dim=0), newest)
-        return (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        standardised_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        super().forward(features_BC.detach())
+        return standardised_BC
 
 
 class Router(nn.Module):
