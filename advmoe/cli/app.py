@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import typer
 
 from advmoe.cli import console
+from advmoe.cli.analyze import analyze
 from advmoe.cli.evaluate import evaluate
 from advmoe.cli.export import export
 from advmoe.cli.info import info
 from advmoe.cli.predict import predict
 from advmoe.cli.recipes import recipes
+from advmoe.cli.report import report
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, export, predict, info, recipes):
+for command in (train, evaluate, analyze, report, export, predict, info, recipes):
     app.command()(command)
 
 

@@ -1,0 +1,83 @@
+"""`advmoe analyze`."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from advmoe.cli import console
+from advmoe.cli.evaluate import CARD, ROUTES
+from advmoe.cli.options import Json
+from advmoe.config import ModelConfig, from_dict
+from advmoe.evaluation.analysis import analyse
+from advmoe.evaluation.card import load_card
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+from advmoe.reports.figures import analysis_figures
+from advmoe.routes import RouteLog
+from advmoe.training.checkpoint import load_checkpoint, write_atomically
+
+ANALYSIS = "analysis.json"
+"""What the command adds to the folder, beside the figures."""
+
+
+def analyze(
+    evaluation: Annotated[Path, typer.Argument(help="A folder written by 'advmoe evaluate --out'.")],
+    mask: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Draw figures (SVG) into the folder.")] = True,
+    json: Json = False,
+) -> None:
+    """Dissect an evaluated MoE-CNN: what fooled router and prediction, expert load, how pathways differ.
+
+    Reads the route log of the evaluation; adds analysis.json and the figures to its folder.
+    """
+    card = load_card(evaluation / CARD)
+    model = model_of(card["advmoe"]["model"])
+    sparse = None if mask is None else load_checkpoint(mask).build()
+    found = analyse(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
+    text = json_text.dumps(found, indent=1) + "\n"
+    write_atomically(evaluation / ANALYSIS, lambda temporary: temporary.write_text(text))
+    if figures:
+        for name, svg in analysis_figures(found).items():
+            content = svg + "\n"
+            write_atomically(
+                evaluation / f"{name}.svg", lambda temporary, content=content: temporary.write_text(content)
+            )
+    if json:
+        console.emit_json(found)
+        return
+    columns = ("", *found["conditions"])
+    rows = [("distinct pathways", *(values["pathways"] for values in found["conditions"].values()))]
+    for name, label in (
+        ("router_survives_right", "1: router survives, right"),
+        ("router_fooled_right", "2: router fooled, right"),
+        ("router_survives_wrong", "3: router survives, wrong"),
+        ("router_fooled_wrong", "4: both fooled"),
+        ("router_robustness", "router robustness, 1 + 3"),
+        ("moe_robustness", "MoE robustness, 1 + 2"),
+    ):
+        parts = [values.get("dissection", {}).get(name) for values in found["conditions"].values()]
+        rows.append((label, *("" if part is None else f"{part:.2f} %" for part in parts)))
+    similar = found.get("similarity", {"overlap": {}, "diversity": {}})
+    for label, values in (
+        ("IoU with the mask pathway", found.get("mask", {})),
+        ("IoU with the clean pathway", similar["overlap"]),
+        ("IoU over pairs of images", similar["diversity"]),
+    ):
+        if values:
+            cells = [values[name]["mean"] if name in values else None for name in found["conditions"]]
+            rows.append((label, *("" if cell is None else f"{cell:.3f}" for cell in cells)))
+    console.show_table(f"Routing of {card['name']}, {found['images']} images", columns, rows)
+    console.note(f"written to {evaluation}")
+
+
+def model_of(config: dict[str, object]) -> RoutedNetwork:
+    """The network a card describes, without weights."""
+    with torch.device("meta"):
+        return build_model(from_dict(ModelConfig, config))

@@ -1,0 +1,53 @@
+"""`advmoe report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from advmoe.cli import console
+from advmoe.cli.analyze import model_of
+from advmoe.cli.evaluate import CARD, ROUTES
+from advmoe.errors import ConfigError
+from advmoe.evaluation.analysis import analyse
+from advmoe.evaluation.card import load_card
+from advmoe.reports.html import render
+from advmoe.routes import RouteLog
+from advmoe.training.checkpoint import load_checkpoint, write_atomically
+
+
+def report(
+    evaluations: Annotated[list[Path], typer.Argument(help="Folders written by 'advmoe evaluate --out'.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    mask: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about one evaluated model, or comparing several.
+
+    It holds tables and figures and needs no network; it reads well on a phone and in print.
+    """
+    console.existing_folder(out)
+    sparse = None if mask is None else load_checkpoint(mask).build()
+    cards: list[dict[str, Any]] = []
+    analyses: dict[str, Any] = {}
+    for folder in evaluations:
+        card = load_card(folder / CARD)
+        if card["name"] in {other["name"] for other in cards}:
+            card["name"] = str(folder)
+        cards.append(card)
+        model = model_of(card["advmoe"]["model"])
+        if model.expert_layouts:
+            analyses[card["name"]] = analyse(RouteLog.load(folder / ROUTES), model, sparse=sparse)
+    if len({(card["dataset"], card["eps"], card["advmoe"]["images"]) for card in cards}) > 1:
+        raise ConfigError(
+            "models are compared on the same images under the same radius, got "
+            + "; ".join(
+                f"{card['name']}: {card['advmoe']['images']} of {card['dataset']} at {card['eps']}" for card in cards
+            )
+        )
+    html = render(cards, analyses)
+    write_atomically(out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    console.note(f"written to {out}")

@@ -1,0 +1,107 @@
+"""Everything that a route log says about a model, as plain values for tables, JSON and figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe.errors import ConfigError
+from advmoe.evaluation.dissection import dissection
+from advmoe.evaluation.pathways import BINS, diversity, mask_of, mask_similarity, pathway_channels
+from advmoe.models.network import RoutedNetwork
+from advmoe.routes import RouteLog
+
+CLEAN = "clean"
+FREQUENT = 10
+"""Most frequent pathways that are listed."""
+
+
+def analyse(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None = None) -> dict[str, Any]:
+    """Expert load, pathways, dissection and similarity for each condition of a log.
+
+    Args:
+        log: as written by an evaluation, with the condition `clean` and some attacks.
+        model: the MoE-CNN it is of; its weights are not needed.
+        sparse: a Sparse-CNN on the same backbone, to whose mask pathway the pathways are compared (Fig. 6).
+
+    Returns:
+        `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for attacks, the dissection;
+        `similarity`: overlap of clean and attacked pathways and diversity over pairs of images, as IoU; `mask`: IoU
+        with the mask pathway. The last two are absent where experts are no channels of a common backbone.
+
+    Raises:
+        ConfigError: the log has no clean condition or is of another model, or the Sparse-CNN is on another backbone.
+    """
+    names = [name for name, _ in log.conditions]
+    layers = len(model.expert_layouts) * model.rows_per_image
+    if CLEAN not in names or len(log.num_experts) != layers or not layers:
+        raise ConfigError(
+            f"expected a route log of {layers} decisions with the condition 'clean', "
+            f"got {len(log.num_experts)} with {', '.join(names) or 'none'}; only an MoE-CNN's routing can be analysed"
+        )
+    attacks = [name for name in names if name != CLEAN]
+    found: dict[str, Any] = {
+        "images": len(log.routes(CLEAN).indices),
+        "conditions": {name: condition(log, name, model) for name in names},
+    }
+    for name in attacks:
+        found["conditions"][name]["dissection"] = dissection(log, name)
+    if model.rows_per_image == 1:
+        channels = pathway_channels(model)
+        found["similarity"] = {
+            "overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks},
+            "diversity": {name: spread(log, name, model) for name in names},
+        }
+        if sparse is not None:
+            mask = mask_of(sparse, channels)
+            found["mask"] = {
+                similar.condition: histogram(similar.iou) | {"cosine": round(float(similar.cosine.mean()), 4)}
+                for similar in mask_similarity(log, names, channels, mask)
+            }
+    return found
+
+
+def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
+    """What the routers did under one condition: load [layers][experts], by class [layers][classes][experts]."""
+    counts_LKN = log.expert_load(name, num_classes=model.config.num_classes).counts_LKN.astype(np.float64)
+    tokens = model.rows_per_image
+    counts_LKN = counts_LKN.reshape(-1, tokens, *counts_LKN.shape[1:]).sum(axis=1)
+    load_LN = shares(counts_LKN.sum(axis=1))
+    pathways, frequency = log.unique_pathways(name)
+    experts = load_LN.shape[1]
+    logs = np.log(load_LN, where=load_LN > 0, out=np.zeros_like(load_LN))
+    entropy_L = -(load_LN * logs).sum(axis=1) / np.log(experts) if experts > 1 else np.zeros(len(load_LN))
+    return {
+        "load": load_LN.round(4).tolist(),
+        "load_by_class": shares(counts_LKN).round(4).tolist(),
+        "entropy": (entropy_L + 0.0).round(4).tolist(),
+        "pathways": len(pathways),
+        "frequent": [
+            {"pathway": "".join(map(str, pathway.tolist())), "images": int(count)}
+            for pathway, count in zip(pathways[:FREQUENT], frequency[:FREQUENT], strict=True)
+        ],
+    }
+
+
+def shares(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Counts over the last axis as shares; 0 where there are none."""
+    divided: NDArray[np.float64] = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
+    return divided
+
+
+def histogram(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Counts of values in [0, 1] in equal bins, their mean and standard deviation."""
+    counts, _ = np.histogram(values, bins=BINS, range=(0.0, 1.0))
+    return {
+        "counts": counts.tolist(),
+        "mean": round(float(values.mean()), 4),
+        "std": round(float(values.std()), 4),
+    }
+
+
+def spread(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
+    """IoU over pairs of images."""
+    pairs = diversity(log, name, pathway_channels(model))
+    return {"counts": pairs.histogram.tolist(), "mean": round(pairs.mean_iou, 4), "pairs": pairs.num_pairs}

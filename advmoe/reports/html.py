@@ -1,0 +1,116 @@
+"""One self-contained HTML file about one model, or comparing several: no script, no request, figures inline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from advmoe.errors import ConfigError
+from advmoe.reports import figures
+from advmoe.reports.figures import Analysis, Card
+
+ACCURACIES = {
+    "sa": "SA",
+    "pgd": "RA under PGD",
+    "ra_union": "RA, union of all views of the routing",
+    "ra_route": "RA, and the route attack",
+    "ra_aa": "RA under AutoAttack (standard)",
+    "ra_worst": "RA, worst of everything run",
+    "standard_error": "standard error of the last (points)",
+    "ra_experts": "RA-E: experts attacked, routing frozen",
+    "ra_routers": "RA-R: only the routers attacked",
+    "every_pathway": "right on every pathway in use",
+    "ra_every_pathway": "the same under attack",
+    "routers_fooled": "pathway changed by PGD",
+}
+"""Rows of the main table, by the card's names."""
+
+
+def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
+    """The report as one HTML text.
+
+    Args:
+        cards: result cards, at least one, with different names.
+        analyses: name of a card -> analysis of its routing; absent for models without routing.
+
+    Raises:
+        ConfigError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError:
+        raise ConfigError("reports need jinja2; pip install 'advmoe[reports]'") from None
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text())
+    # The SVG comes from matplotlib, which escapes the names it is given.
+    drawn = {"accuracies": figures.accuracies(cards), "radius": figures.radius_curve(cards)}
+    if analyses:
+        drawn["dissections"] = figures.dissections(analyses)
+    return template.render(
+        title=cards[0]["name"] if len(cards) == 1 else f"{len(cards)} models compared",
+        cards=cards,
+        rows=[
+            _row(text, name, cards) for name, text in ACCURACIES.items() if any(_value(card, name) for card in cards)
+        ],
+        settings=_settings(cards),
+        figures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
+        analyses=[_routing(name, analysis, Markup) for name, analysis in analyses.items()],
+    )
+
+
+def _value(card: Card, name: str) -> str:
+    numbers = card["advmoe"]
+    key = f"ra_pgd{numbers['attack']['steps']}" if name == "pgd" else name
+    return f"{numbers[key]:.2f}" if key in numbers else ""
+
+
+def _row(text: str, name: str, cards: Sequence[Card]) -> dict[str, Any]:
+    return {"name": text, "cells": [_value(card, name) or "-" for card in cards]}
+
+
+def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """Everything without which the numbers mean nothing."""
+
+    def attack(numbers: Mapping[str, Any]) -> str:
+        used = numbers["attack"]
+        return (
+            f"{used['steps']} steps of {255 * used['step_size']:.3g}/255, {used['restarts']} restart(s), "
+            f"start {used['start']}"
+        )
+
+    described = {
+        "images": lambda card: card["advmoe"]["images"],
+        "PGD": lambda card: attack(card["advmoe"]),
+        "route attack": lambda card: {True: "exact", False: "sampled and greedy"}.get(
+            card["advmoe"].get("routes_exact"), "-"
+        ),
+        "seed": lambda card: card["advmoe"]["seed"],
+        "architecture": lambda card: card["architecture"],
+        "training": lambda card: f"{card['advmoe']['method'] or 'unknown'}, {card['advmoe']['epochs'] or '?'} epochs",
+        "parameters": lambda card: f"{card['advmoe']['parameters']:,}",
+        "GFLOPs per image": lambda card: card["advmoe"]["gflops"],
+        "hardware": lambda card: card["advmoe"]["device"],
+        "software": lambda card: ", ".join(f"{name} {number}" for name, number in card["advmoe"]["versions"].items()),
+    }
+    return [{"name": name, "cells": [of(card) for card in cards]} for name, of in described.items()]
+
+
+def _routing(name: str, analysis: Analysis, mark: Any) -> dict[str, Any]:
+    """What the template shows of one model's routing; the dissection stands in a figure of its own."""
+    conditions = [
+        {
+            "name": condition,
+            "pathways": values["pathways"],
+            "top": f"{values['frequent'][0]['pathway']} ({values['frequent'][0]['images']} images)",
+            "entropy": f"{sum(values['entropy']) / max(len(values['entropy']), 1):.2f}",
+        }
+        for condition, values in analysis["conditions"].items()
+    ]
+    drawn = figures.analysis_figures(analysis)
+    return {
+        "name": name,
+        "conditions": conditions,
+        "figures": [mark(svg) for key, svg in drawn.items() if key != "dissection"],
+    }

@@ -1,0 +1,183 @@
+"""Analysis of route logs, figures, and the HTML report: what is shown is what was measured, and nothing is fetched."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rooms import TwoRooms, room_images
+
+import advmoe
+from advmoe.config import AttackConfig, ModelConfig
+from advmoe.data.sets import ImageSet
+from advmoe.errors import ConfigError, DataError
+from advmoe.evaluation.analysis import analyse, histogram
+from advmoe.evaluation.card import figures, load_card, make_card, pixels, save_card
+from advmoe.evaluation.cost import Cost
+from advmoe.evaluation.diagnostics import Diagnostic
+from advmoe.evaluation.dissection import route_log
+from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.suite import run_suite
+from advmoe.models.masked import mask_pathway
+from advmoe.reports.figures import analysis_figures
+from advmoe.reports.html import render
+from advmoe.routes import RouteLog
+
+HOSTILE = "<script>alert('x')</script> & \"co\""
+
+
+@pytest.fixture(scope="module")
+def result() -> SuiteResult:
+    images = (255 * room_images(124 / 255, 110 / 255, 140 / 255)).round().byte().permute(0, 2, 3, 1).contiguous()
+    return run_suite(
+        TwoRooms(),
+        ImageSet(images=images.numpy(), labels=np.zeros(3, np.int64), class_names=("zero", "one")),
+        SuiteConfig(
+            attack=AttackConfig(eps=8 / 255, steps=4, step_size=2 / 255), diagnosed=0, eps_sweep=(2 / 255, 16 / 255)
+        ),
+    )
+
+
+def card_of(result: SuiteResult, name: str) -> dict[str, Any]:
+    return make_card(
+        result,
+        name=name,
+        dataset="rooms",
+        model=ModelConfig(arch="vgg16"),
+        train={"method": "advmoe", "epochs": 3},
+        cost=Cost(parameters=1234, gflops=0.5),
+        device="one core",
+    )
+
+
+def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteResult, tmp_path: Path) -> None:
+    card = card_of(result, "rooms")
+    # Two of three images are right; the one near the threshold falls to the routing attacks only.
+    assert {name: card[name] for name in ("clean_acc", "reported", "autoattack_acc", "eps", "unreliable")} == {
+        "clean_acc": "66.67",
+        "reported": "33.33",
+        "autoattack_acc": None,
+        "eps": "8/255",
+        "unreliable": False,
+    }
+    assert card["advmoe"]["ra_by_eps"] == {"2/255": 66.67, "16/255": 66.67}
+    assert card["advmoe"]["trusted"] is True
+    path = tmp_path / "card.json"
+    save_card(path, card)
+    assert load_card(path) == json.loads(json.dumps(card))
+    path.write_text("{}")
+    with pytest.raises(DataError, match="is not a result card"):
+        load_card(path)
+
+
+def test_a_failed_diagnostic_marks_card_and_report(result: SuiteResult) -> None:
+    failed = Diagnostic("finite", "failed", "not finite: router logits", "finite logits")
+    broken = SuiteResult(**{**vars(result), "diagnostics": (failed,)})
+    card = card_of(broken, "broken")
+    assert card["unreliable"] is True
+    assert card["advmoe"]["trusted"] is False
+    page = render([card], {})
+    assert "not trusted" in page
+    assert "not finite: router logits" in page
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"), [(8 / 255, "8/255"), (0.5 / 255, "0.5/255"), (0.0, "0/255"), (1.0, "255/255")]
+)
+def test_radii_are_written_as_the_field_does(eps: float, text: str) -> None:
+    assert pixels(eps) == text
+
+
+def test_the_analysis_counts_what_the_log_holds(result: SuiteResult) -> None:
+    found = analyse(route_log(result, TwoRooms()), TwoRooms())
+    # Clean: two images below the threshold take expert 0, the third (in the trap) expert 1. Worst: one more is flipped.
+    assert found["conditions"]["clean"]["load"] == [[0.6667, 0.3333]]
+    assert found["conditions"]["worst"]["load"] == [[0.3333, 0.6667]]
+    assert found["conditions"]["clean"]["load_by_class"] == [[[0.6667, 0.3333], [0.0, 0.0]]]
+    assert found["conditions"]["clean"]["frequent"][0] == {"pathway": "0", "images": 2}
+    # Entropy of (2/3, 1/3) in units of log 2: 0.9183.
+    assert found["conditions"]["clean"]["entropy"] == [0.9183]
+    # Two experts of two channels each, disjoint: the flipped image's pathways share nothing, the others' everything.
+    assert found["similarity"]["overlap"]["worst"]["mean"] == 0.6667
+    # Pairs of clean images: (0,1) equal, (0,2) and (1,2) disjoint.
+    assert found["similarity"]["diversity"]["clean"] == {
+        "counts": [2, *[0] * 38, 1],
+        "mean": 0.3333,
+        "pairs": 3,
+    }
+
+
+def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
+    moe = advmoe.create_model("vgg16", width=0.0625)
+    sparse = advmoe.create_model("vgg16", kind="sparse_cnn", width=0.0625)
+    log = RouteLog([2] * 12)
+    log.append("clean", [0, 1], [[0] * 12, [1] * 12], labels=[0, 1], predictions=[0, 1])
+    found = analyse(log, moe, sparse=sparse)
+    # Expert 0 owns the first half of each layer's channels; half of all channels are kept, so with k of them shared
+    # out of h + h, IoU = k / (2h - k).
+    shared, kept = 0, 0
+    for layout, channels in zip(moe.expert_layouts, mask_pathway(sparse), strict=True):
+        shared += len(set(layout.channels(0)) & set(channels))
+        kept += len(channels)
+    first, second = shared / (2 * kept - shared), (kept - shared) / (kept + shared)
+    assert found["mask"]["clean"]["mean"] == pytest.approx((first + second) / 2, abs=1e-4)
+    with pytest.raises(ConfigError, match="same backbone"):
+        analyse(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
+    with pytest.raises(ConfigError, match="only an MoE-CNN's routing"):
+        analyse(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
+
+
+def test_histograms_count_every_value() -> None:
+    values = histogram(np.array([0.0, 0.5, 1.0]))
+    assert sum(values["counts"]) == 3
+    assert (values["counts"][0], values["counts"][20], values["counts"][39]) == (1, 1, 1)
+    assert values["mean"] == 0.5
+
+
+def test_figures_are_svg_with_text_and_their_numbers(result: SuiteResult) -> None:
+    found = analyse(route_log(result, TwoRooms()), TwoRooms())
+    drawn = analysis_figures(found)
+    assert list(drawn) == ["dissection", "load", "changed_layers", "overlap", "diversity"]
+    for svg in drawn.values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "33.3" in drawn["dissection"]
+    assert drawn == analysis_figures(found)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, and whatever a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [
+            f"{name}={value}"
+            for name, value in attributes
+            if name in {"src", "href", "xlink:href"} and value and not value.startswith("#")
+        ]
+
+
+def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> None:
+    cards = [card_of(result, HOSTILE), card_of(result, "second")]
+    page = render(cards, {HOSTILE: analyse(route_log(result, TwoRooms()), TwoRooms())})
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert parsed.fetched == []
+    assert not re.search(r"url\((?!#|&quot;#|'#)", page)
+    assert "alert(" in page  # shown as text
+    assert '<meta name="viewport"' in page
+    assert "@media print" in page
+    for number in ("66.67", "33.33", "1,234", "4 steps of 2/255"):
+        assert number in page
+    numbers = figures(result)
+    assert numbers["standard_error"] == 27.22  # sqrt(1/3 * 2/3 / 3)
