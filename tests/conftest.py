@@ -101,7 +101,7 @@ class SmallMoE(nn.Module):
         return self.forward_with_routing(images)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_moe() -> Callable[..., SmallMoE]:
     """Makes a `SmallMoE` in evaluation mode, fixed weights; its routers use several experts for 16 x 16 images."""
 

@@ -48,7 +48,8 @@ OPTIONS = {
         "--steps --eps --seed --device --json --arch --resume --step-size --lr --trades-beta --val-limit"
     ),
     "evaluate": "--data-dir --batch-size --limit-eval --steps --eps --seed --device --json --restarts --step-size",
-    "export": "--json",
+    "export": "--profile --dtype --input-type --margins --triton --verify-images --json",
+    "bench-onnx": "--batch --threads --seconds --provider --json",
     "predict": "--json --top",
     "info": "--json",
 }

@@ -10,6 +10,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.analyze import analyze
+from advmoe.cli.bench_onnx import bench_onnx
 from advmoe.cli.evaluate import evaluate
 from advmoe.cli.export import export
 from advmoe.cli.info import info
@@ -29,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, analyze, report, export, predict, info, recipes):
+for command in (train, evaluate, analyze, report, export, predict, bench_onnx, info, recipes):
     app.command()(command)
 
 

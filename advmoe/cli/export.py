@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -14,6 +14,7 @@ from advmoe.cli.exporter import export_errors, exporter
 from advmoe.cli.options import DataDir, Json, Seed
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
+from advmoe.data.sets import Images, ImageSet
 from advmoe.data.sources import load_dataset
 from advmoe.training.checkpoint import Checkpoint, file_digest, load_checkpoint
 
@@ -28,6 +29,13 @@ def export(
     input_type: Annotated[
         str, typer.Option(help="float32: NCHW images in [0, 1]; uint8: NHWC images as decoded, preprocessing inside.")
     ] = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Batch size to fix; with --profile static only. Default: any.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, fp16 or int8 (calibrated on training images); routers stay fp32.")
+    ] = "fp32",
+    margins: Annotated[bool, typer.Option(help="Also output by how much each router preferred its expert.")] = False,
     opset: Annotated[int, typer.Option(help="Version of ONNX's standard operators.")] = 18,
     verify_images: Annotated[
         int,
@@ -35,6 +43,10 @@ def export(
             help="Test images to verify the file with and to record the experts' load from, besides synthetic ones."
         ),
     ] = 0,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Training images to calibrate int8 with.")] = 256,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also write the model into this Triton model repository (a folder).")
+    ] = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
     json: Json = False,
@@ -46,9 +58,10 @@ def export(
     check(verify_images >= 0, f"--verify-images must not be negative, got {verify_images}")
     package = exporter()
     contents = load_checkpoint(checkpoint)
-    images = test_images(contents, data_dir, verify_images, seed) if verify_images else None
-    if images is not None and input_type == "float32":
-        images = images.transpose(0, 3, 1, 2) / np.float32(255)
+    calibrated = calibration_images if dtype == "int8" else 0
+    images, targets, calibration = real_images(contents, data_dir, verify_images, calibrated, seed)
+    if input_type == "float32":
+        images, calibration = as_float(images), as_float(calibration)
     with console.err.status("exporting and verifying"), export_errors():
         report = package.export_model(
             contents.build(),
@@ -58,15 +71,29 @@ def export(
             metadata=describe(contents, checkpoint),
             profile=profile,
             input_type=input_type,
+            batch_size=batch_size,
+            dtype=dtype,
+            margins=margins,
             opset=opset,
             images=images,
+            targets=targets,
+            calibration=calibration,
             allow_unrouted=contents.model.kind != "moe",
         )
+        repository = None if triton is None else package.write_triton_repository(model, triton)
     figures: dict[str, Any] = jsonlib.loads(report.to_json())
     if json:
-        console.emit_json(figures)
+        console.emit_json(figures | {"triton": None if repository is None else str(repository)})
         return
-    verification = report.verification
+    verification, agreement = report.verification, report.agreement
+    facts = {} if agreement is None else {"test images compared": agreement.images}
+    if agreement is not None:
+        facts |= {
+            "same label, same pathway": f"{agreement.same_label:.2%}, {agreement.same_pathway:.2%}",
+            "accuracy (PyTorch, file)": f"{agreement.module_accuracy:.2%}, {agreement.file_accuracy:.2%}",
+        }
+    if repository is not None:
+        facts["Triton"] = str(repository)
     console.show_facts(
         f"{checkpoint} -> {model}",
         {
@@ -75,6 +102,7 @@ def export(
             "profile": profile,
             "compared with PyTorch": f"{len(verification.checks)} batches at every optimisation level",
             "largest relative difference": f"{verification.difference:.1e} of the largest logit, where decisions agree",
+            **facts,
         },
     )
 
@@ -87,13 +115,45 @@ def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
     return described | training | {"checkpoint_sha256": file_digest(path)}
 
 
-def test_images(contents: Checkpoint, data_dir: Path | None, number: int, seed: int) -> np.ndarray:
-    """A seeded choice of test images of the data set the model was trained on, uint8 [n, H, W, 3]."""
+def real_images(
+    contents: Checkpoint, data_dir: Path | None, number: int, calibrated: int, seed: int
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Seeded choices of images of the data set the model was trained on.
+
+    Returns:
+        uint8 test images [number, H, W, 3] and their classes, and uint8 training images [calibrated, H, W, 3]; None for
+        what is not asked for.
+    """
+    if not number and not calibrated:
+        return None, None, None
     name = contents.train.get("dataset")
-    check(
-        name is not None, "the checkpoint does not say which data set it was trained on; export without --verify-images"
-    )
+    check(name is not None, "the checkpoint does not say which data set it was trained on, so no images can be read")
     with data_progress() as progress:
         data = load_dataset(str(name), data_dir, progress=progress)
-    chosen = np.random.default_rng(seed).choice(len(data.test), min(number, len(data.test)), replace=False)
-    return data.test.take(np.sort(chosen)).images
+    rng = np.random.default_rng(seed)
+    test = data.test.take(np.sort(rng.choice(len(data.test), min(number, len(data.test)), replace=False)))
+    chosen = np.sort(rng.choice(len(data.train), min(calibrated, len(data.train)), replace=False))
+    return (
+        pixels(test) if number else None,
+        test.labels if number else None,
+        pixels(data.train.take(chosen)) if calibrated else None,
+    )
+
+
+def pixels(images: Images) -> np.ndarray:
+    """uint8 [n, H, W, 3].
+
+    Raises:
+        ConfigError: the images are not held in memory.
+    """
+    check(
+        isinstance(images, ImageSet),
+        "images to verify or calibrate with must be held in memory, those of this data set are decoded while loading; "
+        "export without --verify-images and in fp32 or fp16",
+    )
+    return cast("ImageSet", images).images
+
+
+def as_float(images: np.ndarray | None) -> np.ndarray | None:
+    """Images as float files read them: float32 [B, 3, H, W] in [0, 1]."""
+    return None if images is None else images.transpose(0, 3, 1, 2) / np.float32(255)

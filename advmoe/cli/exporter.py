@@ -39,8 +39,8 @@ def export_errors() -> Iterator[None]:
         raise AdvMoEError(str(error)) from error
 
 
-def open_session(path: Path, providers: Sequence[str]) -> Session:
-    """An exported model, ready to run."""
+def open_session(path: Path, providers: Sequence[str], *, threads: int | None = None) -> Session:
+    """An exported model, ready to run on so many threads (None: onnxruntime's choice)."""
     with export_errors():
-        session: Session = exporter().Session(path, providers=tuple(providers))
+        session: Session = exporter().Session(path, providers=tuple(providers), threads=threads)
         return session

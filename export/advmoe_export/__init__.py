@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from advmoe_export.bench import Timing, time_session
     from advmoe_export.errors import (
         ExportError,
         InputError,
@@ -21,44 +22,58 @@ if TYPE_CHECKING:
     )
     from advmoe_export.exporter import ExportReport, export_model
     from advmoe_export.metadata import ModelMetadata
+    from advmoe_export.monitor import LayerDrift, RouteMonitor
     from advmoe_export.profiles import PROFILES
     from advmoe_export.session import Prediction, Session
-    from advmoe_export.verify import Tolerance, VerificationReport, verify
+    from advmoe_export.triton import write_triton_repository
+    from advmoe_export.verify import Agreement, Tolerance, VerificationReport, verify
 
 _HOME = {
+    "Agreement": "verify",
     "ExportError": "errors",
     "ExportReport": "exporter",
     "InputError": "errors",
+    "LayerDrift": "monitor",
     "ModelFileError": "errors",
     "ModelMetadata": "metadata",
     "PROFILES": "profiles",
     "Prediction": "session",
     "ProviderError": "errors",
+    "RouteMonitor": "monitor",
     "Session": "session",
+    "Timing": "bench",
     "Tolerance": "verify",
     "UnsupportedModelError": "errors",
     "VerificationError": "errors",
     "VerificationReport": "verify",
     "export_model": "exporter",
+    "time_session": "bench",
     "verify": "verify",
+    "write_triton_repository": "triton",
 }
 
 __all__ = [
     "PROFILES",
+    "Agreement",
     "ExportError",
     "ExportReport",
     "InputError",
+    "LayerDrift",
     "ModelFileError",
     "ModelMetadata",
     "Prediction",
     "ProviderError",
+    "RouteMonitor",
     "Session",
+    "Timing",
     "Tolerance",
     "UnsupportedModelError",
     "VerificationError",
     "VerificationReport",
     "export_model",
+    "time_session",
     "verify",
+    "write_triton_repository",
 ]
 
 

@@ -83,6 +83,7 @@ def export_model(
     margins: bool = False,
     images: npt.NDArray[Any] | None = None,
     targets: npt.NDArray[Any] | None = None,
+    calibration: npt.NDArray[Any] | None = None,
     allow_unrouted: bool = False,
     tolerance: Tolerance | None = None,
 ) -> ExportReport:
@@ -105,9 +106,11 @@ def export_model(
         dtype: of weights and activations, `fp32`, `fp16` or `int8`; routers stay fp32.
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
         margins: also output `router_margin`.
-        images: real images, as the file will read them: verified besides synthetic ones, source of the recorded expert
-            load, and calibration set of int8.
+        images: real images, as the file will read them: verified besides synthetic ones, and the source of the recorded
+            expert load.
         targets: int64 [B], their classes, for the accuracy in the report.
+        calibration: real images that int8 takes its ranges from, as the file will read them; `images` by default, but
+            then the report's accuracy is of images the file was fitted to.
         allow_unrouted: accept a module without any routed layer (Dense, S-Dense).
         tolerance: what counts as equal in the verification.
 
@@ -135,12 +138,13 @@ def export_model(
             "advmoe::moe_linear); to export a dense network on purpose, allow it"
         )
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
-    if dtype == "int8" and (reference is None or profile == "static"):
+    calibration = images if calibration is None else calibration
+    if dtype == "int8" and (calibration is None or len(calibration) == 0 or profile == "static"):
         raise UnsupportedModelError(
             "int8 needs real images to calibrate with, and branches or sub-batches to put each expert's scales in: "
-            "give images, and another profile than 'static'"
+            "give calibration images, and another profile than 'static'"
         )
-    plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, images=images, opset=opset)
+    plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, calibration=calibration, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
     described = ModelMetadata(
         labels=tuple(str(label) for label in labels),
@@ -191,7 +195,7 @@ def plan_graph(
     margins: bool = False,
     input_type: str = "float32",
     dtype: str = "fp32",
-    images: npt.NDArray[Any] | None = None,
+    calibration: npt.NDArray[Any] | None = None,
     opset: int = 18,
 ) -> Plan:
     """All passes over the traced graph; arguments as of `export_model`."""
@@ -206,8 +210,8 @@ def plan_graph(
     if dtype == "fp16":
         use_half_precision(graph)
     elif dtype == "int8":
-        assert images is not None
-        quantize(graph, images, opset)
+        assert calibration is not None
+        quantize(graph, calibration, opset)
     return plan_regions(graph)
 
 

@@ -60,3 +60,20 @@ def insert_one(
 ) -> ir.Value:
     """A new node with one output."""
     return insert(graph, before, op_type, inputs, attributes, output)[0]
+
+
+def linear_layer(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Weight [O, I] and bias [O] of a node that computes x @ W.T + b of x [rows, I] with constants, if it does."""
+    x = node.inputs[0] if node.inputs else None
+    if x is None or x.shape is None or len(x.shape) != 2 or x.const_value is not None:
+        return None
+    parameters = [None if value is None else value.const_value for value in node.inputs[1:]]
+    if node.op_type not in ("Gemm", "MatMul") or not parameters or None in parameters:
+        return None
+    weight, *biases = (tensor.numpy() for tensor in parameters if tensor is not None)
+    attributes = node.attributes
+    plain = attributes.get_int("transA", 0) == 0 and all(attributes.get_float(k, 1.0) == 1.0 for k in ("alpha", "beta"))
+    if not plain or weight.ndim != 2 or any(bias.ndim != 1 for bias in biases):
+        return None
+    weight_OI = weight if attributes.get_int("transB", 0) else weight.T
+    return weight_OI, biases[0] if biases else np.zeros(len(weight_OI), weight.dtype)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from advmoe_export import operators
 from advmoe_export.operators import initializer, is_routed
-from advmoe_export.passes.editing import constant, insert_one
+from advmoe_export.passes.editing import constant, insert_one, linear_layer
 
 
 def fold_batchnorm(graph: ir.Graph) -> None:
@@ -78,34 +78,25 @@ def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.nda
 def _into_linear(graph: ir.Graph, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
     if not _sole_use(norm.outputs[0]):
         return
-    gemm = next(iter(norm.outputs[0].uses())).node  # or a MatMul, which is a Gemm with all attributes at their defaults
-    attributes = gemm.attributes
-    if (
-        gemm.op_type not in {"Gemm", "MatMul"}
-        or gemm.inputs[0] is not norm.outputs[0]
-        or attributes.get_int("transA", 0) != 0
-        or attributes.get_float("alpha", 1.0) != 1.0
-        or attributes.get_float("beta", 1.0) != 1.0
-        or any(value is None or value.const_value is None for value in gemm.inputs[1:])
-    ):
+    linear = next(iter(norm.outputs[0].uses())).node
+    layer = linear_layer(linear)
+    if layer is None or linear.inputs[0] is not norm.outputs[0]:
         return
-    weight = gemm.inputs[1].const_value.numpy()  # type: ignore[union-attr]
-    weight_OI = weight if attributes.get_int("transB", 0) else weight.T
-    bias_O = gemm.inputs[2].const_value.numpy() if len(gemm.inputs) > 2 else 0.0  # type: ignore[union-attr]
-    folded_OI = (weight_OI * scale).astype(weight.dtype)
-    folded_O = (bias_O + weight_OI @ shift).astype(weight.dtype)
-    name = str(gemm.inputs[1].name)  # type: ignore[union-attr]
+    weight_OI, bias_O = layer
+    folded_OI = (weight_OI * scale).astype(weight_OI.dtype)
+    folded_O = (bias_O + weight_OI @ shift).astype(weight_OI.dtype)
+    name = str(linear.outputs[0].name)
     replacement = insert_one(
         graph,
-        gemm,
+        linear,
         "Gemm",
         [
             norm.inputs[0],
-            constant(graph, folded_OI, f"{name}.centred"),
-            constant(graph, folded_O, f"{name}.centred.bias"),
+            constant(graph, folded_OI, f"{name}.weight"),
+            constant(graph, folded_O, f"{name}.bias"),
         ],
         {"transB": 1},
-        (f"{gemm.outputs[0].name}.centred", gemm.outputs[0].dtype, gemm.outputs[0].shape),
+        (f"{linear.outputs[0].name}.centred", linear.outputs[0].dtype, linear.outputs[0].shape),
     )
-    _remove(graph, gemm, replacement)
+    _remove(graph, linear, replacement)
     graph.remove(norm, safe=True)

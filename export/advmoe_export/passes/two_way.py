@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.operators import decision_of, is_routed
-from advmoe_export.passes.editing import constant, insert_one
+from advmoe_export.passes.editing import constant, insert_one, linear_layer
 
 
 def compare_two_way(graph: ir.Graph) -> None:
@@ -23,30 +23,21 @@ def compare_two_way(graph: ir.Graph) -> None:
         if argmax is None or argmax.op_type != "ArgMax":
             continue
         logits = argmax.inputs[0]
-        gemm = None if logits is None else logits.producer()
-        if (
-            gemm is None
-            or gemm.op_type != "Gemm"
-            or logits is None
-            or len(logits.uses()) != 1
-            or logits.shape is None
-            or logits.shape[1] != 2
-            or gemm.attributes.get_int("transB", 0) != 1
-            or gemm.attributes.get_int("transA", 0) != 0
-            or len(gemm.inputs) != 3
-            or any(value is None or value.const_value is None for value in gemm.inputs[1:])
-        ):
+        linear = None if logits is None else logits.producer()
+        layer = None if linear is None else linear_layer(linear)
+        if logits is None or linear is None or layer is None or len(layer[1]) != 2 or len(logits.uses()) != 1:
             continue
-        weight, bias = (value.const_value.numpy().astype(np.float64) for value in gemm.inputs[1:])  # type: ignore[union-attr]
+        assert logits.shape is not None
+        weight, bias = (array.astype(np.float64) for array in layer)
         dtype, rows, name = logits.dtype, logits.shape[0], str(logits.name)
         column = ir.Shape([rows, 1])
-        as_float = gemm.inputs[1].const_value.numpy().dtype  # type: ignore[union-attr]
+        as_float = layer[0].dtype
         difference = insert_one(
             graph,
             argmax,
             "Gemm",
             [
-                gemm.inputs[0],
+                linear.inputs[0],
                 constant(graph, (weight[1:] - weight[:1]).astype(as_float), f"{name}.difference.weight"),
                 constant(graph, (bias[1:] - bias[:1]).astype(as_float), f"{name}.difference.bias"),
             ],
@@ -62,7 +53,7 @@ def compare_two_way(graph: ir.Graph) -> None:
         row = insert_one(graph, argmax, "Squeeze", [second, axis], {}, (f"{name}.row", ir.DataType.BOOL, flat))
         chosen = insert_one(graph, argmax, "Cast", [row], {"to": int64.value}, (f"{name}.expert", int64, flat))
         argmax.outputs[0].replace_all_uses_with(chosen)
-        graph.remove([argmax, gemm], safe=True)
+        graph.remove([argmax, linear], safe=True)
 
 
 def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:

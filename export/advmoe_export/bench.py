@@ -1,0 +1,71 @@
+"""How long an exported model takes: latency per batch and images per second, on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from advmoe_export.errors import InputError
+from advmoe_export.session import Session
+from advmoe_export.verify import probe_images
+
+MIN_RUNS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Wall-clock times of one batch size."""
+
+    batch: int
+    runs: int
+    median_ms: float
+    p95_ms: float
+    images_per_second: float
+    """From the median."""
+
+
+def time_session(session: Session, batches: Sequence[int], *, seconds: float = 1.0) -> list[Timing]:
+    """Time batches of synthetic images, which take different pathways.
+
+    Args:
+        session: the model.
+        batches: batch sizes.
+        seconds: how long to measure each, after a warm-up; at least five runs are made.
+
+    Raises:
+        InputError: a batch size the file does not take.
+    """
+    metadata = session.metadata
+    fixed = metadata.batch_size
+    for batch in batches:
+        if batch < 1 or (fixed is not None and batch != fixed):
+            expected = (
+                "a batch size of at least 1" if fixed is None else f"batch size {fixed}, which this file is made for"
+            )
+            raise InputError(f"expected {expected}, got {batch}")
+    timings = []
+    for batch in batches:
+        pool = probe_images(metadata.image_size, metadata.input_type, count=4 * batch)
+        for start in range(0, len(pool), batch):
+            session.run_raw(pool[start : start + batch])
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < MIN_RUNS or time.perf_counter() < end:
+            start = len(times) * batch % len(pool)
+            begin = time.perf_counter()
+            session.run_raw(pool[start : start + batch])
+            times.append(time.perf_counter() - begin)
+        median = float(np.median(times))
+        timings.append(
+            Timing(
+                batch=batch,
+                runs=len(times),
+                median_ms=1e3 * median,
+                p95_ms=1e3 * float(np.quantile(times, 0.95)),
+                images_per_second=batch / median,
+            )
+        )
+    return timings

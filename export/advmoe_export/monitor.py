@@ -1,0 +1,113 @@
+"""Watch how served traffic uses the experts, against the load recorded when the model was exported.
+
+A shift tells that the traffic differs from the images the model was verified with (or is being steered on purpose)
+before labels do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from advmoe_export.errors import InputError
+from advmoe_export.metadata import ModelMetadata
+from advmoe_export.session import Prediction
+
+CONDITION = ("served", 0)
+"""Under which predictions are written to a route log."""
+UNKNOWN_LABEL = -1
+
+
+class RouteSink(Protocol):
+    """Where pathways are kept image by image; `advmoe.rust_router.RouteLog` is one."""
+
+    def append(
+        self,
+        condition: tuple[str, int],
+        indices: npt.NDArray[np.int64],
+        experts: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int32],
+        predictions: npt.NDArray[np.int32],
+    ) -> Any:
+        """Add a batch of pathways [B, L]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDrift:
+    """One MoE layer's expert load, served against recorded."""
+
+    layer: str
+    recorded: tuple[float, ...]
+    """Share of images per expert at export."""
+    served: tuple[float, ...]
+    """Share of images per expert since the monitor was made."""
+    distance: float
+    """Half the sum of absolute differences: the share of images that would have to move, 0 ... 1."""
+    noise: float
+    """Distance to be expected from the number of served images alone if nothing had changed."""
+
+
+class RouteMonitor:
+    """Counts the experts that predictions used.
+
+    Args:
+        metadata: of the exported file; it must have been exported with images, which recorded its load.
+        log: where to keep every pathway besides, for example an `advmoe.rust_router.RouteLog(metadata.num_experts)`.
+
+    Raises:
+        InputError: the file has no recorded load.
+    """
+
+    def __init__(self, metadata: ModelMetadata, *, log: RouteSink | None = None) -> None:
+        if metadata.expert_load is None:
+            raise InputError("this file has no recorded expert load to compare with; export it again with images")
+        self._layers = metadata.layers
+        self._recorded = metadata.expert_load
+        self._counts = [np.zeros(count, np.int64) for count in metadata.num_experts]
+        self._log = log
+        self.images = 0
+
+    def record(self, prediction: Prediction) -> None:
+        """Count a prediction.
+
+        Raises:
+            InputError: it has no pathway, or one of another model.
+        """
+        pathway = prediction.pathway
+        if pathway is None or pathway.shape[1] != len(self._counts):
+            given = "none" if pathway is None else f"{pathway.shape[1]}"
+            raise InputError(
+                f"expected a pathway of {len(self._counts)} layers, got {given}; use predictions of this model"
+            )
+        for column, counts in zip(pathway.T, self._counts, strict=True):
+            counts += np.bincount(column, minlength=len(counts))
+        if self._log is not None:
+            self._log.append(
+                CONDITION,
+                np.arange(self.images, self.images + len(pathway)),
+                pathway.astype(np.uint8),
+                np.full(len(pathway), UNKNOWN_LABEL, np.int32),
+                prediction.logits.argmax(axis=1).astype(np.int32),
+            )
+        self.images += len(pathway)
+
+    def drift(self) -> list[LayerDrift]:
+        """All layers, the one that moved most first."""
+        found = []
+        for layer, recorded, counts in zip(self._layers, self._recorded, self._counts, strict=True):
+            expected, served = np.array(recorded), counts / max(self.images, 1)
+            # E|x - p| of a binomial share, by its normal approximation
+            spread = np.sqrt(2 / np.pi * expected * (1 - expected) / max(self.images, 1))
+            found.append(
+                LayerDrift(
+                    layer=layer,
+                    recorded=tuple(recorded),
+                    served=tuple(float(share) for share in served),
+                    distance=float(np.abs(served - expected).sum() / 2),
+                    noise=float(spread.sum() / 2),
+                )
+            )
+        return sorted(found, key=lambda drift: -drift.distance)

@@ -1,0 +1,130 @@
+"""A Triton model repository for an exported file: Triton serves the folder as it is.
+
+DIR/NAME/config.pbtxt
+DIR/NAME/labels.txt
+DIR/NAME/1/model.onnx
+DIR/NAME/1/model.onnx.data
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from advmoe_export.errors import ModelFileError
+from advmoe_export.metadata import ModelMetadata
+from advmoe_export.session import check_data_file, data_file, read_metadata
+
+TYPES = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.UINT8: "TYPE_UINT8",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+}
+MODEL = "model.onnx"
+
+
+def write_triton_repository(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    max_batch_size: int = 64,
+    queue_delay_us: int = 500,
+) -> Path:
+    """Write one model into a Triton model repository.
+
+    A file for any batch size has -1 as its leading dimension, which Triton requires before it batches requests
+    itself: it gets
+    `max_batch_size` and dynamic batching. A file with a fixed batch size is served as it is, without batching.
+
+    Args:
+        path: an exported `.onnx` file.
+        folder: the model repository; made if it does not exist.
+        name: of the model in Triton; by default that of the file.
+        max_batch_size: most images in one run.
+        queue_delay_us: how long a request may wait for others to join its batch, in microseconds.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        ModelFileError: the file is not a complete export, the name is not one for Triton, or the folder cannot be
+        written.
+    """
+    source = Path(path)
+    metadata = read_metadata(source)
+    check_data_file(source, metadata)
+    name = name or re.sub(r"[^A-Za-z0-9_.-]", "_", source.stem)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or max_batch_size < 1:
+        raise ModelFileError(
+            f"expected a model name of letters, digits, '_', '-', '.' and a batch size of at least 1, "
+            f"got '{name}' and {max_batch_size}"
+        )
+    target = Path(folder) / name
+    if target.exists():
+        raise ModelFileError(f"'{target}' exists already; remove it, or give the model another name")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as draft:
+            model = onnx.load(source, load_external_data=False)
+            version = Path(draft) / name / "1"
+            version.mkdir(parents=True)
+            if data_file(source).is_file():
+                shutil.copyfile(data_file(source), data_file(version / MODEL))
+            for tensor in _tensors(model.graph):
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        entry.value = data_file(Path(MODEL)).name
+            (version / MODEL).write_bytes(model.SerializeToString())
+            (version.parent / "labels.txt").write_text("".join(f"{label}\n" for label in metadata.labels))
+            (version.parent / "config.pbtxt").write_text(config(model, metadata, name, max_batch_size, queue_delay_us))
+            version.parent.replace(target)
+    except OSError as error:
+        raise ModelFileError(f"cannot write '{target}': {error.strerror or error}") from error
+    return target
+
+
+def config(model: onnx.ModelProto, metadata: ModelMetadata, name: str, max_batch_size: int, queue_delay_us: int) -> str:
+    """The text of `config.pbtxt`."""
+    fixed = metadata.batch_size is not None
+    lines = [f'name: "{name}"', 'platform: "onnxruntime_onnx"', f"max_batch_size: {0 if fixed else max_batch_size}"]
+    for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            dims = _dims(value) if fixed else _dims(value)[1:]
+            parts = [f'name: "{value.name}"', f"data_type: {TYPES[value.type.tensor_type.elem_type]}", f"dims: {dims}"]
+            if value.name == "logits":
+                parts.append('label_filename: "labels.txt"')
+            lines.append(f"{kind} [ {{ {', '.join(parts)} }} ]")
+    if not fixed:
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {queue_delay_us} }}")
+    (images,) = model.graph.input
+    shape = _dims(images) if fixed else _dims(images)[1:]
+    data_type = TYPES[images.type.tensor_type.elem_type]
+    for size in (0,) if fixed else sorted({1, max_batch_size}):
+        tensor = f'key: "{images.name}", value {{ data_type: {data_type}, dims: {shape}, zero_data: true }}'
+        lines.append(
+            f'model_warmup [ {{ name: "batch {size or shape[0]}", batch_size: {size}, inputs {{ {tensor} }} }} ]'
+        )
+    # Sub-batches change their size with every request: an exhaustive search among cuDNN's algorithms would never end.
+    lines.append('parameters { key: "cudnn_conv_algo_search", value { string_value: "1" } }')
+    return "\n".join(lines) + "\n"
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int]:
+    """Shape of an input or output, -1 where it is dynamic."""
+    return [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers of a graph and of all its branches."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)

@@ -1,0 +1,120 @@
+"""Serving an exported file: Triton's model repository, timing, and watching the experts' load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from advmoe_export import (
+    InputError,
+    ModelFileError,
+    RouteMonitor,
+    Session,
+    export_model,
+    time_session,
+    write_triton_repository,
+)
+from google.protobuf import text_format
+
+from advmoe.rust_router import RouteLog
+
+LABELS = [f"class {i}" for i in range(10)]
+IMAGES = np.random.default_rng(0).random((16, 1, 1, 3)) * np.ones((16, 16, 16, 3))
+PIXELS = np.rint(255 * IMAGES).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    make: Callable[..., Any] = request.getfixturevalue("small_moe")
+    path = tmp_path_factory.mktemp("exported") / "small.onnx"
+    export_model(make(), path, image_size=16, labels=LABELS, input_type="uint8", images=PIXELS, profile="throughput")
+    return path
+
+
+def test_tritons_folder_holds_a_model_that_runs_as_its_configuration_says(exported: Path, tmp_path: Path) -> None:
+    service = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's schema: tritonclient[grpc]")
+    folder = write_triton_repository(exported, tmp_path / "models", max_batch_size=32)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), service.ModelConfig())
+    assert (config.name, config.platform, config.max_batch_size) == ("small", "onnxruntime_onnx", 32)
+    assert config.HasField("dynamic_batching")
+    assert [(warm.batch_size, warm.inputs["images"].zero_data) for warm in config.model_warmup] == [
+        (1, True),
+        (32, True),
+    ]
+    served = ort.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    kinds = {
+        "tensor(uint8)": service.TYPE_UINT8,
+        "tensor(float)": service.TYPE_FP32,
+        "tensor(int64)": service.TYPE_INT64,
+    }
+    for entries, values in ((config.input, served.get_inputs()), (config.output, served.get_outputs())):
+        assert [(e.name, e.data_type, list(e.dims)) for e in entries] == [
+            (value.name, kinds[value.type], value.shape[1:]) for value in values
+        ]
+        # Triton adds the batch dimension itself, and insists that it is dynamic in the model
+        assert all(value.shape[0] == "batch" for value in values)
+    assert (folder / "labels.txt").read_text().splitlines() == LABELS
+    expected = Session(exported).run(PIXELS)
+    np.testing.assert_array_equal(served.run(["logits"], {"images": PIXELS})[0], expected.logits)
+
+
+def test_a_triton_folder_is_written_whole_or_not_at_all(exported: Path, tmp_path: Path) -> None:
+    folder = write_triton_repository(exported, tmp_path / "models", name="digits")
+    assert sorted(path.name for path in folder.rglob("*")) == [
+        "1",
+        "config.pbtxt",
+        "labels.txt",
+        "model.onnx",
+        "model.onnx.data",
+    ]
+    with pytest.raises(ModelFileError, match="exists already"):
+        write_triton_repository(exported, tmp_path / "models", name="digits")
+    with pytest.raises(ModelFileError, match="model name of letters"):
+        write_triton_repository(exported, tmp_path / "models", name="a/b")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["digits"]
+
+
+def test_timing_gives_one_line_per_batch_size(exported: Path) -> None:
+    timings = time_session(Session(exported, threads=1), [1, 4], seconds=0.01)
+    assert [timing.batch for timing in timings] == [1, 4]
+    for timing in timings:
+        assert 0 < timing.median_ms <= timing.p95_ms
+        assert timing.images_per_second == pytest.approx(1e3 * timing.batch / timing.median_ms)
+    with pytest.raises(InputError, match="batch size of at least 1, got 0"):
+        time_session(Session(exported), [0])
+
+
+def test_the_monitor_sees_no_drift_in_the_images_of_the_export_and_much_in_others(exported: Path) -> None:
+    session = Session(exported)
+    log = RouteLog(session.metadata.num_experts)
+    monitor = RouteMonitor(session.metadata, log=log)
+    prediction = session.run(PIXELS)
+    monitor.record(prediction)
+    assert all(drift.distance == 0 for drift in monitor.drift())
+    indices, experts, labels, predictions = log.rows(("served", 0))
+    np.testing.assert_array_equal(indices, np.arange(16))
+    np.testing.assert_array_equal(experts, prediction.pathway)
+    assert set(labels) == {-1}
+    np.testing.assert_array_equal(predictions, prediction.logits.argmax(axis=1))
+
+    other = RouteMonitor(session.metadata)
+    other.record(session.run(np.repeat(PIXELS[:1], 16, axis=0)))
+    assert prediction.pathway is not None
+    # One image 16 times: a layer that sent k of the 16 images its way moves by 1 - k / 16.
+    stays = (prediction.pathway == prediction.pathway[0]).mean(axis=0)
+    served = {drift.layer: drift.distance for drift in other.drift()}
+    for layer, share in zip(session.metadata.layers, stays, strict=True):
+        assert served[layer] == pytest.approx(1 - share)
+    assert other.drift()[0].distance == max(served.values()) > 0
+
+
+def test_the_monitor_refuses_what_it_cannot_compare(exported: Path) -> None:
+    import dataclasses
+
+    session = Session(exported)
+    with pytest.raises(InputError, match="no recorded expert load"):
+        RouteMonitor(dataclasses.replace(session.metadata, expert_load=None))
+    with pytest.raises(InputError, match="expected a pathway of 4 layers, got none"):
+        RouteMonitor(session.metadata).record(dataclasses.replace(session.run(PIXELS), pathway=None))
