@@ -331,6 +331,10 @@ impl Grouped {
     fn tally(&self, unique: &[(&[u8], u64)], sizes: &[u32], tally: &mut Tally) {
         const BLOCK: usize = 1024;
         let mut shared = [0_u32; BLOCK];
+        // Where all pathways have one size, as with experts of one size in each layer, |P ∩ Q| says all about a pair, and
+        // the pairs are only counted by it here.
+        let one_size = sizes.iter().all(|size| *size == sizes[0]);
+        let mut by_intersection = vec![0_u64; if one_size { sizes[0] as usize + 1 } else { 0 }];
         for (p, (&(_, p_count), &p_size)) in unique.iter().zip(sizes).enumerate() {
             tally.add(p_size, p_size, p_size, p_count * (p_count - 1) / 2);
             for start in (p + 1..unique.len()).step_by(BLOCK) {
@@ -343,12 +347,19 @@ impl Grouped {
                         *shared += row[usize::from(code)];
                     }
                 }
-                for ((&shared, &q_size), &(_, q_count)) in
-                    shared.iter().zip(&sizes[start..end]).zip(&unique[start..end])
-                {
-                    tally.add(shared, p_size, q_size, p_count * q_count);
+                let pairs =
+                    shared.iter().zip(&unique[start..end]).map(|(&shared, (_, q_count))| (shared, p_count * q_count));
+                if one_size {
+                    pairs.for_each(|(shared, weight)| by_intersection[shared as usize] += weight);
+                } else {
+                    pairs
+                        .zip(&sizes[start..end])
+                        .for_each(|((shared, w), &q_size)| tally.add(shared, p_size, q_size, w));
                 }
             }
+        }
+        for (shared, &weight) in (0..).zip(&by_intersection) {
+            tally.add(shared, sizes[0], sizes[0], weight);
         }
     }
 }
@@ -390,14 +401,14 @@ mod tests {
         log.table(&key).unwrap().clone()
     }
 
-    /// Experts as circular windows of channels, of sizes that differ from layer to layer and from expert to expert.
-    fn windows(num_experts: &[u16]) -> Channels {
+    /// Experts as circular windows of channels, of sizes that differ from layer to layer and, if asked, by expert.
+    fn windows(num_experts: &[u16], uneven: bool) -> Channels {
         let mut channels = Channels::new();
         for (layer, &n) in num_experts.iter().enumerate() {
             let (n, c) = (usize::from(n), 5 + 2 * layer);
             let member = |i: usize| {
                 let (expert, channel) = (i / c, i % c);
-                (channel + c - expert * c / n) % c < 2 + (layer + expert) % 3
+                (channel + c - expert * c / n) % c < 2 + (layer + if uneven { expert } else { 0 }) % 3
             };
             channels.push((0..n * c).map(member).collect(), c).unwrap();
         }
@@ -422,12 +433,13 @@ mod tests {
             num_experts in proptest::collection::vec(1..20_u16, 1..6),
             raw in proptest::collection::vec(any::<u8>(), 12..120),
             bins in 1..12_usize,
+            uneven: bool,
         ) {
             let layers = num_experts.len();
             let n = raw.len() / layers;
             let experts: Vec<u8> =
                 (0..n * layers).map(|i| (u16::from(raw[i]) % num_experts[i % layers].min(3)) as u8).collect();
-            let (table, channels) = (table(&num_experts, &experts), windows(&num_experts));
+            let (table, channels) = (table(&num_experts, &experts), windows(&num_experts, uneven));
             let mut histogram = vec![0; bins];
             let (mut intersections, mut ious, mut pairs) = (0, 0.0, 0);
             for (i, j) in (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))) {
@@ -448,7 +460,7 @@ mod tests {
         #[test]
         fn similarity_with_a_mask_is_that_of_the_written_out_pathway(experts in proptest::collection::vec(0..2_u8, 8), bits: u64) {
             let num_experts = [2, 2, 2, 2];
-            let (table, channels) = (table(&num_experts, &experts), windows(&num_experts));
+            let (table, channels) = (table(&num_experts, &experts), windows(&num_experts, true));
             let mask_bits: Vec<bool> = (0..channels.num_channels()).map(|c| bits >> c & 1 == 1).collect();
             let (ious, cosines) = with_mask(&table, &channels, &mask_bits).unwrap();
             for row in 0..2 {
@@ -485,7 +497,7 @@ mod tests {
                 (0..10).map(move |layer| (word >> layer & 1) as u8)
             })
             .collect();
-        let (table, channels) = (table(&num_experts, &experts), windows(&num_experts));
+        let (table, channels) = (table(&num_experts, &experts), windows(&num_experts, true));
         let exact = diversity(&table, &channels, 4, BUDGET).unwrap();
         let sampled = diversity(&table, &channels, 4, PairBudget { max_exact: 0, sampled: 40_000, seed: 3 }).unwrap();
         assert!(!sampled.exact && sampled.pairs == 40_000);
@@ -498,9 +510,9 @@ mod tests {
     fn channels_and_masks_of_another_model_are_refused() {
         let table = table(&[2, 2], &[0, 0]);
         let message = |error: Error| error.to_string();
-        let wrong = with_mask(&table, &windows(&[2]), &[true; 5]).unwrap_err();
+        let wrong = with_mask(&table, &windows(&[2], true), &[true; 5]).unwrap_err();
         assert_eq!(message(wrong), "expected the channels of 2 MoE layers (at least one), got 1");
-        let wrong = with_mask(&table, &windows(&[2, 2]), &[true; 5]).unwrap_err();
+        let wrong = with_mask(&table, &windows(&[2, 2], true), &[true; 5]).unwrap_err();
         assert_eq!(message(wrong), "expected a mask of 12 channels, got 5");
         let wrong = Channels::new().push(vec![true, false], 1).unwrap_err();
         assert_eq!(message(wrong), "expert 1 of MoE layer 0 has no channels");
