@@ -17,6 +17,7 @@ from advmoe.cli.info import info
 from advmoe.cli.predict import predict
 from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
+from advmoe.cli.reproduce import reproduce
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, analyze, report, export, predict, bench_onnx, info, recipes):
+for command in (train, evaluate, analyze, report, export, predict, bench_onnx, info, recipes, reproduce):
     app.command()(command)
 
 
