@@ -13,7 +13,7 @@ from advmoe.errors import ConfigError
 
 KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
 GRANULARITIES = ("layer", "block", "stage", "image", "token")
-ROUTER_GRADIENTS = ("softmax", "straight_through")
+ROUTER_GRADIENTS = ("advantage", "softmax", "straight_through")
 EXPERT_FILTERS = ("windows", "separate")
 ROUTER_OPTIONS = ("num_experts", "granularity", "router_gradient", "expert_filters")
 """Fields of `ModelConfig` that mean something for kind `moe` only."""
@@ -78,8 +78,9 @@ class ModelConfig:
     granularity: str = "layer"
     """What one router decides for: each `layer`, `block` or `stage`, the whole network (`image`), or in vit each
     `token` of a layer."""
-    router_gradient: str = "softmax"
-    """How gradients pass the argmax: `softmax` gate or `straight_through`."""
+    router_gradient: str = "advantage"
+    """How gradients pass the argmax: by a softmax gate on what sets the chosen expert apart from the mean one
+    (`advantage`), by one on its whole output (`softmax`), or `straight_through` to the chosen logit (released code)."""
     compact: bool = False
     """Sparse-CNN whose dropped channels have been removed (`advmoe.models.masked.compact`)."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)

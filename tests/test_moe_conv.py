@@ -23,8 +23,11 @@ LAYOUTS = {
 }
 
 
-def compute_all(layer: MoEConv2d, x_BCHW: Tensor, logits_BN: Tensor, chosen_B: Tensor) -> Tensor:
-    """Every expert's channels cut out of one convolution with the whole bank; a one-hot gate keeps the chosen ones."""
+def compute_all(layer: MoEConv2d, x_BCHW: Tensor, logits_BN: Tensor, chosen_B: Tensor, router_gradient: str) -> Tensor:
+    """Every expert's channels cut out of one convolution with the whole bank; a one-hot gate keeps the chosen ones.
+
+    With `advantage` the chosen ones are kept without a gate, and it multiplies their constant distance from the mean.
+    """
     everything_BCHW = F.conv2d(x_BCHW, layer.weight, stride=layer.stride, padding=layer.padding)
     row_of = {channel: row for row, channel in enumerate(layer.layout.bank_channels)}
     experts_NBCHW = torch.stack(
@@ -34,18 +37,24 @@ def compute_all(layer: MoEConv2d, x_BCHW: Tensor, logits_BN: Tensor, chosen_B: T
         ]
     )
     probability_BN = logits_BN.softmax(dim=1)
-    gate_BN = F.one_hot(chosen_B, layer.layout.num_experts) * (probability_BN / probability_BN.detach())
-    return torch.einsum("bn,nbchw->bchw", gate_BN, experts_NBCHW)
+    one_hot_BN = F.one_hot(chosen_B, layer.layout.num_experts)
+    gate_BN = one_hot_BN * (probability_BN / probability_BN.detach())
+    if router_gradient == "softmax":
+        return torch.einsum("bn,nbchw->bchw", gate_BN, experts_NBCHW)
+    distance_NBCHW = (experts_NBCHW - experts_NBCHW.mean(dim=0)).detach()
+    kept_BCHW = torch.einsum("bn,nbchw->bchw", one_hot_BN.double(), experts_NBCHW)
+    return kept_BCHW + torch.einsum("bn,nbchw->bchw", gate_BN - one_hot_BN, distance_NBCHW)
 
 
+@pytest.mark.parametrize("router_gradient", ["softmax", "advantage"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("kernel_size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
 def test_outputs_and_gradients_equal_those_of_computing_all_experts(
-    name: str, kernel_size: int, stride: int, padding: int
+    name: str, kernel_size: int, stride: int, padding: int, router_gradient: str
 ) -> None:
     torch.manual_seed(0)
     layer = MoEConv2d(5, LAYOUTS[name], kernel_size, stride=stride, padding=padding).double()
-    router = Router(5, LAYOUTS[name].num_experts).double()
+    router = Router(5, LAYOUTS[name].num_experts, router_gradient=router_gradient).double()
     x_BCHW = torch.randn(24, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     inputs = [x_BCHW, layer.weight, *router.parameters()]
 
@@ -54,7 +63,7 @@ def test_outputs_and_gradients_equal_those_of_computing_all_experts(
     assert len(chosen_B.unique()) == LAYOUTS[name].num_experts
     y_BCHW = layer(x_BCHW, decision)
     assert decision.logits_BN is not None
-    reference_BCHW = compute_all(layer, x_BCHW, decision.logits_BN, chosen_B)
+    reference_BCHW = compute_all(layer, x_BCHW, decision.logits_BN, chosen_B, router_gradient)
     torch.testing.assert_close(y_BCHW, reference_BCHW)
 
     toward_BCHW = torch.randn_like(y_BCHW)
@@ -150,7 +159,9 @@ def test_a_whole_moe_network_convolves_as_much_as_s_dense(
 ) -> None:
     s_dense = convolution_flops(tiny_vgg(kind="s_dense"), images)
     for num_experts in (1, 2, 4):
-        assert convolution_flops(tiny_vgg(num_experts=num_experts), images) == s_dense
+        model = tiny_vgg(num_experts=num_experts)
+        model.routers.eval()  # a router that learns asks for the mean expert's output too
+        assert convolution_flops(model, images) == s_dense
 
 
 @pytest.mark.parametrize("model_scale", [0.3, 0.5, 1.0])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from advmoe.attacks.pgd import evaluating
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Centring, Router
+from advmoe.models.routing import Centring, Decision, Router, gate, pass_gate
 
 
 def pooled_relu_features(number: int = 256) -> Tensor:
@@ -61,3 +61,23 @@ def test_an_attack_between_two_updates_sees_the_pathways_of_the_update(
     model.routers.train()
     updated = model.forward_with_routing(images)[1].expert_index_BL
     assert torch.equal(attacked, updated)
+
+
+def gradient_of_two_experts(router_gradient: str) -> list[float]:
+    """Router gradient where expert 0 says 1 and is chosen, expert 1 would say 3, and the loss is (y - 4)^2 / 2."""
+    logits_BN, index_B = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
+    gate_B = gate(logits_BN, index_B, router_gradient)
+    decision = Decision(index_B, logits_BN, gate_B, against_mean=router_gradient == "advantage")
+    y = pass_gate(torch.tensor([[1.0]]), decision, lambda: torch.tensor([[2.0]]))
+    assert y.item() == 1.0
+    ((y - 4.0).square() / 2).sum().backward()
+    assert logits_BN.grad is not None
+    return logits_BN.grad.flatten().tolist()
+
+
+def test_the_advantage_moves_a_router_to_the_better_expert() -> None:
+    # d loss / dy = 1 - 4 = -3, the chosen expert differs from the mean by 1 - 2 = -1: d loss / d gate = 3, and
+    # d gate / d logits = (1, 0) - (1/2, 1/2). A descent step raises the logit of expert 1, whose loss is 1/2, not 9/2.
+    assert gradient_of_two_experts("advantage") == [1.5, -1.5]
+    # a gate on the whole output only asks for a larger output, -3 * 1, and so for more of the worse expert
+    assert gradient_of_two_experts("softmax") == [-1.5, 1.5]

@@ -53,7 +53,8 @@ class GatedTape(SeeingTape):
         decision = super().decide(layer, x_BCHW)
         if decision.logits_BN is None:
             return decision
-        return decision._replace(gate_B=gate(decision.logits_BN, decision.expert_index_B, self._router_gradient))
+        gate_B = gate(decision.logits_BN, decision.expert_index_B, self._router_gradient)
+        return decision._replace(gate_B=gate_B, against_mean=False)
 
 
 class MixtureTape(SeeingTape):

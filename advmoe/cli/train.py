@@ -81,7 +81,8 @@ def train(
         option(MODEL, "What a router decides for: layer, block, stage, image; token in vit. Default: layer."),
     ] = None,
     router_gradient: Annotated[
-        str | None, option(MODEL, "How gradients pass the argmax: softmax, straight_through. Default: softmax.")
+        str | None,
+        option(MODEL, "How gradients pass the argmax: advantage, softmax, straight_through. Default: advantage."),
     ] = None,
     expert_filters: Annotated[
         str | None, option(MODEL, "Experts as windows of the backbone, or with separate filters. Default: windows.")

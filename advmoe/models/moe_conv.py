@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.routing import Decision, ExpertLayout
+from advmoe.models.routing import Decision, ExpertLayout, pass_gate
 
 
 def expert_rows(bank: Tensor, start: int, size: int) -> Tensor:
@@ -159,7 +159,12 @@ class MoEConv2d(nn.Module):
             stride=self.stride,
             padding=self.padding,
         )
-        return y_BCHW if decision.gate_B is None else y_BCHW * decision.gate_B[:, None, None, None]
+        return pass_gate(y_BCHW, decision, lambda: self.mean_expert(x_BCHW))
+
+    def mean_expert(self, x_BCHW: Tensor) -> Tensor:
+        """Mean of all experts' outputs: one convolution with their mean filters."""
+        experts = [expert_rows(self.weight, start, self.out_channels) for start in self.starts]
+        return F.conv2d(x_BCHW, torch.stack(experts).mean(dim=0), None, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

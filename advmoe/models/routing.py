@@ -97,6 +97,8 @@ class Decision(NamedTuple):
     expert_index_B: Tensor
     logits_BN: Tensor | None
     gate_B: Tensor | None
+    against_mean: bool = False
+    """The gate multiplies what sets the chosen expert apart from the mean one, not its whole output."""
 
 
 class Routing(NamedTuple):
@@ -109,14 +111,31 @@ class Routing(NamedTuple):
 def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: str) -> Tensor:
     """A factor of value 1 that lets gradients through the argmax.
 
-    `softmax`: p_e / stopgrad(p_e), whose gradient reaches all logits. `straight_through`: 1 + logit_e -
-    stopgrad(logit_e), the gradient reaches the chosen logit only (as in the authors' released code). The softmax form
-    is evaluated in log space, where nothing underflows.
+    `softmax` and `advantage`: p_e / stopgrad(p_e), whose gradient reaches all logits; they differ in what the gate
+    multiplies (`pass_gate`). `straight_through`: 1 + logit_e - stopgrad(logit_e), the gradient reaches the chosen logit
+    only (as in the authors' released code). The softmax form is evaluated in log space, where nothing underflows.
     """
-    score_BN = logits_BN.log_softmax(dim=1) if router_gradient == "softmax" else logits_BN
+    score_BN = logits_BN if router_gradient == "straight_through" else logits_BN.log_softmax(dim=1)
     score_B = score_BN.gather(1, expert_index_B.unsqueeze(1)).squeeze(1)
     difference_B = score_B - score_B.detach()
-    return difference_B.exp() if router_gradient == "softmax" else 1.0 + difference_B
+    return 1.0 + difference_B if router_gradient == "straight_through" else difference_B.exp()
+
+
+def pass_gate(y: Tensor, decision: Decision, mean: Callable[[], Tensor]) -> Tensor:
+    """The chosen experts' output y [B, ...] unchanged, with the router's gradient attached.
+
+    A gate on the whole output learns whether the loss wants the output scaled, which no choice of expert can answer. A
+    gate on the distance from `mean()`, the mean of all experts' outputs, learns how the loss changes along that distance;
+    for N = 2 it is half the way from the other expert. That costs one more forward convolution while routers learn.
+    """
+    if decision.gate_B is None:
+        return y
+    gate = decision.gate_B.reshape(-1, *[1] * (y.ndim - 1))
+    if not decision.against_mean:
+        return y * gate
+    with torch.no_grad():
+        advantage = y - mean()
+    return y + (gate - 1.0) * advantage
 
 
 class Centring(nn.BatchNorm1d):
@@ -148,7 +167,7 @@ class Router(nn.Module):
     every logit then has mean zero over the data, and no expert can win everywhere.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "softmax") -> None:
+    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "advantage") -> None:
         super().__init__()
         self.router_gradient = router_gradient
         self.centre = Centring(in_channels)
@@ -165,13 +184,13 @@ class Router(nn.Module):
         expert_index_B = logits_BN.argmax(dim=1)
         learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
         gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if learns else None
-        return Decision(expert_index_B, logits_BN, gate_B)
+        return Decision(expert_index_B, logits_BN, gate_B, against_mean=self.router_gradient == "advantage")
 
 
 class ImageRouter(Router):
     """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
 
-    def __init__(self, num_experts: int, *, router_gradient: str = "softmax") -> None:
+    def __init__(self, num_experts: int, *, router_gradient: str = "advantage") -> None:
         super().__init__(64, num_experts, router_gradient=router_gradient)
         self.features = nn.Sequential()
         for in_channels, out_channels in ((3, 16), (16, 32), (32, 64)):

@@ -18,7 +18,7 @@ from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
 from advmoe.models.moe_conv import dispatch
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, ExpertLayout, RoutingTape
+from advmoe.models.routing import Decision, ExpertLayout, RoutingTape, pass_gate
 
 DEPTH = 12
 HEADS = 6
@@ -112,9 +112,13 @@ class RoutedMLP(nn.Module):
             y_RTD: Tensor = self.reduce(F.gelu(self.expand(x_RTD, index_R)), index_R)
         else:  # both layers of an expert on its rows: one dispatch instead of two
             y_RTD = dispatch(x_RTD, index_R, self.expand.num_experts, self.one_expert)
-        if decision.gate_B is not None:
-            y_RTD = y_RTD * decision.gate_B[:, None, None]
+        y_RTD = pass_gate(y_RTD, decision, lambda: self.mean_expert(x_RTD))
         return y_RTD.transpose(1, 2).unsqueeze(3)
+
+    def mean_expert(self, x_RTD: Tensor) -> Tensor:
+        """Mean of all experts' outputs, [R, T, D]."""
+        outputs = [self.one_expert(expert, x_RTD) for expert in range(self.expand.num_experts)]
+        return torch.stack(outputs).mean(dim=0)
 
     def one_expert(self, expert: int, x_RTD: Tensor) -> Tensor:
         """Output of one expert for all rows."""
