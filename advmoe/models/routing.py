@@ -125,8 +125,8 @@ def pass_gate(y: Tensor, decision: Decision, mean: Callable[[], Tensor]) -> Tens
     """The chosen experts' output y [B, ...] unchanged, with the router's gradient attached.
 
     A gate on the whole output learns whether the loss wants the output scaled, which no choice of expert can answer. A
-    gate on the distance from `mean()`, the mean of all experts' outputs, learns how the loss changes along that distance;
-    for N = 2 it is half the way from the other expert. That costs one more forward convolution while routers learn.
+    gate on the distance from `mean()`, the mean of all experts' outputs, learns how the loss changes along it; for
+    N = 2 it is half the way from the other expert. That costs one more forward convolution while routers learn.
     """
     if decision.gate_B is None:
         return y
