@@ -22,8 +22,11 @@ from torchvision.transforms.v2 import functional as reference
 
 from advmoe import rust_router
 from advmoe.data.cache import packed
-from advmoe.data.encoded import EncodedImages, image_folder, tar_shards
+from advmoe.data.folders import image_folder
 from advmoe.data.loader import BatchLoader, CropFlip
+from advmoe.data.parquet import HubLayout
+from advmoe.data.sets import DatasetInfo, EncodedSet
+from advmoe.data.shards import tar_shards
 from advmoe.data.transforms import RandomResizedCrop, ResizeCenterCrop, Transform
 from advmoe.errors import ConfigError, DataError
 
@@ -41,7 +44,7 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     return out.getvalue()
 
 
-def in_folder(folder: Path, contents: list[bytes]) -> EncodedImages:
+def in_folder(folder: Path, contents: list[bytes]) -> EncodedSet:
     """Images of one class, in order."""
     (folder / "class").mkdir(parents=True)
     for number, content in enumerate(contents):
@@ -49,7 +52,7 @@ def in_folder(folder: Path, contents: list[bytes]) -> EncodedImages:
     return image_folder(folder)
 
 
-def load(images: EncodedImages, transform: Transform | None = None, epoch: int = 0) -> NDArray[np.uint8]:
+def load(images: EncodedSet, transform: Transform | None = None, epoch: int = 0) -> NDArray[np.uint8]:
     """All images of an epoch, uint8 [n, H, W, 3]."""
     loader = BatchLoader(
         images, batch_size=3, augment=transform, dtype=torch.uint8, seed=SEED, stream=STREAM, channels_last=True
@@ -193,7 +196,7 @@ def test_tar_shards_are_read_in_place(photo: Image.Image, tmp_path: Path) -> Non
     source = tar_shards(paths, class_names=list("abcde"))
     assert source.labels.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(load(source), np.stack([np.asarray(image) for image in images]))
-    with pytest.raises(DataError, match="expected labels 0 to 1, got 0 to 4"):
+    with pytest.raises(DataError, match=r"label 2 of image 2 is out of range; labels must be 0\.\.1"):
         tar_shards(paths, class_names=["a", "b"])
     paths[0].write_bytes(paths[0].read_bytes()[:-9000])
     with pytest.raises(DataError, match=r"shard-0.tar is not a tar shard or is damaged: [^\n]+"):
@@ -205,6 +208,14 @@ def parquet(path: Path, contents: list[bytes | None], labels: list[int]) -> None
     pq.write_table(pa.table({"image": images, "label": labels}), path)
 
 
+HUB = HubLayout(
+    repository="nobody/nothing", folder="data", train="train", test="test", image_column="image", label_column="label"
+)
+LETTERS = DatasetInfo(
+    name="letters", num_classes=2, class_names=("a", "b"), image_size=32, mean=(0, 0, 0), std=(1, 1, 1), eps=0.1
+)
+
+
 def test_a_pack_is_made_once_and_again_when_its_source_or_itself_changed(photo: Image.Image, tmp_path: Path) -> None:
     files = [tmp_path / "train-0.parquet", tmp_path / "train-1.parquet"]
     parquet(files[0], [encode(photo, "PNG")], [1])
@@ -212,9 +223,9 @@ def test_a_pack_is_made_once_and_again_when_its_source_or_itself_changed(photo: 
     pack = tmp_path / "train.pack"
     reports: list[tuple[int, int]] = []
 
-    def again() -> EncodedImages:
+    def again() -> EncodedSet:
         reports.clear()
-        return packed(files, pack, class_names=["a", "b"], progress=lambda done, total: reports.append((done, total)))
+        return packed(tuple(files), pack, HUB, LETTERS, progress=lambda _, *counts: reports.append(counts))
 
     first = again()
     assert reports == [(2, 2)]
@@ -237,9 +248,9 @@ def test_a_pack_is_made_once_and_again_when_its_source_or_itself_changed(photo: 
 @pytest.mark.parametrize(
     ("contents", "labels", "message"),
     [
-        ([b"x", None], [0, 0], r"train.parquet has no image in row 1"),
-        ([b"x", b""], [0, 0], r"train.parquet has no image in row 1"),
-        ([b"x", b"y"], [0, 2], r"train.parquet has label 2 in row 1; expected 0 to 1"),
+        ([b"x", None], [0, 0], r"train.parquet, row 1: the image is missing"),
+        ([b"x", b""], [0, 0], r"train.parquet, row 1: the image is missing"),
+        ([b"x", b"y"], [0, 2], r"train.parquet, .*label 2 of image 1 is out of range"),
     ],
 )
 def test_parquet_that_cannot_be_packed_leaves_no_pack(
@@ -247,22 +258,20 @@ def test_parquet_that_cannot_be_packed_leaves_no_pack(
 ) -> None:
     parquet(tmp_path / "train.parquet", contents, labels)
     with pytest.raises(DataError, match=message):
-        packed([tmp_path / "train.parquet"], tmp_path / "pack", class_names=["a", "b"])
+        packed((tmp_path / "train.parquet",), tmp_path / "pack", HUB, LETTERS)
     assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
 
 
 def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     with pytest.raises(DataError, match=r"cannot read .*train.parquet: No such file"):
-        packed([path], tmp_path / "pack", class_names=["a"])
+        packed((path,), tmp_path / "pack", HUB, LETTERS)
     path.write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(DataError, match=r"train.parquet is not a parquet file, or is cut: [^\n]+$"):
-        packed([path], tmp_path / "pack", class_names=["a"])
+    with pytest.raises(DataError, match=r"train.parquet is truncated or not a parquet file; [^\n]+$"):
+        packed((path,), tmp_path / "pack", HUB, LETTERS)
     pq.write_table(pa.table({"img": ["x"], "label": [0]}), path)
-    with pytest.raises(DataError, match=r"has no column 'image'; it has img, label"):
-        packed([path], tmp_path / "pack", class_names=["a"])
-    with pytest.raises(DataError, match=r"cannot be read as images and labels: [^\n]+$"):
-        packed([path], tmp_path / "pack", class_names=["a"], image_column="img")
+    with pytest.raises(DataError, match=r"has no column 'image': it has img, label"):
+        packed((path,), tmp_path / "pack", HUB, LETTERS)
 
 
 HOSTILE = (
@@ -341,7 +350,7 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a folder of class folders"):
         image_folder(tmp_path / "missing")
     (tmp_path / "class").mkdir()
-    with pytest.raises(DataError, match=r"<class>/<image>\.jpg, found none"):
+    with pytest.raises(DataError, match=r"holds no JPEG or PNG images; expected .*/<class>/"):
         image_folder(tmp_path)
 
 

@@ -274,7 +274,7 @@ def test_training_and_validation_images_are_disjoint(digits: Dataset) -> None:
     assert isinstance(digits.train, ImageSet)
     images = digits.train.images.copy()
     images[:, 0, 0, 0] = np.arange(200)  # a number for every image, so that validation images can be told
-    numbered: Any = SimpleNamespace(train=dataclasses.replace(digits.train, images=images))
+    numbered: Any = SimpleNamespace(info=digits.info, train=dataclasses.replace(digits.train, images=images))
     split = split_dataset(numbered, dataclasses.replace(TRAIN, limit_train=None, val_limit=1000))
     validation = set(split.validation.images[:, 0, 0, 0].tolist())
     assert len(split.validation) == len(validation) == 20, "a tenth of 200"

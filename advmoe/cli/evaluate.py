@@ -17,6 +17,7 @@ from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.data.sets import Dataset, Images
 from advmoe.data.sources import load_dataset
+from advmoe.data.views import in_memory
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.evaluation.card import make_card, pixels, save_card
 from advmoe.evaluation.cost import measure_cost
@@ -94,7 +95,7 @@ def evaluate(
     if config.autoattack:
         package()
     data = _load(contents, checkpoint, dataset, data_dir)
-    images = _chosen(data.test, limit_eval, seed)
+    images = in_memory(_chosen(data.test, limit_eval, seed), contents.model.image_size)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with suite_progress(len(images)) as progress:

@@ -30,6 +30,8 @@ FOLDER = DatasetInfo(
 def folder_info(data_dir: Path) -> DatasetInfo:
     """What is known of the image folder at ``data_dir``: its class names, besides the defaults of `FOLDER`."""
     names = class_folders(find_split(data_dir, ("train",)))
+    if len(names) < 2:
+        raise DataError(f"{data_dir / 'train'} has the class folder {names[0]} only; expected at least 2 classes")
     return replace(FOLDER, num_classes=len(names), class_names=names)
 
 
@@ -48,11 +50,11 @@ def load_folder(data_dir: Path) -> Dataset:
 def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet]:
     """The training and test images of the image folder at ``root``, labelled by the position of their class."""
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
-    train = _read_split(folder, class_names)
+    train = image_folder(folder, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
         raise DataError(f"{folder / class_names[empty[0]]} holds no JPEG or PNG images, {empty.size} classes in all")
-    return train, _read_split(test_folder, class_names)
+    return train, image_folder(test_folder, class_names)
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:
@@ -66,10 +68,13 @@ def find_split(root: Path, names: Sequence[str]) -> Path:
 
 
 def class_folders(split: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in ``split``. Raises `DataError` when there are fewer than two."""
-    names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    if len(names) < 2:
-        raise DataError(f"{split} has {len(names)} class folders, expected at least 2: train/<class>/*")
+    """Sorted names of the class folders in ``split``. Raises `DataError` when there are none."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"expected a folder of class folders, but {split} cannot be read: {error.strerror}") from error
+    if not names:
+        raise DataError(f"{split} has no class folders; expected {split}/<class>/*")
     return tuple(names)
 
 
@@ -103,15 +108,23 @@ def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: 
     return labels
 
 
-def _read_split(split: Path, class_names: tuple[str, ...]) -> EncodedSet:
-    names = list_images(split)
+def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | None = None) -> EncodedSet:
+    """The images ``<class>/*`` in ``folder``, labelled by the position of their class in ``class_names``.
+
+    By default the classes are the sorted names of the folders in ``folder``.
+
+    Raises `DataError` when there are no images, or some lie elsewhere than in the folders of the classes.
+    """
+    folder = Path(folder)
+    class_names = class_names or class_folders(folder)
+    names = list_images(folder)
     if not names:
-        raise DataError(f"{split} holds no JPEG or PNG images; expected {split}/<class>/*")
+        raise DataError(f"{folder} holds no JPEG or PNG images; expected {folder}/<class>/*")
     return EncodedSet(
-        files=tuple(f"{split}/{name}" for name in names),
+        files=tuple(f"{folder}/{name}" for name in names),
         file_index=np.arange(len(names)),
         offsets=np.zeros(len(names), np.int64),
         lengths=np.zeros(len(names), np.int64),
-        labels=label_by_folder(names, class_names, where=str(split)),
+        labels=label_by_folder(names, class_names, where=str(folder)),
         class_names=class_names,
     )

@@ -1,16 +1,19 @@
-"""ImageNet (ILSVRC 2012) in class folders, as torchvision and most others lay it out."""
+"""ImageNet (ILSVRC 2012): the hub's parquet files, or class folders as torchvision and most others lay it out."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchvision.models import ResNet18_Weights
 
+from advmoe.data.cache import packed
 from advmoe.data.folders import FOLDER, class_folders, read_splits
-from advmoe.data.locate import search_roots
-from advmoe.data.sets import Dataset, DatasetInfo, complete_dataset
+from advmoe.data.locate import default_data_dir, search_roots
+from advmoe.data.parquet import HubLayout, Shards, find_splits
+from advmoe.data.sets import Dataset, DatasetInfo, Progress, complete_dataset
 from advmoe.errors import DataError
 
 
@@ -19,19 +22,30 @@ class ImageNet:
     """The facts of the set and where it is."""
 
     info: DatasetInfo
-    hub_repository: str
+    hub: HubLayout
 
 
-def load_imagenet(imagenet: ImageNet, data_dir: Path) -> Dataset:
-    """``train/<wnid>/*`` and ``val/<wnid>/*`` under ``data_dir``; the images stay encoded where they lie.
+def load_imagenet(
+    imagenet: ImageNet, data_dir: Path, *, packs: Path | None = None, progress: Progress | None = None
+) -> Dataset:
+    """The hub's parquet files, or ``train/<wnid>/*`` and ``val/<wnid>/*``, under ``data_dir``; images stay encoded.
+
+    Class folders are read where they lie. Parquet files cannot be read at random: their images are copied once, as
+    they are, into a pack in the folder ``packs`` (by default in `default_data_dir`), as large as they are (150 GB).
 
     Classes are numbered by their sorted WordNet ids, which is everybody's order. The validation images, whose labels
     are public, are the test set.
 
     Raises `DataError` when that is not there (ImageNet is never downloaded) or does not have its 1,000 classes.
     """
-    info = imagenet.info
-    for root in search_roots(data_dir, info.name, imagenet.hub_repository):
+    info, hub, incomplete = imagenet.info, imagenet.hub, list[str]()
+    for root in search_roots(data_dir, info.name, hub.repository):
+        if shards := find_splits(root, hub, incomplete):
+            folder = packs if packs is not None else default_data_dir() / "packs"
+            train, test = (
+                packed(files, folder / _pack_name(info, files), hub, info, progress=progress) for files in shards
+            )
+            return complete_dataset(info, train, test, where=shards[0][0].parent)
         if not (root / "train").is_dir():
             continue
         wnids = class_folders(root / "train")
@@ -42,10 +56,19 @@ def load_imagenet(imagenet: ImageNet, data_dir: Path) -> Dataset:
             )
         train, test = (replace(split, class_names=info.class_names) for split in read_splits(root, wnids))
         return complete_dataset(info, train, test, where=root)
+    if incomplete:
+        raise DataError(f"{info.name} is incomplete: {'; '.join(incomplete)}; add what is missing")
     raise DataError(
-        f"{info.name} was not found in {data_dir} as train/<wnid>/* and val/<wnid>/*; it may not be downloaded without"
-        " an account: get it from image-net.org and lay it out with torchvision.datasets.ImageNet"
+        f"{info.name} was not found in {data_dir} as {hub.folder}/*.parquet or as train/<wnid>/* and val/<wnid>/*;"
+        f" it may not be downloaded without an account: get it from {hub.repository} on the hub, or from image-net.org"
+        " and lay it out with torchvision.datasets.ImageNet"
     )
+
+
+def _pack_name(info: DatasetInfo, files: Shards) -> str:
+    """The same for the same files in the same folder, and for no others."""
+    origin = hashlib.sha256(str(files[0].resolve()).encode()).hexdigest()[:12]
+    return f"{info.name}-{files[0].name.split('-')[0]}-{origin}.pack"
 
 
 IMAGENET = ImageNet(
@@ -57,5 +80,12 @@ IMAGENET = ImageNet(
         train_size=1_281_167,
         test_size=50_000,
     ),
-    hub_repository="ILSVRC/imagenet-1k",
+    hub=HubLayout(
+        repository="ILSVRC/imagenet-1k",
+        folder="data",
+        train="train",
+        test="validation",
+        image_column="image",
+        label_column="label",
+    ),
 )

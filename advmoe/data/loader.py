@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmoe import rust_router
-from advmoe.data.encoded import EncodedImages
 from advmoe.data.prefetch import Ahead
+from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
 from advmoe.errors import ConfigError, DataError
 
@@ -85,7 +85,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        images: LabelledImages | EncodedImages,
+        images: LabelledImages | EncodedSet,
         *,
         batch_size: int,
         indices: NDArray[np.integer] | None = None,
@@ -105,7 +105,7 @@ class BatchLoader:
         pin_memory: bool | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
     ) -> None:
-        pixels = images.source if isinstance(images, EncodedImages) else images.images
+        pixels = images.source if isinstance(images, EncodedSet) else images.images
         if isinstance(pixels, np.ndarray) and not _is_rgb(pixels):
             raise ConfigError(
                 f"expected C-contiguous uint8 images [n, H, W, 3], got {pixels.dtype} {list(pixels.shape)}; "

@@ -111,9 +111,10 @@ def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[
             check_labels(labels.to_numpy(), info.num_classes, where=f"{path}, from row {row} on")
             images = batch[hub.image_column].field("bytes")
             for content, label in zip(images, labels.to_pylist(), strict=True):
-                if not content.is_valid:
+                encoded = content.as_py()
+                if not encoded:
                     raise DataError(f"{path}, row {row}: the image is missing")
-                yield f"{path}, row {row}", content.as_py(), label
+                yield f"{path}, row {row}", encoded, label
                 row += 1
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe import rust_router
 from advmoe.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -81,6 +83,8 @@ class EncodedSet:
         check_labels(self.labels, len(self.class_names), where="the image set")
         if self.labels.size and not 0 <= self.file_index.min() <= self.file_index.max() < len(self.files):
             raise DataError(f"file_index must lie in 0..{len(self.files) - 1} ({len(self.files)} files)")
+        if self.labels.size and min(self.offsets.min(), self.lengths.min()) < 0:
+            raise DataError("offsets and lengths must be 0 or more")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,19 +99,15 @@ class EncodedSet:
             labels=self.labels[indices],
         )
 
-    def read(self, row: int) -> bytes:
-        """The encoded bytes of image ``row``. Raises `DataError` when its file is missing or too short."""
-        path = self.files[self.file_index[row]]
-        offset, length = int(self.offsets[row]), int(self.lengths[row])
-        try:
-            with Path(path).open("rb") as file:
-                file.seek(offset)
-                encoded = file.read(length or -1)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        if length and len(encoded) != length:
-            raise DataError(f"{path} is truncated: image {row} needs {length} bytes from byte {offset} on")
-        return encoded
+    @cached_property
+    def source(self) -> rust_router.EncodedSource:
+        """The images for the Rust loader; kept, since a million paths are handed over in a second, not in none."""
+        return rust_router.EncodedSource(
+            self.files,
+            self.file_index.astype(np.uint32),
+            self.offsets.astype(np.uint64),
+            self.lengths.astype(np.uint64),
+        )
 
 
 Images = ImageSet | EncodedSet

@@ -54,7 +54,9 @@ _SOURCES = {
                 TINY_IMAGENET, data_dir, download=download, progress=progress
             ),
         ),
-        _Source(IMAGENET.info, lambda data_dir, download, progress: load_imagenet(IMAGENET, data_dir)),
+        _Source(
+            IMAGENET.info, lambda data_dir, download, progress: load_imagenet(IMAGENET, data_dir, progress=progress)
+        ),
         _Source(FOLDER, lambda data_dir, download, progress: load_folder(data_dir)),
         _Source(DIGITS, lambda data_dir, download, progress: load_digits()),
     )

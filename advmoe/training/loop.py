@@ -18,9 +18,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.config import ModelConfig, TrainConfig, from_dict, to_dict
-from advmoe.data.loader import Batch, BatchLoader, CropFlip
-from advmoe.data.sources import Dataset, ImageSet
+from advmoe.data.loader import Batch, BatchLoader
+from advmoe.data.sets import Dataset, Images, ImageSet
 from advmoe.data.splits import split_validation
+from advmoe.data.views import in_memory, training_transform
 from advmoe.errors import CheckpointError, ConfigError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.masked import close_masks
@@ -60,7 +61,7 @@ class Observer(Protocol):
 class Split:
     """The images a run uses: everything is a seeded choice from the training set, the test set is never touched."""
 
-    train: ImageSet
+    train: Images
     train_indices: np.ndarray
     validation: ImageSet
 
@@ -73,7 +74,7 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Split:
         train = np.sort(train_random.choice(train, config.limit_train, replace=False))
     if config.val_limit < len(validation):
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
-    return Split(dataset.train, train, dataset.train.take(validation))
+    return Split(dataset.train, train, in_memory(dataset.train.take(validation), dataset.info.image_size))
 
 
 def difference(given: Any, wanted: Any) -> str:
@@ -280,7 +281,7 @@ class Trainer:
             indices=self.split.train_indices,
             batch_size=self.config.batch_size,
             shuffle=True,
-            augment=CropFlip(padding=self.model_config.image_size // 8, flip=self.config.flip),
+            augment=training_transform(self.split.train, self.model_config.image_size, flip=self.config.flip),
             seed=self.config.seed,
             stream=stream,
             drop_last=True,

@@ -33,7 +33,7 @@ mod rust_router {
     #[pymodule_export]
     use super::batches::{BatchFiller, EncodedSource, Stop, Transform, epoch_order};
     #[pymodule_export]
-    use super::files::{PackWriter, open_pack, tar_samples};
+    use super::files::{PackWriter, decode_image, open_pack, tar_samples};
     #[pymodule_export]
     use super::routes::{Channels, RouteLog};
 }

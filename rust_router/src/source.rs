@@ -160,6 +160,15 @@ impl Encoded {
 /// A panic in a decoder is a damaged image, not the end of the epoch.
 const PANIC: &str = "the decoder gave up on it";
 
+/// [`decode::decode`] for bytes from anywhere: whatever happens in a decoder becomes a reason.
+///
+/// # Errors
+/// As [`decode::decode`].
+pub fn decode_foreign(bytes: &[u8], rgb: &mut Vec<u8>) -> std::result::Result<Size, decode::Reason> {
+    // The buffer may hold anything afterwards; the next image overwrites it.
+    catch_unwind(AssertUnwindSafe(|| decode::decode(bytes, rgb))).unwrap_or_else(|_| Err(PANIC.into()))
+}
+
 impl Source for Encoded {
     fn len(&self) -> usize {
         self.spans.len()
@@ -168,9 +177,7 @@ impl Source for Encoded {
     fn image<'a>(&'a self, row: usize, scratch: &'a mut Scratch) -> Result<ImageView<'a>> {
         let Scratch { encoded, rgb } = scratch;
         let span = self.read(row, encoded)?;
-        // Both buffers may hold anything afterwards; the next image overwrites them.
-        let size = catch_unwind(AssertUnwindSafe(|| decode::decode(encoded, rgb)));
-        let size = size.unwrap_or_else(|_| Err(PANIC.into()));
+        let size = decode_foreign(encoded, rgb);
         let (height, width) = size.map_err(|reason| self.sample(row, span, reason))?;
         Ok(ImageView { rgb, height, width })
     }

@@ -54,7 +54,7 @@ impl Transform {
 
 /// Encoded images in files.
 #[pyclass(frozen)]
-pub(super) struct EncodedSource(pub(super) source::Encoded);
+pub(super) struct EncodedSource(source::Encoded);
 
 #[pymethods]
 impl EncodedSource {

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
-use super::batches::EncodedSource;
 use super::{ConfigError, DataError};
+use crate::source::decode_foreign;
 use crate::{pack, shard};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
@@ -50,15 +50,24 @@ impl PackWriter {
     }
 }
 
-/// A pack's images, labels and text.
+/// Offsets, lengths and labels of a pack's images, and its text.
 #[pyfunction]
-pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<(EncodedSource, Array1<'_, i64>, String)> {
-    let (pack, source) = py.detach(|| {
-        let pack = pack::Pack::open(&path)?;
-        let source = pack.source(&path)?;
-        Ok::<_, crate::Error>((pack, source))
-    })?;
-    Ok((EncodedSource(source), pack.labels.into_pyarray(py), pack.text))
+pub(super) fn open_pack(
+    py: Python<'_>,
+    path: PathBuf,
+) -> PyResult<(Array1<'_, u64>, Array1<'_, u64>, Array1<'_, i64>, String)> {
+    let pack = py.detach(|| pack::Pack::open(&path))?;
+    let offsets: Vec<u64> = pack.spans.iter().map(|span| span.offset).collect();
+    let lengths: Vec<u64> = pack.spans.iter().map(|span| span.length).collect();
+    Ok((offsets.into_pyarray(py), lengths.into_pyarray(py), pack.labels.into_pyarray(py), pack.text))
+}
+
+/// Decodes one JPEG or PNG image to `[height, width, 3]`.
+#[pyfunction]
+pub(super) fn decode_image<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound<'py, PyArray3<u8>>> {
+    let mut rgb = Vec::new();
+    let (height, width) = decode_foreign(encoded, &mut rgb).map_err(DataError::new_err)?;
+    rgb.into_pyarray(py).reshape([height, width, 3])
 }
 
 /// Offsets, lengths and labels of the images of a tar shard.

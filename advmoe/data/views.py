@@ -1,0 +1,44 @@
+"""How the networks see the images of a set: at random places in training, whole or in the middle elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from advmoe.data.loader import BatchLoader
+from advmoe.data.sets import Images, ImageSet, Progress
+from advmoe.data.transforms import CropFlip, RandomResizedCrop, ResizeCenterCrop, Transform
+
+SHORTER_SIDE = 8 / 7
+"""Shorter side before the middle is taken, relative to the size: 256 for 224, as ImageNet models are evaluated."""
+
+
+def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
+    """What training does to every image: CIFAR's padding and cropping in memory, else ImageNet's random parts.
+
+    The padding is an eighth of the size: 4 for 32, 8 for 64.
+    """
+    if isinstance(images, ImageSet):
+        return CropFlip(padding=size // 8, flip=flip)
+    return RandomResizedCrop(size=size, flip=flip)
+
+
+def in_memory(images: Images, size: int, *, progress: Progress | None = None) -> ImageSet:
+    """The images as an `ImageSet`: themselves, or decoded, resized and cut to the middle ``[size, size]``.
+
+    Attacks visit an image many times, so evaluation decodes it once. 50,000 images of 224x224 need 7.5 GB.
+
+    Raises `DataError`, naming the file, for an image that cannot be read or decoded.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    view = ResizeCenterCrop(size=size, resize=round(size * SHORTER_SIDE))
+    loader = BatchLoader(images, batch_size=256, augment=view, dtype=torch.uint8, channels_last=True)
+    pixels = np.empty((len(images), size, size, 3), np.uint8)
+    done = 0
+    for batch in loader.epoch(0):
+        pixels[done : done + len(batch.labels)] = batch.images.permute(0, 2, 3, 1).numpy()
+        done += len(batch.labels)
+        if progress is not None:
+            progress("decoding images", done, len(images))
+    return ImageSet(images=pixels, labels=images.labels, class_names=images.class_names)
