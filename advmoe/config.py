@@ -181,7 +181,7 @@ class TrainConfig:
     """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, the cross-entropy of adversarial images (Madry et al.)."""
     trades_beta: float = 6.0
     """1 / lambda, weight of the KL term."""
-    specialisation: float | None = 1.0
+    specialisation: float | None = 0.25
     """Speed at which experts part from their common start (`advmoe.training.coupling`); None: they share nothing."""
     balance: float = 0.0
     """Weight of the load-balance loss on the routers; 0 is off, as in the paper."""
@@ -220,7 +220,7 @@ class TrainConfig:
         one_of("loss", self.loss, LOSSES)
         check(
             self.specialisation is None or 0.0 <= self.specialisation < math.inf,
-            f"specialisation must be finite and not negative, got {self.specialisation}; the default is 1",
+            f"specialisation must be finite and not negative, got {self.specialisation}; the default is 0.25",
         )
         check(self.balance >= 0, f"the weight of the load-balance loss must not be negative, got {self.balance:g}")
         check(0.0 <= self.awp < 1.0, f"awp (gamma) must be in [0, 1), got {self.awp:g}; the usual value is 0.005")

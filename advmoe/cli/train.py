@@ -100,7 +100,7 @@ def train(
         float | None, option(TRAINING, "1/lambda, weight of the KL term of TRADES. Default: 6.")
     ] = None,
     specialisation: Annotated[
-        float | None, option(TRAINING, "How fast experts grow apart from their common start; 0: never. Default: 1.")
+        float | None, option(TRAINING, "How fast experts grow apart from their common start; 0: never. Default: 0.25.")
     ] = None,
     balance: Annotated[float | None, option(TRAINING, "Weight of a load-balance loss. Default: 0, off.")] = None,
     awp: Annotated[
