@@ -20,8 +20,7 @@ from rich.table import Table
 
 from advmoe.data.sources import load_dataset
 
-TRAIN = "train digits --arch vgg16 --width 0.125 --epochs 24 --batch-size 64 --lr 0.05 --val-limit 100"
-RESTARTS = 1
+TRAIN = "train digits --arch vgg16 --width 0.125 --epochs 12 --batch-size 64 --lr 0.05 --val-limit 100"
 STEPS = 20
 
 
@@ -41,7 +40,7 @@ def main(folder: Path) -> None:
     advmoe(f"{TRAIN} --out", run)
     seconds = time.monotonic() - began
     checkpoint = run / "best.pt"
-    accuracy = advmoe(f"evaluate --steps {STEPS} --restarts {RESTARTS}", checkpoint)
+    accuracy = advmoe(f"evaluate --steps {STEPS}", checkpoint)
     info = advmoe("info", checkpoint)
     export = advmoe("export", checkpoint, model)
     test = load_dataset("digits").test
