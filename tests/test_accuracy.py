@@ -14,7 +14,7 @@ from advmoe.errors import AdvMoEError
 from advmoe.evaluation.accuracy import Evaluation, evaluate
 from advmoe.models.network import RoutedNetwork
 
-EPS = 4 / 255
+EPS = 2 / 255
 
 
 def labelled_by(model: RoutedNetwork, images: ImageSet) -> ImageSet:

@@ -145,6 +145,9 @@ class Centring(nn.BatchNorm1d):
     statistics a router would, in training, not even see a shift that the attack gives to all images.
     """
 
+    NEWEST = 0.1
+    """Weight of the newest batch, after the first 1 / NEWEST batches, which count alike."""
+
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, affine=False)
 
@@ -155,6 +158,8 @@ class Centring(nn.BatchNorm1d):
         assert self.running_mean is not None
         assert self.running_var is not None
         standardised_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        assert self.num_batches_tracked is not None
+        self.momentum = None if self.num_batches_tracked < 1.0 / self.NEWEST else self.NEWEST
         super().forward(features_BC.detach())
         return standardised_BC
 
