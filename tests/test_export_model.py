@@ -67,6 +67,7 @@ def test_a_file_computes_what_the_module_computes(
         assert prediction.labels == tuple(f"class {i}" for i in logits.argmax(dim=1).tolist())
         np.testing.assert_allclose(prediction.margin, margin_BL.detach(), rtol=0, atol=1e-4)
     assert len(expert_index_BL.unique(dim=0)) > 1 or profile == "latency"
+    assert "experts of 8 channels" in report.warnings[0]
 
 
 def test_a_file_holds_standard_operators_only_and_every_weight_once(small_moe: Make, tmp_path: Path) -> None:

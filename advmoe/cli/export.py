@@ -85,6 +85,8 @@ def export(
     if json:
         console.emit_json(figures | {"triton": None if repository is None else str(repository)})
         return
+    for warning in report.warnings:
+        console.note(warning)
     verification, agreement = report.verification, report.agreement
     facts = {} if agreement is None else {"test images compared": agreement.images}
     if agreement is not None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from advmoe_export.errors import ModelFileError, UnsupportedModelError, VerificationError
 from advmoe_export.metadata import KEY, ModelMetadata
-from advmoe_export.operators import Bank, decision_of
+from advmoe_export.operators import CONV, Bank, decision_of
 from advmoe_export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_export.passes.half import use_half_precision
 from advmoe_export.passes.interface import add_expert_index, add_router_margin, routed_nodes, take_uint8_images
@@ -43,7 +43,9 @@ from advmoe_export.verify import (
 
 INPUT_TYPES = ("float32", "uint8")
 DTYPES = ("fp32", "fp16", "int8")
-OPSETS = range(18, 24)
+OPSETS = range(18, 26)
+LAYOUT_BLOCK = 16
+"""onnxruntime's fast layout of a convolution holds channels in blocks of up to so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class ExportReport:
     verification: VerificationReport
     agreement: Agreement | None
     """Module and file on the given images; None if none were given."""
+    warnings: tuple[str, ...]
+    """What makes the file slower than it could be."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
@@ -186,6 +190,7 @@ def export_model(
         metadata=described,
         verification=dataclasses.replace(report, path=str(target)),
         agreement=agreement,
+        warnings=_misaligned(plan),
     )
 
 
@@ -237,6 +242,20 @@ def _layers(plan: Plan) -> dict[str, tuple[Any, ...]]:
         experts += [bank.num_experts] * columns
         names += [name] if columns == 1 else [f"{name}[{token}]" for token in range(columns)]
     return {"num_experts": tuple(experts), "layers": tuple(names)}
+
+
+def _misaligned(plan: Plan) -> tuple[str, ...]:
+    """Warn of experts whose channels do not fill the blocks of the fast layout."""
+    sizes = sorted(
+        {bank.size for node, bank in plan.banks.items() if node.op_type == CONV and bank.size % LAYOUT_BLOCK}
+    )
+    if not sizes:
+        return ()
+    listed = ", ".join(map(str, sizes))
+    return (
+        f"experts of {listed} channels lose onnxruntime's fast layout on some machines; "
+        f"choose width and model scale so that r * C is a multiple of {LAYOUT_BLOCK}",
+    )
 
 
 def _columns(node: ir.Node) -> int:
