@@ -1,7 +1,8 @@
-"""What a routed network costs in onnxruntime, relative to Dense, to S-Dense (one pathway's size) and to computing all experts.
+"""What a routed network costs in onnxruntime, relative to Dense, to S-Dense (one pathway's size) and to all experts.
 
-All forms run interleaved in one process on one thread; a figure is the median over rounds of the ratio of CPU times within a round, so that
-neither a slow phase of the machine nor another process on it counts. Weights are random, routers balanced.
+All forms run interleaved in one process on one thread; a figure is the median over rounds of the ratio of CPU times
+within a round, so that neither a slow phase of the machine nor another process on it counts. Weights are random, routers
+balanced.
 
     python benchmarks/export.py --json
     python benchmarks/export.py --quick --json          ResNet-18 and VGG-16 in less than a minute
@@ -59,7 +60,8 @@ def balance(model: torch.nn.Module, images: torch.Tensor) -> None:
     model.train()
     with torch.no_grad():
         for router in getattr(model, "routers", []):
-            router.linear.bias.zero_()
+            if router.linear.bias is not None:
+                router.linear.bias.zero_()
         for _ in range(2):
             model(images)
     model.eval()
