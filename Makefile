@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUST_SOURCES := $(shell find rust_router/src -name '*.rs') rust_router/Cargo.toml Cargo.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-rust test-python lint bench clean
+.PHONY: help install demo test test-rust test-python lint bench wheels clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -43,5 +43,8 @@ lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, clippy, rustf
 bench: $(INSTALLED) ## Run the benchmarks; each prints one JSON object
 	@for script in benchmarks/*.py; do echo "# $$script"; $(BIN)/python $$script --json || exit 1; done
 
+wheels: $(INSTALLED) ## Build a wheel of each distribution into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./export
+
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) target advmoe/rust_router.abi3.so
+	rm -rf $(VENV) target dist advmoe/rust_router.abi3.so
