@@ -1,8 +1,8 @@
 """What a routed network costs in onnxruntime, relative to Dense, to S-Dense (one pathway's size) and to all experts.
 
 All forms run interleaved in one process on one thread; a figure is the median over rounds of the ratio of CPU times
-within a round, so that neither a slow phase of the machine nor another process on it counts. Weights are random, routers
-balanced.
+within a round, so that neither a slow phase of the machine nor another process on it counts. Weights are random,
+routers balanced.
 
     python benchmarks/export.py --json
     python benchmarks/export.py --quick --json          ResNet-18 and VGG-16 in less than a minute

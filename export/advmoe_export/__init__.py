@@ -1,8 +1,7 @@
 """ONNX for mixture-of-experts networks: each image computes its own expert, and nothing else.
 
 Exporting needs torch and onnxscript (`pip install advmoe-export[torch]`); running a file needs onnxruntime only.
-Names are imported when they
-are first used.
+Names are imported when they are first used.
 """
 
 from __future__ import annotations

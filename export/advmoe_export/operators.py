@@ -6,8 +6,7 @@ The two are all this package knows about a model. In a traced graph they are opa
     y = moe_linear(x, weight, bias, expert_index) {starts, size}
 
 where row r of x (an image, or a token) is computed with rows starts[e] ... starts[e] + size - 1 (modulo the bank's
-rows) of the weight
-bank, e = expert_index[r]. Nothing of this domain is left in a finished file.
+rows) of the weight bank, e = expert_index[r]. Nothing of this domain is left in a finished file.
 """
 
 from __future__ import annotations

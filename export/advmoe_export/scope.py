@@ -26,8 +26,7 @@ class Scope:
     """A graph under construction: the main graph, or a branch of an `If`.
 
     A branch sees the values of the scopes around it; its constants are its own, because onnxruntime only lays out a
-    convolution's weights
-    for the machine when they belong to the graph the convolution stands in.
+    convolution's weights for the machine when they belong to the graph the convolution stands in.
     """
 
     def __init__(self, names: Names | None = None) -> None:

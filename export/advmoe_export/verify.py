@@ -1,10 +1,9 @@
 """Compare an exported file with the module it came from, and say what differs, where, and whether it is a near tie.
 
 Routing is discontinuous: an image on a router's boundary may take another expert after a rounding error, and then
-everything behind it
-differs by right. So decisions are compared first, each with its margin (chosen router logit minus the next), then
-logits, for the images
-whose decisions all agree. Only the first decision of an image that differs counts; those behind it follow from it.
+everything behind it differs by right. So decisions are compared first, each with its margin (chosen router logit
+minus the next), then logits, for the images whose decisions all agree. Only the first decision of an image that
+differs counts; those behind it follow from it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A region for many rows: one sub-batch per expert, each computed by its expert, put together in the new order.
 
 onnxruntime writes `Reshape`s with a literal 0 around convolutions on batches of unknown size; that fails as soon as
-an expert gets no row, and
-keeps additions and activations from being fused. A named dimension for every sub-batch cures both.
+an expert gets no row, and keeps additions and activations from being fused. A named dimension for every sub-batch
+cures both.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The order in which the rows of a tensor lie, while sub-batches are carried through a network.
 
 Dispatching a batch to experts leaves its rows sorted by expert. Putting them back after each layer would cost a pass
-over memory, and the next
-layer sorts them anew anyway; so the new order is carried along, and undone once on the logits. An older tensor that
-meets a
-newer one (a residual) is moved into the newer order.
+over memory, and the next layer sorts them anew anyway; so the new order is carried along, and undone once on the
+logits. An older tensor that meets a newer one (a residual) is moved into the newer order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which nodes compute row r of their output from row r of their inputs alone.
 
 A *row* is an entry of the leading dimension: an image, or a token where a graph has merged the two dimensions. Such
-nodes may run on any
-subset of the rows, in any order, and inside a branch of one expert; the rest of a graph may not.
+nodes may run on any subset of the rows, in any order, and inside a branch of one expert; the rest of a graph may not.
 """
 
 from __future__ import annotations

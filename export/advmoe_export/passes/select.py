@@ -1,8 +1,7 @@
 """A region without control flow and with static shapes, as CUDA graphs and TensorRT want it.
 
 One row: the chosen expert's weights are gathered, then used. More rows: every expert computes every row, and the
-result of the
-chosen one is selected.
+result of the chosen one is selected.
 """
 
 from __future__ import annotations

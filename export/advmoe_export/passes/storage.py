@@ -1,8 +1,7 @@
 """Weights beside the graph, every byte once.
 
-Branches of a graph may hold the same weights (each profile of a hybrid file, overlapping experts). Tensors that
-share memory here share
-bytes in the data file: several tensors may point at one stretch of it, or at parts of one.
+Branches of a graph may hold the same weights (each profile of a hybrid file, overlapping experts). Tensors that share
+memory here share bytes in the data file: several tensors may point at one stretch of it, or at parts of one.
 """
 
 from __future__ import annotations
