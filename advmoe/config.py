@@ -178,7 +178,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """L2 penalty."""
     loss: str = "trades"
-    """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, the cross-entropy of adversarial images (Madry et al.)."""
+    """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, cross-entropy of adversarial images (Madry et al.)."""
     trades_beta: float = 6.0
     """1 / lambda, weight of the KL term."""
     specialisation: float | None = 0.25
