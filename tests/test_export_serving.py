@@ -1,5 +1,7 @@
 """Serving an exported file: Triton's model repository, timing, and watching the experts' load."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +120,18 @@ def test_the_monitor_refuses_what_it_cannot_compare(exported: Path) -> None:
         RouteMonitor(dataclasses.replace(session.metadata, expert_load=None))
     with pytest.raises(InputError, match="expected a pathway of 4 layers, got none"):
         RouteMonitor(session.metadata).record(dataclasses.replace(session.run(PIXELS), pathway=None))
+
+
+def test_serving_needs_neither_torch_nor_the_code_of_the_model(exported: Path) -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "for name in ('torch', 'onnxscript', 'advmoe'): sys.modules[name] = None\n"
+        "from advmoe_export import RouteMonitor, Session\n"
+        f"session = Session({str(exported)!r}, threads=1)\n"
+        "prediction = session.run(np.zeros((2, 16, 16, 3), np.uint8))\n"
+        "RouteMonitor(session.metadata).record(prediction)\n"
+        "print(prediction.labels[0], prediction.pathway.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    label = Session(exported).run(np.zeros((1, 16, 16, 3), np.uint8)).labels[0]
+    assert done.stdout.strip() == f"{label} (2, 4)"

@@ -1,9 +1,9 @@
 """A Triton model repository for an exported file: Triton serves the folder as it is.
 
-    DIR/NAME/config.pbtxt
-    DIR/NAME/labels.txt
-    DIR/NAME/1/model.onnx
-    DIR/NAME/1/model.onnx.data
+DIR/NAME/config.pbtxt
+DIR/NAME/labels.txt
+DIR/NAME/1/model.onnx
+DIR/NAME/1/model.onnx.data
 """
 
 from __future__ import annotations
