@@ -28,13 +28,21 @@ pub type Levels<T> = [[T; 256]; 3];
 /// Bytes as they are.
 #[must_use]
 pub fn byte_levels() -> Box<Levels<u8>> {
-    Box::new([std::array::from_fn(|level| level as u8); 3])
+    tabulate(|_, level| level)
 }
 
 /// `(level / 255 - mean) / std` in 32-bit floats, each operation rounded as torch and NumPy round it.
 #[must_use]
 pub fn float_levels(mean: [f32; 3], std: [f32; 3]) -> Box<Levels<f32>> {
-    Box::new(std::array::from_fn(|c| std::array::from_fn(|level| (level as f32 / 255.0 - mean[c]) / std[c])))
+    tabulate(|c, level| (f32::from(level) / 255.0 - mean[c]) / std[c])
+}
+
+fn tabulate<T: Copy + Default>(value: impl Fn(usize, u8) -> T) -> Box<Levels<T>> {
+    let mut levels = Box::new([[T::default(); 256]; 3]);
+    for (c, channel) in levels.iter_mut().enumerate() {
+        channel.iter_mut().zip(0..=255).for_each(|(entry, level)| *entry = value(c, level));
+    }
+    levels
 }
 
 /// Writes the window of `image` that starts at `window` and has `height` rows into `out`.

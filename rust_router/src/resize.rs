@@ -1,7 +1,8 @@
 //! Resizing a part of an image with antialiased bilinear filtering, as Pillow and torchvision do.
 
-use fast_image_resize::images::{CroppedImage, Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions};
 
 use crate::augment::{Part, Size};
 use crate::source::ImageView;
@@ -22,14 +23,15 @@ impl Resizer {
         let side = |pixels: usize| u32::try_from(pixels).map_err(|e| e.to_string());
         let (height, width) = size;
         self.rgb.resize(height * width * 3, 0);
-        let source = ImageRef::new(side(image.width)?, side(image.height)?, image.rgb, PixelType::U8x3)
-            .map_err(|e| e.to_string())?;
+        // The typed interface compiles the resizer for RGB bytes alone, not for every type of pixel there is.
+        let source = TypedImageRef::<U8x3>::from_buffer(side(image.width)?, side(image.height)?, image.rgb);
+        let source = source.map_err(|e| e.to_string())?;
         let (left, top) = (side(part.left)?, side(part.top)?);
-        let source = CroppedImage::new(&source, left, top, side(part.width)?, side(part.height)?);
-        let mut target = Image::from_slice_u8(side(width)?, side(height)?, &mut self.rgb, PixelType::U8x3)
-            .map_err(|e| e.to_string())?;
+        let source = TypedCroppedImage::from_ref(&source, left, top, side(part.width)?, side(part.height)?);
+        let target = TypedImage::<U8x3>::from_buffer(side(width)?, side(height)?, &mut self.rgb);
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
-        self.inner.resize(&source.map_err(|e| e.to_string())?, &mut target, &options).map_err(|e| e.to_string())?;
+        let (source, mut target) = (source.map_err(|e| e.to_string())?, target.map_err(|e| e.to_string())?);
+        self.inner.resize_typed(&source, &mut target, &options).map_err(|e| e.to_string())?;
         Ok(ImageView { rgb: &self.rgb, height, width })
     }
 }

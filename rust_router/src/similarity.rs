@@ -379,7 +379,11 @@ impl Group {
             }
             shared
         };
-        let row = |a| std::array::from_fn(|b| if b < combinations { pair(a, b) } else { 0 });
+        let row = |a| {
+            let mut row = [0; 256];
+            row.iter_mut().take(combinations).enumerate().for_each(|(b, shared)| *shared = pair(a, b));
+            row
+        };
         Self { codes, shared: (0..combinations).map(row).collect() }
     }
 }
