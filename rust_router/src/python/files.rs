@@ -51,11 +51,11 @@ impl PackWriter {
 }
 
 /// Offsets, lengths and labels of a pack's images, and its text.
+type PackContents<'py> = (Array1<'py, u64>, Array1<'py, u64>, Array1<'py, i64>, String);
+
+/// What a pack holds, without its images.
 #[pyfunction]
-pub(super) fn open_pack(
-    py: Python<'_>,
-    path: PathBuf,
-) -> PyResult<(Array1<'_, u64>, Array1<'_, u64>, Array1<'_, i64>, String)> {
+pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<PackContents<'_>> {
     let pack = py.detach(|| pack::Pack::open(&path))?;
     let offsets: Vec<u64> = pack.spans.iter().map(|span| span.offset).collect();
     let lengths: Vec<u64> = pack.spans.iter().map(|span| span.length).collect();
