@@ -1,6 +1,6 @@
 """Exported files: what they compute, what they say about themselves, and what is left when something is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from advmoe_export import (
     VerificationError,
     export_model,
 )
+from advmoe_export.trace import Traced, trace
 from torch import Tensor, nn
 
 from advmoe.models.moe_conv import MoEConv2d
@@ -25,6 +26,22 @@ from advmoe.models.routing import Decision, ExpertLayout
 
 LABELS = [f"class {i}" for i in range(10)]
 Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trace_each_network_once() -> Iterator[None]:
+    """Tracing is nine tenths of an export; networks that print alike have the same weights here."""
+    traced: dict[tuple[object, ...], Traced] = {}
+
+    def trace_once(model: nn.Module, **options: Any) -> Traced:
+        key = (str(model), getattr(model, "decisions", None), *options.items())
+        if key not in traced:
+            traced[key] = trace(model, **options)
+        return Traced(program=traced[key].program, graph=traced[key].graph.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("advmoe_export.exporter.trace", trace_once)
+        yield
 
 
 @pytest.fixture
