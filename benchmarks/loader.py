@@ -9,7 +9,7 @@ thread within a round.
 - `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalised, images/s on one and on two
   threads; `crop_flip_f32_cpu`: the same per second of CPU time, on one thread
 - `vs_dataloader`: the same batches against torchvision's transforms in a DataLoader
-- `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalised, per second of CPU time;
+- `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalised, per second of CPU;
   `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's decoder and transforms on tensors
 - `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16 S-Dense of an eighth
   of the width, which is cheaper than any step this project trains with
