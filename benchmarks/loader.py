@@ -11,8 +11,8 @@ thread within a round.
 - `vs_dataloader`: the same batches against torchvision's transforms in a DataLoader
 - `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalised, per second of CPU;
   `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's decoder and transforms on tensors
-- `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16 S-Dense of an eighth
-  of the width, which is cheaper than any step this project trains with
+- `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16 S-Dense of an
+  eighth of the width, which is cheaper than any step this project trains with
 """
 
 from __future__ import annotations
