@@ -36,10 +36,14 @@ FAR = THRESHOLD - 16 / 255
 
 @pytest.fixture
 def mixed(tiny_vgg: Callable[..., RoutedNetwork]) -> Callable[..., RoutedNetwork]:
-    """Untrained networks whose BatchNorm statistics fit noise images, so that routers and predictions vary."""
+    """Untrained networks with experts of their own and BatchNorm statistics that fit noise images, so that routers and
+    predictions vary."""
 
     def make(**settings: object) -> RoutedNetwork:
         net = tiny_vgg(seed=3, **settings)
+        for parameter in net.parameters():
+            if parameter.ndim == 4:  # experts start out equal
+                torch.nn.init.kaiming_normal_(parameter)
         for _ in range(20):
             net(torch.rand(32, 3, 32, 32))
         return net.eval()
@@ -81,7 +85,14 @@ def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() 
 
 @pytest.mark.parametrize(
     ("name", "finds_the_trap"),
-    [("straight_through", False), ("detached", False), ("softmax", True), ("mixture@1", True), ("mixture@10", True)],
+    [
+        ("straight_through", False),
+        ("detached", False),
+        ("softmax", True),
+        ("advantage", True),
+        ("mixture@1", True),
+        ("mixture@10", True),
+    ],
 )
 def test_views_differ_in_what_they_can_break(name: str, finds_the_trap: bool) -> None:
     # The chosen router logit is the constant 0, so straight-through sees no way to the other expert.
@@ -131,7 +142,7 @@ def test_the_route_attack_finds_every_trap_in_reach_and_no_other() -> None:
 def test_successes_of_the_route_attack_hold_on_the_model_itself(mixed: Callable[..., RoutedNetwork]) -> None:
     model, images = mixed(), torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     labels = model(images).argmax(dim=1)
-    attack = AttackConfig(eps=0.5 / 255, steps=4, step_size=0.2 / 255)
+    attack = AttackConfig(eps=0.1 / 255, steps=4, step_size=0.04 / 255)
     found, robust = route(model, images, labels, attack, sampled=2, greedy=2)
     assert 0 < int(robust.sum()) < 16
     assert torch.equal(model(found).argmax(dim=1) == labels, robust)

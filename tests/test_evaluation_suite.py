@@ -43,6 +43,7 @@ def test_each_attack_says_what_it_can_and_cannot_break(result: SuiteResult) -> N
     assert numbers["ra_views"] == {
         "detached": 75.0,
         "straight_through": 75.0,
+        "advantage": 50.0,
         "softmax": 50.0,
         "mixture@1": 50.0,
         "mixture@10": 50.0,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Forward
+from advmoe.config import ROUTER_GRADIENTS
 from advmoe.models.network import RoutedNetwork, TapeType
 from advmoe.models.routing import Decision, Routing, RoutingTape, gate
 
@@ -54,7 +55,7 @@ class GatedTape(SeeingTape):
         if decision.logits_BN is None:
             return decision
         gate_B = gate(decision.logits_BN, decision.expert_index_B, self._router_gradient)
-        return decision._replace(gate_B=gate_B, against_mean=False)
+        return decision._replace(gate_B=gate_B, against_mean=self._router_gradient == "advantage")
 
 
 class MixtureTape(SeeingTape):
@@ -126,15 +127,12 @@ def view(model: RoutedNetwork, tape_type: TapeType) -> Forward:
 def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
     """All the ways to look at a model that an attack should try, by name; every one has the model's own outputs.
 
-    `detached` is the model itself, `straight_through` and `softmax` add a gate, `mixture@T` mixes the experts at
+    `detached` is the model itself, those named after a router gradient add its gate, `mixture@T` mixes the experts at
     temperature T. A network without a choice of experts has one view: {"own": model}.
     """
     if not is_routed(model):
         return {"own": model}
-    tapes: dict[str, TapeType] = {
-        "straight_through": partial(GatedTape, router_gradient="straight_through"),
-        "softmax": partial(GatedTape, router_gradient="softmax"),
-    }
+    tapes: dict[str, TapeType] = {name: partial(GatedTape, router_gradient=name) for name in ROUTER_GRADIENTS}
     tapes |= {f"mixture@{temperature:g}": partial(MixtureTape, temperature=temperature) for temperature in temperatures}
     return {"detached": model} | {name: view(model, tape) for name, tape in tapes.items()}
 
