@@ -219,8 +219,13 @@ def test_a_checkpoint_becomes_a_served_model(
     pytest.importorskip("advmoe_export")
     pytest.importorskip("onnxruntime")
     capsys.readouterr()
-    assert main(["export", str(run_folder / "best.pt"), "model.onnx", "--json"]) == 0
-    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert main(["export", str(run_folder / "best.pt"), "model.onnx", "--triton", "models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["triton"] == "models/model"
+    assert Path("models/model/config.pbtxt").is_file()
+    assert main(["bench-onnx", "model.onnx", "--batch", "2", "--seconds", "0.01", "--threads", "1", "--json"]) == 0
+    (timing,) = json.loads(capsys.readouterr().out)["timings"]
+    assert timing["batch"] == 2
+    assert timing["median_ms"] > 0
     Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "red.png")
     assert main(["predict", "model.onnx", "red.png", "--json"]) == 0
     (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
