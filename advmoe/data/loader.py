@@ -229,12 +229,13 @@ class BatchLoader:
             share = self._share(len(rows))
             return rows[share.start : share.stop]
 
+        batches = range(start, len(self))
         stop = rust_router.Stop()
-        ahead = Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), range(start, len(self)), self._prefetch)
+        ahead = Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), batches, self._prefetch)
         try:
-            for batch in range(start, len(self)):
+            for batch in batches:
                 made = ahead.next()
-                last = batch + 1 == len(self)
+                last = batch + 1 == batches.stop
                 self._position = _Position(epoch=epoch + last, batch=0 if last else batch + 1)
                 if len(made.indices):  # all of them may have been skipped
                     yield made
