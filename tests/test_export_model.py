@@ -1,5 +1,6 @@
 """Exported files: what they compute, what they say about themselves, and what is left when something is wrong."""
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,19 @@ def test_a_graph_that_differs_is_not_left_behind(
     with pytest.raises(VerificationError, match=r"was not written: .*(no near tie|logits differ by)") as raised:
         export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS)
     assert not raised.value.report.passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    small_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: object, path: Path) -> str:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("advmoe_export.exporter.write_external", write)
+    with pytest.raises(ModelFileError, match=r"cannot write '.*model\.onnx': No space left on device"):
+        export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS)
     assert list(tmp_path.iterdir()) == []
 
 
