@@ -177,6 +177,16 @@ def test_channels_last_and_normalised_batches_hold_the_same_images() -> None:
     torch.testing.assert_close(batch, expected, rtol=0, atol=0)
 
 
+def test_memory_is_used_again_only_when_nobody_sees_the_batch() -> None:
+    loader = BatchLoader(some_images(), batch_size=4, prefetch=0)
+    kept = next(loader.epoch(0)).images[0, 0]  # a view keeps all of its batch
+    before = kept.clone()
+    addresses = [batch.images.data_ptr() for _ in range(5) for batch in loader]
+    assert torch.equal(kept, before)
+    assert kept.data_ptr() not in addresses
+    assert len(set(addresses)) <= 2  # the batch in use and the one being made
+
+
 def test_an_abandoned_epoch_leaves_no_thread_behind() -> None:
     import threading
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmoe import rust_router
+from advmoe.data.buffers import Buffers
 from advmoe.data.prefetch import Ahead
 from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
@@ -160,6 +161,7 @@ class BatchLoader:
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._skip_bad = on_bad_image == "skip"
         self._position = _Position(epoch=0, batch=0)
+        self._buffers: Buffers | None = None
         self._filler: tuple[int, rust_router.BatchFiller] | None = None
 
     def __len__(self) -> int:
@@ -246,7 +248,12 @@ class BatchLoader:
     def _fill(self, rows: NDArray[np.int64], epoch: int, stop: rust_router.Stop) -> Batch:
         height, width = self._image_size()
         shape = (height, width, 3) if self._channels_last else (3, height, width)
-        images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=self._pin_memory)
+        if self._pin_memory:  # torch keeps page-locked memory for the next batch by itself
+            images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=True)
+        else:
+            if self._buffers is None:
+                self._buffers = Buffers(self._batch_size * height * width * 3, self._dtype, self._prefetch + 3)
+            images = self._buffers.lend((len(rows), *shape))
         skipped = self._own_filler().fill(self._pixels, rows, epoch, images.numpy(), stop)
         if skipped:
             self.skipped.update((int(rows[place]), message) for place, message in skipped)
