@@ -114,12 +114,6 @@ class ModelConfig:
             len(self.mean) == len(self.std) == 3 and all(0.0 < deviation < math.inf for deviation in self.std),
             f"expected 3 means and 3 positive standard deviations, got {self.mean} and {self.std}",
         )
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            check(
-                self.kind == "moe" or option.name not in ROUTER_OPTIONS or value == option.default,
-                f"{option.name} = {value} needs routers, which kind {self.kind} has not; leave it out or use kind moe",
-            )
         for name, value, archs in (
             ("depth", self.depth, ("densenet", "vit")),
             ("growth", self.growth, ("densenet",)),
@@ -131,6 +125,23 @@ class ModelConfig:
             )
             check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
+
+
+def model_config(**settings: Any) -> ModelConfig:
+    """A model's description from the settings somebody asked for.
+
+    Raises:
+        ConfigError: a value that cannot be, or an option of routers for a kind that has none. (A config that was stored
+            may hold such values: they were the defaults of its day, and mean nothing.)
+    """
+    config = ModelConfig(**settings)
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        check(
+            config.kind == "moe" or option.name not in ROUTER_OPTIONS or value == option.default,
+            f"{option.name} = {value} needs routers, which kind {config.kind} has not; leave it out or use kind moe",
+        )
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)

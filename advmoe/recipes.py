@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps, model_config
 from advmoe.data.sources import DatasetInfo
 from advmoe.errors import ConfigError
 
@@ -78,20 +78,20 @@ def resolve(
         step_size=TRAIN_STEP_SHARE * radius if step_size is None else step_size,
         start="gaussian",
     )
-    model_config = ModelConfig(
+    described = model_config(
         num_classes=info.num_classes, image_size=info.image_size, mean=info.mean, std=info.std, **model
     )
     train_config = TrainConfig(
         **{
             "dataset": info.name,
-            "method": DEFAULT_METHODS[model_config.kind],
+            "method": DEFAULT_METHODS[described.kind],
             "attack": attack,
             "val_attack": AttackConfig(eps=radius, steps=10, step_size=VALIDATION_STEP_SHARE * radius),
             "flip": info.flip,
             **train,
         }
     )
-    return model_config, train_config
+    return described, train_config
 
 
 def recipe(name: str) -> Recipe:

@@ -17,6 +17,7 @@ import advmoe
 from advmoe.config import ModelConfig, TrainConfig, to_dict
 from advmoe.errors import CheckpointError
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
 
 MODEL = ModelConfig(arch="vgg16", width=0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -251,3 +252,11 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, change: str) -> None:
         weights["classifier.weight"] = torch.ones(3, 3)
     with pytest.raises(CheckpointError, match="weights do not fit its own model description"):
         advmoe.load(rewritten(saved, weights=weights))
+
+
+def test_a_stored_option_that_means_nothing_for_its_kind_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
+    # defaults change: a stored S-Dense carries the router gradient that was the default of its day
+    config = ModelConfig(arch="vgg16", kind="s_dense", width=0.0625, router_gradient="straight_through")
+    path = tmp_path / "old.pt"
+    save_checkpoint(path, Checkpoint(model=config, weights=build_model(config).state_dict()))
+    assert load_checkpoint(path).build().config == config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from advmoe.config import ModelConfig, one_of
+from advmoe.config import ModelConfig, model_config, one_of
 from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.resnet import ResNet18
@@ -42,4 +42,4 @@ def create_model(arch: str, **settings: Any) -> RoutedNetwork:
     Returns:
         A module from images [B, 3, H, W] in [0, 1] to logits [B, num_classes], in training mode.
     """
-    return build_model(ModelConfig(arch=arch, **settings))
+    return build_model(model_config(arch=arch, **settings))
