@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 def epoch_order(seed: int, stream: int, epoch: int, len: int) -> NDArray[np.int64]: ...
-
 def decode_image(encoded: bytes) -> NDArray[np.uint8]: ...
 def open_pack(
     path: str | PathLike[str],
@@ -16,6 +15,7 @@ def open_pack(
 def tar_samples(
     path: str | PathLike[str],
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]: ...
+
 @final
 class Transform:
     @staticmethod
