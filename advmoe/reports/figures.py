@@ -120,7 +120,7 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
         for name, values in analysis["conditions"].items()
         if values.get("dissection")
     ]
-    with _axes(6.4, 1.3 + 0.42 * len(bars)) as (axes, finished):
+    with _axes(6.4, 1.5 + 0.42 * len(bars)) as (axes, finished):
         left = [0.0] * len(bars)
         for key, label, colour, hatch in CLASSES:
             lengths = [parts[key] for _, parts in bars]
@@ -146,7 +146,7 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel("per cent of the adversarial examples")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.28 if len(bars) > 2 else -0.45), ncols=2, fontsize=8)
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return finished[0]
 
 

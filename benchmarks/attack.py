@@ -1,0 +1,165 @@
+"""Speed of the attacks against other libraries' on the same model: images per second of CPU time on one thread.
+
+Runs take turns, medians are reported; CPU time, because other work on the machine distorts wall time.
+
+The model is a small untrained MoE-CNN on digits whose own predictions are the labels, so that all images are right; the
+radius is such that PGD breaks about half of them, as on a robust model. What makes the difference: no work on images
+already broken, no gradients of parameters.
+
+AutoAttack runs once on each side, in the standard version on four classes (so three targets) with 300 queries of Square
+instead of 5,000, to stay under a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import advmoe
+from advmoe.attacks.autoattack import autoattack, package
+from advmoe.attacks.pgd import evaluating
+from advmoe.attacks.untargeted import untargeted
+from advmoe.config import AttackConfig
+from advmoe.data.digits import load_digits
+from advmoe.models.network import RoutedNetwork
+
+ROUNDS = 3
+QUERIES = 300
+
+
+def subject(num_images: int, num_classes: int, width: float) -> tuple[RoutedNetwork, Tensor, Tensor]:
+    """The model, with BatchNorm statistics of the digits, some digits, and its predictions for them."""
+    torch.manual_seed(0)
+    images = torch.from_numpy(load_digits().train.images[:256]).permute(0, 3, 1, 2).float().contiguous() / 255
+    model = advmoe.create_model("vgg16", kind="moe", width=width, num_classes=num_classes)
+    with torch.no_grad():
+        for _ in range(10):
+            model(images[:128])
+    model.eval()
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    return model, images[:num_images], labels[:num_images]
+
+
+def halving_radius(model: RoutedNetwork, images: Tensor, labels: Tensor) -> float:
+    """A radius at which PGD-10 leaves about half of the images."""
+    low, high = 0.0, 0.25
+    for _ in range(7):
+        middle = (low + high) / 2
+        attack = AttackConfig(eps=middle, steps=10, step_size=middle / 4)
+        robust = untargeted(model, images, labels, torch.arange(len(images)), attack, 0)[1].float().mean()
+        low, high = (middle, high) if robust > 0.5 else (low, middle)
+    return (low + high) / 2
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each run, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def pgd_speed(num_images: int) -> dict[str, float]:
+    import torchattacks
+
+    model, images, labels = subject(num_images, 10, 0.125)
+    with evaluating(model):
+        eps = halving_radius(model, images, labels)
+    attack = AttackConfig(eps=eps, steps=50, step_size=eps / 4)
+    other = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=50)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        with evaluating(model):
+            robust = untargeted(model, images, labels, torch.arange(len(images)), attack, 0)[1]
+        found["ra_ours"] = float(robust.float().mean())
+
+    def theirs() -> None:
+        adversarial = other(images, labels)
+        with torch.no_grad():
+            found["ra_torchattacks"] = float((model(adversarial).argmax(dim=1) == labels).float().mean())
+
+    seconds = interleaved({"ours": ours, "torchattacks": theirs}, ROUNDS)
+    return found | {
+        "pgd50_images_per_second": num_images / seconds["ours"],
+        "torchattacks_pgd50_images_per_second": num_images / seconds["torchattacks"],
+        "pgd50_vs_torchattacks": seconds["torchattacks"] / seconds["ours"],
+    }
+
+
+def autoattack_speed(num_images: int) -> dict[str, float]:
+    model, images, labels = subject(num_images, 4, 0.0625)
+    with evaluating(model):
+        eps = halving_radius(model, images, labels) / 8  # PGD-10 is weak on this one
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        with evaluating(model):
+            result = autoattack(model, images, labels, eps=eps, seed=0, square_queries=QUERIES)
+        found["ra_aa_ours"] = float(result.robust_after["square"].float().mean())
+
+    def theirs() -> None:
+        runner = package().AutoAttack(model, norm="Linf", eps=eps, seed=0, version="standard")
+        runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = 3
+        runner.square.n_queries = QUERIES
+        adversarial, _ = runner.run_standard_evaluation(images, labels, batch_size=num_images)
+        with torch.no_grad():
+            found["ra_aa_package"] = float((model(adversarial).argmax(dim=1) == labels).float().mean())
+
+    with contextlib.redirect_stderr(io.StringIO()):  # the package warns of zero gradients there
+        seconds = interleaved({"ours": ours, "package": theirs}, 1)
+    return found | {
+        "autoattack_images_per_second": num_images / seconds["ours"],
+        "package_autoattack_images_per_second": num_images / seconds["package"],
+        "autoattack_vs_package": seconds["package"] / seconds["ours"],
+    }
+
+
+def convolution_share(num_images: int) -> float:
+    """Share of PGD's time spent inside convolutions, forward and backward."""
+    model, images, labels = subject(num_images, 10, 0.25)
+    attack = AttackConfig(eps=1 / 255, steps=5, step_size=0.25 / 255)
+    with evaluating(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        untargeted(model, images, labels, torch.arange(len(images)), attack, 0)
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    return sum(event.self_cpu_time_total for event in events if "conv" in event.key.lower()) / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--images", type=int, default=48, help="images for PGD")
+    parser.add_argument("--autoattack-images", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = pgd_speed(options.images) | autoattack_speed(options.autoattack_images)
+    figures["convolution_share"] = convolution_share(options.images)
+    figures = {name: round(value, 4) for name, value in figures.items()}
+    figures |= {
+        "hardware": f"{platform.machine()}, one thread",
+        "torch": torch.__version__,
+    }
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:40} {value}")
+
+
+if __name__ == "__main__":
+    main()

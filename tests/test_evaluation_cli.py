@@ -1,0 +1,88 @@
+"""evaluate, analyze and report from the command line: what they leave, how they end, what they refuse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from advmoe.cli.app import main
+from advmoe.data.sources import dataset_info
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path) -> Path:
+    """An untrained network that constantly says one class, which is not robustness but looks like it."""
+    model = tiny_vgg()
+    torch.nn.init.zeros_(model.classifier.weight)  # type: ignore[union-attr, arg-type]
+    path = tmp_path / "run" / "best.pt"
+    save_checkpoint(
+        path,
+        Checkpoint(
+            model=model.config,
+            weights=model.state_dict(),
+            class_names=dataset_info("digits").class_names,
+            train={"dataset": "digits", "attack": {"eps": 8 / 255}, "method": "advmoe", "epochs": 1},
+        ),
+    )
+    return path
+
+
+def evaluate(checkpoint: Path, *options: str) -> int:
+    small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "20"]
+    return main(["evaluate", str(checkpoint), *small, *options])
+
+
+def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "evaluation"
+    assert evaluate(checkpoint, "--strict", "--routing", "--out", str(out)) == 2
+    shown = capsys.readouterr().out
+    assert "NOT TO BE TRUSTED" in shown
+    card = json.loads((out / "card.json").read_text())
+    assert card["unreliable"] is True
+    failed = {item["name"] for item in card["advmoe"]["diagnostics"] if item["status"] == "failed"}
+    assert "zero_gradients" in failed
+    assert sorted(path.name for path in out.iterdir()) == ["card.json", "routes.npz", "state.npz"]
+
+    assert main(["analyze", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["conditions"]) == {"clean", "pgd", "worst"}
+    assert (out / "dissection.svg").read_text().startswith("<svg")
+
+    page = tmp_path / "report.html"
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    assert "not trusted" in page.read_text()
+
+
+def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(checkpoint, "--strict", "--diagnose", "0") == 1
+    assert "--strict judges by the diagnostics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eps", "8"], "did you mean 8/255?"),
+        (["--eps-sweep", "2/255,3"], "did you mean 3/255?"),
+        (["--dataset", "mnist"], "unknown data set"),
+    ],
+)
+def test_bad_options_are_one_line(
+    checkpoint: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(checkpoint, *options) == 1
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(tmp_path)]) == 1
+    assert "is not a result card" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "missing" / "r.html")]) == 1
+    assert "does not exist; create it first" in capsys.readouterr().err
