@@ -40,7 +40,9 @@ lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, clippy, rustf
 	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
 	cargo fmt --check
 
+# torchattacks is only measured against; it pins old versions of libraries it does not need for that, hence --no-deps.
 bench: $(INSTALLED) ## Run the benchmarks; each prints one JSON object
+	$(BIN)/python -m pip install --quiet --no-deps 'torchattacks>=3.5'
 	@for script in benchmarks/*.py; do echo "# $$script"; $(BIN)/python $$script --json || exit 1; done
 
 wheels: $(INSTALLED) ## Build a wheel of each distribution into dist/
