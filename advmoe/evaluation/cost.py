@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -45,25 +43,3 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
         parameters=sum(p.numel() for p in model.parameters()),
         gflops=counter.get_total_flops() / 2e9,
     )
-
-
-@torch.no_grad()
-def measure_latency(model: nn.Module, image_size: int, *, batch_size: int = 1, repeats: int = 20) -> float:
-    """Median milliseconds of one inference of a batch of random images, after three that are not counted.
-
-    A routed model is given different images, so that their experts differ as in use.
-    """
-    parameter = next(model.parameters())
-    shape = (batch_size, 3, image_size, image_size)
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
-
-    def once() -> float:
-        began = time.perf_counter()
-        model(images)
-        if parameter.is_cuda:
-            torch.cuda.synchronize(parameter.device)
-        return time.perf_counter() - began
-
-    with evaluating(model):
-        seconds = [once() for _ in range(repeats + 3)][3:]
-    return 1e3 * statistics.median(seconds)
