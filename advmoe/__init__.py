@@ -7,13 +7,17 @@
 Models are plain `torch.nn.Module`s from images [B, 3, H, W] in [0, 1] to logits.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.errors import AdvMoEError
-from advmoe.models.registry import create_model
-from advmoe.models.routing import Routing
-from advmoe.training.checkpoint import load
+
+if TYPE_CHECKING:
+    from advmoe.models.registry import create_model
+    from advmoe.models.routing import Routing
+    from advmoe.training.checkpoint import load
 
 __version__ = version("advmoe")
 
@@ -27,3 +31,16 @@ __all__ = [
     "create_model",
     "load",
 ]
+
+_WITH_TORCH = {
+    "Routing": "advmoe.models.routing",
+    "create_model": "advmoe.models.registry",
+    "load": "advmoe.training.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names whose modules import torch, which takes seconds, come when they are asked for (PEP 562)."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WITH_TORCH[name]), name)

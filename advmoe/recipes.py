@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig, check_eps, model_config
-from advmoe.data.sources import DatasetInfo
 from advmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from advmoe.data.sources import DatasetInfo
 
 TRAIN_STEP_SHARE = 5 / 8
 """Step size of the training attack relative to eps: 5/255 at 8/255."""

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,19 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     help_text = capsys.readouterr().out
     for command in OPTIONS:
         assert re.search(rf"\b{command}\b", help_text)
+
+
+def test_help_and_mistaken_options_do_not_wait_for_torch() -> None:
+    script = f"""
+import sys
+from advmoe.cli.app import main
+for command in {list(OPTIONS)}:
+    assert main([command, "--help"]) == 0
+    assert main([command, "--bogus"]) == 1
+assert main(["recipes", "fig5"]) == 0
+sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json as json_text
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, ROUTES
 from advmoe.cli.options import Json
 from advmoe.config import ModelConfig, from_dict
-from advmoe.evaluation.analysis import analyse
-from advmoe.evaluation.card import load_card
-from advmoe.models.network import RoutedNetwork
-from advmoe.models.registry import build_model
-from advmoe.reports.figures import analysis_figures
-from advmoe.routes import RouteLog
-from advmoe.training.checkpoint import load_checkpoint, write_atomically
+
+if TYPE_CHECKING:
+    from advmoe.models.network import RoutedNetwork
 
 ANALYSIS = "analysis.json"
 """What the command adds to the folder, beside the figures."""
@@ -37,6 +32,12 @@ def analyze(
 
     Reads the route log of the evaluation; adds analysis.json and the figures to its folder.
     """
+    from advmoe.evaluation.analysis import analyse
+    from advmoe.evaluation.card import load_card
+    from advmoe.reports.figures import analysis_figures
+    from advmoe.routes import RouteLog
+    from advmoe.training.checkpoint import load_checkpoint, write_atomically
+
     card = load_card(evaluation / CARD)
     model = model_of(card["advmoe"]["model"])
     sparse = None if mask is None else load_checkpoint(mask).build()
@@ -79,5 +80,9 @@ def analyze(
 
 def model_of(config: dict[str, object]) -> RoutedNetwork:
     """The network a card describes, without weights."""
+    import torch
+
+    from advmoe.models.registry import build_model
+
     with torch.device("meta"):
         return build_model(from_dict(ModelConfig, config))

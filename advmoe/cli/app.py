@@ -1,4 +1,7 @@
-"""The `advmoe` command: one thin file per sub-command, wired together here."""
+"""The `advmoe` command: one thin file per sub-command, wired together here.
+
+A command imports its libraries when it runs: help and mistaken arguments need none of them, and torch takes seconds.
+"""
 
 from __future__ import annotations
 

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
-from advmoe.attacks.autoattack import package
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed, resolve_device
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps
-from advmoe.data.sets import Dataset, Images
-from advmoe.data.sources import load_dataset
-from advmoe.data.views import in_memory
 from advmoe.errors import CheckpointError, ConfigError
-from advmoe.evaluation.card import make_card, pixels, save_card
-from advmoe.evaluation.cost import measure_cost
-from advmoe.evaluation.dissection import route_log
-from advmoe.evaluation.results import SuiteConfig
-from advmoe.evaluation.suite import run_suite
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from advmoe.data.sets import Dataset, Images
+    from advmoe.training.checkpoint import Checkpoint
 
 CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"
 """What `--out` holds."""
@@ -75,6 +69,15 @@ def evaluate(
     The checkpoint carries everything needed: architecture, classes, normalisation, the radius it was trained for.
     With --out, an interrupted evaluation goes on where it stopped when the same command is given again.
     """
+    from advmoe.attacks.autoattack import package
+    from advmoe.data.views import in_memory
+    from advmoe.evaluation.card import make_card, save_card
+    from advmoe.evaluation.cost import measure_cost
+    from advmoe.evaluation.dissection import route_log
+    from advmoe.evaluation.results import SuiteConfig
+    from advmoe.evaluation.suite import run_suite
+    from advmoe.training.checkpoint import load_checkpoint
+
     check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
     check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
@@ -141,6 +144,8 @@ def _radius(contents: Checkpoint, eps: str | None) -> float:
 
 
 def _load(contents: Checkpoint, checkpoint: Path, dataset: str | None, data_dir: Path | None) -> Dataset:
+    from advmoe.data.sources import load_dataset
+
     name = dataset or contents.train.get("dataset")
     if name is None:
         raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
@@ -158,12 +163,16 @@ def _load(contents: Checkpoint, checkpoint: Path, dataset: str | None, data_dir:
 
 def _chosen(images: Images, limit: int | None, seed: int) -> Images:
     """All the images, or a seeded choice of them in their order."""
+    import numpy as np
+
     if limit is None or limit >= len(images):
         return images
     return images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False)))
 
 
 def _hardware(device: torch.device) -> str:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -171,6 +180,8 @@ def _hardware(device: torch.device) -> str:
 
 def show(title: str, card: dict[str, Any]) -> None:
     """Figures and diagnostics as tables."""
+    from advmoe.evaluation.card import pixels
+
     numbers = card["advmoe"]
     attack = numbers["attack"]
     pgd = f"ra_pgd{attack['steps']}"

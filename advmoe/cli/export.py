@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import numpy as np
 import typer
 
 from advmoe.cli import console
@@ -14,9 +13,12 @@ from advmoe.cli.exporter import export_errors, exporter
 from advmoe.cli.options import DataDir, Json, Seed
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
-from advmoe.data.sets import Images, ImageSet
-from advmoe.data.sources import load_dataset
-from advmoe.training.checkpoint import Checkpoint, file_digest, load_checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from advmoe.data.sets import Images
+    from advmoe.training.checkpoint import Checkpoint
 
 
 def export(
@@ -55,6 +57,8 @@ def export(
 
     The file uses standard operators only and appears under its name after it gave the same results as PyTorch.
     """
+    from advmoe.training.checkpoint import load_checkpoint
+
     check(verify_images >= 0, f"--verify-images must not be negative, got {verify_images}")
     package = exporter()
     contents = load_checkpoint(checkpoint)
@@ -111,6 +115,8 @@ def export(
 
 def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
     """What the file says about the model it came from."""
+    from advmoe.training.checkpoint import file_digest
+
     described = to_dict(contents.model)
     described |= {"mean": list(contents.model.mean), "std": list(contents.model.std)}
     training = {name: contents.train[name] for name in ("dataset", "method") if name in contents.train}
@@ -126,6 +132,10 @@ def real_images(
         uint8 test images [number, H, W, 3] and their classes, and uint8 training images [calibrated, H, W, 3]; None for
         what is not asked for.
     """
+    import numpy as np
+
+    from advmoe.data.sources import load_dataset
+
     if not number and not calibrated:
         return None, None, None
     name = contents.train.get("dataset")
@@ -148,6 +158,8 @@ def pixels(images: Images) -> np.ndarray:
     Raises:
         ConfigError: the images are not held in memory.
     """
+    from advmoe.data.sets import ImageSet
+
     check(
         isinstance(images, ImageSet),
         "images to verify or calibrate with must be held in memory, those of this data set are decoded while loading; "
@@ -158,4 +170,6 @@ def pixels(images: Images) -> np.ndarray:
 
 def as_float(images: np.ndarray | None) -> np.ndarray | None:
     """Images as float files read them: float32 [B, 3, H, W] in [0, 1]."""
+    import numpy as np
+
     return None if images is None else images.transpose(0, 3, 1, 2) / np.float32(255)

@@ -7,19 +7,12 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import torchvision
 import typer
 
 import advmoe
 from advmoe.cli import console
 from advmoe.cli.options import Json
 from advmoe.config import KINDS, to_dict
-from advmoe.data.sources import dataset_names
-from advmoe.evaluation.cost import measure_cost
-from advmoe.models.registry import ARCHITECTURES
-from advmoe.training.checkpoint import load_checkpoint
-from advmoe.training.methods import METHODS
 
 if TYPE_CHECKING:
     from advmoe_export import ModelMetadata
@@ -55,6 +48,13 @@ def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:
 
 def installation_facts() -> dict[str, Any]:
     """Versions, devices, and the names that other commands accept."""
+    import torch
+    import torchvision
+
+    from advmoe.data.sources import dataset_names
+    from advmoe.models.registry import ARCHITECTURES
+    from advmoe.training.methods import METHODS
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "version": advmoe.__version__,
@@ -71,6 +71,9 @@ def installation_facts() -> dict[str, Any]:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint holds."""
+    from advmoe.evaluation.cost import measure_cost
+    from advmoe.training.checkpoint import load_checkpoint
+
     contents = load_checkpoint(path)
     model = contents.build()
     facts: dict[str, Any] = dict(to_dict(contents.model))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from advmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 DataDir = Annotated[
     Path | None,
@@ -34,6 +36,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: the name is unknown, or the device is not there.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, open_session
 from advmoe.cli.options import Json
 from advmoe.config import check
 from advmoe.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def predict(
@@ -30,6 +31,8 @@ def predict(
 
     Images of another size are scaled so that the shorter side fits, then cropped at the centre.
     """
+    import numpy as np
+
     check(top >= 1, f"--top must be at least 1, got {top}")
     session = open_session(model, provider or ["cpu"])
     height, width = session.metadata.image_size
@@ -72,6 +75,9 @@ def read_image(path: Path, width: int, height: int) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is missing or cannot be decoded.
     """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     if not path.is_file():
         raise DataError(f"no image file {path}")
     try:

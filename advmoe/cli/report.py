@@ -11,11 +11,6 @@ from advmoe.cli import console
 from advmoe.cli.analyze import model_of
 from advmoe.cli.evaluate import CARD, ROUTES
 from advmoe.errors import ConfigError
-from advmoe.evaluation.analysis import analyse
-from advmoe.evaluation.card import load_card
-from advmoe.reports.html import render
-from advmoe.routes import RouteLog
-from advmoe.training.checkpoint import load_checkpoint, write_atomically
 
 
 def report(
@@ -29,6 +24,12 @@ def report(
 
     It holds tables and figures and needs no network; it reads well on a phone and in print.
     """
+    from advmoe.evaluation.analysis import analyse
+    from advmoe.evaluation.card import load_card
+    from advmoe.reports.html import render
+    from advmoe.routes import RouteLog
+    from advmoe.training.checkpoint import load_checkpoint, write_atomically
+
     console.existing_folder(out)
     sparse = None if mask is None else load_checkpoint(mask).build()
     cards: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,15 +15,12 @@ from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, Seed, resolve_device
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.config import to_dict
-from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.errors import ConfigError
-from advmoe.models.registry import build_model
 from advmoe.recipes import recipe as find_recipe
 from advmoe.recipes import resolve
-from advmoe.training.checkpoint import file_digest, load_checkpoint
-from advmoe.training.loop import Trainer
-from advmoe.training.methods import resolve_method
-from advmoe.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from advmoe.training.loop import Trainer
 
 MODEL, TRAINING, ATTACK, RUN = "Model", "Training", "Attack in training", "Run"
 
@@ -139,6 +136,13 @@ def train(
     Writes config.json, metrics.jsonl, TensorBoard events, last.pt and best.pt (best validation RA) to the run folder.
     Ctrl-C saves; the same command with --resume goes on.
     """
+    from advmoe.data.sources import dataset_info, load_dataset
+    from advmoe.models.registry import build_model
+    from advmoe.training.checkpoint import file_digest, load_checkpoint
+    from advmoe.training.loop import Trainer
+    from advmoe.training.methods import resolve_method
+    from advmoe.training.run_folder import RunFolder
+
     named = None if recipe is None else find_recipe(recipe)
     chosen = dataset or (named.dataset if named else None)
     if chosen is None:
