@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,21 @@ from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
 
+ROUTING = "routing"
+"""Under which key of a run's result the analysis of its route log stands."""
+UNDER_PGD = f"{ROUTING}.conditions.pgd.dissection"
+DISSECTION = {
+    "1: router survives, right": f"{UNDER_PGD}.router_survives_right",
+    "2: router fooled, right": f"{UNDER_PGD}.router_fooled_right",
+    "3: router survives, wrong": f"{UNDER_PGD}.router_survives_wrong",
+    "4: both fooled": f"{UNDER_PGD}.router_fooled_wrong",
+}
+IOU = {
+    "IoU with mask, clean": f"{ROUTING}.mask.clean.mean",
+    "IoU with mask, PGD": f"{ROUTING}.mask.pgd.mean",
+    "IoU clean - PGD": f"{ROUTING}.similarity.overlap.pgd.mean",
+    "IoU of pairs": f"{ROUTING}.similarity.diversity.clean.mean",
+}
 RADII = ",".join(f"{level}/255" for level in (2, 4, 6, 8, 10, 12))
 
 
@@ -30,21 +45,26 @@ class Experiment:
     shown_in: str
     evaluate: str = ""
     """Further options of `advmoe evaluate`."""
-    columns: tuple[str, ...] = ()
-    """Figures of the result cards to show beside SA, RA and GFLOPs."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What to show beside SA, RA and GFLOPs: title -> where it is in a run's result, as keys joined by dots."""
     mask: bool = False
     """Compare pathways with the mask pathway of AT (Sparse)."""
+
+    @property
+    def routing(self) -> bool:
+        """Whether it shows something of the routing, so that the route logs have to be analysed."""
+        return any(path.startswith(f"{ROUTING}.") for path in self.columns.values())
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "table1": Experiment("Table 1"),
-    "table2": Experiment("Table 2", "--autoattack", ("ra_aa",)),
+    "table2": Experiment("Table 2", "--autoattack", {"RA-AA": "ra_aa"}),
     "table3": Experiment("Table 3"),
-    "fig2": Experiment("Fig. 2", f"--eps-sweep {RADII}", ("ra_by_eps",)),
+    "fig2": Experiment("Fig. 2", f"--eps-sweep {RADII}", {"RA by eps": "ra_by_eps"}),
     "fig3": Experiment("Fig. 3"),
-    "fig4": Experiment("Fig. 4", columns=("routers_fooled",)),
-    "fig5": Experiment("Fig. 5", columns=("routers_fooled",)),
-    "fig6": Experiment("Fig. 6", mask=True),
+    "fig4": Experiment("Fig. 4", columns=DISSECTION),
+    "fig5": Experiment("Fig. 5", columns=DISSECTION),
+    "fig6": Experiment("Fig. 6", columns=IOU, mask=True),
     "fig7": Experiment("Fig. 7"),
     "fig8": Experiment("Fig. 8"),
     "appc": Experiment("App. C"),
@@ -73,6 +93,8 @@ def reproduce(
     What is finished is not done again: after an interruption the same command goes on where it stopped. At the paper's
     settings most take GPU-days; --train and --evaluate make them smaller, and the result says so.
     """
+    from advmoe.training.checkpoint import write_atomically
+
     experiment = EXPERIMENTS[one_of("table or figure", name, EXPERIMENTS)]
     chosen = [
         recipe
@@ -84,30 +106,47 @@ def reproduce(
         raise ConfigError(f"no run of {name} has '{only}' in its name; 'advmoe recipes' lists them")
     common = ["--seed", str(seed), "--device", device, *([] if data_dir is None else ["--data-dir", str(data_dir)])]
     limit = [] if limit_eval is None else ["--limit-eval", str(limit_eval)]
-    cards: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for recipe in chosen:
         checkpoint = trained(recipe, runs, [*shlex.split(train), *common])
-        folder = checkpoint.parent / f"evaluation-{name}"
         options = [*shlex.split(experiment.evaluate), *shlex.split(evaluate), *limit, *common]
-        cards[recipe.name] = run("evaluate", str(checkpoint), "--out", str(folder), *options)
+        results[recipe.name] = run("evaluate", str(checkpoint), "--out", str(evaluated(recipe, name, runs)), *options)
+    mask = mask_option(experiment, chosen, runs)
+    for recipe in chosen:
+        if experiment.routing and recipe.model.get("kind") == "moe":
+            results[recipe.name][ROUTING] = run("analyze", str(evaluated(recipe, name, runs)), *mask)
     out.mkdir(parents=True, exist_ok=True)
     table = {
         "experiment": experiment.shown_in,
         "train_options": train,
         "evaluate_options": " ".join([experiment.evaluate, evaluate, *limit]).strip(),
-        "runs": cards,
+        "runs": results,
     }
-    (out / f"{name}.json").write_text(jsonlib.dumps(table, indent=2) + "\n")
-    write_report(name, experiment, chosen, runs, out)
+    text = jsonlib.dumps(table, indent=2) + "\n"
+    write_atomically(out / f"{name}.json", lambda temporary: temporary.write_text(text))
+    folders = [str(evaluated(recipe, name, runs)) for recipe in chosen]
+    run("report", *folders, *mask, "--out", str(out / f"{name}.html"), json=False)
     if json:
         console.emit_json(table)
         return
-    columns = ("sa", *sorted({key for card in cards.values() for key in card if key.startswith("ra_pgd")}))
-    columns += (*experiment.columns, "gflops")
+    accuracies = ("sa", *sorted({key for result in results.values() for key in result if key.startswith("ra_pgd")}))
+    columns = {key: key for key in accuracies} | dict(experiment.columns) | {"gflops": "gflops"}
     rows = [
-        (recipe.name, recipe.summary, *(card_value(cards[recipe.name], key) for key in columns)) for recipe in chosen
+        (recipe.name, recipe.summary, *(shown(results[recipe.name], path) for path in columns.values()))
+        for recipe in chosen
     ]
     console.show_table(f"{experiment.shown_in} ({out / f'{name}.json'})", ("run", "method", *columns), rows)
+
+
+def evaluated(recipe: Recipe, name: str, runs: Path) -> Path:
+    """Folder of a run's evaluation for a table or figure."""
+    return runs / recipe.name / f"evaluation-{name}"
+
+
+def mask_option(experiment: Experiment, chosen: Sequence[Recipe], runs: Path) -> list[str]:
+    """The option that compares pathways with the mask of the Sparse-CNN among the runs."""
+    masks = [recipe.name for recipe in chosen if recipe.model.get("kind") == "sparse_cnn"] if experiment.mask else []
+    return ["--mask", str(runs / masks[0] / "best.pt")] if masks else []
 
 
 def trained(recipe: Recipe, runs: Path, options: Sequence[str]) -> Path:
@@ -119,14 +158,6 @@ def trained(recipe: Recipe, runs: Path, options: Sequence[str]) -> Path:
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     run("train", "--recipe", recipe.name, "--out", str(folder), *initial, *resume, *options)
     return folder / "best.pt"
-
-
-def write_report(name: str, experiment: Experiment, chosen: Sequence[Recipe], runs: Path, out: Path) -> None:
-    """The HTML report that compares the runs."""
-    masks = [recipe.name for recipe in chosen if recipe.model.get("kind") == "sparse_cnn"] if experiment.mask else []
-    mask = ["--mask", str(runs / masks[0] / "best.pt")] if masks else []
-    folders = [str(runs / recipe.name / f"evaluation-{name}") for recipe in chosen]
-    run("report", *folders, *mask, "--out", str(out / f"{name}.html"), json=False)
 
 
 def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
@@ -148,9 +179,11 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
     return result
 
 
-def card_value(card: Mapping[str, Any], key: str) -> str:
-    """One figure of a result card, for the table."""
-    value = card.get(key, "-")
+def shown(result: Mapping[str, Any], path: str) -> str:
+    """One figure of a run's result, for the table."""
+    value: Any = result
+    for key in path.split("."):
+        value = value.get(key, "-") if isinstance(value, Mapping) else "-"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {figure:.2f}" for name, figure in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
