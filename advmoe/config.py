@@ -18,6 +18,8 @@ EXPERT_FILTERS = ("windows", "separate")
 ROUTER_OPTIONS = ("num_experts", "granularity", "router_gradient", "expert_filters")
 """Fields of `ModelConfig` that mean something for kind `moe` only."""
 LOSSES = ("trades", "pgd_at")
+ROBUST_OPTIONS = ("loss", "trades_beta", "awp", "balance")
+"""Fields of `TrainConfig` that mean nothing to method `standard`."""
 ATTACK_STARTS = ("uniform", "gaussian", "clean")
 
 T = TypeVar("T")
@@ -126,6 +128,16 @@ class ModelConfig:
             check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
 
+    @property
+    def several_experts(self) -> bool:
+        """Whether there is a choice for routers to make: an MoE-CNN with N > 1."""
+        return self.kind == "moe" and self.num_experts > 1
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether experts share filters: windows of the backbone with N * r > 1 (Figs. 7 and 8)."""
+        return self.several_experts and self.expert_filters == "windows" and self.num_experts * self.model_scale > 1.0
+
 
 def model_config(**settings: Any) -> ModelConfig:
     """A model's description from the settings somebody asked for.
@@ -193,7 +205,7 @@ class TrainConfig:
     trades_beta: float = 6.0
     """1 / lambda, weight of the KL term."""
     specialisation: float | None = 0.25
-    """Speed at which experts part from their common start (`advmoe.training.coupling`); None: they share nothing."""
+    """Speed at which experts part from their common start (`advmoe.training.coupling`); None: nothing couples them."""
     balance: float = 0.0
     """Weight of the load-balance loss on the routers; 0 is off, as in the paper."""
     awp: float = 0.0
@@ -251,6 +263,28 @@ class TrainConfig:
             f"--limit-train must be at least one batch ({self.batch_size}), got {self.limit_train}",
         )
         check(0 <= self.seed < 2**63, f"the seed must be in [0, 2^63), got {self.seed}")
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            unused = option.name in ROBUST_OPTIONS and self.method == "standard"
+            unused |= option.name == "trades_beta" and self.loss != "trades"
+            check(
+                not unused or value == option.default,
+                f"{option.name} = {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
+            )
+
+
+def check_together(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ConfigError where a training asks for what the model has not."""
+    check(
+        not model.overlapping or train.specialisation is None,
+        f"specialisation = {train.specialisation} needs experts that can start equal, but windows of "
+        f"N r = {model.num_experts * model.model_scale:g} > 1 share filters; use expert filters 'separate', "
+        f"a model scale of at most 1/N = {1 / model.num_experts:.3g}, or no specialisation",
+    )
+    check(
+        model.several_experts or train.balance == 0,
+        f"balance = {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

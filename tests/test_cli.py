@@ -115,6 +115,15 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
         (["train", "digits", "--val-limit", "0"], r"val_limit must be at least 1, got 0"),
         (["train", "digits", "--device", "tpu"], r"unknown device 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["train", "digits", "--device", "cuda:99"], r"device 'cuda:99'.*this machine has \d+ CUDA"),
+        (["train", "digits", "--num-experts", "4", "--specialisation", "1"], r"N r = 2 > 1 share filters; use expert"),
+        (["train", "digits", "--kind", "dense", "--specialisation", "1"], r"1.0 needs experts that are trained, which"),
+        (["train", "digits", "--num-experts", "1", "--specialisation", "1"], r"needs experts .* with N = 1 has not"),
+        (["train", "digits", "--kind", "s_dense", "--balance", "1"], r"balance = 1 needs routers with a choice"),
+        (["train", "digits", "--method", "standard", "--awp", "0.01"], r"awp = 0.01 has no effect on method standard"),
+        (
+            ["train", "digits", "--loss", "pgd_at", "--trades-beta", "3"],
+            r"trades_beta = 3.0 has no effect on .* pgd_at",
+        ),
         (["train", "digits", "--resume"], r"no checkpoint at .*last\.pt"),
         (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
         (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
@@ -158,6 +167,13 @@ def test_a_mistaken_evaluation_gets_one_clear_line(
 ) -> None:
     capsys.readouterr()
     assert re.search(message, refused(["evaluate", str(run_folder / "best.pt"), *options], capsys))
+
+
+def test_overlapping_experts_train_uncoupled_and_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "digits", *QUICK, "--num-experts", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["config"]["specialisation"] is None
+    assert "warning: in 12 of 12 MoE layers experts share filters" in " ".join(err.split())
 
 
 def test_a_run_folder_that_cannot_be_made_gets_one_clear_line(

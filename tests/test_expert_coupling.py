@@ -1,23 +1,26 @@
 """Experts that grow apart from a common start: what coupled gradients do to their mean and their differences."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
+from grid import Cell
 from torch import Tensor
 
 from advmoe.config import TrainConfig
 from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.coupling import coupled, expert_banks, start_equal
-from advmoe.training.levels import make_level
+from advmoe.training.coupling import coupled, expert_banks, start_equal, uncoupled_layers
+from advmoe.training.levels import make_levels
 
 MakeNetwork = Callable[..., RoutedNetwork]
 
 
 def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> None:
     """One SGD step of the experts on an arbitrary loss."""
-    level = make_level("experts", model, TrainConfig(dataset="digits", specialisation=specialisation))
+    config = TrainConfig(dataset="digits", specialisation=specialisation)
+    (level,) = make_levels(["experts"], model, config, fresh=False)
     with level.training():
         logits, _ = level.forward(images)
         logits.square().sum().backward()
@@ -80,6 +83,45 @@ def test_independent_experts_are_left_alone(tiny_vgg: MakeNetwork, images: Tenso
     before = weight.detach().clone().chunk(2)[1]
     step(model, images, specialisation=None)
     torch.testing.assert_close(weight.chunk(2)[1], before * (1 - 0.1 * 5e-4))
+
+
+def test_the_experts_of_a_fresh_model_start_equal_and_those_of_a_trained_one_as_they_are(
+    tiny_vgg: MakeNetwork,
+) -> None:
+    config = TrainConfig(dataset="digits")
+    for model, fresh, settings in (
+        (tiny_vgg(), True, config),
+        (tiny_vgg(), False, config),
+        (tiny_vgg(), True, dataclasses.replace(config, specialisation=None)),
+    ):
+        make_levels(["routers", "experts"], model, settings, fresh=fresh)
+        equal = [torch.equal(*weight.chunk(2)) for weight, _ in expert_banks(model)]
+        assert equal == [fresh and settings.specialisation is not None] * 12
+
+
+@pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "vit", "wrn28_10"])
+def test_every_moe_layer_of_every_backbone_is_coupled(arch: str) -> None:
+    model = Cell(arch, "moe", 32).build()
+    assert not uncoupled_layers(model)
+    banks = 4 if arch == "vit" else 1  # two linear layers with bias, or a convolution
+    assert len(list(expert_banks(model))) == banks * len(model.expert_layouts)
+
+
+def test_layers_whose_experts_overlap_are_told(tiny_vgg: MakeNetwork) -> None:
+    assert uncoupled_layers(tiny_vgg(model_scale=0.75)) == list(range(12))
+    assert uncoupled_layers(tiny_vgg(num_experts=1)) == []
+    # N r < 1, but r C is rounded: 2.64 to 3 of 8 and 10.56 to 11 of 32 channels, where three experts need 9 and 33;
+    # 1.32 to 1 of 4 and 5.28 to 5 of 16 leave room
+    widths = [layout.num_channels for layout in tiny_vgg().expert_layouts]
+    overlapping = [layer for layer, width in enumerate(widths) if width in {8, 32}]
+    assert uncoupled_layers(tiny_vgg(num_experts=3, model_scale=0.33)) == overlapping
+
+
+def test_experts_that_share_filters_are_not_trained_as_if_they_were_coupled(tiny_vgg: MakeNetwork) -> None:
+    model = tiny_vgg(model_scale=0.75)
+    with pytest.raises(ConfigError, match=r"N r = 1.5 > 1 share filters"):
+        make_levels(["all"], model, TrainConfig(dataset="digits"))
+    make_levels(["all"], model, TrainConfig(dataset="digits", specialisation=None))
 
 
 def test_overlapping_windows_are_not_coupled(tiny_vgg: MakeNetwork) -> None:

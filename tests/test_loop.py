@@ -351,7 +351,7 @@ def test_a_run_is_not_resumed_with_other_settings(
 
 def test_a_run_is_not_resumed_with_another_model(digits: Dataset, whole_run: Path) -> None:
     with pytest.raises(CheckpointError, match="num_experts = 2"):
-        resumed(digits, whole_run, model=dataclasses.replace(MODEL, num_experts=4))
+        resumed(digits, whole_run, model=dataclasses.replace(MODEL, num_experts=1))
 
 
 def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from advmoe.models.masked import compact, mask_pathway, masks_open, open_masks
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.levels import make_level
+from advmoe.training.levels import make_levels
 from advmoe.training.loop import start_from
 from advmoe.training.methods import METHODS, PRETRAINED, PRUNED, resolve_method
 
@@ -29,7 +29,7 @@ def sparse(tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
 
 
 def run(model: RoutedNetwork, method: str, progress: float, steps: int = 1, config: TrainConfig = CONFIG) -> None:
-    levels = [make_level(name, model, config) for name in METHODS[method].levels]
+    levels = make_levels(METHODS[method].levels, model, config, fresh=False)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         batch = Batch(

@@ -14,7 +14,7 @@ from advmoe.config import AttackConfig, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.levels import make_level
+from advmoe.training.levels import make_levels
 from advmoe.training.losses import trades
 from advmoe.training.methods import METHODS
 from advmoe.training.steps import StepResult
@@ -31,7 +31,7 @@ def batch(seed: int) -> Batch:
 
 def run(method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG) -> list[StepResult]:
     """One step of a method with new optimisers; the noise of each level depends on its batch alone."""
-    levels = [make_level(name, model, config) for name in METHODS[method].levels]
+    levels = make_levels(METHODS[method].levels, model, config, fresh=False)
     noise = [torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0]))) for part in batches]
     return METHODS[method].step(levels, batches, config, noise)
 
@@ -156,7 +156,7 @@ def test_steps_descend_on_a_batch_that_is_repeated(
 ) -> None:
     model, part = tiny_vgg(kind=kind, granularity="image" if kind == "moe" else "layer"), batch(1)
     config = dataclasses.replace(CONFIG, lr=0.03, trades_beta=1.0)
-    levels = [make_level(name, model, config) for name in METHODS[method].levels]
+    levels = make_levels(METHODS[method].levels, model, config, fresh=False)
     losses = []
     for step in range(10):
         noise = [torch.Generator().manual_seed(step)] * len(levels)

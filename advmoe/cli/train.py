@@ -14,7 +14,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, Seed, resolve_device
 from advmoe.cli.progress import TrainingProgress, data_progress
-from advmoe.config import to_dict
+from advmoe.config import check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.recipes import recipe as find_recipe
 from advmoe.recipes import resolve
@@ -97,7 +97,7 @@ def train(
         float | None, option(TRAINING, "1/lambda, weight of the KL term of TRADES. Default: 6.")
     ] = None,
     specialisation: Annotated[
-        float | None, option(TRAINING, "How fast experts grow apart from their common start; 0: never. Default: 0.25.")
+        float | None, option(TRAINING, "How fast experts grow apart from their common start. Default: 0.25.")
     ] = None,
     balance: Annotated[float | None, option(TRAINING, "Weight of a load-balance loss. Default: 0, off.")] = None,
     awp: Annotated[
@@ -190,7 +190,14 @@ def train(
         steps=steps,
         step_size=None if step_size is None else console.number(step_size, "--step-size"),
     )
-    resolve_method(config.method, model, has_init=init is not None)
+    trained_by = resolve_method(config.method, model, has_init=init is not None)
+    check(
+        specialisation is None or (model.several_experts and trained_by.moves_experts),
+        f"--specialisation {specialisation} needs experts that are trained, which method {config.method} on kind "
+        f"{model.kind} with N = {model.num_experts} has not; leave it out",
+    )
+    if config.method == "standard" and not (steps is None and step_size is None):
+        console.note("standard training does not attack: --steps and --step-size have no effect")
     build_model(model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
     initial = None if init is None else load_checkpoint(init)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.moe_linear import MoELinear
+from advmoe.models.network import RoutedNetwork
 
 
 def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
@@ -34,6 +35,12 @@ def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
         elif isinstance(module, MoELinear) and module.disjoint and module.num_experts > 1:
             yield module.weight, module.num_experts
             yield module.bias, module.num_experts
+
+
+def uncoupled_layers(model: RoutedNetwork) -> list[int]:
+    """MoE layers whose experts share filters: windows with N * r > 1, or made to overlap by the rounding of r * C."""
+    layouts = enumerate(model.expert_layouts)
+    return [layer for layer, layout in layouts if layout.num_experts > 1 and not layout.disjoint]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advmoe.config import TrainConfig
+from advmoe.config import TrainConfig, check_together
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
-from advmoe.training.coupling import couple_gradients
+from advmoe.training.coupling import couple_gradients, start_equal
 
 LevelName = Literal["routers", "experts", "masks", "all"]
 
@@ -77,11 +77,28 @@ def parts(model: RoutedNetwork) -> dict[LevelName, list[nn.Parameter]]:
     }
 
 
-def make_level(name: LevelName, model: RoutedNetwork, config: TrainConfig) -> Level:
-    """A level with SGD on its parameters; the experts' gradients are coupled unless the config says otherwise."""
-    parameters = list(model.parameters()) if name == "all" else parts(model)[name]
-    optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+def make_levels(
+    names: Sequence[LevelName], model: RoutedNetwork, config: TrainConfig, *, fresh: bool = True
+) -> list[Level]:
+    """The levels of one training, each with an SGD of its own on its parameters.
+
+    Experts are coupled unless the config says otherwise (`advmoe.training.coupling`): those of a `fresh` model start
+    equal, and every optimiser that moves experts moves them together.
+
+    Raises:
+        ConfigError: the config couples experts that cannot be, because they share filters.
+    """
+    check_together(model.config, config)
     specialisation = config.specialisation
-    if name in {"experts", "all"} and specialisation is not None:
-        optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
-    return Level(name, model, model.forward_with_routing, optimizer)
+    if fresh and specialisation is not None:
+        start_equal(model)
+    levels = []
+    for name in names:
+        parameters = list(model.parameters()) if name == "all" else parts(model)[name]
+        optimizer = torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        if name in {"experts", "all"} and specialisation is not None:
+            optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
+        levels.append(Level(name, model, model.forward_with_routing, optimizer))
+    return levels

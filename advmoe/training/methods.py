@@ -34,6 +34,11 @@ class Method:
     """Whether it only makes sense on top of an earlier run."""
     summary: str
 
+    @property
+    def moves_experts(self) -> bool:
+        """Whether it changes psi."""
+        return bool({"experts", "all"} & set(self.levels))
+
 
 def advmoe(
     levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
