@@ -29,20 +29,11 @@ class MaskSimilarity:
 
 
 def pathway_channels(model: RoutedNetwork) -> PathwayChannels:
-    """Which backbone channels each expert of each MoE layer computes.
-
-    Raises:
-        ConfigError: the experts' filters are their own (`separate`) and are no backbone channels.
-    """
+    """Which channels each expert of each MoE layer computes: the backbone's, or filters of their own (`separate`)."""
     layouts = model.expert_layouts
-    if any(layout.separate and layout.num_experts * layout.size != layout.num_channels for layout in layouts):
-        raise ConfigError(
-            "pathways are compared as sets of backbone channels, but this model's experts have filters of their own "
-            "(expert_filters 'separate'); only models with 'windows' can be compared"
-        )
     return PathwayChannels(
         [[layout.channels(expert) for expert in range(layout.num_experts)] for layout in layouts],
-        [layout.num_channels for layout in layouts],
+        [max(layout.num_channels, layout.num_experts * layout.size) for layout in layouts],
     )
 
 
@@ -50,14 +41,15 @@ def mask_of(model: RoutedNetwork, like: PathwayChannels) -> NDArray[np.bool_]:
     """The mask pathway of a Sparse-CNN as one mask over the channels of all MoE layers, [C].
 
     Raises:
-        ConfigError: not a Sparse-CNN, or one on another backbone.
+        ConfigError: not a Sparse-CNN, or `like` is not of channels of its backbone.
     """
     kept = mask_pathway(model)
     widths = [table.shape[1] for table in like.tables]
-    if len(kept) != len(widths) or any(channels[-1] >= width for channels, width in zip(kept, widths, strict=True)):
+    full = [channels.full for channels in model.routable]
+    if full != widths:
         raise ConfigError(
-            f"the Sparse-CNN has {len(kept)} prunable layers, the MoE-CNN {len(widths)} MoE layers, or other widths; "
-            "compare models on the same backbone"
+            f"the Sparse-CNN prunes {len(full)} layers with {sum(full)} channels, the MoE-CNN's experts share out "
+            f"{len(widths)} layers with {sum(widths)}; compare models on the same backbone, experts that are windows of it"
         )
     return np.concatenate([np.isin(np.arange(width), channels) for channels, width in zip(kept, widths, strict=True)])
 
