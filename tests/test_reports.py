@@ -128,7 +128,7 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
     with pytest.raises(ConfigError, match="same backbone"):
         analyse(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
     own = advmoe.create_model("vgg16", width=0.0625, model_scale=0.75, expert_filters="separate")
-    with pytest.raises(ConfigError, match="experts that are windows of it"):
+    with pytest.raises(ConfigError, match="experts that are its windows"):
         analyse(log, own, sparse=sparse)
     # No filter of expert 0 is one of expert 1: clean pathways share nothing.
     assert analyse(log, own)["similarity"]["diversity"]["clean"]["mean"] == 0.0
