@@ -5,36 +5,46 @@ Fresh memory for every batch costs the system's page faults, about half the time
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import deque
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-UNSEEN = 3
-"""References to a buffer that only the pool has: its list, the loop's variable and the argument of `getrefcount`."""
+UNSEEN = 2
+"""References to an array that nobody else has: a local variable and the argument of `getrefcount`."""
 
 
 class Buffers:
-    """Lends tensors of up to `num_elements` elements.
+    """Lends tensors of up to `num_elements` elements, to several threads at once.
 
     A tensor and everything that shares its memory hold a reference to the array it was made of, so an array that only
-    the pool refers to is free. At most `num_kept` arrays wait to be used again.
+    the pool refers to is free. At most `num_kept` arrays are kept to be used again.
     """
 
     def __init__(self, num_elements: int, dtype: torch.dtype, num_kept: int) -> None:
         self._num_elements = num_elements
         self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
-        self._num_kept = num_kept
-        self._arrays: list[np.ndarray[tuple[int], np.dtype[np.float32 | np.uint8]]] = []
+        self._arrays: deque[NDArray[np.float32 | np.uint8]] = deque(maxlen=num_kept)
 
     def lend(self, shape: tuple[int, ...]) -> Tensor:
         """A tensor of that shape with any content, C-contiguous."""
-        elements = int(np.prod(shape))
-        for array in self._arrays:
+        array = self._take()
+        tensor = torch.from_numpy(array[: math.prod(shape)].reshape(shape))
+        self._arrays.append(array)
+        return tensor
+
+    def _take(self) -> NDArray[np.float32 | np.uint8]:
+        """An array that is free; taken out of the pool, no other thread can find it so."""
+        for _ in range(len(self._arrays)):
+            try:
+                array = self._arrays.popleft()
+            except IndexError:  # other threads have all of them in their hands
+                break
             if sys.getrefcount(array) <= UNSEEN:
-                return torch.from_numpy(array[:elements].reshape(shape))
-        array = np.empty(self._num_elements, dtype=self._dtype)
-        if len(self._arrays) < self._num_kept:
+                return array
             self._arrays.append(array)
-        return torch.from_numpy(array[:elements].reshape(shape))
+        return np.empty(self._num_elements, dtype=self._dtype)

@@ -67,7 +67,8 @@ class BatchLoader:
             all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
         stream: Chooses one of the experiment's independent sequences.
-        num_threads: Threads that fill one batch, by default 2 or fewer.
+        num_threads: Threads that make batches, by default 2 or fewer. With that many batches in the making each has one
+            of them for itself, which spares handing work over; with fewer they share the threads.
         drop_last: Leave out a last step that is not full.
         rank: This process's share of every step.
         world_size: Number of shares.
@@ -161,8 +162,7 @@ class BatchLoader:
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._skip_bad = on_bad_image == "skip"
         self._position = _Position(epoch=0, batch=0)
-        self._buffers: Buffers | None = None
-        self._filler: tuple[int, rust_router.BatchFiller] | None = None
+        self._tools: _Tools | None = None
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
@@ -233,7 +233,9 @@ class BatchLoader:
 
         batches = range(start, len(self))
         stop = rust_router.Stop()
-        ahead = Ahead(lambda batch: self._fill(rows_of(batch), epoch, stop), batches, self._prefetch)
+        ahead = Ahead(
+            lambda batch: self._fill(rows_of(batch), epoch, stop), batches, self._prefetch, at_once=self._at_once
+        )
         try:
             for batch in batches:
                 made = ahead.next()
@@ -248,13 +250,12 @@ class BatchLoader:
     def _fill(self, rows: NDArray[np.int64], epoch: int, stop: rust_router.Stop) -> Batch:
         height, width = self._image_size()
         shape = (height, width, 3) if self._channels_last else (3, height, width)
+        tools = self._own_tools()
         if self._pin_memory:  # torch keeps page-locked memory for the next batch by itself
             images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=True)
         else:
-            if self._buffers is None:
-                self._buffers = Buffers(self._batch_size * height * width * 3, self._dtype, self._prefetch + 3)
-            images = self._buffers.lend((len(rows), *shape))
-        skipped = self._own_filler().fill(self._pixels, rows, epoch, images.numpy(), stop)
+            images = tools.buffers.lend((len(rows), *shape))
+        skipped = tools.filler.fill(self._pixels, rows, epoch, images.numpy(), stop)
         if skipped:
             self.skipped.update((int(rows[place]), message) for place, message in skipped)
             kept = np.delete(np.arange(len(rows)), [place for place, _ in skipped])
@@ -279,9 +280,15 @@ class BatchLoader:
                     raise
         raise DataError(f"none of the {len(self._rows)} images can be read")
 
-    def _own_filler(self) -> rust_router.BatchFiller:
-        """This process's threads: those of a parent do not exist in a forked child."""
-        if self._filler is None or self._filler[0] != os.getpid():
+    @property
+    def _at_once(self) -> int:
+        """Batches that are made at the same time."""
+        return min(self._num_threads, self._prefetch + 1)
+
+    def _own_tools(self) -> _Tools:
+        """This process's threads and memory: those of a parent do not exist in a forked child."""
+        if self._tools is None or self._tools.process != os.getpid():
+            height, width = self._image_size()
             filler = rust_router.BatchFiller(
                 seed=self._seed,
                 stream=self._stream,
@@ -289,11 +296,12 @@ class BatchLoader:
                 mean=self._mean,
                 std=self._std,
                 channels_last=self._channels_last,
-                num_threads=self._num_threads,
+                num_threads=1 if self._at_once == self._num_threads else self._num_threads,
                 skip_bad=self._skip_bad,
             )
-            self._filler = (os.getpid(), filler)
-        return self._filler[1]
+            buffers = Buffers(self._batch_size * height * width * 3, self._dtype, self._prefetch + 3)
+            self._tools = _Tools(os.getpid(), filler, buffers)
+        return self._tools
 
 
 def _is_rgb(pixels: NDArray[np.uint8]) -> bool:
@@ -307,3 +315,11 @@ class _Position:
 
     epoch: int
     batch: int
+
+
+class _Tools(NamedTuple):
+    """What batches are made with."""
+
+    process: int
+    filler: rust_router.BatchFiller
+    buffers: Buffers

@@ -12,16 +12,17 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Makes one thing for each number of a range, up to `depth` of them before they are asked for.
+    """Makes one thing for each number of a range, up to `depth` of them before they are asked for, `at_once` at a time.
 
-    Its thread never waits for the consumer, so one that goes away half-way leaves nothing that hangs. A forked child
-    starts a thread of its own and goes on where its parent was.
+    Its threads never wait for the consumer, so one that goes away half-way leaves nothing that hangs. A forked child
+    starts threads of its own and goes on where its parent was.
     """
 
-    def __init__(self, make: Callable[[int], T], numbers: range, depth: int) -> None:
+    def __init__(self, make: Callable[[int], T], numbers: range, depth: int, *, at_once: int) -> None:
         self._make = make
         self._numbers = numbers
         self._depth = depth
+        self._at_once = at_once
         self._made: deque[Future[T]] = deque()
         self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -32,11 +33,11 @@ class Ahead(Generic[T]):
             number, self._numbers = self._numbers[0], self._numbers[1:]
             return self._make(number)
         if self._executor is None or self._process != os.getpid():
-            # A forked child has this object, but neither its thread nor what was being made.
+            # A forked child has this object, but neither its threads nor what was being made.
             self._numbers = range(self._numbers.start - len(self._made), self._numbers.stop)
             self._made.clear()
             self._process = os.getpid()
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches-ahead")
+            self._executor = ThreadPoolExecutor(self._at_once, thread_name_prefix="batches-ahead")
         while self._numbers and len(self._made) <= self._depth:
             self._made.append(self._executor.submit(self._make, self._numbers[0]))
             self._numbers = self._numbers[1:]
