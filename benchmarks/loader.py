@@ -6,8 +6,11 @@ Everything runs interleaved in one process. Throughputs in wall time are those o
 work only ever slows one down), with the median beside them; ratios are medians over rounds of ratios of CPU time on one
 thread within a round.
 
-- `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalised, images/s on one and on two
-  threads; `crop_flip_f32_cpu`: the same per second of CPU time, on one thread
+- `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalised, images/s on one thread, and
+  on two that fill batches of their own, as a loader's threads do; `crop_flip_2t_vs_1t`: median over rounds of their
+  ratio; `crop_flip_f32_cpu`: the same per second of CPU time, on one thread
+- `loader_f32_1t`, `loader_f32_2t`: the same out of a BatchLoader of batches of 128, with none and with four made ahead;
+  with two threads, handing 200 us of work from thread to thread in Python is what costs
 - `vs_dataloader`: the same batches against torchvision's transforms in a DataLoader
 - `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalised, per second of CPU;
   `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's decoder and transforms on tensors
@@ -24,6 +27,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -121,8 +125,8 @@ def wall(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def fill_batches(source: Images, num_threads: int) -> Callable[[], None]:
-    """Fills one buffer with all batches of a shuffled epoch."""
+def fill_batches(source: Images) -> Callable[[], None]:
+    """Fills one buffer with all batches of a shuffled epoch, on the thread that calls."""
     filler = rust_router.BatchFiller(
         seed=0,
         stream=0,
@@ -130,7 +134,7 @@ def fill_batches(source: Images, num_threads: int) -> Callable[[], None]:
         mean=MEAN,
         std=STD,
         channels_last=False,
-        num_threads=num_threads,
+        num_threads=1,
         skip_bad=False,
     )
     order = rust_router.epoch_order(0, 0, 0, len(source.labels))
@@ -143,30 +147,62 @@ def fill_batches(source: Images, num_threads: int) -> Callable[[], None]:
     return work
 
 
+def on_each_thread(works: list[Callable[[], None]]) -> Callable[[], None]:
+    """All of them at once, each several times so that starting the threads counts for nothing."""
+
+    def several(work: Callable[[], None]) -> None:
+        for _ in range(4):
+            work()
+
+    def run() -> None:
+        threads = [threading.Thread(target=several, args=(work,)) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return run
+
+
 def crop_flip(rounds: int) -> dict[str, float]:
     source = cifar_like(16_384)
     few = cifar_like(1024)
-    one, two = fill_batches(source, 1), fill_batches(source, 2)
-    loader = BatchLoader(
-        source, batch_size=BATCH, shuffle=True, augment=CropFlip(), mean=MEAN, std=STD, num_threads=1, prefetch=0
+    fills = [fill_batches(source) for _ in range(2)]
+    one, two = on_each_thread(fills[:1]), on_each_thread(fills)
+    alone, shared = (
+        BatchLoader(
+            source,
+            batch_size=BATCH,
+            shuffle=True,
+            augment=CropFlip(),
+            mean=MEAN,
+            std=STD,
+            num_threads=num_threads,
+            prefetch=prefetch,
+        )
+        for num_threads, prefetch in ((1, 0), (2, 4))
     )
     theirs = DataLoader(Pictures(few), batch_size=BATCH, shuffle=True)
-    walls: dict[int, list[float]] = {1: [], 2: []}
+    walls: dict[str, list[float]] = {"crop_flip_f32_1t": [], "crop_flip_f32_2t": []}
+    walls |= {"loader_f32_1t": [], "loader_f32_2t": []}
     cpus, ratios = [], []
-    for work in (one, two, lambda: list(loader)):
+    for work in (one, two, lambda: list(alone), lambda: list(shared)):
         work()
     for _ in range(rounds):
-        walls[1].append(wall(one))
-        walls[2].append(wall(two))
-        cpus.append(cpu(one))
-        ours = cpu(lambda: [None for _ in loader]) / len(source.labels)
+        walls["crop_flip_f32_1t"].append(wall(one) / 4)
+        walls["crop_flip_f32_2t"].append(wall(two) / 8)
+        walls["loader_f32_1t"].append(wall(lambda: [None for _ in alone]))
+        walls["loader_f32_2t"].append(wall(lambda: [None for _ in shared]))
+        cpus.append(cpu(fills[0]))
+        ours = cpu(lambda: [None for _ in alone]) / len(source.labels)
         ratios.append(cpu(lambda: [None for _ in theirs]) / len(few.labels) / ours)
     n = len(source.labels)
+    figures = {name: n / min(times) for name, times in walls.items()}
+    figures |= {f"{name}_median": n / statistics.median(times) for name, times in walls.items()}
+    pairs = zip(walls["crop_flip_f32_1t"], walls["crop_flip_f32_2t"], strict=True)
     return {
-        "crop_flip_f32_1t": n / min(walls[1]),
-        "crop_flip_f32_1t_median": n / statistics.median(walls[1]),
-        "crop_flip_f32_2t": n / min(walls[2]),
-        "crop_flip_f32_2t_median": n / statistics.median(walls[2]),
+        **figures,
+        "crop_flip_2t_vs_1t": statistics.median(first / second for first, second in pairs),
         "crop_flip_f32_cpu": n / statistics.median(cpus),
         "vs_dataloader": statistics.median(ratios),
     }
