@@ -125,7 +125,7 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
         kept += len(channels)
     first, second = shared / (2 * kept - shared), (kept - shared) / (kept + shared)
     assert found["mask"]["clean"]["mean"] == pytest.approx((first + second) / 2, abs=1e-4)
-    with pytest.raises(ConfigError, match="same backbone"):
+    with pytest.raises(ConfigError, match="on one backbone"):
         analyse(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
     own = advmoe.create_model("vgg16", width=0.0625, model_scale=0.75, expert_filters="separate")
     with pytest.raises(ConfigError, match="experts that are its windows"):

@@ -49,7 +49,7 @@ def mask_of(model: RoutedNetwork, like: PathwayChannels) -> NDArray[np.bool_]:
     if full != widths:
         raise ConfigError(
             f"the Sparse-CNN prunes {len(full)} layers with {sum(full)} channels, the MoE-CNN's experts share out "
-            f"{len(widths)} layers with {sum(widths)}; compare models on the same backbone, experts that are its windows"
+            f"{len(widths)} layers with {sum(widths)}; compare models on one backbone, experts that are its windows"
         )
     return np.concatenate([np.isin(np.arange(width), channels) for channels, width in zip(kept, widths, strict=True)])
 
