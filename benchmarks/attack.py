@@ -7,23 +7,26 @@ radius is such that PGD breaks about half of them, as on a robust model. What ma
 already broken, no gradients of parameters.
 
 AutoAttack runs once on each side, in the standard version on four classes (so three targets) with 300 queries of Square
-instead of 5,000, to stay under a minute.
+instead of 5,000, to stay under a minute. The two sides take turns at every forward pass, since the speed of a machine
+changes within seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import advmoe
 from advmoe.attacks.autoattack import autoattack, package
@@ -101,27 +104,80 @@ def pgd_speed(num_images: int) -> dict[str, float]:
     }
 
 
+Turn = Callable[[], None]
+
+
+def in_turns(runs: dict[str, Callable[[Turn], Any]]) -> dict[str, float]:
+    """CPU seconds of each run. Each has a thread, but only one works at a time: until it calls its `turn`."""
+    may_go = {name: threading.Semaphore(0) for name in runs}
+    waiting = list(runs)
+    seconds: dict[str, float] = {}
+
+    def next_one() -> None:
+        if waiting:
+            may_go[waiting[0]].release()
+
+    def work(name: str) -> None:
+        def turn() -> None:
+            waiting.append(name)
+            next_one()
+            may_go[name].acquire()
+            waiting.pop(0)
+
+        may_go[name].acquire()
+        waiting.pop(0)
+        torch.set_num_threads(1)
+        began = time.thread_time()
+        try:
+            runs[name](turn)
+            seconds[name] = time.thread_time() - began
+        finally:
+            next_one()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in runs]
+    for thread in threads:
+        thread.start()
+    next_one()
+    for thread in threads:
+        thread.join()
+    return seconds
+
+
+class TakingTurns(nn.Module):
+    """A model that lets the other side go first."""
+
+    def __init__(self, model: nn.Module, turn: Turn) -> None:
+        super().__init__()
+        self.model, self.turn = model, turn
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.turn()
+        return self.model(images)
+
+
 def autoattack_speed(num_images: int) -> dict[str, float]:
-    model, images, labels = subject(num_images, 4, 0.0625)
+    model, images, labels = subject(num_images, 4, 0.125)
     with evaluating(model):
-        eps = halving_radius(model, images, labels) / 8  # PGD-10 is weak on this one
+        eps = halving_radius(model, images, labels) / 2  # PGD-10 is weak on this one
     found: dict[str, float] = {}
 
-    def ours() -> None:
-        with evaluating(model):
-            result = autoattack(model, images, labels, eps=eps, seed=0, square_queries=QUERIES)
+    def ours(turn: Turn) -> None:
+        subject = TakingTurns(copy.deepcopy(model), turn)
+        with evaluating(subject):
+            result = autoattack(subject, images, labels, eps=eps, seed=0, square_queries=QUERIES)
         found["ra_aa_ours"] = float(result.robust_after["square"].float().mean())
 
-    def theirs() -> None:
-        runner = package().AutoAttack(model, norm="Linf", eps=eps, seed=0, version="standard")
+    def theirs(turn: Turn) -> None:
+        subject = TakingTurns(copy.deepcopy(model), turn).eval()
+        runner = package().AutoAttack(subject, norm="Linf", eps=eps, seed=0, version="standard")
         runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = 3
         runner.square.n_queries = QUERIES
         adversarial, _ = runner.run_standard_evaluation(images, labels, batch_size=num_images)
         with torch.no_grad():
-            found["ra_aa_package"] = float((model(adversarial).argmax(dim=1) == labels).float().mean())
+            found["ra_aa_package"] = float((subject(adversarial).argmax(dim=1) == labels).float().mean())
 
     with contextlib.redirect_stderr(io.StringIO()):  # the package warns of zero gradients there
-        seconds = interleaved({"ours": ours, "package": theirs}, 1)
+        seconds = in_turns({"ours": ours, "package": theirs})
     return found | {
         "autoattack_images_per_second": num_images / seconds["ours"],
         "package_autoattack_images_per_second": num_images / seconds["package"],

@@ -43,21 +43,50 @@ def test_the_standard_version_has_the_official_settings(
     # Croce & Hein: APGD-CE and targeted APGD-DLR (9 targets) and FAB (9 targets) with 100 steps, one restart each, and
     # Square with 5,000 queries.
     net, images, labels = trained
-    package, made = wrapper.package(), []
+    package, made, ran = wrapper.package(), [], []
 
     class Spy(package.AutoAttack):  # type: ignore[name-defined, misc]
-        def run_standard_evaluation(self, x: Tensor, y: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)
             made.append(self)
-            return x, y
+            for name in ("apgd", "apgd_targeted", "fab", "square"):
+                attack = getattr(self, name)
+                attack.perturb = lambda x, y, name=name, attack=attack: (ran.append((name, attack)), x)[1]
 
     monkeypatch.setattr(package, "AutoAttack", Spy)
     autoattack(net, images, labels, eps=EPS, seed=0)
-    runner = made[0]
-    assert [made[0].apgd.n_iter, runner.apgd_targeted.n_iter, runner.fab.n_iter] == [100, 100, 100]
+    (runner,) = made
+    assert [name for name, _ in ran] == ["apgd", "apgd_targeted", "fab", "square"]
+    assert (runner.apgd.loss, runner.apgd_targeted.loss, runner.fab.targeted) == ("ce", "dlr-targeted", True)
+    assert [runner.apgd.n_iter, runner.apgd_targeted.n_iter, runner.fab.n_iter] == [100, 100, 100]
     assert [runner.apgd.n_restarts, runner.apgd_targeted.n_restarts, runner.fab.n_restarts] == [1, 1, 1]
     assert (runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes) == (9, 9)
     assert (runner.square.n_queries, runner.square.n_restarts) == (5000, 1)
-    assert len(made) == len(STANDARD)
+    assert {attack.eps for _, attack in ran} == {EPS}
+    assert len(ran) == len(STANDARD)
+
+
+def test_an_image_gets_the_same_random_numbers_in_any_batch(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+    net, images, labels = trained
+    forward_passes: list[Tensor] = []
+
+    def seen(x: Tensor) -> Tensor:
+        forward_passes.append(x.detach().clone())
+        return net(x)
+
+    def tried(rows: list[int], attack: str) -> list[Tensor]:
+        """What the attack gives to the model: the images, then its starts, then what follows from them."""
+        forward_passes.clear()
+        with evaluating(net):
+            autoattack(seen, images[rows], labels[rows], eps=1 / 255, seed=3, attacks=(attack,), square_queries=3)
+        return forward_passes[2:6]  # after the one that counts the classes, and the attack's own look at the images
+
+    for attack in ("apgd-ce", "square"):
+        alone, among = tried([4], attack), tried([0, 4, 7], attack)
+        assert not torch.equal(alone[0], images[[4]])
+        for own, others in zip(alone, among, strict=True):
+            torch.testing.assert_close(own[0], others[1], rtol=0, atol=1e-6)
+        assert not torch.equal(among[0][0] - images[0], among[0][1] - images[4])
 
 
 @pytest.mark.slow
@@ -96,13 +125,12 @@ def test_it_breaks_what_pgd_breaks_within_the_ball(trained: tuple[nn.Module, Ten
     assert result.adversarial.max() <= 1.0
 
 
-def test_its_checks_become_warnings_of_the_result(
+def test_the_package_says_nothing(
     trained: tuple[nn.Module, Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net, images, labels = trained
-    softmax = nn.Sequential(net, nn.Softmax(dim=1))
-    result = autoattack(softmax, images[:4], labels[:4], eps=1 / 255, seed=0, attacks=("apgd-ce",))
-    assert any("probability distribution" in warning for warning in result.warnings)
+    net, images, _ = trained
+    flat = nn.Sequential(net, nn.Softmax(dim=1), nn.Threshold(2.0, 0.0))  # no gradient anywhere, of which it warns
+    autoattack(flat, images[:4], flat(images[:4]).argmax(dim=1), eps=1 / 255, seed=0, attacks=("apgd-t",))
     assert capsys.readouterr() == ("", "")
 
 

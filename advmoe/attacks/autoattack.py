@@ -2,22 +2,29 @@
 
 Standard version: APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9 target classes (or all other
 classes, if there are fewer), then Square with 5,000 queries. Other libraries give weaker variants the same name.
+
+The attacks are the package's own; what it does around them is not repeated for each (its checks are among
+`advmoe.evaluation.diagnostics`). Only the random numbers come from here: each image's own, so that an image's result
+depends neither on its neighbours in the batch nor on how many there are, but for the rounding of convolutions.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from advmoe.attacks.pgd import Forward, check_images
 from advmoe.errors import ConfigError
-from advmoe.seeding import seeded
+from advmoe.seeding import generator_for, seeded
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The attacks of the standard version, in their order: each sees what the ones before it left."""
@@ -33,8 +40,6 @@ class AutoAttackResult:
     """[B, 3, H, W]: the successful ones; clean images where nothing was found."""
     robust_after: dict[str, Tensor]
     """Attack -> [B]: not broken by it or any attack before it."""
-    warnings: tuple[str, ...] = field(default=())
-    """What the package's own checks found fault with."""
 
 
 def package() -> ModuleType:
@@ -69,7 +74,7 @@ def autoattack(
         images: [B, 3, H, W] in [0, 1], not empty.
         labels: [B].
         eps: radius.
-        seed: of its random starts; the same for every batch, as in the package.
+        seed: of its random starts and of Square's squares.
         attacks: all of the standard version, or some.
         square_queries: queries of Square; 5,000 in the standard version.
         progress: called with the name of each attack as it begins.
@@ -97,37 +102,75 @@ def autoattack(
     runner = package().AutoAttack(contiguous, norm="Linf", eps=eps, seed=seed, version="standard", device=images.device)
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, num_classes - 1)
     runner.square.n_queries = square_queries
-    with seeded(seed), _collected_warnings() as warnings:
+    runner.apgd.loss, runner.fab.targeted = "ce", True
+    _start_each_image_by_itself(runner.apgd, seed)
+    _start_each_image_by_itself(runner.apgd_targeted, seed)
+    _stripe_each_image_by_itself(runner.square, seed)
+    perturb = {
+        "apgd-ce": runner.apgd.perturb,
+        "apgd-t": runner.apgd_targeted.perturb,
+        "fab-t": runner.fab.perturb,  # draws nothing: its first and only restart begins at the image
+        "square": runner.square.perturb,
+    }
+    with seeded(seed), _silenced():
         for attack in attacks:
             rows = robust.nonzero().squeeze(1)
             if len(rows):
                 if progress is not None:
                     progress(attack)
-                runner.attacks_to_run = [attack]
-                found, _ = runner.run_standard_evaluation(images[rows], labels[rows], batch_size=len(rows))
                 with torch.no_grad():
+                    found = perturb[attack](images[rows], labels[rows])
                     broken = forward(found).argmax(dim=1) != labels[rows]
                 adversarial[rows[broken]] = found[broken]
                 robust[rows[broken]] = False
             robust_after[attack] = robust.clone()
-    return AutoAttackResult(adversarial, robust_after, tuple(dict.fromkeys(warnings)))
+    return AutoAttackResult(adversarial, robust_after)
+
+
+def _uniform(images: Tensor, shape: tuple[int, ...], seed: int, number: int) -> Tensor:
+    """Numbers uniform in [-1, 1] for each image, [B, *shape], as a function of the image, seed and number alone."""
+    drawn = []
+    for image in images.cpu():
+        key = hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest()
+        generator = generator_for(seed, number, int.from_bytes(key, "little"))
+        drawn.append(torch.rand(shape, generator=generator))
+    return 2.0 * torch.stack(drawn).to(images.device) - 1.0
+
+
+def _start_each_image_by_itself(apgd: Any, seed: int) -> None:
+    """Give APGD its usual starts, a random direction scaled to the ball's surface, but each image its own."""
+    run, numbers = apgd.attack_single_run, itertools.count()
+
+    def attack_single_run(x: Tensor, y: Tensor) -> Any:
+        start = x + apgd.eps * apgd.normalize(_uniform(x, tuple(x.shape[1:]), seed, next(numbers)))
+        return run(x, y, x_init=start)
+
+    apgd.attack_single_run = attack_single_run
+
+
+def _stripe_each_image_by_itself(square: Any, seed: int) -> None:
+    """Give each image its own stripes to start from; the squares that follow are the same for all, as ever."""
+    run, choose = square.attack_single_run, square.random_choice
+
+    def attack_single_run(x: Tensor, y: Tensor) -> Any:
+        def random_choice(shape: list[int]) -> Tensor:
+            if len(shape) < x.ndim:
+                return choose(shape)  # type: ignore[no-any-return]
+            torch.manual_seed(seed)  # so that the squares do not depend on how many images there are
+            return _uniform(x, tuple(shape[1:]), seed, 0).sign()
+
+        square.random_choice = random_choice
+        return run(x, y)
+
+    square.attack_single_run = attack_single_run
 
 
 @contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """The package's warnings as a list instead of on the screen."""
-    collected: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            collected.append(record.getMessage())
-
-    logger, handler = logging.getLogger(LOGGER), Collect(logging.WARNING)
-    propagated = logger.propagate
-    logger.propagate = False
-    logger.addHandler(handler)
+def _silenced() -> Iterator[None]:
+    """Without the package's messages; what they warn of, the diagnostics check."""
+    logger = logging.getLogger(LOGGER)
+    disabled, logger.disabled = logger.disabled, True
     try:
-        yield collected
+        yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagated
+        logger.disabled = disabled

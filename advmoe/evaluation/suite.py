@@ -44,7 +44,7 @@ def run_suite(
         model: a module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
         images: the test images.
         config: what to measure.
-        batch_size: images attacked at a time; changes nothing but memory, and AutoAttack's random numbers.
+        batch_size: images attacked at a time; changes nothing but memory and the rounding of convolutions.
         seed: of everything random.
         state_path: where to keep the results of each batch; an interrupted evaluation goes on from there.
         progress: called as work goes on.
