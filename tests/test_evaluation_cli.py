@@ -32,7 +32,7 @@ def checkpoint(tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path) -> Path:
 
 
 def evaluate(checkpoint: Path, *options: str) -> int:
-    small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "20"]
+    small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "20", "--no-latency"]
     return main(["evaluate", str(checkpoint), *small, *options])
 
 
@@ -57,6 +57,19 @@ def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
     page = tmp_path / "report.html"
     assert main(["report", str(out), "--out", str(page)]) == 0
     assert "not trusted" in page.read_text()
+
+
+def test_latency_is_shown_with_its_hardware(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmoe.evaluation.cost.LATENCY_SECONDS", 0.0)
+    assert evaluate(checkpoint, "--diagnose", "0", "--latency", "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert set(numbers["latency_ms_per_image"]) == {"1", "20"}
+    assert min(numbers["latency_ms_per_image"].values()) > 0
+    assert numbers["device"]
+    assert evaluate(checkpoint, "--diagnose", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["latency_ms_per_image"] == {}
 
 
 def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def card_of(result: SuiteResult, name: str) -> dict[str, Any]:
         train={"method": "advmoe", "epochs": 3},
         cost=Cost(parameters=1234, gflops=0.5),
         device="one core",
+        latency={1: 2.345678, 64: 0.25},
     )
 
 
@@ -66,6 +67,7 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
     }
     assert card["advmoe"]["ra_by_eps"] == {"2/255": 66.67, "16/255": 66.67}
     assert card["advmoe"]["trusted"] is True
+    assert card["advmoe"]["latency_ms_per_image"] == {"1": 2.346, "64": 0.25}
     path = tmp_path / "card.json"
     save_card(path, card)
     assert load_card(path) == json.loads(json.dumps(card))
@@ -182,7 +184,7 @@ def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> 
     assert "alert(" in page  # shown as text
     assert '<meta name="viewport"' in page
     assert "@media print" in page
-    for number in ("66.67", "33.33", "1,234", "4 steps of 2/255"):
+    for number in ("66.67", "33.33", "1,234", "4 steps of 2/255", "2.35 ms an image (batch 1), 0.25 ms"):
         assert number in page
     numbers = figures(result)
     assert numbers["standard_error"] == 27.22  # sqrt(1/3 * 2/3 / 3)

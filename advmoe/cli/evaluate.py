@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +14,9 @@ from advmoe.config import AttackConfig, check, check_eps
 from advmoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
-    from advmoe.data.sets import Dataset, Images
+    from advmoe.data.sets import Dataset, Images, ImageSet
     from advmoe.training.checkpoint import Checkpoint
 
 CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"
@@ -50,6 +49,7 @@ def evaluate(
         bool, typer.Option("--suite", help="Everything: --routing, --autoattack and a sweep from eps/4 to 2 eps.")
     ] = False,
     diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0 leaves them out.")] = 64,
+    latency: Annotated[bool, typer.Option(help="Time single images and whole batches, for a few seconds.")] = True,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 2 if a diagnostic fails: the numbers are not to be trusted.")
     ] = False,
@@ -72,7 +72,7 @@ def evaluate(
     from advmoe.attacks.autoattack import package
     from advmoe.data.views import in_memory
     from advmoe.evaluation.card import make_card, save_card
-    from advmoe.evaluation.cost import measure_cost
+    from advmoe.evaluation.cost import hardware, measure_cost
     from advmoe.evaluation.dissection import route_log
     from advmoe.evaluation.results import SuiteConfig
     from advmoe.evaluation.suite import run_suite
@@ -118,7 +118,8 @@ def evaluate(
         model=contents.model,
         train=contents.train,
         cost=measure_cost(model, contents.model.image_size),
-        device=_hardware(next(model.parameters()).device),
+        device=hardware(next(model.parameters()).device),
+        latency=_latency(model, images, batch_size) if latency else None,
     )
     if out is not None:
         save_card(out / CARD, card)
@@ -170,17 +171,20 @@ def _chosen(images: Images, limit: int | None, seed: int) -> Images:
     return images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False)))
 
 
-def _hardware(device: torch.device) -> str:
-    import torch
+def _latency(model: nn.Module, images: ImageSet, batch_size: int) -> dict[int, float]:
+    """Of single images and of batches as they were evaluated, in fp32 as everything else."""
+    from advmoe.data.loader import BatchLoader
+    from advmoe.evaluation.cost import measure_latency
+    from advmoe.evaluation.precision import full_precision
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    batch = next(iter(BatchLoader(images, batch_size=batch_size).epoch(0)))
+    with full_precision(model):
+        return measure_latency(model, batch.images, (1, len(batch.images)))
 
 
 def show(title: str, card: dict[str, Any]) -> None:
     """Figures and diagnostics as tables."""
-    from advmoe.evaluation.card import pixels
+    from advmoe.evaluation.card import latencies, pixels
 
     numbers = card["advmoe"]
     attack = numbers["attack"]
@@ -212,6 +216,8 @@ def show(title: str, card: dict[str, Any]) -> None:
         f"seed {numbers['seed']}",
         "parameters, GFLOPs per image": f"{numbers['parameters']:,}, {numbers['gflops']:.4g}",
     }
+    if latency := latencies(numbers):
+        rows["latency"] = f"{latency} on {numbers['device']}"
     console.show_facts(title, rows)
     if numbers["diagnostics"]:
         verdict = "trusted" if numbers["trusted"] else "NOT TO BE TRUSTED"

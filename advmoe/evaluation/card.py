@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,6 +82,7 @@ def make_card(
     train: dict[str, Any],
     cost: Cost,
     device: str,
+    latency: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """The card of an evaluated checkpoint.
 
@@ -92,6 +94,7 @@ def make_card(
         train: how it was trained, as in the checkpoint.
         cost: what it costs.
         device: hardware the evaluation ran on.
+        latency: milliseconds per image by batch size on that hardware, if measured.
     """
     numbers = figures(result)
     kind = {"moe": "MoE", "s_dense": "S-Dense", "sparse_cnn": "Sparse-CNN", "dense": "Dense"}[model.kind]
@@ -121,6 +124,7 @@ def make_card(
         "diagnostics": [to_dict(diagnostic) for diagnostic in result.diagnostics],
         "parameters": cost.parameters,
         "gflops": round(cost.gflops, 4),
+        "latency_ms_per_image": {str(size): float(f"{ms:.4g}") for size, ms in (latency or {}).items()},
         "model": to_dict(model),
         "method": train.get("method", ""),
         "epochs": train.get("epochs"),
@@ -128,6 +132,12 @@ def make_card(
         "versions": versions(),
     }
     return card
+
+
+def latencies(numbers: Mapping[str, Any]) -> str:
+    """The latency in words, empty if it was not measured."""
+    measured = numbers.get("latency_ms_per_image", {})
+    return ", ".join(f"{ms:.3g} ms an image (batch {size})" for size, ms in measured.items())
 
 
 def versions() -> dict[str, str]:

@@ -1,11 +1,16 @@
-"""What a model costs: parameters, and the multiply-adds of one inference as they are executed."""
+"""What a model costs: parameters, the multiply-adds of one inference as they are executed, and the time it takes."""
 
 from __future__ import annotations
 
+import platform
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.attacks.pgd import evaluating
@@ -43,3 +48,58 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
         parameters=sum(p.numel() for p in model.parameters()),
         gflops=counter.get_total_flops() / 2e9,
     )
+
+
+LATENCY_SECONDS = 2.0
+"""How long each batch size is timed; at least `LATENCY_RUNS` and at most 100 runs are made."""
+LATENCY_RUNS = 3
+
+
+@torch.inference_mode()
+def measure_latency(model: nn.Module, images: Tensor, batch_sizes: Sequence[int]) -> dict[int, float]:
+    """Milliseconds per image of one inference by batch size, on the device the model is on.
+
+    The batch sizes take turns, so that they meet the machine in the same state; the median of each counts, after a
+    run that does not.
+
+    Args:
+        model: a module from images to logits.
+        images: [B, 3, H, W] in [0, 1], real ones: a routed model sends them to different experts. Used in turn.
+        batch_sizes: none larger than B.
+    """
+    images = images.to(next(model.parameters()).device)
+    batches = {size: images[: len(images) // size * size].split(size) for size in sorted(set(batch_sizes))}
+    seconds: dict[int, list[float]] = {size: [] for size in batches}
+
+    def once(batch: Tensor) -> float:
+        began = time.perf_counter()
+        model(batch)
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+        return time.perf_counter() - began
+
+    def enough(taken: list[float]) -> bool:
+        return len(taken) >= LATENCY_RUNS and (sum(taken) >= LATENCY_SECONDS or len(taken) >= 100)
+
+    with evaluating(model):
+        for parts in batches.values():
+            once(parts[0])
+        unfinished = list(batches)
+        while unfinished:
+            for size in unfinished:
+                taken = seconds[size]
+                taken.append(once(batches[size][len(taken) % len(batches[size])]))
+            unfinished = [size for size, taken in seconds.items() if not enough(taken)]
+    return {size: 1e3 * statistics.median(taken) / size for size, taken in seconds.items()}
+
+
+def hardware(device: torch.device) -> str:
+    """What times were measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

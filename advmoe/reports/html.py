@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from advmoe.errors import ConfigError
+from advmoe.evaluation.card import latencies
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
@@ -91,6 +92,7 @@ def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
         "training": lambda card: f"{card['advmoe']['method'] or 'unknown'}, {card['advmoe']['epochs'] or '?'} epochs",
         "parameters": lambda card: f"{card['advmoe']['parameters']:,}",
         "GFLOPs per image": lambda card: card["advmoe"]["gflops"],
+        "latency": lambda card: latencies(card["advmoe"]) or "-",
         "hardware": lambda card: card["advmoe"]["device"],
         "software": lambda card: ", ".join(f"{name} {number}" for name, number in card["advmoe"]["versions"].items()),
     }
