@@ -150,6 +150,68 @@ def test_random_resized_crop_is_torchvisions_for_the_same_draws(photo: Image.Ima
     assert 0 < sum(mirrors) < 12
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"subsampling": 0}),
+        ("RGB", {"subsampling": 1}),
+        ("RGB", {"subsampling": 2}),
+        ("RGB", {"subsampling": 2, "restart_marker_blocks": 3}),
+        ("RGB", {"subsampling": 2, "progressive": True}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_a_part_of_a_jpeg_is_that_of_the_whole_image(
+    photo: Image.Image, tmp_path: Path, mode: str, options: dict[str, Any]
+) -> None:
+    # Decoding stops below the part; 30 draws end at as many different rows of pixels and of blocks.
+    content = encode(photo.convert(mode), quality=90, **options)
+
+    class Whole:
+        images = np.stack([rust_router.decode_image(content)] * 30)
+        labels = np.zeros(30, dtype=np.int64)
+
+    encoded = in_folder(tmp_path, [content] * 30)
+    whole, part = (
+        next(
+            BatchLoader(source, batch_size=30, augment=RandomResizedCrop(size=40, scale=(0.02, 1.0)), seed=SEED).epoch(
+                0
+            )
+        )
+        for source in (Whole(), encoded)
+    )
+    assert torch.equal(whole.images, part.images)
+
+
+def test_damage_below_the_part_that_is_shown_does_not_matter(photo: Image.Image, tmp_path: Path) -> None:
+    # The upper half of the rows needs about half of the bytes, a part in it less than that.
+    content = encode(photo, quality=90)
+    cut = content[: 3 * len(content) // 4]
+    transform = RandomResizedCrop(size=8, scale=(0.01, 0.02))
+    tops = [oracle_part(index, 0, 120, 160, transform) for index in range(40)]
+    upper = [index for index, (top, _, height, _) in enumerate(tops) if top + height < 60]
+    lower = [index for index, (top, _, height, _) in enumerate(tops) if top + height > 112]
+    assert upper
+    assert lower
+    source = in_folder(tmp_path, [cut] * 40)
+
+    def shown(rows: list[int]) -> int:
+        loader = BatchLoader(
+            source,
+            indices=np.array(rows),
+            batch_size=1,
+            augment=transform,
+            seed=SEED,
+            stream=STREAM,
+            on_bad_image="skip",
+        )
+        return len(list(loader.epoch(0)))
+
+    assert shown(upper) == len(upper)
+    assert shown(lower) == 0
+
+
 @pytest.mark.parametrize("size", [(120, 160), (75, 50), (64, 64), (40, 33)])
 def test_resize_and_center_crop_are_torchvisions(photo: Image.Image, tmp_path: Path, size: tuple[int, int]) -> None:
     image = photo.resize(size[::-1])

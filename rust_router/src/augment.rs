@@ -57,6 +57,14 @@ pub struct View {
     pub window: Window,
 }
 
+impl View {
+    /// How many rows of an image of size `image`, from the first, are looked at.
+    #[must_use]
+    pub fn bottom(&self, image: Size) -> usize {
+        self.resized.map_or(image.0, |(part, _)| part.top + part.height)
+    }
+}
+
 impl Transform {
     /// How image `index`, of size `image`, fills a batch of images of size `out` in `epoch`.
     ///

@@ -4,12 +4,8 @@
 //! as Pillow's `convert("RGB")` does. JPEG differs from libjpeg-turbo by a few levels at most: its inverse cosine
 //! transform rounds otherwise.
 
-use std::io::Cursor;
-
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::zune_core::bytestream::ZCursor;
-use zune_jpeg::zune_core::colorspace::ColorSpace;
-use zune_jpeg::zune_core::options::DecoderOptions;
+mod jpeg;
+mod png;
 
 use crate::augment::Size;
 
@@ -45,82 +41,34 @@ impl Format {
 /// Bytes that are not a whole JPEG or PNG image of at most [`MAX_PIXELS`].
 pub fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     match Format::of(bytes)? {
-        Format::Jpeg => jpeg(bytes, rgb),
-        Format::Png => png(bytes, rgb),
+        Format::Jpeg => jpeg::decode(bytes, rgb),
+        Format::Png => png::decode(bytes, rgb),
+    }
+}
+
+/// Decodes the first `rows` rows of an image, or more of it where that is no more work, and returns how many these are
+/// and its width. Their pixels are those of the whole image; what is damaged below them may not be noticed. `bytes` are
+/// those of a shorter image afterwards.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Result<Size, Reason> {
+    match Format::of(bytes)? {
+        Format::Jpeg => jpeg::decode_top(bytes, rows, rgb),
+        Format::Png => png::decode(bytes, rgb),
     }
 }
 
 /// Height and width, from the header alone.
 ///
 /// # Errors
-/// Bytes that do not begin like a JPEG or PNG image.
+/// Bytes that do not begin like a JPEG or PNG image of at most [`MAX_PIXELS`].
 pub fn size(bytes: &[u8]) -> Result<Size, Reason> {
-    match Format::of(bytes)? {
-        Format::Jpeg => {
-            let mut decoder = jpeg_decoder(bytes);
-            decoder.decode_headers().map_err(|e| e.to_string())?;
-            let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
-            Ok((height, width))
-        }
-        Format::Png => {
-            let reader = png_decoder(bytes).read_info().map_err(|e| e.to_string())?;
-            Ok((reader.info().height as usize, reader.info().width as usize))
-        }
-    }
-}
-
-fn jpeg_decoder(bytes: &[u8]) -> JpegDecoder<ZCursor<&[u8]>> {
-    let options = DecoderOptions::default()
-        .set_strict_mode(true)
-        .set_max_width(MAX_SIDE)
-        .set_max_height(MAX_SIDE)
-        .jpeg_set_out_colorspace(ColorSpace::RGB);
-    JpegDecoder::new_with_options(ZCursor::new(bytes), options)
-}
-
-fn jpeg(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
-    let mut decoder = jpeg_decoder(bytes);
-    decoder.decode_headers().map_err(|e| e.to_string())?;
-    let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
+    let (height, width) = match Format::of(bytes)? {
+        Format::Jpeg => jpeg::size(bytes),
+        Format::Png => png::size(bytes),
+    }?;
     check_size(width, height)?;
-    rgb.resize(width * height * 3, 0);
-    decoder.decode_into(rgb).map_err(|e| e.to_string())?;
-    Ok((height, width))
-}
-
-fn png_decoder(bytes: &[u8]) -> png::Decoder<Cursor<&[u8]>> {
-    let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), png::Limits { bytes: MAX_PIXELS * 4 });
-    decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
-    decoder.set_ignore_text_chunk(true);
-    decoder.set_ignore_iccp_chunk(true);
-    decoder
-}
-
-fn png(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
-    let mut reader = png_decoder(bytes).read_info().map_err(|e| e.to_string())?;
-    let (width, height) = (reader.info().width as usize, reader.info().height as usize);
-    check_size(width, height)?;
-    let pixels = width * height;
-    let samples = reader.output_color_type().0.samples();
-    let size = reader.output_buffer_size().ok_or("its size overflows")?;
-    rgb.resize(size.max(pixels * 3), 0);
-    reader.next_frame(rgb).map_err(|e| e.to_string())?;
-    match samples {
-        3 => {}
-        4 => {
-            for pixel in 0..pixels {
-                rgb.copy_within(4 * pixel..4 * pixel + 3, 3 * pixel);
-            }
-        }
-        grey => {
-            // Backwards, because the three bytes of a pixel end behind its grey one.
-            for pixel in (0..pixels).rev() {
-                let level = rgb[grey * pixel];
-                rgb[3 * pixel..3 * pixel + 3].fill(level);
-            }
-        }
-    }
-    rgb.truncate(pixels * 3);
     Ok((height, width))
 }
 
@@ -132,6 +80,7 @@ fn check_size(width: usize, height: usize) -> Result<(), Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ::png;
 
     fn png_of(color: png::ColorType, depth: png::BitDepth, size: (u32, u32), data: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();

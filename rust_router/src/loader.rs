@@ -140,9 +140,8 @@ fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, 
     }
     let index = usize::try_from(row).map_err(|_| Error::Row { row, len: source.len() })?;
     SCRATCH.with_borrow_mut(|(scratch, resizer)| {
-        let mut image = source.image(index, scratch)?;
-        let size = (image.height, image.width);
-        let view = recipe.transform.view(recipe.stream, epoch, index as u64, size, (height, width))?;
+        let choose = |size| recipe.transform.view(recipe.stream, epoch, index as u64, size, (height, width));
+        let (mut image, view) = source.image(index, scratch, &choose)?;
         if let Some((part, size)) = view.resized {
             image = resizer.resize(image, part, size).map_err(|e| Error::Argument(format!("image {row}: {e}")))?;
         }

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::augment::Size;
+use crate::augment::{Size, View};
 use crate::decode;
 use crate::error::{Error, Result};
 
@@ -38,11 +38,17 @@ pub trait Source: Sync {
         self.len() == 0
     }
 
-    /// Shows image `row`, from memory of its own or from `scratch`.
+    /// Shows image `row`, from memory of its own or from `scratch`, as far down as the view that `choose` makes of its size
+    /// looks.
     ///
     /// # Errors
-    /// A row that is not there, or an image that cannot be read or decoded.
-    fn image<'a>(&'a self, row: usize, scratch: &'a mut Scratch) -> Result<ImageView<'a>>;
+    /// A row that is not there, an image that cannot be read or decoded, or what `choose` finds wrong with its size.
+    fn image<'a>(
+        &'a self,
+        row: usize,
+        scratch: &'a mut Scratch,
+        choose: &dyn Fn(Size) -> Result<View>,
+    ) -> Result<(ImageView<'a>, View)>;
 }
 
 /// Images of one size, side by side in memory: `[num, height, width, 3]`.
@@ -74,11 +80,17 @@ impl Source for Pixels<'_> {
         self.rgb.len() / (self.height * self.width * 3)
     }
 
-    fn image<'a>(&'a self, row: usize, _: &'a mut Scratch) -> Result<ImageView<'a>> {
+    fn image<'a>(
+        &'a self,
+        row: usize,
+        _: &'a mut Scratch,
+        choose: &dyn Fn(Size) -> Result<View>,
+    ) -> Result<(ImageView<'a>, View)> {
         let bytes = self.height * self.width * 3;
         let rgb = row.checked_mul(bytes).and_then(|start| self.rgb.get(start..)?.get(..bytes));
         let rgb = rgb.ok_or(Error::Row { row: row as i64, len: self.len() })?;
-        Ok(ImageView { rgb, height: self.height, width: self.width })
+        let view = choose((self.height, self.width))?;
+        Ok((ImageView { rgb, height: self.height, width: self.width }, view))
     }
 }
 
@@ -133,8 +145,7 @@ impl Encoded {
     pub fn size(&self, row: usize) -> Result<Size> {
         let mut bytes = Vec::new();
         let span = self.read(row, &mut bytes)?;
-        let size = catch_unwind(AssertUnwindSafe(|| decode::size(&bytes)));
-        size.unwrap_or_else(|_| Err(PANIC.into())).map_err(|reason| self.sample(row, span, reason))
+        guarded(|| decode::size(&bytes)).map_err(|reason| self.sample(row, span, reason))
     }
 
     /// Reads the encoded bytes of image `row`.
@@ -160,13 +171,15 @@ impl Encoded {
 /// A panic in a decoder is a damaged image, not the end of the epoch.
 const PANIC: &str = "the decoder gave up on it";
 
-/// [`decode::decode`] for bytes from anywhere: whatever happens in a decoder becomes a reason.
+/// What a decoder makes of bytes from anywhere: whatever happens in it becomes a reason.
 ///
 /// # Errors
-/// As [`decode::decode`].
-pub fn decode_foreign(bytes: &[u8], rgb: &mut Vec<u8>) -> std::result::Result<Size, decode::Reason> {
-    // The buffer may hold anything afterwards; the next image overwrites it.
-    catch_unwind(AssertUnwindSafe(|| decode::decode(bytes, rgb))).unwrap_or_else(|_| Err(PANIC.into()))
+/// As those of [`decode`].
+pub fn guarded<T>(
+    decode: impl FnOnce() -> std::result::Result<T, decode::Reason>,
+) -> std::result::Result<T, decode::Reason> {
+    // A buffer it writes to may hold anything afterwards; the next image overwrites it.
+    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err(PANIC.into()))
 }
 
 impl Source for Encoded {
@@ -174,12 +187,22 @@ impl Source for Encoded {
         self.spans.len()
     }
 
-    fn image<'a>(&'a self, row: usize, scratch: &'a mut Scratch) -> Result<ImageView<'a>> {
+    fn image<'a>(
+        &'a self,
+        row: usize,
+        scratch: &'a mut Scratch,
+        choose: &dyn Fn(Size) -> Result<View>,
+    ) -> Result<(ImageView<'a>, View)> {
         let Scratch { encoded, rgb } = scratch;
         let span = self.read(row, encoded)?;
-        let size = decode_foreign(encoded, rgb);
-        let (height, width) = size.map_err(|reason| self.sample(row, span, reason))?;
-        Ok(ImageView { rgb, height, width })
+        let bad = |reason| self.sample(row, span, reason);
+        let size = guarded(|| decode::size(encoded)).map_err(bad)?;
+        let view = choose(size)?;
+        let shown = guarded(|| decode::decode_top(encoded, view.bottom(size), rgb)).map_err(bad)?;
+        if shown.0 < view.bottom(size) || shown.1 != size.1 {
+            return Err(bad("its headers contradict each other".into()));
+        }
+        Ok((ImageView { rgb, height: shown.0, width: shown.1 }, view))
     }
 }
 
@@ -227,6 +250,7 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Window;
 
     #[test]
     fn a_span_that_cannot_be_read_names_its_file_and_row() {
@@ -243,7 +267,8 @@ mod tests {
         let mut bytes = Vec::new();
         source.read(0, &mut bytes).unwrap();
         assert_eq!(bytes, b"234");
-        let message = |row| source.image(row, &mut Scratch::default()).unwrap_err().to_string();
+        let choose = |_| Ok(View { resized: None, window: Window::default() });
+        let message = |row| source.image(row, &mut Scratch::default(), &choose).unwrap_err().to_string();
         let shard = path.display();
         assert_eq!(
             message(0),

@@ -7,8 +7,8 @@ use numpy::{IntoPyArray, PyArray1, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::{ConfigError, DataError};
-use crate::source::decode_foreign;
-use crate::{pack, shard};
+use crate::source::guarded;
+use crate::{decode, pack, shard};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 
@@ -66,7 +66,7 @@ pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<PackContents<
 #[pyfunction]
 pub(super) fn decode_image<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound<'py, PyArray3<u8>>> {
     let mut rgb = Vec::new();
-    let (height, width) = decode_foreign(encoded, &mut rgb).map_err(DataError::new_err)?;
+    let (height, width) = guarded(|| decode::decode(encoded, &mut rgb)).map_err(DataError::new_err)?;
     rgb.into_pyarray(py).reshape([height, width, 3])
 }
 

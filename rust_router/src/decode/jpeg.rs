@@ -1,0 +1,150 @@
+//! JPEG to RGB bytes, and no more rows of it than are asked for.
+
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use super::{MAX_SIDE, Reason, check_size};
+use crate::augment::Size;
+
+fn decoder(bytes: &[u8]) -> JpegDecoder<ZCursor<&[u8]>> {
+    let options = DecoderOptions::default()
+        .set_strict_mode(true)
+        .set_max_width(MAX_SIDE)
+        .set_max_height(MAX_SIDE)
+        .jpeg_set_out_colorspace(ColorSpace::RGB);
+    JpegDecoder::new_with_options(ZCursor::new(bytes), options)
+}
+
+pub(super) fn size(bytes: &[u8]) -> Result<Size, Reason> {
+    if let Some(frame) = Frame::find(bytes) {
+        return Ok((frame.height, frame.width));
+    }
+    let mut decoder = decoder(bytes);
+    decoder.decode_headers().map_err(|e| e.to_string())?;
+    let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
+    Ok((height, width))
+}
+
+pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
+    let mut decoder = decoder(bytes);
+    decoder.decode_headers().map_err(|e| e.to_string())?;
+    let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
+    check_size(width, height)?;
+    rgb.resize(width * height * 3, 0);
+    decoder.decode_into(rgb).map_err(|e| e.to_string())?;
+    Ok((height, width))
+}
+
+/// Decodes `rows` rows or some more, by writing a lower height into the header: the decoder stops there.
+pub(super) fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Result<Size, Reason> {
+    if let Some(frame) = Frame::find(bytes)
+        && frame.one_scan
+    {
+        // One row of blocks more than asked for: where colour is subsampled, it has a share in the row above.
+        let height = (rows.div_ceil(frame.block_rows) + 1) * frame.block_rows;
+        if let Ok(height) = u16::try_from(height)
+            && usize::from(height) < frame.height
+        {
+            bytes[frame.height_at..frame.height_at + 2].copy_from_slice(&height.to_be_bytes());
+        }
+    }
+    decode(bytes, rgb)
+}
+
+/// What the frame header says (ITU-T T.81, B.2.2), in a file without anything unusual before it.
+struct Frame {
+    height: usize,
+    width: usize,
+    /// Where the two bytes of the height lie.
+    height_at: usize,
+    /// Rows of pixels in a row of blocks.
+    block_rows: usize,
+    /// Whether rows come one after another: sequential, and all components in one scan.
+    one_scan: bool,
+}
+
+impl Frame {
+    fn find(bytes: &[u8]) -> Option<Self> {
+        let mut at = 2; // behind the start of image
+        let mut frame = None;
+        loop {
+            (*bytes.get(at)? == 0xFF).then_some(())?;
+            at += bytes[at..].iter().position(|&byte| byte != 0xFF)?;
+            let marker = bytes[at];
+            let length = usize::from(u16::from_be_bytes(*bytes.get(at + 1..)?.first_chunk()?));
+            let segment = bytes.get(at + 3..at + 1 + length)?;
+            match marker {
+                0x00 | 0x01 | 0xD0..=0xD9 => return None, // these have no length
+                0xDA => {
+                    let (frame, num_components): (Self, u8) = frame?;
+                    return Some(Self { one_scan: frame.one_scan && *segment.first()? == num_components, ..frame });
+                }
+                0xC4 | 0xC8 | 0xCC => {} // tables, in between the numbers of the frames
+                0xC0..=0xCF if frame.is_some() => return None,
+                0xC0..=0xCF => {
+                    let &[_, h1, h0, w1, w0, num_components, ref components @ ..] = segment else { return None };
+                    let tallest = components.as_chunks::<3>().0.iter().map(|[_, sampling, _]| sampling & 15).max()?;
+                    let found = Self {
+                        height: usize::from(u16::from_be_bytes([h1, h0])),
+                        width: usize::from(u16::from_be_bytes([w1, w0])),
+                        height_at: at + 4,
+                        block_rows: 8 * usize::from(tallest.max(1)),
+                        one_scan: marker <= 0xC1,
+                    };
+                    (found.height > 0 && found.width > 0).then_some(())?;
+                    frame = Some((found, num_components));
+                }
+                _ => {}
+            }
+            at += 1 + length;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file's headers: an application's segment, the frame and one scan, of 300 x 400 pixels in colour.
+    fn headers(frame: u8, components_in_scan: u8) -> Vec<u8> {
+        [
+            &[0xFF, 0xD8, 0xFF, 0xE0, 0, 4, 1, 2][..],
+            &[0xFF, 0xC4, 0, 3, 0], // a table, whose number lies between those of frames
+            &[0xFF, 0xFF, frame, 0, 17, 8, 0x01, 0x2C, 0x01, 0x90, 3, 1, 0x22, 0, 2, 0x11, 1, 3, 0x11, 1],
+            &[0xFF, 0xDA, 0, 3, components_in_scan],
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn a_frame_is_found_and_known_to_be_cut_safely_or_not() {
+        for (marker, components_in_scan, one_scan) in
+            [(0xC0, 3, true), (0xC1, 3, true), (0xC2, 3, false), (0xC0, 1, false)]
+        {
+            let bytes = headers(marker, components_in_scan);
+            let frame = Frame::find(&bytes).unwrap();
+            assert_eq!((frame.height, frame.width, frame.block_rows, frame.one_scan), (300, 400, 16, one_scan));
+            assert_eq!(bytes[frame.height_at..][..2], [0x01, 0x2C]);
+            for end in 0..bytes.len() {
+                assert!(Frame::find(&bytes[..end]).is_none(), "cut at {end}");
+            }
+        }
+        let two_frames = [&headers(0xC0, 3)[..33], &headers(0xC0, 3)[13..]].concat();
+        assert!(Frame::find(&two_frames).is_none());
+    }
+
+    #[test]
+    fn a_height_is_lowered_to_whole_blocks_and_one_more_and_never_raised() {
+        // 16 rows to a block: 40 rows need 3 blocks and have a fourth; 270 need 17, and 18 blocks are all 300 rows already.
+        for (rows, height) in [(1, 32), (40, 64), (256, 272), (257, 288), (272, 288), (273, 300), (300, 300)] {
+            let mut bytes = headers(0xC0, 3);
+            assert!(decode_top(&mut bytes, rows, &mut Vec::new()).is_err()); // no image follows
+            assert_eq!(size(&bytes), Ok((height, 400)), "{rows} rows");
+        }
+        let mut bytes = headers(0xC2, 3);
+        assert!(decode_top(&mut bytes, 1, &mut Vec::new()).is_err());
+        assert_eq!(bytes, headers(0xC2, 3));
+    }
+}
