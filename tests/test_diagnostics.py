@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,15 @@ from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
-from advmoe.evaluation.diagnostics import Diagnostic, Sample, diagnose, routing_gap, trusted
+from advmoe.evaluation.diagnostics import (
+    Diagnostic,
+    Sample,
+    black_box,
+    diagnose,
+    routing_gap,
+    routing_seen,
+    trusted,
+)
 from advmoe.models.network import RoutedNetwork
 
 ATTACK = AttackConfig(eps=24 / 255, steps=20, step_size=6 / 255)
@@ -216,5 +225,38 @@ def test_a_robustness_that_only_routing_hides_is_caught() -> None:
     own = 1.0 - float(broken["detached"].float().mean())
     union = 1.0 - float(torch.stack(list(broken.values())).any(dim=0).float().mean())
     assert (own, union) == (1.0, 0.0)
-    assert routing_gap(own, union).status == "failed"
-    assert routing_gap(union, union).status == "passed"
+    assert routing_gap(own, union, 2).status == "failed"
+    assert routing_gap(union, union, 2).status == "passed"
+    # Of 200 images 2 % are 4; of 20, one is 5 %, and may be chance.
+    assert routing_gap(0.5, 0.48, 200).status == "passed"
+    assert routing_gap(0.5, 0.475, 200).status == "failed"
+    assert routing_gap(0.5, 0.45, 20).status == "passed"
+
+
+def test_square_is_compared_with_all_that_sees_a_gradient() -> None:
+    """PGD stands still before the router of the first room; Square walks through, and so do the routing's views."""
+    images, labels = room_images(0.49, 0.47), torch.tensor([0, 0])
+    attack = AttackConfig(eps=24 / 255, steps=5, step_size=6 / 255)
+
+    def seen(withstood: Tensor | None) -> Diagnostic:
+        sample = Sample(TwoRooms(), images, labels, torch.arange(2), attack, 0, withstood)
+        return {check.name: check for check in diagnose(sample, square_queries=20)}["black_box"]
+
+    assert seen(None).status == "failed"
+    assert seen(torch.tensor([True, True])).status == "failed"
+    assert seen(torch.tensor([False, False])).status == "passed"
+    # AutoAttack's authors warn from 0.2 points on: 20 of 10,000. One image is always allowed.
+    assert [black_box(broken, 10_000, 5000).status for broken in (20, 21)] == ["passed", "failed"]
+    assert [black_box(broken, 64, 500).status for broken in (1, 2)] == ["passed", "failed"]
+
+
+def test_the_use_of_the_routers_is_told_without_a_verdict() -> None:
+    clean = np.array([[0, 1], [0, 1], [0, 0], [0, 0]], dtype=np.uint8)
+    attacked = np.array([[0, 1], [0, 0], [0, 0], [0, 0]], dtype=np.uint8)
+    check = routing_seen(clean, attacked, 2)
+    # Layer 0 always takes expert 0 (entropy 0), layer 1 both alike (1); 1 of 4 images and of 8 decisions changes.
+    assert check.value == (
+        "2 pathways in 4 images; entropy of the load 0.50, lowest layer 0.00; "
+        "PGD changes the pathway of 25.0 % of images, 12.5 % of decisions"
+    )
+    assert trusted([check])

@@ -1,5 +1,6 @@
 """The whole evaluation: what its figures mean, that it resumes, and what it refuses."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,37 @@ def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: S
     assert parts["router_survives_right"] == 50.0
     assert parts["router_survives_wrong"] == 25.0
     assert (parts["router_robustness"], parts["moe_robustness"]) == (75.0, 50.0)
+
+
+def test_diagnostics_look_at_what_all_attacks_left(result: SuiteResult) -> None:
+    assert result.white_box == [
+        "pgd",
+        "route",
+        "view/advantage",
+        "view/mixture@1",
+        "view/mixture@10",
+        "view/softmax",
+        "view/straight_through",
+    ]
+    checked = run_suite(TwoRooms(), rooms(124, 110, 110, 140), dataclasses.replace(ROUTING, diagnosed=4))
+    found = {check.name: check for check in checked.diagnostics}
+    # Square breaks the image that PGD cannot (see test_diagnostics), but the attacks on the routing had it already.
+    assert found["black_box"].status == "passed"
+    assert found["hidden_by_routing"].status == "passed"  # one image of four
+    assert found["routing"].value.startswith("2 pathways in 4 images; entropy of the load 0.81")  # of (3/4, 1/4)
+
+
+def test_with_autoattack_its_own_square_is_judged(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    pytest.importorskip("pyautoattack", reason="AutoAttack is an optional dependency")
+    model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        labels = model(torch.from_numpy(noise).permute(0, 3, 1, 2) / 255).argmax(dim=1).numpy()
+    images = ImageSet(images=noise, labels=labels, class_names=tuple("0123456789"))
+    attack = AttackConfig(eps=16 / 255, steps=2, step_size=8 / 255)
+    result = run_suite(model, images, SuiteConfig(attack=attack, diagnosed=2, autoattack=True))
+    (black_box,) = [check for check in result.diagnostics if check.name == "black_box"]
+    assert black_box.value == "0.0 % of 4 images broken by 5000 queries of Square alone"
 
 
 def test_without_routing_the_suite_is_sa_and_ra(tiny_vgg: Callable[..., RoutedNetwork]) -> None:

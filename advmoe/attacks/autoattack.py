@@ -28,6 +28,8 @@ from advmoe.seeding import generator_for, seeded
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The attacks of the standard version, in their order: each sees what the ones before it left."""
+SQUARE_QUERIES = 5000
+"""Queries of Square in the standard version."""
 LOGGER = "auto-attack"
 """The package reports through this logger."""
 
@@ -63,7 +65,7 @@ def autoattack(
     eps: float,
     seed: int,
     attacks: tuple[str, ...] = STANDARD,
-    square_queries: int = 5000,
+    square_queries: int = SQUARE_QUERIES,
     progress: Callable[[str], None] | None = None,
 ) -> AutoAttackResult:
     """Run AutoAttack on a batch of correctly classified images.
@@ -76,7 +78,7 @@ def autoattack(
         eps: radius.
         seed: of its random starts and of Square's squares.
         attacks: all of the standard version, or some.
-        square_queries: queries of Square; 5,000 in the standard version.
+        square_queries: queries of Square.
         progress: called with the name of each attack as it begins.
 
     Raises:

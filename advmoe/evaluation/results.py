@@ -81,6 +81,13 @@ class SuiteResult:
         """Names of what was run."""
         return [name.removeprefix("robust/") for name in self.arrays if name.startswith("robust/")]
 
+    @property
+    def white_box(self) -> list[str]:
+        """Names of the attacks on the model itself that see its gradient, at the full radius; AutoAttack's together."""
+        return [
+            name for name in self.attacks if name in {"pgd", "route", "autoattack/fab-t"} or name.startswith("view/")
+        ]
+
     def robust(self, *names: str) -> np.ndarray:
         """Images that withstand all the attacks named, bool [n]."""
         masks = [self.arrays[f"robust/{name}"] for name in names]

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD
 from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.relaxations import is_routed
 from advmoe.config import to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
-from advmoe.evaluation.diagnostics import Diagnostic, Sample, diagnose, routing_gap
+from advmoe.evaluation.diagnostics import Diagnostic, Sample, black_box, diagnose, routing_gap, routing_seen
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.stages import begin, predict, stages
@@ -75,20 +76,16 @@ def run_suite(
             run.observe("worst", run.worst)
             run.record("worst", ~run.broken[run.right])
             state.add({name: run.arrays[name] for name in sorted(run.arrays)})
+        result = SuiteResult(
+            config=config,
+            seed=seed,
+            arrays=state.arrays,
+            diagnostics=(),
+            exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
+            pathways_used=len(counts),
+        )
         tell(total, total, "diagnostics")
-        diagnostics = _diagnose(model, images, config, seed, device)
-    result = SuiteResult(
-        config=config,
-        seed=seed,
-        arrays=state.arrays,
-        diagnostics=tuple(diagnostics),
-        exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
-        pathways_used=len(counts),
-    )
-    if config.routing and is_routed(model) and config.diagnosed:
-        gap = routing_gap(result.ra("pgd"), result.ra_union)
-        result = dataclasses.replace(result, diagnostics=(*result.diagnostics, gap))
-    return result
+        return dataclasses.replace(result, diagnostics=_diagnose(model, images, result, device))
 
 
 def _choices(model: RoutedNetwork) -> int:
@@ -131,13 +128,33 @@ def common_pathways(
     return distinct_ML[order].to(device), counts[order].numpy()
 
 
-def _diagnose(
-    model: nn.Module, images: ImageSet, config: SuiteConfig, seed: int, device: torch.device
-) -> list[Diagnostic]:
-    """Checks on an evenly spread sample of the images."""
-    if not config.diagnosed or not len(images):
-        return []
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(config.diagnosed, len(images))).round().astype(np.int64))
+def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: torch.device) -> tuple[Diagnostic, ...]:
+    """Checks on an evenly spread sample of the images, and on what the attacks did to all of them."""
+    config, total = result.config, len(images)
+    if not config.diagnosed or not total:
+        return ()
+    chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
-    sample = Sample(model, batch.images.to(device), batch.labels.to(device), batch.indices, config.attack, seed)
-    return diagnose(sample, square_queries=config.square_queries)
+    withstood = result.robust(*result.white_box)
+    sample = Sample(
+        model,
+        batch.images.to(device),
+        batch.labels.to(device),
+        batch.indices,
+        config.attack,
+        result.seed,
+        torch.from_numpy(withstood[chosen]).to(device),
+    )
+    square = f"autoattack/{STANDARD[-1]}"
+    if square in result.attacks:  # more queries, and on all images
+        alone = int((withstood & ~result.robust(square)).sum())
+        found = diagnose(sample, square_queries=0)
+        found = [black_box(alone, total, SQUARE_QUERIES) if check.name == "black_box" else check for check in found]
+    else:
+        found = diagnose(sample, square_queries=config.square_queries)
+    if is_routed(model):
+        clean, attacked = (result.arrays[f"pathway/{condition}"] for condition in ("clean", "pgd"))
+        found.append(routing_seen(clean, attacked, model.config.num_experts))
+        if config.routing:
+            found.append(routing_gap(result.ra("pgd"), result.ra("route"), total))
+    return tuple(found)
