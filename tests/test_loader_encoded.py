@@ -165,17 +165,17 @@ def test_random_resized_crop_is_torchvisions_for_the_same_draws(photo: Image.Ima
 def test_a_part_of_a_jpeg_is_that_of_the_whole_image(
     photo: Image.Image, tmp_path: Path, mode: str, options: dict[str, Any]
 ) -> None:
-    # Decoding stops below the part; 30 draws end at as many different rows of pixels and of blocks.
+    # Decoding stops below the part. One part of sixteen ends with a row of blocks, where colour from the next one counts.
     content = encode(photo.convert(mode), quality=90, **options)
 
     class Whole:
-        images = np.stack([rust_router.decode_image(content)] * 30)
-        labels = np.zeros(30, dtype=np.int64)
+        images = np.stack([rust_router.decode_image(content)] * 120)
+        labels = np.zeros(120, dtype=np.int64)
 
-    encoded = in_folder(tmp_path, [content] * 30)
+    encoded = in_folder(tmp_path, [content] * 120)
     whole, part = (
         next(
-            BatchLoader(source, batch_size=30, augment=RandomResizedCrop(size=40, scale=(0.02, 1.0)), seed=SEED).epoch(
+            BatchLoader(source, batch_size=120, augment=RandomResizedCrop(size=40, scale=(0.02, 1.0)), seed=SEED).epoch(
                 0
             )
         )
