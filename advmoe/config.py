@@ -133,11 +133,6 @@ class ModelConfig:
         """Whether there is a choice for routers to make: an MoE-CNN with N > 1."""
         return self.kind == "moe" and self.num_experts > 1
 
-    @property
-    def overlapping(self) -> bool:
-        """Whether experts share filters: windows of the backbone with N * r > 1 (Figs. 7 and 8)."""
-        return self.several_experts and self.expert_filters == "windows" and self.num_experts * self.model_scale > 1.0
-
 
 def model_config(**settings: Any) -> ModelConfig:
     """A model's description from the settings somebody asked for.
@@ -275,12 +270,6 @@ class TrainConfig:
 
 def check_together(model: ModelConfig, train: TrainConfig) -> None:
     """Raise ConfigError where a training asks for what the model has not."""
-    check(
-        not model.overlapping or train.specialisation is None,
-        f"specialisation = {train.specialisation} needs experts that can start equal, but windows of "
-        f"N r = {model.num_experts * model.model_scale:g} > 1 share filters; use expert filters 'separate', "
-        f"a model scale of at most 1/N = {1 / model.num_experts:.3g}, or no specialisation",
-    )
     check(
         model.several_experts or train.balance == 0,
         f"balance = {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",

@@ -83,7 +83,6 @@ def resolve(
     described = model_config(
         num_classes=info.num_classes, image_size=info.image_size, mean=info.mean, std=info.std, **model
     )
-    uncoupled = {"specialisation": None} if described.overlapping else {}
     train_config = TrainConfig(
         **{
             "dataset": info.name,
@@ -91,7 +90,6 @@ def resolve(
             "attack": attack,
             "val_attack": AttackConfig(eps=radius, steps=10, step_size=VALIDATION_STEP_SHARE * radius),
             "flip": info.flip,
-            **uncoupled,
             **train,
         }
     )
@@ -155,7 +153,7 @@ def _fig3() -> Iterator[Recipe]:
     for scale in (0.2, 0.5, 0.8):
         base: dict[str, Any] = {"arch": "resnet18", "model_scale": scale}
         standard = f"fig3-standard-moe-r{scale:g}"
-        moe = _moe(2, scale)
+        moe = {**base, "kind": "moe"}
         yield Recipe(
             name=standard,
             shown_in="Fig. 3",
@@ -204,15 +202,6 @@ def _fig5() -> Iterator[Recipe]:
     )
 
 
-def _moe(num_experts: int, scale: float, arch: str = "resnet18") -> dict[str, Any]:
-    """An MoE-CNN of a figure over N or r, whose experts are coupled throughout.
-
-    Windows that overlap cannot be; below N * r = 1 windows and separate filters are the same function.
-    """
-    filters = {"expert_filters": "separate"} if num_experts * scale > 1 else {}
-    return {"arch": arch, "kind": "moe", "num_experts": num_experts, "model_scale": scale} | filters
-
-
 def _fig7() -> Iterator[Recipe]:
     for experts in (2, 4, 6, 8, 10):
         for scale in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
@@ -221,7 +210,7 @@ def _fig7() -> Iterator[Recipe]:
                 shown_in="Fig. 7",
                 summary=f"AdvMoE, N = {experts}, r = {scale:g}",
                 dataset="cifar10",
-                model=_moe(experts, scale),
+                model={"arch": "resnet18", "kind": "moe", "num_experts": experts, "model_scale": scale},
             )
 
 
@@ -236,7 +225,7 @@ def _fig8() -> Iterator[Recipe]:
                     shown_in="Fig. 8",
                     summary=title + ("" if kind == "dense" else f", r = {scale:g}"),
                     dataset="cifar10",
-                    model=_moe(2, scale, arch) if kind == "moe" else {"arch": arch, "kind": kind, "model_scale": scale},
+                    model={"arch": arch, "kind": kind, "model_scale": scale},
                     train={"method": method},
                 )
 

@@ -169,13 +169,6 @@ def test_a_mistaken_evaluation_gets_one_clear_line(
     assert re.search(message, refused(["evaluate", str(run_folder / "best.pt"), *options], capsys))
 
 
-def test_overlapping_experts_train_uncoupled_and_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "digits", *QUICK, "--num-experts", "3", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["config"]["specialisation"] is None
-    assert "warning: in 12 of 12 MoE layers experts share filters" in " ".join(err.split())
-
-
 def test_a_run_folder_that_cannot_be_made_gets_one_clear_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

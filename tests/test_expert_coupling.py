@@ -11,7 +11,8 @@ from torch import Tensor
 from advmoe.config import TrainConfig
 from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.coupling import coupled, expert_banks, start_equal, uncoupled_layers
+from advmoe.models.routing import ExpertLayout
+from advmoe.training.coupling import coupled, expert_banks, slot_of_row, start_equal
 from advmoe.training.levels import make_levels
 
 MakeNetwork = Callable[..., RoutedNetwork]
@@ -28,14 +29,47 @@ def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> 
 
 
 def test_coupled_gradient_splits_into_common_and_specific_part() -> None:
-    gradient = torch.tensor([[1.0], [5.0]])
+    gradient, slots = torch.tensor([[1.0], [5.0]]), torch.tensor([0, 0])
     # G = 6, and G_e - G / 2 = (-2, 2): at half speed 6 - 1 and 6 + 1
-    assert coupled(gradient, 0.5).tolist() == [[5.0], [7.0]]
+    assert coupled(gradient, slots, 0.5).tolist() == [[5.0], [7.0]]
 
 
-def test_a_single_expert_keeps_its_gradient() -> None:
-    gradient = torch.tensor([[3.0, -1.0]])
-    assert torch.equal(coupled(gradient, 0.5), gradient)
+def test_only_filters_of_one_slot_are_coupled() -> None:
+    gradient, slots = torch.tensor([3.0, 1.0, 7.0, 5.0]), torch.tensor([1, 0, 5, 0])
+    # rows 1 and 3 as above; rows 0 and 2 are alone in their slots and keep what they have
+    assert coupled(gradient, slots, 0.5).tolist() == [3.0, 5.0, 7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "num_experts", "model_scale", "slots"),
+    [
+        (4, 1, 0.5, [0, 1]),
+        # Halves: channel c of one expert faces channel c + 2 of the other.
+        (4, 2, 0.5, [0, 1, 0, 1]),
+        # Windows 0 ... 5 and 4 ... 7, 0, 1: 0, 1, 4 and 5 are in both; 6 and 7 face 2 and 3.
+        (8, 2, 0.75, [0, 1, 2, 3, 4, 5, 2, 3]),
+        # r = 1: every channel in a slot of its own.
+        (4, 3, 1.0, [0, 1, 2, 3]),
+        # Windows 0 1 2 3, 2 3 4 5, 4 5 6 7, 6 7 0 1: pairs alternate between the first and the last two slots.
+        (8, 4, 0.5, [0, 1, 2, 3, 0, 1, 2, 3]),
+        # Windows 0 1 2, 2 3 4, 4 5 0: 2 keeps slot 2, so 3 and 4 fill 0 and 1; 4 and 0 keep theirs, 5 fills 2.
+        (6, 3, 0.5, [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_a_channel_of_several_experts_keeps_its_slot(
+    num_channels: int, num_experts: int, model_scale: float, slots: list[int]
+) -> None:
+    layout = ExpertLayout(num_channels=num_channels, num_experts=num_experts, model_scale=model_scale)
+    assert list(slot_of_row(layout.rows)) == slots
+
+
+def test_a_channel_that_has_to_change_slots_is_coupled_with_none() -> None:
+    # Five windows of three of five channels, one apart: 0 1 2, 1 2 3, 2 3 4, 3 4 0, 4 0 1. Every two channels meet, so
+    # three slots do not do: 0 1 2 and 3 (slot 0) are placed, 4 takes slot 1; beside 3 and 4, 0 has to move to slot 2.
+    layout = ExpertLayout(num_channels=5, num_experts=5, model_scale=0.6)
+    slots = slot_of_row(layout.rows)
+    assert slots[0] == 3 + 0
+    assert slots.count(slots[0]) == 1
 
 
 def test_experts_start_equal_and_any_pathway_gives_the_same_logits(tiny_vgg: MakeNetwork, images: Tensor) -> None:
@@ -102,32 +136,18 @@ def test_the_experts_of_a_fresh_model_start_equal_and_those_of_a_trained_one_as_
 @pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "vit", "wrn28_10"])
 def test_every_moe_layer_of_every_backbone_is_coupled(arch: str) -> None:
     model = Cell(arch, "moe", 32).build()
-    assert not uncoupled_layers(model)
     banks = 4 if arch == "vit" else 1  # two linear layers with bias, or a convolution
     assert len(list(expert_banks(model))) == banks * len(model.expert_layouts)
 
 
-def test_layers_whose_experts_overlap_are_told(tiny_vgg: MakeNetwork) -> None:
-    assert uncoupled_layers(tiny_vgg(model_scale=0.75)) == list(range(12))
-    assert uncoupled_layers(tiny_vgg(num_experts=1)) == []
-    # N r < 1, but r C is rounded: 2.64 to 3 of 8 and 10.56 to 11 of 32 channels, where three experts need 9 and 33;
-    # 1.32 to 1 of 4 and 5.28 to 5 of 16 leave room
-    widths = [layout.num_channels for layout in tiny_vgg().expert_layouts]
-    overlapping = [layer for layer, width in enumerate(widths) if width in {8, 32}]
-    assert uncoupled_layers(tiny_vgg(num_experts=3, model_scale=0.33)) == overlapping
-
-
-def test_experts_that_share_filters_are_not_trained_as_if_they_were_coupled(tiny_vgg: MakeNetwork) -> None:
-    model = tiny_vgg(model_scale=0.75)
-    with pytest.raises(ConfigError, match=r"N r = 1.5 > 1 share filters"):
-        make_levels(["all"], model, TrainConfig(dataset="digits"))
-    make_levels(["all"], model, TrainConfig(dataset="digits", specialisation=None))
-
-
-def test_overlapping_windows_are_not_coupled(tiny_vgg: MakeNetwork) -> None:
-    assert not list(expert_banks(tiny_vgg(model_scale=0.75)))
+def test_a_network_with_nothing_to_couple_is_left_alone(tiny_vgg: MakeNetwork) -> None:
     assert not list(expert_banks(tiny_vgg(num_experts=1)))
-    assert len(list(expert_banks(tiny_vgg(model_scale=0.75, expert_filters="separate")))) == 12
+    assert not list(expert_banks(tiny_vgg(num_experts=2, model_scale=1.0)))
+
+
+def test_biases_are_coupled_like_the_filters_they_belong_to() -> None:
+    model = Cell("vit", "moe", 32).build()
+    assert {bank.ndim for bank, _ in expert_banks(model)} == {1, 2}
 
 
 def test_negative_specialisation_is_refused() -> None:

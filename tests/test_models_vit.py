@@ -11,7 +11,8 @@ from advmoe.models.registry import create_model
 from advmoe.models.routing import Decision
 from advmoe.training.coupling import expert_banks, start_equal
 
-STARTS, SIZE, BANK = (0, 3, 5), 3, 6  # the last window wraps around: rows 5, 0, 1
+ROWS, SIZE, BANK = ((0, 1, 2), (3, 4, 5), (0, 5, 1)), 3, 6  # the last expert has nothing of its own
+FLAT = [row for rows in ROWS for row in rows]
 
 
 @pytest.fixture
@@ -23,15 +24,15 @@ def operands() -> tuple[torch.Tensor, ...]:
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, expert_index: torch.Tensor) -> torch.Tensor:
-    rows = [[(start + slot) % BANK for slot in range(SIZE)] for start in STARTS]
-    return torch.stack([F.linear(x[b], weight[rows[e]], bias[rows[e]]) for b, e in enumerate(expert_index.tolist())])
+    rows = [list(ROWS[expert]) for expert in expert_index.tolist()]
+    return torch.stack([F.linear(x[b], weight[own], bias[own]) for b, own in enumerate(rows)])
 
 
 def test_moe_linear_and_its_gradients_equal_the_row_by_row_reference(operands: tuple[torch.Tensor, ...]) -> None:
     *floats, expert_index = operands
     ours = [t.clone().requires_grad_() for t in floats]
     theirs = [t.clone().requires_grad_() for t in floats]
-    y, expected = moe_linear(*ours, expert_index, starts=STARTS, size=SIZE), reference(*theirs, expert_index)
+    y, expected = moe_linear(*ours, expert_index, rows=ROWS), reference(*theirs, expert_index)
     torch.testing.assert_close(y, expected)
     for mine, other in zip(
         torch.autograd.grad(y.square().sum(), ours), torch.autograd.grad(expected.square().sum(), theirs), strict=True
@@ -41,13 +42,13 @@ def test_moe_linear_and_its_gradients_equal_the_row_by_row_reference(operands: t
 
 def test_the_operator_exporters_see_is_the_same_function(operands: tuple[torch.Tensor, ...]) -> None:
     operator = torch.ops.advmoe.moe_linear
-    assert torch.equal(operator(*operands, list(STARTS), SIZE), moe_linear(*operands, starts=STARTS, size=SIZE))
-    torch.library.opcheck(operator, (*operands, list(STARTS), SIZE), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(operator(*operands, FLAT, SIZE), moe_linear(*operands, rows=ROWS))
+    torch.library.opcheck(operator, (*operands, FLAT, SIZE), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_no_row_at_all_gives_no_row(operands: tuple[torch.Tensor, ...]) -> None:
     x, weight, bias, expert_index = operands
-    assert moe_linear(x[:0], weight, bias, expert_index[:0], starts=STARTS, size=SIZE).shape == (0, 4, SIZE)
+    assert moe_linear(x[:0], weight, bias, expert_index[:0], rows=ROWS).shape == (0, 4, SIZE)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "token"])
@@ -76,7 +77,9 @@ def test_experts_that_start_equal_make_every_pathway_the_same_function() -> None
     logits, routing = model.forward_with_routing(images)
     torch.testing.assert_close(model(images, 1 - routing.expert_index_BL), logits)
     assert len(list(expert_banks(model))) == 2 * 4  # two MLPs of two layers with weight and bias
-    assert len(list(expert_banks(cell.build(model_scale=0.75)))) == 2 * 2  # hidden windows overlap, outputs never do
+    assert (
+        len(list(expert_banks(cell.build(model_scale=1.0)))) == 2 * 2
+    )  # r = 1: one set of hidden units, two of outputs
 
 
 @pytest.mark.parametrize("granularity", ["layer", "stage", "image", "token"])

@@ -24,16 +24,6 @@ def test_table1_compares_five_methods_on_four_backbones_and_four_data_sets() -> 
     assert len([name for name in RECIPES if name.startswith("table1-")]) == 5 * 4 * 4
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].model["kind"] == "moe"])
-def test_experts_of_every_recipe_are_coupled(name: str) -> None:
-    named = RECIPES[name]
-    model, config = resolve(dataset_info(named.dataset), named.model, named.train)
-    assert not model.overlapping
-    assert config.specialisation == 0.25
-    # windows where they do not overlap, N r <= 1, but for the ViT of Table 3, whose r is 1
-    assert (model.expert_filters == "separate") == (model.num_experts * model.model_scale > 1)
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_table_and_figure_has_runs(experiment: str) -> None:
     shown_in = EXPERIMENTS[experiment].shown_in
@@ -58,14 +48,11 @@ def test_attacks_scale_with_the_data_sets_radius() -> None:
     assert config.val_attack.step_size == pytest.approx(0.5 / 255)
 
 
-def test_overlapping_experts_are_not_coupled_and_cannot_be() -> None:
-    info, model = dataset_info("cifar10"), {"arch": "vgg16", "num_experts": 4, "model_scale": 0.5}
-    described, config = resolve(info, model, {})
-    assert described.expert_filters == "windows"
-    assert config.specialisation is None
-    with pytest.raises(ConfigError, match=r"N r = 2 > 1 share filters; use expert filters 'separate', .*1/N = 0.25"):
-        resolve(info, model, {"specialisation": 0.25})
-    _, config = resolve(info, {**model, "expert_filters": "separate"}, {})
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("fig7-", "fig8-"))])
+def test_figures_over_n_and_r_share_out_one_backbone(name: str) -> None:
+    # Paper, Sec. 5: at r = 1 every pathway is the full backbone, whatever N. So experts are windows also for N r > 1.
+    model, config = resolve(dataset_info("cifar10"), RECIPES[name].model, RECIPES[name].train)
+    assert model.expert_filters == "windows"
     assert config.specialisation == 0.25
 
 

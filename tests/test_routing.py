@@ -23,22 +23,24 @@ def layout(num_channels: int, num_experts: int, model_scale: float, *, separate:
         (8, 2, 0.5, [(0, 1, 2, 3), (4, 5, 6, 7)]),
         # N r < 1: 2 of 8 channels each, starting at 0 and 4; channels 2, 3, 6 and 7 belong to no expert.
         (8, 2, 0.25, [(0, 1), (4, 5)]),
-        # N r > 1: 3 of 6 each, starting at 0, 2, 4; neighbours share one channel, the last window wraps to channel 0.
-        (6, 3, 0.5, [(0, 1, 2), (2, 3, 4), (4, 5, 0)]),
-        # 8 of 10 each, starting at 0, round(3.33) = 3, round(6.67) = 7: two of the three windows wrap.
-        (10, 3, 0.8, [(0, 1, 2, 3, 4, 5, 6, 7), (3, 4, 5, 6, 7, 8, 9, 0), (7, 8, 9, 0, 1, 2, 3, 4)]),
-        # 3 of 10 each; 2.5 and 7.5 are rounded up, so the starts are 0, 3, 5, 8.
-        (10, 4, 0.3, [(0, 1, 2), (3, 4, 5), (5, 6, 7), (8, 9, 0)]),
+        # N r > 1: windows 0 1 2, 2 3 4, 4 5 0. Channel 2 stays in slot 2, and 3 and 4 fill the other two; then 4 stays
+        # in slot 1 and 0 in slot 0, and 5 gets what is left.
+        (6, 3, 0.5, [(0, 1, 2), (3, 4, 2), (0, 4, 5)]),
+        # 8 of 10 each, starting at 0, round(3.33) = 3, round(6.67) = 7: two of the three windows wrap. 8 and 9 replace
+        # 1 and 2; in the third window, where all meet but 5 and 6, 1 and 2 have to go to the slots of those.
+        (10, 3, 0.8, [(0, 1, 2, 3, 4, 5, 6, 7), (0, 8, 9, 3, 4, 5, 6, 7), (0, 8, 9, 3, 4, 1, 2, 7)]),
+        # 3 of 10 each; 2.5 and 7.5 are rounded up, so the starts are 0, 3, 5, 8. 5 and 0 are in two experts each.
+        (10, 4, 0.3, [(0, 1, 2), (3, 4, 5), (6, 7, 5), (0, 8, 9)]),
         # 2.5 channels are rounded up to 3, so that even at N r = 1 two windows share channel 0.
-        (5, 2, 0.5, [(0, 1, 2), (3, 4, 0)]),
-        # r = 1: every expert is the whole layer, in an order of its own.
-        (4, 2, 1.0, [(0, 1, 2, 3), (2, 3, 0, 1)]),
+        (5, 2, 0.5, [(0, 1, 2), (0, 3, 4)]),
+        # r = 1: every expert is the whole layer.
+        (4, 2, 1.0, [(0, 1, 2, 3), (0, 1, 2, 3)]),
         # More experts than channels: starts round(0, 0.4, 0.8, 1.2, 1.6) = 0, 0, 1, 1, 2 = 0 mod 2.
         (2, 5, 0.5, [(0,), (0,), (1,), (1,), (0,)]),
         (4, 1, 0.5, [(0, 1)]),
     ],
 )
-def test_experts_are_circular_windows_of_the_channels(
+def test_experts_are_circular_windows_whose_common_channels_keep_their_slots(
     num_channels: int, num_experts: int, model_scale: float, channels: list[tuple[int, ...]]
 ) -> None:
     experts = layout(num_channels, num_experts, model_scale)
@@ -47,16 +49,16 @@ def test_experts_are_circular_windows_of_the_channels(
 
 
 def test_channels_of_no_expert_have_no_weights() -> None:
-    # Experts (0, 1) and (4, 5) of 8 channels: four rows; the second window starts at the third of them.
+    # Experts (0, 1) and (4, 5) of 8 channels: four rows; the second expert has the last two of them.
     assert layout(8, 2, 0.25).bank_channels == (0, 1, 4, 5)
-    assert layout(8, 2, 0.25).starts == (0, 2)
+    assert layout(8, 2, 0.25).rows == ((0, 1), (2, 3))
 
 
 def test_separate_experts_have_filters_of_their_own() -> None:
     experts = layout(4, 3, 0.5, separate=True)
     assert [experts.channels(expert) for expert in range(3)] == [(0, 1), (2, 3), (4, 5)]
     assert experts.bank_channels == (0, 1, 2, 3, 4, 5)
-    assert experts.starts == (0, 2, 4)
+    assert experts.rows == ((0, 1), (2, 3), (4, 5))
 
 
 def test_windows_and_separate_filters_agree_at_two_halves() -> None:
@@ -65,17 +67,42 @@ def test_windows_and_separate_filters_agree_at_two_halves() -> None:
         assert [windows.channels(expert) for expert in (0, 1)] == [separate.channels(expert) for expert in (0, 1)]
 
 
-def test_bank_rows_from_a_start_on_are_the_channels_of_the_expert() -> None:
-    # What the convolution computes (rows from `starts[e]`, modulo the bank) against what the layout promises.
+def test_every_expert_has_its_window_and_the_rows_behind_it() -> None:
     for num_channels, num_experts, tenths in itertools.product(range(1, 14), range(1, 9), range(1, 11)):
         if tenths * num_channels < 5:  # r C < 1/2 leaves no channel
             continue
         experts = layout(num_channels, num_experts, tenths / 10)
-        rows = experts.bank_channels
-        assert rows == tuple(sorted(set(rows)))
-        for expert, start in enumerate(experts.starts):
-            window = tuple(rows[(start + slot) % len(rows)] for slot in range(experts.size))
-            assert window == experts.channels(expert)
+        bank = experts.bank_channels
+        assert bank == tuple(sorted(set(bank)))
+        for expert, rows in enumerate(experts.rows):
+            start = int(expert * num_channels / num_experts + 0.5)
+            window = {(start + step) % num_channels for step in range(experts.size)}
+            assert tuple(bank[row] for row in rows) == experts.channels(expert)
+            assert sorted(experts.channels(expert)) == sorted(window)
+
+
+def test_common_channels_of_two_experts_keep_their_slots() -> None:
+    for num_channels, tenths in itertools.product(range(1, 40), range(1, 11)):
+        if tenths * num_channels < 5:
+            continue
+        first, second = (layout(num_channels, 2, tenths / 10).channels(expert) for expert in range(2))
+        common = set(first) & set(second)
+        assert all(first.index(channel) == second.index(channel) for channel in common)
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 7])
+def test_at_full_scale_every_pathway_is_the_backbone(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, num_experts: int
+) -> None:
+    # Paper, Sec. 5: "with r = 1 every pathway is the full backbone", whatever N.
+    model = tiny_vgg(num_experts=num_experts, model_scale=1.0).eval()
+    pathways = torch.randint(num_experts, (2, len(images), len(model.expert_layouts)))
+    first, second = (model(images, pathway) for pathway in pathways)
+    torch.testing.assert_close(first, second)
+    dense = tiny_vgg(kind="dense", seed=1).eval()
+    own = model.state_dict()
+    dense.load_state_dict({name: own[name] for name in dense.state_dict()})
+    torch.testing.assert_close(dense(images), first)
 
 
 @pytest.mark.parametrize(

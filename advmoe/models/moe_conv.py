@@ -7,6 +7,8 @@ into batch order. In training too the cost is that of one expert per image.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,28 @@ from torch import Tensor, nn
 
 from advmoe.models.routing import Decision, ExpertLayout, pass_gate
 
+Rows = tuple[tuple[int, ...], ...]
+"""Rows of a weight bank that belong to each expert, in the order of its output slots; as many for each."""
 
-def expert_rows(bank: Tensor, start: int, size: int) -> Tensor:
-    """Rows start .. start + size - 1 of a weight bank, wrapping around at its end."""
-    end = start + size
-    if end <= len(bank):
-        return bank[start:end]
-    return torch.cat((bank[start:], bank[: end - len(bank)]))
+
+@lru_cache(maxsize=1024)
+def _selection(rows: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    """What picks these rows out of a bank: a slice, which copies nothing, wherever they lie side by side."""
+    if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    with torch.inference_mode(False):  # it outlives the pass that asked for it
+        return torch.tensor(rows, device=device)
+
+
+def expert_rows(bank: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The rows of a weight bank that an expert owns, in the order of its slots."""
+    chosen = _selection(rows, bank.device)
+    return bank[chosen] if isinstance(chosen, slice) else bank.index_select(0, chosen)
+
+
+def split_rows(rows: Sequence[int], size: int) -> Rows:
+    """The rows of each expert, from all of them in one list."""
+    return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
 def dispatch(x: Tensor, expert_index_B: Tensor, num_experts: int, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -42,29 +59,31 @@ def _moe_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     expert_index: Tensor,
-    starts: Sequence[int],
-    size: int,
+    rows: Rows,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
     def convolve(expert: int, part: Tensor) -> Tensor:
-        rows = expert_rows(weight, starts[expert], size)
-        rows_bias = None if bias is None else expert_rows(bias, starts[expert], size)
-        return F.conv2d(part, rows, rows_bias, list(stride), list(padding), list(dilation), groups)
+        own = expert_rows(weight, rows[expert])
+        own_bias = None if bias is None else expert_rows(bias, rows[expert])
+        return F.conv2d(part, own, own_bias, list(stride), list(padding), list(dilation), groups)
 
-    return dispatch(x, expert_index, len(starts), convolve)
+    return dispatch(x, expert_index, len(rows), convolve)
 
 
 # The operator an exporter sees as one node. Its kernel is the function above; `moe_conv2d` below calls the function
-# itself while running eagerly, so that autograd differentiates through it.
+# itself while running eagerly, so that autograd differentiates through it. A schema has no list of lists: `rows` holds
+# the rows of all experts one after another, `size` of each.
 _operator = torch.library.custom_op(
     "advmoe::moe_conv2d",
-    lambda *args: _moe_conv2d(*args).clone(),
+    lambda x, weight, bias, expert_index, rows, size, *geometry: _moe_conv2d(
+        x, weight, bias, expert_index, split_rows(rows, size), *geometry
+    ).clone(),
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] starts, int size, int[] stride, "
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] rows, int size, int[] stride, "
         "int[] padding, int[] dilation, int groups) -> Tensor"
     ),
 )
@@ -76,7 +95,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     expert_index: Tensor,
-    starts: Sequence[int],
+    rows: Sequence[int],
     size: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -94,8 +113,7 @@ def moe_conv2d(
     bias: Tensor | None,
     expert_index_B: Tensor,
     *,
-    starts: Sequence[int],
-    size: int,
+    rows: Rows,
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
@@ -105,24 +123,26 @@ def moe_conv2d(
 
     Args:
         x_BCHW: layer input.
-        weight: weight bank [rows, C / groups, kh, kw]; expert e owns rows starts[e] ... starts[e] + size - 1, modulo
-            rows.
-        bias: bias bank [rows] or None.
-        expert_index_B: int64, one of range(len(starts)) per image.
-        starts: first row of each expert.
-        size: output channels of an expert.
+        weight: weight bank [bank, C / groups, kh, kw]; expert e convolves with its rows rows[e].
+        bias: bias bank [bank] or None, shared out in the same way.
+        expert_index_B: int64, one of range(len(rows)) per image.
+        rows: bank rows of each expert, in the order of its output channels.
         stride: as in `torch.nn.functional.conv2d`, the same in both directions; so are padding and dilation.
         padding: zeros added on each side.
         dilation: spacing of the kernel's taps.
         groups: groups of the convolution.
 
     Returns:
-        [B, size, H', W'], in batch order.
+        [B, len(rows[0]), H', W'], in batch order.
     """
     geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
-    compute = torch.ops.advmoe.moe_conv2d if torch.compiler.is_exporting() else _moe_conv2d
-    y_BCHW: Tensor = compute(x_BCHW, weight, bias, expert_index_B, list(starts), size, *geometry)
-    return y_BCHW
+    if torch.compiler.is_exporting():
+        flat = list(chain.from_iterable(rows))
+        y_BCHW: Tensor = torch.ops.advmoe.moe_conv2d(
+            x_BCHW, weight, bias, expert_index_B, flat, len(rows[0]), *geometry
+        )
+        return y_BCHW
+    return _moe_conv2d(x_BCHW, weight, bias, expert_index_B, rows, *geometry)
 
 
 class MoEConv2d(nn.Module):
@@ -143,7 +163,7 @@ class MoEConv2d(nn.Module):
         self.layout = layout
         self.stride = stride
         self.padding = padding
-        self.starts = layout.starts
+        self.rows = layout.rows
         self.weight = nn.Parameter(torch.empty(len(layout.bank_channels), in_channels, kernel_size, kernel_size))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
 
@@ -154,8 +174,7 @@ class MoEConv2d(nn.Module):
             self.weight,
             None,
             decision.expert_index_B,
-            starts=self.starts,
-            size=self.out_channels,
+            rows=self.rows,
             stride=self.stride,
             padding=self.padding,
         )
@@ -163,7 +182,7 @@ class MoEConv2d(nn.Module):
 
     def mean_expert(self, x_BCHW: Tensor) -> Tensor:
         """Mean of all experts' outputs: one convolution with their mean filters."""
-        experts = [expert_rows(self.weight, start, self.out_channels) for start in self.starts]
+        experts = [expert_rows(self.weight, rows) for rows in self.rows]
         return F.conv2d(x_BCHW, torch.stack(experts).mean(dim=0), None, self.stride, self.padding)
 
     def extra_repr(self) -> str:

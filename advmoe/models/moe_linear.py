@@ -3,61 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.moe_conv import dispatch, expert_rows
+from advmoe.models.moe_conv import Rows, dispatch, expert_rows, split_rows
 
 
-def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, size: int) -> Tensor:
-    return F.linear(x, expert_rows(weight, start, size), None if bias is None else expert_rows(bias, start, size))
+def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> Tensor:
+    return F.linear(x, expert_rows(weight, rows), None if bias is None else expert_rows(bias, rows))
 
 
-def _moe_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, starts: Sequence[int], size: int
-) -> Tensor:
+def _moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, rows: Rows) -> Tensor:
     def multiply(expert: int, part: Tensor) -> Tensor:
-        return _expert_linear(part, weight, bias, starts[expert], size)
+        return _expert_linear(part, weight, bias, rows[expert])
 
-    return dispatch(x, expert_index, len(starts), multiply)
+    return dispatch(x, expert_index, len(rows), multiply)
 
 
 # As `advmoe::moe_conv2d`: one opaque node for exporters, while eager execution calls the function itself.
 _operator = torch.library.custom_op(
     "advmoe::moe_linear",
-    lambda *args: _moe_linear(*args).clone(),
+    lambda x, weight, bias, expert_index, rows, size: _moe_linear(
+        x, weight, bias, expert_index, split_rows(rows, size)
+    ).clone(),
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] starts, int size) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] rows, int size) -> Tensor",
 )
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, starts: Sequence[int], size: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, rows: Sequence[int], size: int) -> Tensor:
     return F.linear(x, weight[:size], None if bias is None else bias[:size])
 
 
-def moe_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, *, starts: Sequence[int], size: int
-) -> Tensor:
+def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, *, rows: Rows) -> Tensor:
     """Multiply row b of x by the weights of expert `expert_index[b]`: y[b] = x[b] @ W_e.T + bias_e.
 
     Args:
-        x: [rows, ..., D_in]. A row is what is routed as one: an image with all its tokens ([B, T, D_in]), or a single
+        x: [R, ..., D_in]. What is routed as one lies along R: an image with all its tokens ([B, T, D_in]), or a single
             token ([B * T, D_in]).
-        weight: weight bank [bank, D_in]; expert e owns entries starts[e] ... starts[e] + size - 1, modulo bank.
+        weight: weight bank [bank, D_in]; expert e multiplies by its rows rows[e].
         bias: bias bank [bank] or None, shared out in the same way.
-        expert_index: int64 [rows], each one of range(len(starts)).
-        starts: first entry of each expert.
-        size: outputs of an expert.
+        expert_index: int64 [R], each one of range(len(rows)).
+        rows: bank rows of each expert, in the order of its outputs.
 
     Returns:
-        [rows, ..., size], in the order of x.
+        [R, ..., len(rows[0])], in the order of x.
     """
-    compute = torch.ops.advmoe.moe_linear if torch.compiler.is_exporting() else _moe_linear
-    y: Tensor = compute(x, weight, bias, expert_index, list(starts), size)
-    return y
+    if torch.compiler.is_exporting():
+        flat = list(chain.from_iterable(rows))
+        y: Tensor = torch.ops.advmoe.moe_linear(x, weight, bias, expert_index, flat, len(rows[0]))
+        return y
+    return _moe_linear(x, weight, bias, expert_index, rows)
 
 
 class MoELinear(nn.Module):
@@ -66,36 +66,29 @@ class MoELinear(nn.Module):
     Args:
         in_features: D_in.
         bank: outputs of all experts together.
-        starts: first output of each expert in the bank; a window wraps around at its end.
-        size: outputs of one expert.
+        rows: which of them each expert has, in the order of its outputs.
     """
 
-    def __init__(self, in_features: int, bank: int, starts: Sequence[int], size: int) -> None:
+    def __init__(self, in_features: int, bank: int, rows: Rows) -> None:
         super().__init__()
-        self.starts = tuple(starts)
-        self.size = size
+        self.rows = rows
         self.weight = nn.Parameter(torch.empty(bank, in_features))
         self.bias = nn.Parameter(torch.empty(bank))
 
     @property
     def num_experts(self) -> int:
         """N."""
-        return len(self.starts)
-
-    @property
-    def disjoint(self) -> bool:
-        """Whether no output belongs to two experts, so that the weight bank splits evenly among them."""
-        return len(self.weight) == self.num_experts * self.size
+        return len(self.rows)
 
     def forward(self, x: Tensor, expert_index: Tensor) -> Tensor:
-        """[rows, ..., D_in] and int64 [rows] -> [rows, ..., size]."""
-        return moe_linear(x, self.weight, self.bias, expert_index, starts=self.starts, size=self.size)
+        """[R, ..., D_in] and int64 [R] -> [R, ..., outputs of an expert]."""
+        return moe_linear(x, self.weight, self.bias, expert_index, rows=self.rows)
 
     def one_expert(self, expert: int, x: Tensor) -> Tensor:
-        """[..., D_in] -> [..., size], all rows by the same expert."""
-        return _expert_linear(x, self.weight, self.bias, self.starts[expert], self.size)
+        """[..., D_in] -> [..., outputs of an expert], everything by the same expert."""
+        return _expert_linear(x, self.weight, self.bias, self.rows[expert])
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         bank, in_features = self.weight.shape
-        return f"{in_features}, {self.size} of {bank}, experts={self.num_experts}"
+        return f"{in_features}, {len(self.rows[0])} of {bank}, experts={self.num_experts}"

@@ -10,8 +10,9 @@ share one).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,11 @@ class ExpertLayout:
     Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1,
     overlapping above. `separate` gives every expert filters of its own instead, as the authors' released code does; at
     N = 2, r = 0.5 the two agree.
+
+    An expert's output is packed: it fills r * C slots, which the next layer reads whoever wrote them. A channel of
+    several experts sits in the same slot in all of them, so that at r = 1 every pathway is the full backbone (paper,
+    Sec. 5), whatever N. With N > 2 windows around a circle there is not always such an order; then some
+    channels change slots.
     """
 
     num_channels: int
@@ -66,10 +72,35 @@ class ExpertLayout:
 
     def channels(self, expert: int) -> tuple[int, ...]:
         """Backbone channels of one expert, in the order of its output slots."""
+        return self._slots[expert]
+
+    @cached_property
+    def _slots(self) -> tuple[tuple[int, ...], ...]:
+        """Channel in each slot of each expert: those with a slot by an earlier expert first, the others in the gaps."""
+        home: dict[int, int] = {}
+        slots: list[tuple[int, ...]] = []
+        for expert in range(self.num_experts):
+            taken: dict[int, int] = {}
+            others: list[int] = []
+            for channel in self._window(expert):
+                slot = home.get(channel)
+                if slot is None or slot in taken:
+                    others.append(channel)
+                else:
+                    taken[slot] = channel
+            gaps = [slot for slot in range(self.size) if slot not in taken]
+            taken |= dict(zip(gaps, others, strict=True))
+            for slot, channel in taken.items():
+                home.setdefault(channel, slot)
+            slots.append(tuple(taken[slot] for slot in range(self.size)))
+        return tuple(slots)
+
+    def _window(self, expert: int) -> Iterator[int]:
+        """Backbone channels of one expert, from the start of its window on."""
         if self.separate:
-            return tuple(range(expert * self.size, (expert + 1) * self.size))
+            return iter(range(expert * self.size, (expert + 1) * self.size))
         start = int(expert * self.num_channels / self.num_experts + 0.5)
-        return tuple((start + slot) % self.num_channels for slot in range(self.size))
+        return ((start + step) % self.num_channels for step in range(self.size))
 
     @property
     def disjoint(self) -> bool:
@@ -81,11 +112,11 @@ class ExpertLayout:
         """Backbone channels that some expert owns, sorted: the rows of the weight bank. The others have no weights."""
         return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Row of the weight bank at which each expert's window starts; a window wraps around at the end of the bank."""
+    @cached_property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Row of the weight bank behind each slot of each expert."""
         row_of = {channel: row for row, channel in enumerate(self.bank_channels)}
-        return tuple(row_of[self.channels(expert)[0]] for expert in range(self.num_experts))
+        return tuple(tuple(row_of[channel] for channel in channels) for channels in self._slots)
 
 
 class Decision(NamedTuple):

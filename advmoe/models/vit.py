@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from advmoe.config import ModelConfig, check
 from advmoe.models.channels import Channels
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
-from advmoe.models.moe_conv import dispatch
+from advmoe.models.moe_conv import dispatch, split_rows
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision, ExpertLayout, RoutingTape, pass_gate
@@ -92,8 +92,8 @@ class RoutedMLP(nn.Module):
         self.layer = layer
         self.per_token = per_token
         experts = layout.num_experts
-        self.expand = MoELinear(dim, len(layout.bank_channels), layout.starts, layout.size)
-        self.reduce = MoELinear(layout.size, experts * dim, [expert * dim for expert in range(experts)], dim)
+        self.expand = MoELinear(dim, len(layout.bank_channels), layout.rows)
+        self.reduce = MoELinear(layout.size, experts * dim, split_rows(range(experts * dim), dim))
         init_linear(self.expand)
         init_linear(self.reduce)
 

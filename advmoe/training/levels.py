@@ -86,7 +86,7 @@ def make_levels(
     equal, and every optimiser that moves experts moves them together.
 
     Raises:
-        ConfigError: the config couples experts that cannot be, because they share filters.
+        ConfigError: the config asks for what the model has not.
     """
     check_together(model.config, config)
     specialisation = config.specialisation

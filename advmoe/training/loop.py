@@ -29,7 +29,6 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.coupling import uncoupled_layers
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import resolve_method
 from advmoe.training.run_folder import RunFolder
@@ -155,12 +154,6 @@ class Trainer:
         if initial is not None:
             start_from(self.model, initial)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
-        uncoupled = uncoupled_layers(self.model) if self.method.moves_experts else []
-        if uncoupled:
-            observer.warned(
-                f"in {len(uncoupled)} of {len(self.model.expert_layouts)} MoE layers experts share filters: they "
-                "cannot start equal, and learn more slowly; --expert-filters separate gives each expert its own"
-            )
         self.average = self._new_average()
         self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
         self.steps_per_epoch = len(self.loaders[-1])

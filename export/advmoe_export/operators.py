@@ -2,11 +2,11 @@
 
 The two are all this package knows about a model. In a traced graph they are opaque nodes
 
-    y = moe_conv2d(x, weight, bias, expert_index) {starts, size, stride, padding, dilation, groups}
-    y = moe_linear(x, weight, bias, expert_index) {starts, size}
+    y = moe_conv2d(x, weight, bias, expert_index) {rows, size, stride, padding, dilation, groups}
+    y = moe_linear(x, weight, bias, expert_index) {rows, size}
 
-where row r of x (an image, or a token) is computed with rows starts[e] ... starts[e] + size - 1 (modulo the bank's
-rows) of the weight bank, e = expert_index[r]. Nothing of this domain is left in a finished file.
+where row r of x (an image, or a token) is computed with rows[e * size], ..., rows[(e + 1) * size - 1] of the weight
+bank, e = expert_index[r]. Nothing of this domain is left in a finished file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +32,8 @@ FAKE_QUANTIZE = "fake_quantize"
 """Rounds x to the uint8 levels of each row's expert: y = fake_quantize(x, expert_index) {scales, zero_points}."""
 INPUTS = ("x", "weight", "bias", "expert_index")
 ATTRIBUTES: dict[str, dict[str, str]] = {
-    CONV: {"starts": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS", "dilation": "INTS", "groups": "INT"},
-    LINEAR: {"starts": "INTS", "size": "INT"},
+    CONV: {"rows": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS", "dilation": "INTS", "groups": "INT"},
+    LINEAR: {"rows": "INTS", "size": "INT"},
 }
 
 
@@ -88,7 +89,8 @@ def register_schemas() -> None:
 class Stored(NamedTuple):
     """A constant as it lies in the file: numbers, or integers with a scale and a zero point along one axis."""
 
-    values: ir.TensorProtocol
+    pieces: tuple[ir.TensorProtocol, ...]
+    """Its parts along the first axis; several where they lie apart in the bank that experts share."""
     scale: ir.TensorProtocol | None = None
     zero: ir.TensorProtocol | None = None
     axis: int = 0
@@ -96,17 +98,30 @@ class Stored(NamedTuple):
 
 def _restore(scope: Scope, stored: Stored) -> ir.Value:
     """A stored constant as floats in a scope."""
-    values = scope.constant(stored.values)
+    values = _join(scope, stored.pieces)
     if stored.scale is None or stored.zero is None:
         return values
     return scope.op(
         "DequantizeLinear",
         [values, scope.constant(stored.scale), scope.constant(stored.zero)],
         {"axis": stored.axis},
-        name=f"{stored.values.name}.restored",
+        name=f"{stored.pieces[0].name}.restored",
         dtype=ir.DataType.FLOAT,
         shape=values.shape,
     )
+
+
+def _join(scope: Scope, pieces: Sequence[ir.TensorProtocol]) -> ir.Value:
+    """The pieces of a constant as one value; onnxruntime joins them when it loads the file."""
+    values = [scope.constant(piece) for piece in pieces]
+    if len(values) == 1:
+        return values[0]
+    shape = [sum(piece.shape.numpy()[0] for piece in pieces), *pieces[0].shape.numpy()[1:]]
+    return scope.op("Concat", values, {"axis": 0}, name=f"{pieces[0].name}.joined", dtype=pieces[0].dtype, shape=shape)
+
+
+def _one_piece(array: npt.NDArray[Any], name: str) -> tuple[ir.TensorProtocol, ...]:
+    return (ir.tensor(array, name=name),)
 
 
 def quantize_rows(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -124,79 +139,87 @@ def quantize_bias(bias: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt
 
 @dataclass(eq=False, kw_only=True)
 class Bank:
-    """The weights of all experts of one routed node, as arrays that share memory wherever experts share filters.
+    """The weights of all experts of one routed node: views of one array wherever an expert's rows lie side by side.
 
-    `weight` is [rows, ...], `bias` [rows] or None; a window that wraps around finds its rows again behind the end.
+    `weight` is [bank, ...], `bias` [bank] or None.
     """
 
     weight: np.ndarray
     bias: np.ndarray | None
-    starts: tuple[int, ...]
-    size: int
+    rows: tuple[tuple[int, ...], ...]
+    """Rows of each expert, in the order of its outputs."""
     x_scales: tuple[float, ...] | None = None
     """Scale of the uint8 input of each expert, where the operator is quantised."""
-    _tensors: dict[int, tuple[Stored, Stored | None]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        over = max(start + self.size for start in self.starts) - len(self.weight)
-        if over > 0:
-            self.weight = np.concatenate((self.weight, self.weight[:over]))
-            self.bias = None if self.bias is None else np.concatenate((self.bias, self.bias[:over]))
+    _tensors: dict[object, tuple[Stored, Stored | None]] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         """N."""
-        return len(self.starts)
+        return len(self.rows)
 
-    def window(self, expert: int) -> slice:
-        """Rows of one expert."""
-        return slice(self.starts[expert], self.starts[expert] + self.size)
+    @property
+    def size(self) -> int:
+        """Outputs of one expert."""
+        return len(self.rows[0])
+
+    def selection(self, expert: int) -> slice | list[int]:
+        """What picks one expert's rows out of the bank."""
+        rows = self.rows[expert]
+        side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows)))
+        return slice(rows[0], rows[0] + len(rows)) if side_by_side else list(rows)
 
     def expert_weight(self, expert: int) -> np.ndarray:
-        """A view of one expert's filters."""
-        return self.weight[self.window(expert)]
+        """One expert's filters."""
+        return self.weight[self.selection(expert)]
 
     def expert_bias(self, expert: int) -> np.ndarray | None:
-        """A view of one expert's bias."""
-        return None if self.bias is None else self.bias[self.window(expert)]
+        """One expert's bias."""
+        return None if self.bias is None else self.bias[self.selection(expert)]
 
     def written(self, scope: Scope, node: ir.Node, expert: int) -> tuple[ir.Value, ir.Value | None]:
         """One expert's weight and bias in a scope, the weight of a linear operator transposed.
 
         The tensors are the same objects whenever they are asked for, so that they are stored once.
         """
-        if expert not in self._tensors:
-            self._tensors[expert] = self._make_tensors(node, expert)
-        weight, bias = self._tensors[expert]
+        own = self.rows[expert], None if self.x_scales is None else self.x_scales[expert]
+        if own not in self._tensors:  # at r = 1 all experts have the same rows
+            self._tensors[own] = self._make_tensors(node, expert)
+        weight, bias = self._tensors[own]
         return _restore(scope, weight), None if bias is None else _restore(scope, bias)
 
     def _make_tensors(self, node: ir.Node, expert: int) -> tuple[Stored, Stored | None]:
         name, axis = f"{node.name}.expert{expert}", 1 if node.op_type == LINEAR else 0
-        weight, bias = self.expert_weight(expert), self.expert_bias(expert)
-        scale = None
-        if self.x_scales is not None:
-            weight, scale = self.codes[0][self.window(expert)], self.codes[1][self.window(expert)]
-            zero = np.zeros(len(scale), np.int8)
+        bias = self.expert_bias(expert)
+        bank = self.weight if self.x_scales is None else self.codes[0]
         if axis == 1:
-            weight = np.ascontiguousarray(weight.T)
-        if scale is None or self.x_scales is None:
-            plain = Stored(ir.tensor(weight, name=f"{name}.weight"))
-            return plain, None if bias is None else Stored(ir.tensor(bias, name=f"{name}.bias"))
+            weight = _one_piece(np.ascontiguousarray(bank[self.selection(expert)].T), f"{name}.weight")
+        else:
+            weight = tuple(ir.tensor(bank[run], name=f"{name}.weight") for run in self._runs(expert))
+        plain_bias = None if bias is None else Stored(_one_piece(bias, f"{name}.bias"))
+        if self.x_scales is None:
+            return Stored(weight), plain_bias
+        scale = self.codes[1][self.selection(expert)]
         integers = Stored(
-            ir.tensor(weight, name=f"{name}.weight"),
+            weight,
             ir.tensor(scale, name=f"{name}.scale"),
-            ir.tensor(zero, name=f"{name}.zero"),
+            ir.tensor(np.zeros(len(scale), np.int8), name=f"{name}.zero"),
             axis,
         )
         if bias is None or axis == 1:
-            return integers, None if bias is None else Stored(ir.tensor(bias, name=f"{name}.bias"))
+            return integers, plain_bias
         bias_scale = (scale * np.float32(self.x_scales[expert])).astype(np.float32)
         codes = quantize_bias(bias, bias_scale)
         return integers, Stored(
-            ir.tensor(codes, name=f"{name}.bias"),
+            _one_piece(codes, f"{name}.bias"),
             ir.tensor(bias_scale, name=f"{name}.bias_scale"),
             ir.tensor(np.zeros(len(codes), np.int32), name=f"{name}.bias_zero"),
         )
+
+    def _runs(self, expert: int) -> list[slice]:
+        """One expert's rows as stretches that lie side by side in the bank."""
+        rows = self.rows[expert]
+        starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1] + 1), len(rows)]
+        return [slice(rows[first], rows[first] + end - first) for first, end in pairwise(starts)]
 
     @cached_property
     def codes(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -207,12 +230,9 @@ class Bank:
         """All experts' filters one after another, [N * size, ...]; a view of the bank where that is its order
         already.
         """
-        n, size = self.num_experts, self.size
-        if self.starts == tuple(range(0, n * size, size)):
-            return self.weight[: n * size], None if self.bias is None else self.bias[: n * size]
-        weight = np.concatenate([self.expert_weight(e) for e in range(n)])
-        bias = None if self.bias is None else np.concatenate([self.bias[self.window(e)] for e in range(n)])
-        return weight, bias
+        everything = [row for rows in self.rows for row in rows]
+        chosen = slice(len(everything)) if everything == list(range(len(everything))) else everything
+        return self.weight[chosen], None if self.bias is None else self.bias[chosen]
 
 
 def initializer(value: ir.Value | None, what: str) -> np.ndarray | None:
@@ -235,19 +255,25 @@ def read_bank(node: ir.Node) -> Bank:
     """The weight bank of a routed node.
 
     Raises:
-        UnsupportedModelError: weights are not constant, or a window does not fit the bank.
+        UnsupportedModelError: weights are not constant, or an expert's rows are not in the bank.
     """
     weight = initializer(node.inputs[1], "the weight of a routed operator")
     assert weight is not None
     bias = initializer(node.inputs[2], "the bias of a routed operator")
-    starts, size = tuple(ints(node, "starts")), node.attributes.get_int("size")
-    if size > len(weight) or not all(0 <= start < len(weight) for start in starts):
+    rows = expert_rows(node)
+    if not all(0 <= row < len(weight) for own in rows for row in own):
         raise UnsupportedModelError(
-            f"experts of '{node.name}' must lie in a bank of {len(weight)} rows, got windows of {size} rows at {starts}"
+            f"experts of '{node.name}' must lie in a bank of {len(weight)} rows, got rows up to {max(map(max, rows))}"
         )
     scales = node.attributes.get_floats("x_scales", None)
     x_scales = None if scales is None else tuple(scales)
-    return Bank(weight=weight, bias=bias, starts=starts, size=size, x_scales=x_scales)
+    return Bank(weight=weight, bias=bias, rows=rows, x_scales=x_scales)
+
+
+def expert_rows(node: ir.Node) -> tuple[tuple[int, ...], ...]:
+    """Bank rows of each expert of a routed node."""
+    rows, size = ints(node, "rows"), node.attributes.get_int("size")
+    return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
 def ints(node: ir.Node, name: str) -> Sequence[int]:

@@ -16,10 +16,8 @@ from advmoe_export.passes.editing import constant, insert_one, linear_layer
 def fold_batchnorm(graph: ir.Graph) -> None:
     """Change the traced graph in place.
 
-    A BatchNorm over the packed slots of a routed operator is folded where every bank row belongs to at most one
-    expert: there its slot is
-    known. Where windows overlap (N * r > 1) it stays behind the operator, in the expert's branch, and the bank is
-    stored once.
+    A BatchNorm over the packed slots of a routed operator is folded where every bank row has one slot, whichever
+    expert computes it. Else it stays behind the operator, in the expert's branch.
     """
     for node in list(graph):
         if node.op_type != "BatchNormalization":
@@ -59,14 +57,15 @@ def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.nda
     weight = initializer(routed.inputs[1], "the weight of a routed operator")
     bias = initializer(routed.inputs[2], "the bias of a routed operator")
     assert weight is not None
-    starts, size = operators.ints(routed, "starts"), routed.attributes.get_int("size")
-    windows = [(start + np.arange(size)) % len(weight) for start in starts]
-    rows = np.concatenate(windows)
-    if len(np.unique(rows)) != len(rows) or len(scale) != size:
+    rows_NS = np.array(operators.expert_rows(routed))
+    slots_NS = np.broadcast_to(np.arange(rows_NS.shape[1]), rows_NS.shape)
+    if rows_NS.shape[1] != len(scale) or rows_NS.max() >= len(weight):
         return
-    slots = np.tile(np.arange(size), len(starts))
-    row_scale, row_shift = np.ones(len(weight)), np.zeros(len(weight))
-    row_scale[rows], row_shift[rows] = scale[slots], shift[slots]
+    slot_of_row = np.zeros(len(weight), np.int64)
+    slot_of_row[rows_NS] = slots_NS
+    if not np.array_equal(slot_of_row[rows_NS], slots_NS):
+        return
+    row_scale, row_shift = scale[slot_of_row], shift[slot_of_row]
     folded = weight * row_scale.reshape(-1, *([1] * (weight.ndim - 1)))
     folded_bias = row_shift if bias is None else row_shift + bias * row_scale
     name = str(routed.inputs[1].name)  # type: ignore[union-attr]

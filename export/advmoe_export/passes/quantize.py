@@ -18,7 +18,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from advmoe_export.operators import CONV, DOMAIN, FAKE_QUANTIZE, decision_of, has_bank, quantize_bias, quantize_rows
+from advmoe_export.operators import (
+    CONV,
+    DOMAIN,
+    FAKE_QUANTIZE,
+    decision_of,
+    expert_rows,
+    has_bank,
+    quantize_bias,
+    quantize_rows,
+)
 from advmoe_export.passes.editing import constant, insert_one
 from advmoe_export.passes.half import router_nodes
 from advmoe_export.passes.lower import Lowering
@@ -205,7 +214,7 @@ def calibrate(
 
 
 def _num_experts(layers: list[ir.Node], decision: ir.Value) -> int:
-    return next(len(node.attributes.get_ints("starts")) for node in layers if decision_of(node) is decision)
+    return next(len(expert_rows(node)) for node in layers if decision_of(node) is decision)
 
 
 def _complete(known: Range) -> Range:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from advmoe_export.operators import Bank, decision_of, has_bank, is_routed, read_bank
+from advmoe_export.operators import Bank, decision_of, expert_rows, has_bank, is_routed, read_bank
 from advmoe_export.passes.rows import is_rowwise, named, row_dim
 
 FOLLOWERS = named(
@@ -48,8 +48,8 @@ class Region:
     @property
     def num_experts(self) -> int:
         """N."""
-        attributes = self.routed[0].attributes
-        return len(attributes["starts" if "starts" in attributes else "scales"].value)
+        node = self.routed[0]
+        return len(expert_rows(node)) if has_bank(node) else len(node.attributes.get_floats("scales"))
 
     @property
     def row_dim(self) -> str:
