@@ -253,6 +253,10 @@ class RouteLog:
         """
         self._log.merge(other._log)
 
+    def forget_before(self, epoch: int) -> None:
+        """Drops all rows of earlier epochs, which bounds the log of a long training."""
+        self._log.forget_before(_key(("", epoch))[1])
+
     def routes(self, condition: Condition) -> Routes:
         """All rows of a condition.
 

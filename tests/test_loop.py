@@ -16,6 +16,7 @@ from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import Evaluation
+from advmoe.routes import RouteLog
 from advmoe.training import loop
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint
 from advmoe.training.loop import Trainer, cosine, split_dataset
@@ -90,6 +91,8 @@ def contents(path: Path) -> dict[str, Any]:
     """Everything a run left that does not depend on the clock."""
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"records": [{**record, "images_per_second": 0} for record in records]}
+    if (path / "routes.npz").exists():
+        found["routes"] = (path / "routes.npz").read_bytes()
     for name in ("last", "best"):
         checkpoint = load_checkpoint(path / f"{name}.pt")
         metrics = {**checkpoint.metrics, "images_per_second": 0}
@@ -130,6 +133,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert {name for name in names if not name.startswith("events.")} == {
         "config.json",
         "metrics.jsonl",
+        "routes.npz",
         "last.pt",
         "best.pt",
     }
@@ -143,7 +147,15 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
         assert 0 <= record["val_ra_pgd1"] <= record["val_sa"] <= 100
         assert len(record["router_load"]) == 12
         assert all(0.5 <= load <= 1 for load in record["router_load"]), "the busiest of two experts has half at least"
+        assert len(record["router_entropy"]) == 12
         assert {"train_loss", "train_sa", "train_ra", "routers_loss", "routers_sa"} <= record.keys()
+    assert "router_changed" not in records[0], "there is no epoch before"
+    assert len(records[1]["router_changed"]) == 12
+    assert 0 <= records[1]["train_pathways_changed"] <= 100
+    log = RouteLog.load(whole_run / "routes.npz")
+    assert log.conditions == (("clean", 1), ("clean", 2), ("pgd", 1), ("pgd", 2))
+    assert len(log.routes(("clean", 2)).indices) == 16
+    assert (log.expert_load(("clean", 2)).share.max(axis=(1, 2)).round(4) == records[1]["router_load"]).all()
     best = load_checkpoint(whole_run / "best.pt")
     assert best.class_names == tuple("0123456789")
     assert best.optimizers == []

@@ -73,6 +73,9 @@ def train(
     growth: Annotated[
         int | None, option(MODEL, "Channels that each layer of densenet adds. Default: 12 (32 for ImageNet).")
     ] = None,
+    image_size: Annotated[
+        int | None, option(MODEL, "Pixels that images of folder and imagenet are cut to. Default: 224.")
+    ] = None,
     granularity: Annotated[
         str | None,
         option(MODEL, "What a router decides for: layer, block, stage, image; token in vit. Default: layer."),
@@ -133,7 +136,8 @@ def train(
 ) -> None:
     """Train a model. The default is the paper's: an MoE-CNN with N = 2 experts at r = 0.5, trained by AdvMoE.
 
-    Writes config.json, metrics.jsonl, TensorBoard events, last.pt and best.pt (best validation RA) to the run folder.
+    Writes config.json, metrics.jsonl, TensorBoard events, routes.npz (who took which experts in the last two epochs),
+    last.pt and best.pt (best validation RA) to the run folder.
     Ctrl-C saves; the same command with --resume goes on.
     """
     from advmoe.data.sources import dataset_info, load_dataset
@@ -164,6 +168,7 @@ def train(
             width=width,
             depth=depth,
             growth=growth,
+            image_size=image_size,
             granularity=granularity,
             router_gradient=router_gradient,
             expert_filters=expert_filters,

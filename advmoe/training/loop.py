@@ -31,6 +31,7 @@ from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import resolve_method
+from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.statistics import EpochSums
 
@@ -65,15 +66,15 @@ class Split:
     validation: ImageSet
 
 
-def split_dataset(dataset: Dataset, config: TrainConfig) -> Split:
-    """Hold out the validation images, then keep `limit_train` of the rest."""
+def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | None = None) -> Split:
+    """Hold out the validation images, in the size the networks see, then keep `limit_train` of the rest."""
     train, validation = split_validation(dataset.train.labels, fraction=config.val_fraction, seed=config.seed)
     train_random, validation_random = np.random.default_rng(config.seed).spawn(2)
     if config.limit_train is not None and config.limit_train < len(train):
         train = np.sort(train_random.choice(train, config.limit_train, replace=False))
     if config.val_limit < len(validation):
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
-    return Split(dataset.train, train, in_memory(dataset.train.take(validation), dataset.info.image_size))
+    return Split(dataset.train, train, in_memory(dataset.train.take(validation), image_size or dataset.info.image_size))
 
 
 def difference(given: Any, wanted: Any) -> str:
@@ -148,7 +149,8 @@ class Trainer:
         self.folder = folder
         self.device = device
         self.observer = observer
-        self.split = split_dataset(dataset, config)
+        dataset.info.check_image_size(model_config.image_size)
+        self.split = split_dataset(dataset, config, image_size=model_config.image_size)
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
         if initial is not None:
@@ -165,6 +167,7 @@ class Trainer:
         self.step = 0
         self.best_ra = -1.0
         self.sums = self._new_sums()
+        self.routing = RoutingHistory(self.model, len(self.split.train_indices))
         self._metrics: dict[str, Any] = {}
         self._stop = False
         if resume is None:
@@ -197,7 +200,7 @@ class Trainer:
                 self._finish_epoch((self.sums[-1].images - images_before) / seconds)
                 saved, began, images_before = time.monotonic(), time.monotonic(), 0
             elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self.folder.save(self._checkpoint(), best=False)
+                self._save(best=False)
                 saved = time.monotonic()
             if self._stop and self.step < total:
                 return False
@@ -216,6 +219,7 @@ class Trainer:
         except TrainingError:
             self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
             raise
+        self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], results[-1])
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -237,15 +241,13 @@ class Trainer:
             prefix = "train" if level is self.levels[-1] else level.name
             record |= {f"{prefix}_{name}": round(value, 4) for name, value in sums.summary().items()}
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
-        if self.model.expert_layouts:
-            record["router_load"] = self.sums[-1].router_load()
-            record["router_entropy"] = self.sums[-1].router_entropy()
-            collapsed = [layer for layer, load in enumerate(record["router_load"]) if load >= COLLAPSED_LOAD]
-            if collapsed and self.model_config.num_experts > 1:
-                self.observer.warned(
-                    f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
-                    "send nearly every image to one expert"
-                )
+        record |= self.routing.figures(epoch)
+        collapsed = [layer for layer, load in enumerate(record.get("router_load", [])) if load >= COLLAPSED_LOAD]
+        if collapsed and self.model_config.num_experts > 1:
+            self.observer.warned(
+                f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
+                "send nearly every image to one expert"
+            )
         settled = self.step > self.method.settled * self.config.epochs * self.steps_per_epoch
         best = settled and 100 * validation.ra > self.best_ra
         if best:
@@ -253,7 +255,7 @@ class Trainer:
         self._metrics = record
         self.folder.log(record)
         self.sums = self._new_sums()
-        self.folder.save(self._checkpoint(), best=best)
+        self._save(best=best)
         self.observer.validated(record)
 
     def _batches(self) -> Iterator[list[Batch]]:
@@ -285,8 +287,7 @@ class Trainer:
         )
 
     def _new_sums(self) -> list[EpochSums]:
-        layers = len(self.model.expert_layouts)
-        return [EpochSums(layers, self.model_config.num_experts, self.device) for _ in self.levels]
+        return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]
 
     def _new_average(self) -> AveragedModel | None:
         if self.config.ema == 0:
@@ -298,6 +299,10 @@ class Trainer:
         if self.average is None:
             return self.model
         return cast(RoutedNetwork, self.average.module)
+
+    def _save(self, *, best: bool) -> None:
+        self.routing.save(self.folder.routes)
+        self.folder.save(self._checkpoint(), best=best)
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
@@ -341,3 +346,4 @@ class Trainer:
         self._metrics = dict(checkpoint.metrics)
         for sums, state in zip(self.sums, checkpoint.progress["sums"], strict=True):
             sums.load_state_dict(state)
+        self.routing.resume(self.folder.routes)

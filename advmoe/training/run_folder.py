@@ -1,4 +1,7 @@
-"""What a run leaves in its folder: `config.json`, `metrics.jsonl`, TensorBoard events, `last.pt` and `best.pt`."""
+"""What a run leaves in its folder.
+
+`config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt` and `best.pt`.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per epoch."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def routes(self) -> Path:
+        """Route log of the last two epochs of an MoE-CNN (see `advmoe.routes`)."""
+        return self.path / "routes.npz"
 
     def start(self, config: dict[str, Any]) -> None:
         """Begin a new run.

@@ -8,7 +8,7 @@
 //! | `num_experts` | uint16 | [L] | experts of each MoE layer |
 //! | `condition_names` | str | [C] | names of the conditions |
 //! | `condition` | uint16 | [n] | row of `condition_names` |
-//! | `epoch` | uint32 | [n] | epochs of training before |
+//! | `epoch` | uint32 | [n] | epoch of training, else 0 |
 //! | `index` | int64 | [n] | sample index |
 //! | `label`, `prediction` | int32 | [n] | classes, -1 where unknown |
 //! | `expert` | uint8 | [n, L] | expert that each layer chose |

@@ -15,7 +15,7 @@ pub const MAX_CONDITION: usize = 128;
 pub struct Key {
     /// "clean", or the name of the attack.
     pub condition: String,
-    /// Epochs of training that the model had behind it, where that matters; else 0.
+    /// The epoch of training it happened in, where that matters; else 0.
     pub epoch: u32,
 }
 
@@ -209,6 +209,11 @@ impl RouteLog {
         Ok(())
     }
 
+    /// Drops all rows of epochs before `epoch`.
+    pub fn forget_before(&mut self, epoch: u32) {
+        self.tables.retain(|key, _| key.epoch >= epoch);
+    }
+
     /// Sorts what was appended out of order, so that tables can be read.
     pub fn sort(&mut self) {
         self.tables.values_mut().for_each(Table::sort);
@@ -308,6 +313,18 @@ mod tests {
             log.append(key("clean"), rows).unwrap();
         }
         assert!(log.tables[&key("clean")].len() <= 1000 + (1 << 16));
+    }
+
+    #[test]
+    fn epochs_are_forgotten_from_the_first() {
+        let mut log = RouteLog::new(vec![2]).unwrap();
+        let rows = Rows { indices: &[0], experts: &[1], labels: &[0], predictions: &[0] };
+        for (condition, epoch) in [("clean", 1), ("clean", 2), ("pgd", 1), ("pgd", 3)] {
+            log.append(Key { condition: condition.into(), epoch }, rows).unwrap();
+        }
+        log.forget_before(2);
+        let kept: Vec<_> = log.keys().map(|key| (key.condition.as_str(), key.epoch)).collect();
+        assert_eq!(kept, [("clean", 2), ("pgd", 3)]);
     }
 
     #[test]

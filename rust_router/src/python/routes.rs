@@ -117,6 +117,14 @@ impl RouteLog {
         Ok(self.with(py, |log| log.merge(&other))?)
     }
 
+    /// Drops all rows of epochs before this one.
+    fn forget_before(&self, py: Python<'_>, epoch: u32) -> PyResult<()> {
+        Ok(self.with(py, |log| {
+            log.forget_before(epoch);
+            Ok(())
+        })?)
+    }
+
     /// Indices `[n]`, experts `[n, L]`, labels `[n]` and predictions `[n]` of a condition, by ascending index.
     #[expect(clippy::type_complexity, reason = "four columns")]
     fn rows<'py>(

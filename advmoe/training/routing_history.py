@@ -1,0 +1,97 @@
+"""What the routers did with the training images, epoch by epoch: the route log of a run.
+
+Images are logged as the training step saw them, cropped and mirrored anew in every epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advmoe.data.loader import Batch
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Routing
+from advmoe.routes import ExpertLoad, RouteLog
+from advmoe.training.steps import StepResult
+
+CLEAN, ATTACKED = "clean", "pgd"
+"""Conditions of the log."""
+MOST_BYTES = 2**28
+"""Size of a run's log in memory. Where all images would take more, every k-th is logged."""
+ROW_BYTES = 16
+"""A row's index and classes, beside one byte for each decision."""
+
+
+class RoutingHistory:
+    """The routes of the epoch under way and of the one before, by row of the training images.
+
+    Args:
+        model: the network whose routing is logged.
+        num_images: training images.
+    """
+
+    def __init__(self, model: RoutedNetwork, num_images: int) -> None:
+        self._num_layers = len(model.expert_layouts)
+        num_decisions = self._num_layers * model.rows_per_image
+        self._log = RouteLog([model.config.num_experts] * num_decisions)
+        two_epochs = 2 * 2 * num_images * (num_decisions + ROW_BYTES)
+        self._every = math.ceil(two_epochs / MOST_BYTES)
+
+    def add(self, epoch: int, batch: Batch, result: StepResult) -> None:
+        """Log one step of an epoch; epochs before the last are forgotten."""
+        if not self._num_layers:
+            return
+        self._log.forget_before(epoch - 1)
+        self._append((CLEAN, epoch), batch, result.routing)
+        if result.adversarial_routing is not None:
+            self._append((ATTACKED, epoch), batch, result.adversarial_routing)
+
+    def figures(self, epoch: int) -> dict[str, Any]:
+        """What the routers did with clean images in an epoch, per MoE layer.
+
+        Returns:
+            `router_load`, the busiest expert's share of the decisions, 1/N to 1; `router_entropy` of the load, divided
+            by log N: 0 is a collapsed router, 1 perfect balance. After the first epoch also `router_changed`, the share
+            of decisions that differ from those for the same image in the epoch before, and `train_pathways_changed`,
+            the share of images with any such decision in per cent. Empty without MoE layers.
+        """
+        if not self._num_layers:
+            return {}
+        counts_LKN = self._log.expert_load((CLEAN, epoch)).counts_LKN
+        # where tokens are routed, a layer has several decisions per image, side by side
+        counts_LTN = counts_LKN.reshape(self._num_layers, -1, counts_LKN.shape[2])
+        load = ExpertLoad(counts_LKN=counts_LTN.sum(axis=1, keepdims=True))
+        bits = math.log2(max(2, counts_LKN.shape[2]))
+        found: dict[str, Any] = {
+            "router_load": load.share.max(axis=(1, 2)).round(4).tolist(),
+            "router_entropy": (load.entropy[:, 0] / bits).round(4).tolist(),
+        }
+        if (CLEAN, epoch - 1) in self._log.conditions:
+            change = self._log.compare((CLEAN, epoch - 1), (CLEAN, epoch))
+            changed_LT = change.changed_by_layer.reshape(self._num_layers, -1)
+            found["router_changed"] = np.mean(changed_LT, axis=1).round(4).tolist()
+            found["train_pathways_changed"] = round(100 * (1 - change.survival), 4)
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the log, before the checkpoint it belongs to: steps that are done again log the same rows again."""
+        if self._num_layers:
+            self._log.save(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on with the log that an interrupted run left; without it, statistics begin anew.
+
+        Raises:
+            DataError: a damaged file.
+            ConfigError: the log of another model.
+        """
+        if self._num_layers and path.exists():
+            self._log.merge(RouteLog.load(path))
+
+    def _append(self, condition: tuple[str, int], batch: Batch, routing: Routing) -> None:
+        logged = batch.indices % self._every == 0
+        experts_BL = routing.expert_index_BL.cpu()
+        self._log.append(condition, batch.indices[logged], experts_BL[logged], labels=batch.labels.cpu()[logged])
