@@ -16,7 +16,7 @@ from advmoe.config import AttackConfig, ModelConfig
 from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.analysis import analyse, histogram
-from advmoe.evaluation.card import figures, load_card, make_card, pixels, save_card
+from advmoe.evaluation.card import figures, load_card, make_card, pixels, save_card, standard_error
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
@@ -188,3 +188,12 @@ def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> 
         assert number in page
     numbers = figures(result)
     assert numbers["standard_error"] == 27.22  # sqrt(1/3 * 2/3 / 3)
+
+
+def test_shares_carry_their_standard_error(result: SuiteResult) -> None:
+    assert standard_error(50.0, 100) == 5.0  # sqrt(1/2 * 1/2 / 100)
+    assert standard_error(0.0, 10) == standard_error(100.0, 10) == 0.0
+    page = render([card_of(result, "one")], {})
+    assert "66.67 ± 27.2" in page
+    assert "33.33 ± 27.2" in page
+    assert "3 rooms test images, seed 0" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from fractions import Fraction
@@ -29,6 +30,12 @@ AUTOATTACK = f"autoattack/{STANDARD[-1]}"
 def percent(share: float) -> float:
     """Per cent with two digits."""
     return round(100 * share, 2)
+
+
+def standard_error(per_cent: float, images: int) -> float:
+    """Of a share of so many independent images, in points; both in per cent."""
+    share = per_cent / 100
+    return 100 * math.sqrt(share * (1 - share) / images)
 
 
 def pixels(eps: float) -> str:
@@ -69,7 +76,7 @@ def figures(result: SuiteResult) -> dict[str, Any]:
         changed = (result.arrays["pathway/clean"] != result.arrays["pathway/pgd"]).any(axis=1)
         ran["routers_fooled"] = percent(float(changed.mean()))
         ran["pathways"] = result.pathways_used
-    ran["standard_error"] = percent(float(np.sqrt(result.ra("worst") * (1 - result.ra("worst")) / result.images)))
+    ran["standard_error"] = round(standard_error(100 * result.ra("worst"), result.images), 2)
     return ran
 
 

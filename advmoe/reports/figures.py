@@ -1,5 +1,7 @@
 """Figures of an evaluation as SVG text: white background, readable when printed in grey, text stays text.
 
+They are narrow, so that a phone need not shrink them. Error bars are one standard error of a share of that many images.
+
 Input are the plain values of result cards (`advmoe.evaluation.card`) and analyses (`advmoe.evaluation.analysis`).
 """
 
@@ -11,9 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from advmoe.errors import ConfigError
+from advmoe.evaluation.card import standard_error
 
-COLOURS = ("#1b6ca8", "#d1495b", "#3f7d3f", "#c98a00", "#6a4c93", "#555555")
-"""One per model; of different lightness, so that they differ in grey too."""
+COLOURS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
+"""One per model; neighbours differ in lightness, for grey print, and to the colour-blind (after Okabe & Ito)."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+WIDTH = 4.6
+"""Inches."""
 CLASSES = (
     ("router_survives_right", "1: router survives, right", "#1b6ca8", ""),
     ("router_fooled_right", "2: router fooled, right", "#8fc1e3", "//"),
@@ -27,7 +33,7 @@ Analysis = Mapping[str, Any]
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
+def _axes(height: float) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on; the list holds the finished SVG afterwards."""
     try:
         import matplotlib as mpl
@@ -41,13 +47,13 @@ def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": 10,
+        "axes.titlesize": 9,
         "hatch.linewidth": 0.6,
         "legend.frameon": False,
     }
     finished: list[str] = []
     with mpl.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure.add_subplot(), finished
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -71,22 +77,28 @@ def accuracies(cards: Sequence[Card]) -> str:
     values = [dict(card["advmoe"], pgd=card["advmoe"][f"ra_pgd{card['advmoe']['attack']['steps']}"]) for card in cards]
     rows = [name for name in names if any(name in numbers for numbers in values)]
     thickness = 0.8 / len(cards)
-    with _axes(6.4, 0.8 + 0.3 * len(rows) * max(1.0, 0.6 * len(cards))) as (axes, finished):
+    with _axes(0.8 + 0.3 * len(rows) * max(1.0, 0.6 * len(cards)) + 0.2 * len(cards)) as (axes, finished):
         for model, (card, numbers) in enumerate(zip(cards, values, strict=True)):
             places = [
                 row + (model - (len(cards) - 1) / 2) * thickness for row, name in enumerate(rows) if name in numbers
             ]
             lengths = [numbers[name] for name in rows if name in numbers]
             bars = axes.barh(
-                places, lengths, height=0.92 * thickness, color=COLOURS[model % len(COLOURS)], label=card["name"]
+                places,
+                lengths,
+                xerr=[standard_error(length, numbers["images"]) for length in lengths],
+                error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
+                height=0.92 * thickness,
+                color=COLOURS[model % len(COLOURS)],
+                label=card["name"],
             )
-            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         axes.set_yticks(range(len(rows)), [names[name] for name in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
-        axes.set_xlabel("per cent of the test images")
+        axes.set_xlabel(f"per cent of {cards[0]['advmoe']['images']} test images")
         if len(cards) > 1:
-            axes.legend(loc="lower right", fontsize=8)
+            axes.figure.legend(loc="outside upper left", fontsize=8)
     return finished[0]
 
 
@@ -100,15 +112,25 @@ def radius_curve(cards: Sequence[Card]) -> str | None:
         curves.append(sorted(points.items()))
     if all(len(curve) < 3 for curve in curves):
         return None
-    with _axes(5.2, 3.2) as (axes, finished):
+    with _axes(3.0 + 0.2 * len(cards)) as (axes, finished):
         for model, (card, curve) in enumerate(zip(cards, curves, strict=True)):
-            axes.plot(*zip(*curve, strict=True), marker="o", color=COLOURS[model % len(COLOURS)], label=card["name"])
-        axes.set_xlabel("eps (of 255)")
-        axes.set_ylabel("RA under PGD, per cent")
+            radii, ras = zip(*curve, strict=True)
+            axes.errorbar(
+                radii,
+                ras,
+                yerr=[standard_error(ra, card["advmoe"]["images"]) for ra in ras],
+                marker=MARKERS[model % len(MARKERS)],
+                markersize=5,
+                capsize=2,
+                color=COLOURS[model % len(COLOURS)],
+                label=card["name"],
+            )
+        axes.set_xlabel("radius eps of the attack, in 1/255")
+        axes.set_ylabel(f"RA under PGD, per cent of {cards[0]['advmoe']['images']} images")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if len(cards) > 1:
-            axes.legend(fontsize=8)
+            axes.figure.legend(loc="outside upper left", fontsize=8)
     return finished[0]
 
 
@@ -120,7 +142,7 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
         for name, values in analysis["conditions"].items()
         if values.get("dissection")
     ]
-    with _axes(6.4, 1.5 + 0.42 * len(bars)) as (axes, finished):
+    with _axes(1.5 + 0.42 * len(bars)) as (axes, finished):
         left = [0.0] * len(bars)
         for key, label, colour, hatch in CLASSES:
             lengths = [parts[key] for _, parts in bars]
@@ -145,14 +167,14 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
-        axes.set_xlabel("per cent of the adversarial examples")
+        axes.set_xlabel(f"per cent of {next(iter(analyses.values()))['images']} attacked images")
         axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return finished[0]
 
 
-def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str) -> str:
-    """Counts over IoU from 0 to 1, a line per condition (paper, Fig. 6)."""
-    with _axes(5.2, 2.8) as (axes, finished):
+def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str, counted: str) -> str:
+    """Shares of what is `counted` over IoU from 0 to 1, a line per condition (paper, Fig. 6)."""
+    with _axes(2.8) as (axes, finished):
         for number, (name, values) in enumerate(histograms.items()):
             counts = values["counts"]
             total = max(sum(counts), 1)
@@ -168,8 +190,8 @@ def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str) -> st
                 label=f"{name} (mean {values['mean']:.2f})",
             )
         axes.set_xlim(0, 1)
-        axes.set_xlabel("IoU")
-        axes.set_ylabel("per cent")
+        axes.set_xlabel("IoU of the channels (1: the same pathway)")
+        axes.set_ylabel(f"per cent of {counted}")
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8)
     return finished[0]
@@ -178,7 +200,7 @@ def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str) -> st
 def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
     """Share of the images that each expert of each MoE layer gets, stacked."""
     experts = len(load_LN[0])
-    with _axes(5.2, 2.4) as (axes, finished):
+    with _axes(2.4) as (axes, finished):
         bottom = [0.0] * len(load_LN)
         for expert in range(experts):
             heights = [100 * shares[expert] for shares in load_LN]
@@ -204,29 +226,38 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
 
 def changed_layers(analysis: Analysis) -> str:
     """Share of images whose expert the attack changes, layer by layer."""
-    with _axes(5.2, 2.4) as (axes, finished):
+    with _axes(2.4) as (axes, finished):
         for number, (name, values) in enumerate(analysis["conditions"].items()):
             if values.get("dissection"):
                 changed = values["dissection"]["changed_by_layer"]
-                axes.plot(range(len(changed)), changed, marker="o", color=COLOURS[number % len(COLOURS)], label=name)
+                axes.plot(
+                    range(len(changed)),
+                    changed,
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=4,
+                    color=COLOURS[number % len(COLOURS)],
+                    label=name,
+                )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("MoE layer")
-        axes.set_ylabel("per cent of images\nwhose expert changes")
+        axes.set_title("Images whose expert changes under attack", loc="left")
+        axes.set_ylabel(f"per cent of {analysis['images']} images")
         axes.legend(fontsize=8)
     return finished[0]
 
 
 def analysis_figures(analysis: Analysis) -> dict[str, str]:
     """All figures of one model's routing, by file name."""
+    images = f"{analysis['images']} images"
     drawn = {
         "dissection": dissections({"": analysis}),
-        "load": expert_load(analysis["conditions"]["clean"]["load"], "Expert load, clean images"),
+        "load": expert_load(analysis["conditions"]["clean"]["load"], f"Expert load, {images}, clean"),
         "changed_layers": changed_layers(analysis),
     }
     if "similarity" in analysis:
         similarity = analysis["similarity"]
-        drawn["overlap"] = iou_histogram(similarity["overlap"], "Clean and attacked pathway of the same image")
-        drawn["diversity"] = iou_histogram(similarity["diversity"], "Pathways of pairs of images")
+        drawn["overlap"] = iou_histogram(similarity["overlap"], "Clean and attacked pathway of the same image", images)
+        drawn["diversity"] = iou_histogram(similarity["diversity"], "Pathways of pairs of images", "pairs of images")
     if "mask" in analysis:
-        drawn["mask"] = iou_histogram(analysis["mask"], "Pathway and mask pathway of the Sparse-CNN")
+        drawn["mask"] = iou_histogram(analysis["mask"], "Pathway and mask pathway of the Sparse-CNN", images)
     return drawn

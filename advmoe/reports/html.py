@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from advmoe.errors import ConfigError
-from advmoe.evaluation.card import latencies
+from advmoe.evaluation.card import latencies, standard_error
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
@@ -18,7 +18,6 @@ ACCURACIES = {
     "ra_route": "RA, and the route attack",
     "ra_aa": "RA under AutoAttack (standard)",
     "ra_worst": "RA, worst of everything run",
-    "standard_error": "standard error of the last (points)",
     "ra_experts": "RA-E: experts attacked, routing frozen",
     "ra_routers": "RA-R: only the routers attacked",
     "every_pathway": "right on every pathway in use",
@@ -64,7 +63,9 @@ def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
 def _value(card: Card, name: str) -> str:
     numbers = card["advmoe"]
     key = f"ra_pgd{numbers['attack']['steps']}" if name == "pgd" else name
-    return f"{numbers[key]:.2f}" if key in numbers else ""
+    if key not in numbers:
+        return ""
+    return f"{numbers[key]:.2f} ± {standard_error(numbers[key], numbers['images']):.1f}"
 
 
 def _row(text: str, name: str, cards: Sequence[Card]) -> dict[str, Any]:
