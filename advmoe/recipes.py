@@ -81,8 +81,9 @@ def resolve(
         start="gaussian",
     )
     described = model_config(
-        num_classes=info.num_classes, image_size=info.image_size, mean=info.mean, std=info.std, **model
+        **{"num_classes": info.num_classes, "image_size": info.image_size, "mean": info.mean, "std": info.std, **model}
     )
+    info.check_image_size(described.image_size)
     train_config = TrainConfig(
         **{
             "dataset": info.name,

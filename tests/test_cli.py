@@ -124,6 +124,10 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
             ["train", "digits", "--loss", "pgd_at", "--trades-beta", "3"],
             r"trades_beta = 3.0 has no effect on .* pgd_at",
         ),
+        (
+            ["train", "digits", "--image-size", "64"],
+            r"images of digits are 32 pixels wide and are not resized, got .* 64",
+        ),
         (["train", "digits", "--resume"], r"no checkpoint at .*last\.pt"),
         (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
         (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
@@ -234,6 +238,21 @@ def test_results_go_to_stdout_and_progress_to_stderr(run_folder: Path, capsys: p
     assert re.search(r"RA \(PGD-1, eps 8/255\)", out)
     assert main(["info"]) == 0
     assert "vgg16" in capsys.readouterr().out
+
+
+def test_images_of_a_folder_are_cut_to_the_size_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / "pets" / ("train" if number < 24 else "val") / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + number, 50), (8 * number, 100, 50)).save(folder / f"{number}.png")
+    options = ["--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--steps", "1", "--out", "run", "--json"]
+    assert main(["train", "folder", "--data-dir", "pets", "--image-size", "32", *options]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "run/best.pt", "--data-dir", "pets", "--steps", "1", "--diagnose", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 6
+    assert main(["info", "run/best.pt", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, "cat, dog")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ FOLDER = DatasetInfo(
     name="folder",
     num_classes=0,
     image_size=224,
+    resized=True,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     eps=2 / 255,
@@ -63,7 +64,8 @@ def find_split(root: Path, names: Sequence[str]) -> Path:
         if (root / name).is_dir():
             return root / name
     raise DataError(
-        f"{root} has no folder {' or '.join(names)}; expected an image folder with train/<class>/* and val/<class>/*"
+        f"{root} has no folder {' or '.join(names)}; expected an image folder (--data-dir) with train/<class>/* "
+        "and val/<class>/*"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe import rust_router
-from advmoe.errors import DataError
+from advmoe.errors import ConfigError, DataError
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while something slow goes on; ``done == total`` ends it."""
@@ -124,6 +124,8 @@ class DatasetInfo:
     """Names of the labels in order; empty where only the files tell, and filled in once they have been read."""
     image_size: int
     """Height and width in pixels the networks see."""
+    resized: bool = False
+    """Whether the images have sizes of their own and are cut to `image_size`, or to any other that is asked for."""
     mean: tuple[float, float, float]
     """Mean of each colour over the training set, in pixel units of [0, 1]."""
     std: tuple[float, float, float]
@@ -136,6 +138,14 @@ class DatasetInfo:
     """Images in the complete training set; ``None`` where only the files tell."""
     test_size: int | None = None
     """Images in the complete test set; ``None`` where only the files tell."""
+
+    def check_image_size(self, size: int) -> None:
+        """Raise `ConfigError` unless the images are, or can be made, ``size`` pixels wide."""
+        if not self.resized and size != self.image_size:
+            raise ConfigError(
+                f"the images of {self.name} are {self.image_size} pixels wide and are not resized, got image size "
+                f"{size}; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
