@@ -73,6 +73,22 @@ def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: S
     assert (parts["router_robustness"], parts["moe_robustness"]) == (75.0, 50.0)
 
 
+def test_the_routers_are_judged_by_images_that_were_all_attacked(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    torch.manual_seed(0)
+    model = tiny_vgg().eval()
+    noise = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        labels = model(torch.from_numpy(noise).permute(0, 3, 1, 2) / 255).argmax(dim=1).numpy()
+    labels[:8] = (labels[:8] + 1) % 10  # wrong when clean: nothing to break, but routers to fool
+    images = ImageSet(images=noise, labels=labels, class_names=tuple("0123456789"))
+    attack = AttackConfig(eps=64 / 255, steps=5, step_size=16 / 255)
+    result = run_suite(model, images, SuiteConfig(attack=attack, diagnosed=0, routing=False))
+    for condition in ("pgd", "worst"):
+        changed = (result.arrays["pathway/clean"] != result.arrays[f"pathway/{condition}"]).any(axis=1)
+        assert changed[:8].any(), condition
+    assert dissection(route_log(result, model), "worst")["moe_robustness"] == 100 * result.ra("worst")
+
+
 def test_diagnostics_look_at_what_all_attacks_left(result: SuiteResult) -> None:
     assert result.white_box == [
         "pgd",

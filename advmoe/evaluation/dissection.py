@@ -10,7 +10,7 @@ from advmoe.routes import Condition, RouteChange, RouteLog
 
 
 def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
-    """The pathways that an evaluation saw, under the conditions `clean`, `pgd` and `worst`."""
+    """The pathways that an evaluation saw, under the conditions `clean`, `pgd` (after its last step) and `worst`."""
     log = RouteLog([model.config.num_experts] * (len(model.expert_layouts) * model.rows_per_image))
     for name, pathways in result.arrays.items():
         kind, _, condition = name.partition("/")
@@ -28,7 +28,9 @@ def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
 def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> dict[str, Any]:
     """Shares of all images in per cent: the four classes, and what they add up to.
 
-    Images that are wrong when clean are among the wrong ones: RA here is the accuracy under the attack.
+    All images were attacked, also those that are wrong when clean. Under `pgd` the MoE's robustness is the accuracy
+    after the last step, which may lie above RA: for that, being wrong at any step counts. Under `worst` it is
+    `ra_worst`.
     """
     change: RouteChange = log.compare(clean, attack)
     parts = change.dissection

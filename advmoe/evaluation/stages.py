@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import STANDARD, autoattack
+from advmoe.attacks.pgd import cross_entropy_objective, pgd
 from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.routes import attack_every_pathway, attack_routers, flip_radius, route_attack
-from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.untargeted import starts, untargeted
 from advmoe.data.loader import Batch
 from advmoe.evaluation.accuracy import check_finite
 from advmoe.evaluation.results import SuiteConfig
@@ -53,11 +54,11 @@ class BatchRun:
     seed: int
     arrays: Arrays
     worst: Tensor
-    """[B, 3, H, W]: the first adversarial version found that the model gets wrong; the clean image else."""
+    """[B, 3, H, W]: the first adversarial version found that the model gets wrong; see `conclude` for the others."""
     broken: Tensor
     """[B], bool."""
-    nearby: Tensor
-    """[B, 3, H, W]: where plain PGD ended, whether it won or not."""
+    attacked: Tensor
+    """[B, 3, H, W]: every image after all steps of plain PGD, whether it won or not, and if it was wrong when clean."""
 
     @property
     def victims(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +84,18 @@ class BatchRun:
         logits, pathways = predict(self.model, images)
         self.arrays[f"prediction/{condition}"] = logits.argmax(dim=1).cpu().numpy()
         self.arrays[f"pathway/{condition}"] = pathways.to(torch.uint8).cpu().numpy()
+
+    def conclude(self) -> None:
+        """Note the worst case: who withstood everything, and each image's version that decided it.
+
+        Images that no attack broke, and those wrong when clean, are shown attacked too, so that the routers are not
+        judged by images that nobody touched; unless that would change the verdict.
+        """
+        self.record("worst", ~self.broken[self.right])
+        still = predict(self.model, self.attacked)[0].argmax(dim=1) == self.y
+        shown = (still == self.right) & ~self.broken
+        self.worst[shown] = self.attacked[shown]
+        self.observe("worst", self.worst)
 
 
 def begin(model: nn.Module, batch: Batch, config: SuiteConfig, seed: int, device: torch.device) -> BatchRun:
@@ -119,10 +132,14 @@ def stages(run: BatchRun, common_ML: Tensor) -> list[tuple[str, Callable[[], Non
 def _pgd(run: BatchRun) -> None:
     found, robust = untargeted(run.model, *run.victims, run.config.attack, run.seed)
     run.record("pgd", robust, found)
-    adversarial = run.x.clone()
-    adversarial[run.right] = found
-    run.observe("pgd", adversarial)
-    run.nearby = adversarial
+    if is_routed(run.model):
+        attack = run.config.attack
+        first = starts(run.x, run.indices, attack, run.seed, [0])
+        run.attacked = pgd(run.model, run.x, cross_entropy_objective(run.y), attack, start=first)
+    else:  # no router to dissect, so nothing is spent on images that are done
+        run.attacked = run.x.clone()
+        run.attacked[run.right] = found
+    run.observe("pgd", run.attacked)
 
 
 def _views(run: BatchRun) -> None:
@@ -147,7 +164,7 @@ def _route(run: BatchRun, common_ML: Tensor) -> None:
             run.config.attack,
             run.seed,
             observed_ML=common_ML[:OBSERVED],
-            nearby=run.nearby[run.right][open_V],
+            nearby=run.attacked[run.right][open_V],
             config=run.config.route,
         )
     run.record("route", robust_V, found)

@@ -25,6 +25,8 @@ from advmoe.evaluation.stages import begin, predict, stages
 from advmoe.evaluation.state import EvaluationState
 from advmoe.models.network import RoutedNetwork
 
+STATE_LAYOUT = 2
+"""Raised when an array of the state changes its meaning, so that an evaluation never goes on from the old one."""
 Progress = Callable[[float, int, str], None]
 """(images done, images in all, what is going on)."""
 
@@ -73,8 +75,7 @@ def run_suite(
             for number, (what, attack) in enumerate(attacks):
                 tell(done + len(run.y) * number / len(attacks), total, what)
                 attack()
-            run.observe("worst", run.worst)
-            run.record("worst", ~run.broken[run.right])
+            run.conclude()
             state.add({name: run.arrays[name] for name in sorted(run.arrays)})
         result = SuiteResult(
             config=config,
@@ -105,6 +106,7 @@ def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size
     for diagnostic_only in ("diagnosed", "square_queries"):
         del settings[diagnostic_only]
     return {
+        "layout": STATE_LAYOUT,
         "model": weights.hexdigest()[:16],
         "images": pixels.hexdigest()[:16],
         "batch size": batch_size,
