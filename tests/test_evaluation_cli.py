@@ -72,6 +72,23 @@ def test_latency_is_shown_with_its_hardware(
     assert json.loads(capsys.readouterr().out)["latency_ms_per_image"] == {}
 
 
+def test_the_mask_of_a_sparse_cnn_is_compared_at_once(
+    checkpoint: Path, tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = tmp_path / "sparse.pt"
+    model = tiny_vgg(kind="sparse_cnn")
+    save_checkpoint(sparse, Checkpoint(model=model.config, weights=model.state_dict()))
+    out = tmp_path / "evaluation"
+    assert evaluate(checkpoint, "--diagnose", "0", "--mask", str(sparse), "--out", str(out), "--json") == 0
+    found = json.loads(capsys.readouterr().out)["mask_iou"]
+    assert main(["analyze", str(out), "--mask", str(sparse), "--no-figures", "--json"]) == 0
+    analysed = json.loads(capsys.readouterr().out)["mask"]
+    assert found == {name: values["mean"] for name, values in analysed.items()}
+    assert set(found) == {"clean", "pgd", "worst"}
+    assert main(["evaluate", str(sparse), "--mask", str(sparse)]) == 1
+    assert "--mask is for an MoE-CNN, this is a sparse_cnn" in capsys.readouterr().err
+
+
 def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(checkpoint, "--strict", "--diagnose", "0") == 1
     assert "--strict judges by the diagnostics" in capsys.readouterr().err

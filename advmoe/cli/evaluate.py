@@ -14,9 +14,13 @@ from advmoe.config import AttackConfig, check, check_eps
 from advmoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from advmoe.data.sets import Dataset, Images, ImageSet
+    from advmoe.models.network import RoutedNetwork
+    from advmoe.routes import PathwayChannels
     from advmoe.training.checkpoint import Checkpoint
 
 CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"
@@ -49,6 +53,9 @@ def evaluate(
         bool, typer.Option("--suite", help="Everything: --routing, --autoattack and a sweep from eps/4 to 2 eps.")
     ] = False,
     diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0 leaves them out.")] = 64,
+    mask: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+    ] = None,
     latency: Annotated[bool, typer.Option(help="Time single images and whole batches, for a few seconds.")] = True,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 2 if a diagnostic fails: the numbers are not to be trusted.")
@@ -74,6 +81,7 @@ def evaluate(
     from advmoe.evaluation.card import make_card, save_card
     from advmoe.evaluation.cost import hardware, measure_cost
     from advmoe.evaluation.dissection import route_log
+    from advmoe.evaluation.pathways import mask_similarity
     from advmoe.evaluation.results import SuiteConfig
     from advmoe.evaluation.suite import run_suite
     from advmoe.training.checkpoint import load_checkpoint
@@ -83,6 +91,7 @@ def evaluate(
     check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
     contents = load_checkpoint(checkpoint)
     model = contents.build().to(resolve_device(device))
+    channels, masked = (None, None) if mask is None else _comparable(model, mask)
     radius = _radius(contents, eps)
     length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
     sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
@@ -121,15 +130,33 @@ def evaluate(
         device=hardware(next(model.parameters()).device),
         latency=_latency(model, images, batch_size) if latency else None,
     )
+    log = route_log(result, model)
+    if channels is not None and masked is not None:
+        similar = mask_similarity(log, [name for name, _ in log.conditions], channels, masked)
+        card["advmoe"]["mask_iou"] = {each.condition: round(float(each.iou.mean()), 4) for each in similar}
     if out is not None:
         save_card(out / CARD, card)
-        route_log(result, model).save(out / ROUTES)
+        log.save(out / ROUTES)
     if json:
         console.emit_json({"checkpoint": str(checkpoint), "dataset": data.info.name} | card["advmoe"])
     else:
         show(f"{checkpoint} on {data.info.name} (test)", card)
     if strict and not card["advmoe"]["trusted"]:
         raise typer.Exit(UNTRUSTED)
+
+
+def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDArray[np.bool_]]:
+    """The channels of an MoE-CNN's experts, and a Sparse-CNN's mask over them.
+
+    Raises:
+        ConfigError: the model is no MoE-CNN, or they are on different backbones.
+    """
+    from advmoe.evaluation.pathways import mask_of, pathway_channels
+    from advmoe.training.checkpoint import load_checkpoint
+
+    check(bool(model.expert_layouts), f"--mask is for an MoE-CNN, this is a {model.config.kind}; leave it out")
+    channels = pathway_channels(model)
+    return channels, mask_of(load_checkpoint(mask).build(), channels)
 
 
 def _radius(contents: Checkpoint, eps: str | None) -> float:
@@ -210,6 +237,8 @@ def show(title: str, card: dict[str, Any]) -> None:
     if "routers_fooled" in numbers:
         rows["pathways changed by PGD"] = f"{numbers['routers_fooled']:.2f} %"
         rows["distinct pathways, clean"] = numbers["pathways"]
+    if "mask_iou" in numbers:
+        rows["IoU with the mask pathway"] = ", ".join(f"{iou:.3f} {name}" for name, iou in numbers["mask_iou"].items())
     rows |= {
         "attack": f"step {255 * attack['step_size']:.3g}/255, {attack['restarts']} restart(s), start {attack['start']}",
         "images": f"{numbers['images']} (standard error of RA {numbers['standard_error']:.2f} points), "
