@@ -223,6 +223,8 @@ class TrainConfig:
     """Mirror half of the training images; off where a mirrored image is another class (digits)."""
     limit_train: int | None = None
     """Use only this many training images (a seeded choice); None for all."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded, and count them, instead of stopping at the first one."""
     seed: int = 0
     """Seed of initial weights, splits, batches and attacks."""
 

@@ -240,19 +240,44 @@ def test_results_go_to_stdout_and_progress_to_stderr(run_folder: Path, capsys: p
     assert "vgg16" in capsys.readouterr().out
 
 
-def test_images_of_a_folder_are_cut_to_the_size_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.fixture
+def pets(tmp_path: Path) -> list[str]:
+    """Options that train for an epoch of six batches on the folder `pets` of 24 and 6 images."""
     for number in range(30):
         folder = tmp_path / "pets" / ("train" if number < 24 else "val") / ("cat", "dog")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40 + number, 50), (8 * number, 100, 50)).save(folder / f"{number}.png")
-    options = ["--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--steps", "1", "--out", "run", "--json"]
-    assert main(["train", "folder", "--data-dir", "pets", "--image-size", "32", *options]) == 0
+        Image.new("RGB", (40 + number, 50), (8 * number, 100, 50)).save(folder / f"{number:02}.png")
+    options = ["--width", "0.0625", "--epochs", "1", "--batch-size", "4", "--steps", "1", "--out", "run", "--json"]
+    return ["train", "folder", "--data-dir", "pets", "--image-size", "32", *options]
+
+
+def test_images_of_a_folder_are_cut_to_the_size_asked_for(pets: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(pets) == 0
     capsys.readouterr()
     assert main(["evaluate", "run/best.pt", "--data-dir", "pets", "--steps", "1", "--diagnose", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert main(["info", "run/best.pt", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, "cat, dog")
+
+
+def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
+    pets: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("cat/02", "cat/04", "cat/06", "dog/03"):
+        (tmp_path / "pets" / "train" / f"{name}.png").write_bytes(b"junk")
+    assert main(pets) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"error: image \d+ \(pets/train/\w+/\d+\.png .*bytes that begin with .*train with --skip-bad-im", err
+    )
+
+    assert main([*pets, "--out", "other", "--skip-bad-images"]) == 0
+    out, err = capsys.readouterr()
+    # A tenth of the 24, one of each class, is held out, and 22 images are five batches of 4 and two that wait.
+    skipped = json.loads(out)["metrics"]["train_skipped"]
+    assert 4 - 2 - 2 < skipped <= 4
+    assert f"{skipped} images were skipped; image" in " ".join(err.split())
 
 
 @pytest.mark.slow

@@ -123,6 +123,9 @@ def train(
     val_limit: Annotated[
         int | None, option(RUN, "Validation images attacked after each epoch, at most. Default: 1000.")
     ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.", rich_help_panel=RUN)
+    ] = False,
     data_dir: DataDir = None,
     out: Annotated[
         Path | None, option(RUN, "Run folder. Default: runs/DATASET-ARCH-KIND-METHOD, or runs/RECIPE.")
@@ -189,6 +192,7 @@ def train(
             limit_train=limit_train,
             val_limit=val_limit,
             init=None if init is None else file_digest(init),
+            skip_bad_images=skip_bad_images,
             seed=seed,
         ),
         eps=None if eps is None else console.number(eps, "--eps"),

@@ -23,22 +23,32 @@ def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
     return RandomResizedCrop(size=size, flip=flip)
 
 
-def in_memory(images: Images, size: int, *, progress: Progress | None = None) -> ImageSet:
+def in_memory(
+    images: Images, size: int, *, skip_bad_images: bool = False, progress: Progress | None = None
+) -> ImageSet:
     """The images as an `ImageSet`: themselves, or decoded, resized and cut to the middle ``[size, size]``.
 
     Attacks visit an image many times, so evaluation decodes it once. 50,000 images of 224x224 need 7.5 GB.
 
-    Raises `DataError`, naming the file, for an image that cannot be read or decoded.
+    Raises `DataError`, naming the file, for an image that cannot be read or decoded, unless such are to be skipped.
     """
     if isinstance(images, ImageSet):
         return images
     view = ResizeCenterCrop(size=size, resize=round(size * SHORTER_SIDE))
-    loader = BatchLoader(images, batch_size=256, augment=view, dtype=torch.uint8, channels_last=True)
-    pixels = np.empty((len(images), size, size, 3), np.uint8)
+    loader = BatchLoader(
+        images,
+        batch_size=256,
+        augment=view,
+        dtype=torch.uint8,
+        channels_last=True,
+        on_bad_image="skip" if skip_bad_images else "raise",
+    )
+    pixels, labels = np.empty((len(images), size, size, 3), np.uint8), np.empty(len(images), np.int64)
     done = 0
     for batch in loader.epoch(0):
-        pixels[done : done + len(batch.labels)] = batch.images.permute(0, 2, 3, 1).numpy()
-        done += len(batch.labels)
+        part = slice(done, done + len(batch.labels))
+        pixels[part], labels[part] = batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy()
+        done = part.stop
         if progress is not None:
             progress("decoding images", done, len(images))
-    return ImageSet(images=pixels, labels=images.labels, class_names=images.class_names)
+    return ImageSet(images=pixels[:done], labels=labels[:done], class_names=images.class_names)

@@ -22,7 +22,7 @@ from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset, Images, ImageSet
 from advmoe.data.splits import split_validation
 from advmoe.data.views import in_memory, training_transform
-from advmoe.errors import CheckpointError, ConfigError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.masked import close_masks
 from advmoe.models.network import RoutedNetwork
@@ -64,6 +64,8 @@ class Split:
     train: Images
     train_indices: np.ndarray
     validation: ImageSet
+    skipped: int
+    """Images held out for validation that cannot be decoded."""
 
 
 def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | None = None) -> Split:
@@ -74,7 +76,9 @@ def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | No
         train = np.sort(train_random.choice(train, config.limit_train, replace=False))
     if config.val_limit < len(validation):
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
-    return Split(dataset.train, train, in_memory(dataset.train.take(validation), image_size or dataset.info.image_size))
+    size = image_size or dataset.info.image_size
+    validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images)
+    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated))
 
 
 def difference(given: Any, wanted: Any) -> str:
@@ -151,6 +155,8 @@ class Trainer:
         self.observer = observer
         dataset.info.check_image_size(model_config.image_size)
         self.split = split_dataset(dataset, config, image_size=model_config.image_size)
+        if self.split.skipped:
+            observer.warned(f"{self.split.skipped} validation images cannot be decoded and were skipped")
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
         if initial is not None:
@@ -188,6 +194,7 @@ class Trainer:
 
         Raises:
             TrainingError: a loss is not finite.
+            DataError: an image cannot be decoded, and the config does not say to skip such.
         """
         total = self.config.epochs * self.steps_per_epoch
         self.observer.started(self.config.epochs, self.steps_per_epoch, self.step)
@@ -240,6 +247,8 @@ class Trainer:
         for level, sums in zip(self.levels, self.sums, strict=True):
             prefix = "train" if level is self.levels[-1] else level.name
             record |= {f"{prefix}_{name}": round(value, 4) for name, value in sums.summary().items()}
+        if self.config.skip_bad_images:
+            record["train_skipped"] = self._count_skipped(epoch)
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
         record |= self.routing.figures(epoch)
         collapsed = [layer for layer, load in enumerate(record.get("router_load", [])) if load >= COLLAPSED_LOAD]
@@ -258,12 +267,30 @@ class Trainer:
         self._save(best=best)
         self.observer.validated(record)
 
+    def _count_skipped(self, epoch: int) -> int:
+        """How many images the epoch's batches lacked."""
+        number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
+        if number:
+            example = next((message for loader in self.loaders for message in loader.skipped.values()), "")
+            self.observer.warned(f"epoch {epoch}: {number} images were skipped; {example}")
+        return number
+
     def _batches(self) -> Iterator[list[Batch]]:
         """The remaining batches of the run, one of each stream at a time, on the device."""
+        try:
+            yield from self._remaining_batches()
+        except DataError as error:
+            raise DataError(
+                f"{error}; mend or remove the file and begin anew, or train with --skip-bad-images"
+            ) from error
+
+    def _remaining_batches(self) -> Iterator[list[Batch]]:
         first, start = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, self.config.epochs):
             streams = [loader.epoch(epoch, start_batch=start) for loader in self.loaders]
-            for batches in zip(*streams, strict=True):
+            done = start
+            for batches in zip(*streams, strict=False):
+                done += 1
                 yield [
                     Batch(
                         batch.images.to(self.device, non_blocking=True),
@@ -272,6 +299,8 @@ class Trainer:
                     )
                     for batch in batches
                 ]
+            if done < self.steps_per_epoch:
+                raise DataError(f"no image of a whole batch can be read, and {self.config.batch_size} make a batch")
             start = 0
 
     def _loader(self, stream: int) -> BatchLoader:
@@ -284,6 +313,7 @@ class Trainer:
             seed=self.config.seed,
             stream=stream,
             drop_last=True,
+            on_bad_image="skip" if self.config.skip_bad_images else "raise",
         )
 
     def _new_sums(self) -> list[EpochSums]:
