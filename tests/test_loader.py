@@ -221,29 +221,72 @@ def test_a_forked_child_goes_on_with_threads_of_its_own() -> None:
     assert [b.indices.tolist() for b in batches] == expected[1:]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_an_interrupt_ends_a_slow_batch_at_once() -> None:
-    # The interrupt comes while the batch is being made; the process must end normally, not hang on its threads.
-    program = """
-        import time, numpy as np
-        from types import SimpleNamespace
-        from advmoe.data.loader import BatchLoader
-        source = SimpleNamespace(images=np.zeros((64, 128, 128, 3), np.uint8), labels=np.zeros(64, np.int64))
-        rows = np.arange(5_000) % 64
-        loader = BatchLoader(source, indices=rows, batch_size=5_000, num_threads=1, dtype=__import__("torch").uint8)
-        print("ready", flush=True)
+# A batch of this program would take minutes. It runs one child for each way of loading, which is interrupted.
+SLOW = """
+    import os, signal, sys, threading, time, numpy as np
+    from types import SimpleNamespace
+    from advmoe.data.loader import BatchLoader
+    from advmoe.data.transforms import RandomResizedCrop
+
+    def while_waiting(loader):
         try:
             next(iter(loader))
         except KeyboardInterrupt:
-            pass
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+            os._exit(3)
+
+    # The loader works ahead, nobody closes its iteration, and the program ends as Python ends its threads.
+    def while_at_work(loader):
+        batches = iter(loader)
+        threading.Thread(target=next, args=(batches,), daemon=True).start()
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:
+            sys.exit(3)
+
+    source = SimpleNamespace(images=np.zeros((1, 1000, 1000, 3), np.uint8), labels=np.zeros(1, np.int64))
+    crop, rows = RandomResizedCrop(size=8, scale=(1.0, 1.0)), np.zeros(500_000, np.int64)
+    for use, prefetch, num_threads in (
+        (while_waiting, 0, 1),
+        (while_waiting, 0, 2),
+        (while_waiting, 2, 7),
+        (while_at_work, 2, 2),
+    ):
+        child = os.fork()
+        if not child:
+            options = dict(prefetch=prefetch, num_threads=num_threads)
+            use(BatchLoader(source, indices=rows, batch_size=250_000, augment=crop, **options))
+        time.sleep(0.2)
+        os.kill(child, signal.SIGINT)
+        print(use.__name__, prefetch, num_threads, flush=True)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    print("all ended")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_interrupt_ends_a_slow_batch_at_once() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SLOW)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert out.endswith("all ended\n"), out + errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_lie_in_page_locked_memory() -> None:
+    source = some_images()
+    plain = joined(list(augmented(source, pin_memory=False).epoch(1)))
+    batches = list(augmented(source).epoch(1))
+    assert all(batch.images.is_pinned() for batch in batches)
+    assert all(torch.equal(a, b) for a, b in zip(joined(batches), plain, strict=True))
+    on_device = [batch.images.to("cuda", non_blocking=True) for batch in augmented(source).epoch(1)]
+    assert torch.equal(torch.cat(on_device).cpu(), plain.images)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,11 @@ class BatchLoader:
         batches = range(start, len(self))
         stop = rust_router.Stop()
         ahead = Ahead(
-            lambda batch: self._fill(rows_of(batch), epoch, stop), batches, self._prefetch, at_once=self._at_once
+            lambda batch: self._fill(rows_of(batch), epoch, stop),
+            batches,
+            self._prefetch,
+            at_once=self._at_once if self._prefetch or self._num_threads > 1 else 0,
+            stop=stop.set,
         )
         try:
             for batch in batches:
@@ -244,7 +248,6 @@ class BatchLoader:
                 if len(made.indices):  # all of them may have been skipped
                     yield made
         finally:
-            stop.set()
             ahead.close()
 
     def _fill(self, rows: NDArray[np.int64], epoch: int, stop: rust_router.Stop) -> Batch:

@@ -2,7 +2,6 @@
 #![allow(clippy::expect_used, missing_docs, reason = "nobody calls a benchmark")]
 
 use std::hint::black_box;
-use std::sync::atomic::AtomicBool;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rust_router::augment::Transform;
@@ -24,12 +23,11 @@ fn crop_flip(criterion: &mut Criterion) {
     let images = images();
     let source = Pixels::new(&images, 32, 32).expect("whole images");
     let order = STREAM.permutation(0, 50_000);
-    let stop = AtomicBool::new(false);
     let mut group = criterion.benchmark_group("crop_flip");
     group.throughput(Throughput::Elements(BATCH as u64));
     let request = |turn: usize| {
         let start = turn * BATCH % (order.len() - BATCH);
-        Request { rows: &order[start..start + BATCH], epoch: 1, height: 32, width: 32, stop: &stop }
+        Request { rows: &order[start..start + BATCH], epoch: 1, height: 32, width: 32, stop: &|| false }
     };
     for num_threads in [1, 2] {
         let workers = Workers::new(num_threads).expect("threads");

@@ -1,7 +1,6 @@
 //! Filling one batch, on one thread or several, always with the same bytes.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -37,6 +36,12 @@ impl Workers {
             }
         };
         Ok(Self { pool, process })
+    }
+
+    /// Whether batches are filled on the thread that asks for them.
+    #[must_use]
+    pub fn are_only_the_caller(&self) -> bool {
+        self.pool.is_none()
     }
 }
 
@@ -74,7 +79,7 @@ pub struct Skipped {
 }
 
 /// Which images a batch has, and of what size.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Request<'a> {
     /// Rows of the source, in the batch's order.
     pub rows: &'a [i64],
@@ -84,8 +89,8 @@ pub struct Request<'a> {
     pub height: usize,
     /// Width of the batch's images.
     pub width: usize,
-    /// Looked at before every image: once set, the rest of the batch is not made.
-    pub stop: &'a AtomicBool,
+    /// Asked before every image: once it says so, the rest of the batch is not made.
+    pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 thread_local! {
@@ -135,7 +140,7 @@ pub fn fill<T: Copy + Send + Sync>(
 /// Writes one image.
 fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, row: i64, out: &mut [T]) -> Result<()> {
     let Request { epoch, height, width, stop, .. } = request;
-    if stop.load(Ordering::Relaxed) {
+    if stop() {
         return Err(Error::Stopped);
     }
     let index = usize::try_from(row).map_err(|_| Error::Row { row, len: source.len() })?;
@@ -153,8 +158,10 @@ fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::augment::{Size, View};
     use crate::batch::byte_levels;
-    use crate::source::{Encoded, Pixels, Span};
+    use crate::source::{Encoded, ImageView, Pixels, Span};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     fn recipe() -> Recipe<u8> {
         Recipe {
@@ -166,11 +173,11 @@ mod tests {
         }
     }
 
-    fn batch(num_threads: usize, rows: &[i64], stop: &AtomicBool) -> Result<Vec<u8>> {
+    fn batch(num_threads: usize, rows: &[i64]) -> Result<Vec<u8>> {
         let rgb: Vec<u8> = (0..10 * 4 * 5 * 3_usize).map(|v| v as u8).collect();
         let mut out = vec![0; rows.len() * 60];
         let source = Pixels::new(&rgb, 4, 5)?;
-        let request = Request { rows, epoch: 3, height: 4, width: 5, stop };
+        let request = Request { rows, epoch: 3, height: 4, width: 5, stop: &|| false };
         fill(&Workers::new(num_threads)?, &source, &recipe(), request, &mut out)?;
         Ok(out)
     }
@@ -178,24 +185,60 @@ mod tests {
     #[test]
     fn bytes_do_not_depend_on_the_threads_or_the_company() {
         let rows = [9, 0, 3, 3, 7, 1, 2];
-        let alone = batch(1, &rows, &AtomicBool::new(false)).unwrap();
+        let alone = batch(1, &rows).unwrap();
         for num_threads in [2, 7] {
-            assert_eq!(batch(num_threads, &rows, &AtomicBool::new(false)).unwrap(), alone);
+            assert_eq!(batch(num_threads, &rows).unwrap(), alone);
         }
-        assert_eq!(batch(1, &rows[1..3], &AtomicBool::new(false)).unwrap(), alone[60..180]);
+        assert_eq!(batch(1, &rows[1..3]).unwrap(), alone[60..180]);
     }
 
     #[test]
     fn rows_outside_the_source_are_named() {
         for row in [-1, 10] {
-            let message = batch(2, &[0, row], &AtomicBool::new(false)).unwrap_err().to_string();
+            let message = batch(2, &[0, row]).unwrap_err().to_string();
             assert_eq!(message, format!("row {row} is outside the 10 images of the source; use rows from 0 to 9"));
         }
     }
 
+    /// Asks to stop while the third image is shown.
+    #[derive(Default)]
+    struct Impatient {
+        shown: AtomicUsize,
+        stop: AtomicBool,
+    }
+
+    impl Source for Impatient {
+        fn len(&self) -> usize {
+            1000
+        }
+
+        fn image<'a>(
+            &'a self,
+            _: usize,
+            _: &'a mut Scratch,
+            choose: &dyn Fn(Size) -> Result<View>,
+        ) -> Result<(ImageView<'a>, View)> {
+            if self.shown.fetch_add(1, Ordering::SeqCst) == 2 {
+                self.stop.store(true, Ordering::SeqCst);
+            }
+            Ok((ImageView { rgb: &[7; 60], height: 4, width: 5 }, choose((4, 5))?))
+        }
+    }
+
     #[test]
-    fn a_stopped_batch_says_so() {
-        assert!(matches!(batch(1, &[0], &AtomicBool::new(true)), Err(Error::Stopped)));
+    fn a_stopped_batch_ends_with_the_images_that_are_being_made() {
+        let rows: Vec<i64> = (0..1000).collect();
+        for num_threads in [1, 2, 7] {
+            let source = Impatient::default();
+            let stop = || source.stop.load(Ordering::SeqCst);
+            let request = Request { rows: &rows, epoch: 0, height: 4, width: 5, stop: &stop };
+            let workers = Workers::new(num_threads).unwrap();
+            let result = fill(&workers, &source, &recipe(), request, &mut vec![0; 60 * 1000]);
+            assert!(matches!(result, Err(Error::Stopped)));
+            // Three, and one more on every other thread, which may have asked just before.
+            let shown = source.shown.into_inner();
+            assert!((3..=2 + num_threads).contains(&shown), "{shown} images on {num_threads} threads");
+        }
     }
 
     #[test]
@@ -211,8 +254,8 @@ mod tests {
         std::fs::write(&path, bytes).unwrap();
         let spans = vec![Span { file: 0, offset: 0, length }, Span { file: 0, offset: length, length: 10 }];
         let source = Encoded::new(vec![path], spans).unwrap();
-        let (workers, stop) = (Workers::new(2).unwrap(), AtomicBool::new(false));
-        let request = Request { rows: &[1, 0, 1], epoch: 0, height: 4, width: 5, stop: &stop };
+        let workers = Workers::new(2).unwrap();
+        let request = Request { rows: &[1, 0, 1], epoch: 0, height: 4, width: 5, stop: &|| false };
         let mut out = vec![7; 180];
         let mut recipe = Recipe { transform: Transform::AsTheyAre, ..recipe() };
         let message = fill(&workers, &source, &recipe, request, &mut out).unwrap_err().to_string();

@@ -1,7 +1,9 @@
 //! Batches, for Python.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray4, PyReadwriteArray4, PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
@@ -103,6 +105,40 @@ impl Stop {
     }
 }
 
+/// What ends the making of a batch: a flag or, where the interpreter's thread makes it itself, a signal to the process.
+struct Interruption<'a> {
+    stop: &'a Stop,
+    asks_python: bool,
+    began: Instant,
+    /// When Python was last asked, in milliseconds.
+    asked: AtomicU64,
+    signal: OnceLock<PyErr>,
+}
+
+impl<'a> Interruption<'a> {
+    /// How long a signal waits at most beside the time of one image, in milliseconds.
+    const PATIENCE: u64 = 20;
+
+    fn new(stop: &'a Stop, asks_python: bool) -> Self {
+        Self { stop, asks_python, began: Instant::now(), asked: AtomicU64::new(0), signal: OnceLock::new() }
+    }
+
+    fn came(&self) -> bool {
+        if self.stop.0.load(Ordering::Relaxed) {
+            return true;
+        }
+        if !self.asks_python {
+            return false;
+        }
+        let now = self.began.elapsed().as_millis() as u64;
+        if now < self.asked.load(Ordering::Relaxed) + Self::PATIENCE {
+            return false;
+        }
+        self.asked.store(now, Ordering::Relaxed);
+        Python::attach(|py| py.check_signals()).is_err_and(|signal| self.signal.set(signal).is_ok())
+    }
+}
+
 /// Images as Python holds them.
 #[derive(FromPyObject)]
 enum Images<'py> {
@@ -179,17 +215,23 @@ impl BatchFiller {
             Layout::Planar => [shape[2], shape[3]],
             Layout::Interleaved => [shape[1], shape[2]],
         };
-        let request = Request { rows, epoch, height, width, stop: &stop.0 };
-        let skipped = match &images {
+        let interruption = Interruption::new(stop, self.workers.are_only_the_caller());
+        let came = || interruption.came();
+        let request = Request { rows, epoch, height, width, stop: &came };
+        let filled = match &images {
             Images::Pixels(array) => {
                 let &[_, height, width, 3] = array.shape() else {
                     let shape = array.shape();
                     return Err(ConfigError::new_err(format!("expected RGB images [n, H, W, 3], got {shape:?}")));
                 };
                 let source = Pixels::new(array.as_slice().map_err(contiguous)?, height, width)?;
-                self.fill_from(py, &source, request, out)?
+                self.fill_from(py, &source, request, out)
             }
-            Images::Encoded(source) => self.fill_from(py, &source.get().0, request, out)?,
+            Images::Encoded(source) => self.fill_from(py, &source.get().0, request, out),
+        };
+        let skipped = match interruption.signal.into_inner() {
+            Some(signal) => return Err(signal),
+            None => filled?,
         };
         Ok(skipped.into_iter().map(|skipped| (skipped.position, skipped.error.to_string())).collect())
     }
