@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from advmoe.cli.app import main
+from advmoe.errors import DataError
 
 SMALL = ["--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--val-limit", "10"]
 QUICK = [*SMALL, "--steps", "1"]
@@ -75,6 +77,7 @@ def test_help_and_mistaken_options_do_not_wait_for_torch() -> None:
     script = f"""
 import sys
 from advmoe.cli.app import main
+from advmoe.errors import DataError
 for command in {list(OPTIONS)}:
     assert main([command, "--help"]) == 0
     assert main([command, "--bogus"]) == 1
@@ -259,6 +262,31 @@ def test_images_of_a_folder_are_cut_to_the_size_asked_for(pets: list[str], capsy
     assert main(["info", "run/best.pt", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, "cat, dog")
+
+
+@pytest.mark.slow
+def test_an_export_is_verified_and_calibrated_with_images_of_a_folder(
+    pets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(pets) == 0
+    real = ["--data-dir", "pets", "--dtype", "int8", "--calibration-images", "8", "--verify-images", "5"]
+    capsys.readouterr()
+    assert main(["export", "run/best.pt", "model.onnx", *real, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement"]["images"] == 5
+
+
+@pytest.mark.filterwarnings("default:.*not comparable")
+def test_a_warning_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def found_less(*_: object) -> None:
+        warnings.warn("digits holds 3 images: results are not comparable", stacklevel=1)
+        raise DataError("no more")
+
+    monkeypatch.setattr("advmoe.data.sources.dataset_info", found_less)
+    assert main(["train", "digits"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: digits holds 3 images: results are not comparable",
+        "error: no more",
+    ]
 
 
 def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -38,11 +40,23 @@ for command in (train, evaluate, analyze, report, export, predict, bench_onnx, i
     app.command()(command)
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning of the library, as a line instead of its place in the source."""
+    console.warn(str(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 1 an error of the user's, 130 interrupted).
 
     A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the traceback is shown too.
     """
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        return run(arguments)
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the command line, and turn whatever ends it into an exit code and a line on stderr."""
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -22,6 +22,11 @@ def note(message: str) -> None:
     err.print(escape(message), style="dim", highlight=False)
 
 
+def warn(message: str) -> None:
+    """A line on stderr about something that does not stop the command."""
+    err.print(f"[yellow]warning:[/] {escape(' '.join(message.split()))}", highlight=False)
+
+
 def fail(message: str) -> None:
     """The one line an error gets."""
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,6 @@ from advmoe.config import check, to_dict
 if TYPE_CHECKING:
     import numpy as np
 
-    from advmoe.data.sets import Images
     from advmoe.training.checkpoint import Checkpoint
 
 
@@ -135,6 +134,7 @@ def real_images(
     import numpy as np
 
     from advmoe.data.sources import load_dataset
+    from advmoe.data.views import in_memory
 
     if not number and not calibrated:
         return None, None, None
@@ -142,30 +142,15 @@ def real_images(
     check(name is not None, "the checkpoint does not say which data set it was trained on, so no images can be read")
     with data_progress() as progress:
         data = load_dataset(str(name), data_dir, progress=progress)
+    size = contents.model.image_size
     rng = np.random.default_rng(seed)
     test = data.test.take(np.sort(rng.choice(len(data.test), min(number, len(data.test)), replace=False)))
     chosen = np.sort(rng.choice(len(data.train), min(calibrated, len(data.train)), replace=False))
     return (
-        pixels(test) if number else None,
+        in_memory(test, size).images if number else None,
         test.labels if number else None,
-        pixels(data.train.take(chosen)) if calibrated else None,
+        in_memory(data.train.take(chosen), size).images if calibrated else None,
     )
-
-
-def pixels(images: Images) -> np.ndarray:
-    """uint8 [n, H, W, 3].
-
-    Raises:
-        ConfigError: the images are not held in memory.
-    """
-    from advmoe.data.sets import ImageSet
-
-    check(
-        isinstance(images, ImageSet),
-        "images to verify or calibrate with must be held in memory, those of this data set are decoded while loading; "
-        "export without --verify-images and in fp32 or fp16",
-    )
-    return cast("ImageSet", images).images
 
 
 def as_float(images: np.ndarray | None) -> np.ndarray | None:

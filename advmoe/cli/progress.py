@@ -111,6 +111,7 @@ def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
         TimeRemainingColumn(),
         console=console.err,
         transient=True,
+        disable=not console.err.is_terminal,
     ) as progress:
         task = progress.add_task("evaluating", total=total, what="")
 
@@ -130,6 +131,7 @@ def data_progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
         console=console.err,
         transient=True,
+        disable=not console.err.is_terminal,
     ) as progress:
         tasks: dict[str, Any] = {}
 
