@@ -4,10 +4,12 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use rust_router::channels::Channels;
+use rust_router::diversity::{self, PairBudget};
 use rust_router::pathways;
 use rust_router::rng::{Purpose, Stream};
 use rust_router::route_log::{Key, RouteLog, Rows};
-use rust_router::similarity::{self, Channels, PairBudget};
+use rust_router::similarity;
 
 const LAYERS: usize = 20;
 
@@ -46,7 +48,7 @@ fn similarities(criterion: &mut Criterion) {
     });
     let budget = PairBudget { max_exact: u64::MAX, sampled: 0, seed: 0 };
     criterion.bench_function("all_pairs_10k", |bench| {
-        bench.iter(|| similarity::diversity(black_box(&table), &channels, 50, budget));
+        bench.iter(|| diversity::diversity(black_box(&table), &channels, 50, budget));
     });
 }
 

@@ -5,12 +5,15 @@
 //!
 //! Data flows one way: a [`source`] yields RGB bytes, [`augment`] decides from counter-based random numbers
 //! ([`rng`]) which part of them is seen, and [`loader`] writes a [`batch`] into a buffer the caller owns. A [`route_log`]
-//! keeps which experts every sample took; [`pathways`] counts them and [`similarity`] compares them as sets of channels.
+//! keeps which experts every sample took; [`pathways`] counts them, and as sets of [`channels`] they are compared one by
+//! one ([`similarity`]) and all with each other ([`diversity`]).
 
 pub mod atomic;
 pub mod augment;
 pub mod batch;
+pub mod channels;
 pub mod decode;
+pub mod diversity;
 pub mod error;
 pub mod loader;
 pub mod pack;

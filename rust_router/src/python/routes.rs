@@ -8,10 +8,10 @@ use numpy::{PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
 use super::contiguous;
+use crate::diversity::{self, PairBudget};
 use crate::error::Result;
 use crate::route_log::{Key, Rows};
-use crate::similarity::{self, PairBudget};
-use crate::{pathways, route_file, route_log};
+use crate::{channels, pathways, route_file, route_log, similarity};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 type Array2<'py, T> = Bound<'py, PyArray2<T>>;
@@ -25,14 +25,14 @@ fn key((condition, epoch): PyKey) -> Key {
 
 /// Which channels each expert of each MoE layer computes.
 #[pyclass(frozen)]
-pub(super) struct Channels(similarity::Channels);
+pub(super) struct Channels(channels::Channels);
 
 #[pymethods]
 impl Channels {
     /// One table `[expert, channel]` for each layer.
     #[new]
     fn new(layers: Vec<PyReadonlyArray2<'_, bool>>) -> PyResult<Self> {
-        let mut channels = similarity::Channels::new();
+        let mut channels = channels::Channels::new();
         for layer in layers {
             channels.push(layer.as_slice().map_err(contiguous)?.to_vec(), layer.shape()[1])?;
         }
@@ -227,7 +227,7 @@ impl RouteLog {
     ) -> PyResult<(Array1<'py, u64>, u64, bool, f64, f64)> {
         let budget = PairBudget { max_exact, sampled, seed };
         let found =
-            self.with(py, |log| similarity::diversity(log.table(&key(condition))?, &channels.0, num_bins, budget))?;
+            self.with(py, |log| diversity::diversity(log.table(&key(condition))?, &channels.0, num_bins, budget))?;
         let histogram = found.histogram.into_pyarray(py);
         Ok((histogram, found.pairs, found.exact, found.mean_iou, found.mean_intersection))
     }
