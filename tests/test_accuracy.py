@@ -156,4 +156,4 @@ def test_every_kind_is_evaluated_by_the_same_attack(tiny_vgg: Callable[..., Rout
     for kind in ("dense", "s_dense"):
         result = attacked(tiny_vgg(kind=kind), few, steps=1)
         assert result.clean_pathways_NL.shape == (6, 0)
-        assert result.routers_fooled == 0.0
+        assert "routers_fooled" not in result.as_dict()

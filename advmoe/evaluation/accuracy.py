@@ -47,15 +47,16 @@ class Evaluation:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures for a JSON file: SA and RA in per cent, and the attack that they hold for."""
-        return {
+        """Figures for a JSON file: SA and RA in per cent, the attack that they hold for, and what it did to routers."""
+        figures = {
             "images": self.images,
             "sa": round(100 * self.sa, 2),
             f"ra_pgd{self.attack.steps}": round(100 * self.ra, 2),
             "attack": to_dict(self.attack),
             "seed": self.seed,
-            "routers_fooled": round(100 * self.routers_fooled, 2),
         }
+        routed = self.clean_pathways_NL.shape[1] > 0
+        return figures | ({"routers_fooled": round(100 * self.routers_fooled, 2)} if routed else {})
 
 
 def check_finite(logits: Tensor, routing: Routing) -> None:
