@@ -107,6 +107,14 @@ def test_diagnostics_look_at_what_all_attacks_left(result: SuiteResult) -> None:
     assert found["routing"].value.startswith("2 pathways in 4 images; entropy of the load 0.81")  # of (3/4, 1/4)
 
 
+def test_what_routing_hides_is_looked_for_even_if_it_is_not_attacked() -> None:
+    config = SuiteConfig(attack=ATTACK, routing=False, diagnosed=4)
+    for reds, status in (((124, 110, 110, 140), "passed"), ((124, 123, 110, 140), "failed")):  # one may differ, not two
+        checks = {check.name: check for check in run_suite(TwoRooms(), rooms(*reds), config).diagnostics}
+        assert checks["hidden_by_routing"].status == status
+    assert checks["hidden_by_routing"].value.startswith("RA 75.0 % by the model's own gradient, 25.0 %")
+
+
 def test_with_autoattack_its_own_square_is_judged(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     pytest.importorskip("pyautoattack", reason="AutoAttack is an optional dependency")
     model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()

@@ -314,6 +314,20 @@ def black_box(broken: int, total: int, queries: int) -> Diagnostic:
     )
 
 
+def check_routing(sample: Sample) -> Diagnostic:
+    """`routing_gap` on the sample, for an evaluation that does not attack the routing of all images."""
+    model, attack = sample.model, dataclasses.replace(sample.attack, restarts=1)
+    with evaluating(model), full_precision(model), torch.no_grad():
+        alive = (model(sample.images).argmax(dim=1) == sample.labels).nonzero().squeeze(1)
+        left = []
+        for forward in routing_views(model).values():  # the model itself comes first
+            images, labels, indices = sample.images[alive], sample.labels[alive], sample.indices[alive.cpu()]
+            found = untargeted(forward, images, labels, indices, attack, sample.seed)[0]
+            alive = alive[model(found).argmax(dim=1) == labels]
+            left.append(len(alive) / len(sample.images))
+    return routing_gap(left[0], left[-1], len(sample.images))
+
+
 def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:
     """Does the model's own gradient flatter it? Compares plain PGD with all attacks on the routing together."""
     return _verdict(

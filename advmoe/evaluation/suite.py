@@ -18,7 +18,15 @@ from advmoe.attacks.relaxations import is_routed
 from advmoe.config import to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
-from advmoe.evaluation.diagnostics import Diagnostic, Sample, black_box, diagnose, routing_gap, routing_seen
+from advmoe.evaluation.diagnostics import (
+    Diagnostic,
+    Sample,
+    black_box,
+    check_routing,
+    diagnose,
+    routing_gap,
+    routing_seen,
+)
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.stages import begin, predict, stages
@@ -157,6 +165,6 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     if is_routed(model):
         clean, attacked = (result.arrays[f"pathway/{condition}"] for condition in ("clean", "pgd"))
         found.append(routing_seen(clean, attacked, model.config.num_experts))
-        if config.routing:
-            found.append(routing_gap(result.ra("pgd"), result.ra("route"), total))
+        gap = routing_gap(result.ra("pgd"), result.ra("route"), total) if config.routing else check_routing(sample)
+        found.append(gap)
     return tuple(found)
