@@ -3,8 +3,12 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+
+/// Files begun by this process: two writers of one path do not share what is not complete.
+static CREATED: AtomicU64 = AtomicU64::new(0);
 
 /// A file that is written beside its target and takes its name when it is complete; dropped before, it leaves nothing.
 #[derive(Debug)]
@@ -22,7 +26,8 @@ impl NewFile {
     /// A folder that cannot be written to.
     pub fn create(path: &Path) -> Result<Self> {
         let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.partial", std::process::id()));
+        let number = CREATED.fetch_add(1, Ordering::Relaxed);
+        name.push(format!(".{}-{number}.partial", std::process::id()));
         let partial = path.with_file_name(name);
         let file = File::create(&partial).map_err(|e| Error::io("write", path, e))?;
         Ok(Self { out: BufWriter::with_capacity(1 << 20, file), partial, path: path.to_owned() })
@@ -63,5 +68,17 @@ mod tests {
             assert_eq!(fs::read(&path).unwrap(), b"old");
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn of_two_writers_the_last_to_finish_wins_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let (mut first, mut second) = (NewFile::create(&path).unwrap(), NewFile::create(&path).unwrap());
+        second.out.write_all(b"second").unwrap();
+        first.out.write_all(b"first").unwrap();
+        second.commit().unwrap();
+        first.commit().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
     }
 }

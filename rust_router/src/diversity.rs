@@ -40,12 +40,13 @@ pub struct PairBudget {
 /// with the square of the number of distinct pathways, not of samples.
 ///
 /// # Errors
-/// Channels of other layers than the table's, fewer than two samples, or no bins.
+/// Channels of other layers than the table's, fewer than two samples, no bins, or more than 2^20.
 pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: PairBudget) -> Result<Diversity> {
     channels.check(table)?;
     let num_samples = table.len() as u64;
-    if num_samples < 2 || num_bins == 0 {
-        let message = format!("expected at least 2 samples and 1 bin, got {num_samples} and {num_bins}");
+    if num_samples < 2 || !(1..=1 << 20).contains(&num_bins) {
+        let message =
+            format!("expected at least 2 samples and 1 to {} bins, got {num_samples} and {num_bins}", 1 << 20);
         return Err(Error::Argument(message));
     }
     let unique = pathways::unique(table);

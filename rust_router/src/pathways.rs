@@ -10,8 +10,11 @@ use crate::route_log::Table;
 /// Layers with fewer experts than `max_experts` have zeros behind them.
 ///
 /// # Errors
-/// A label that is unknown or not below `num_classes`, where labels count.
+/// A label that is unknown or not below `num_classes`, where labels count; no classes, or more than 2^20.
 pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
+    if !(1..=1 << 20).contains(&num_classes) {
+        return Err(Error::Argument(format!("expected 1 to {} classes, got {num_classes}", 1 << 20)));
+    }
     let rows = table.rows();
     let mut counts = vec![0_u64; table.num_layers() * num_classes * max_experts];
     for (row, &label) in rows.labels.iter().enumerate() {
@@ -138,6 +141,8 @@ mod tests {
         assert_eq!(load(clean, 2, 3).unwrap(), [1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1]);
         let message = load(log.table(&key("pgd")).unwrap(), 2, 3).unwrap_err().to_string();
         assert_eq!(message, "expected labels 0 to 1, got -1 for sample 0");
+        let message = load(log.table(&key("pgd")).unwrap(), usize::MAX, 3).unwrap_err().to_string();
+        assert_eq!(message, format!("expected 1 to 1048576 classes, got {}", usize::MAX));
     }
 
     #[test]

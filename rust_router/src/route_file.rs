@@ -52,6 +52,9 @@ fn write(log: &mut RouteLog, out: impl Write + Seek) -> io::Result<()> {
     let num_experts: Vec<u8> = log.num_experts().iter().flat_map(|n| n.to_le_bytes()).collect();
     let mut names: Vec<String> = log.keys().map(|key| key.condition.clone()).collect();
     names.dedup(); // keys come in order
+    if names.len() > 1 << 16 {
+        return Err(io::Error::other(format!("expected at most 65536 conditions, got {}", names.len())));
+    }
     let name_of = |key: &Key| names.partition_point(|name| *name < key.condition) as u16;
     let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(1);
     let utf32 = names.iter().flat_map(|name| name.chars().map(u32::from).chain(std::iter::repeat(0)).take(width));
@@ -173,7 +176,7 @@ impl Array {
         let size = shape.iter().try_fold(item_size, |size, &n| size.checked_mul(n)).ok_or("its shape is too large")?;
         // Grows with what is there, not with what the header promises.
         let mut bytes = Vec::new();
-        file.take(size as u64 + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+        file.take((size as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
         if bytes.len() != size {
             return Err(format!("expected {size} bytes for shape {shape:?}, got {} or more", bytes.len()));
         }

@@ -198,6 +198,14 @@ impl Source for Encoded {
         let bad = |reason| self.sample(row, span, reason);
         let size = guarded(|| decode::size(encoded)).map_err(bad)?;
         let view = choose(size)?;
+        if let Some((_, (height, width))) = view.resized
+            && height.saturating_mul(width) > decode::MAX_PIXELS
+        {
+            return Err(bad(format!(
+                "it would be resized to {height} x {width}, more than {} pixels",
+                decode::MAX_PIXELS
+            )));
+        }
         let shown = guarded(|| decode::decode_top(encoded, view.bottom(size), rgb)).map_err(bad)?;
         if shown.0 < view.bottom(size) || shown.1 != size.1 {
             return Err(bad("its headers contradict each other".into()));
@@ -250,7 +258,23 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::augment::Transform;
     use crate::batch::Window;
+    use crate::rng::Stream;
+
+    #[test]
+    fn a_thread_of_an_image_is_not_blown_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("1x60000.png");
+        let mut encoder = png::Encoder::new(File::create(&path).unwrap(), 60_000, 1);
+        encoder.set_color(png::ColorType::Grayscale);
+        encoder.write_header().unwrap().write_image_data(&[0; 60_000]).unwrap();
+        let source = Encoded::new(vec![path], vec![Span { file: 0, offset: 0, length: 0 }]).unwrap();
+        let transform = Transform::ResizeCenterCrop { resize: 2000 };
+        let choose = |size| transform.view(Stream { seed: 0, stream: 0 }, 0, 0, size, (224, 224));
+        let message = source.image(0, &mut Scratch::default(), &choose).unwrap_err().to_string();
+        assert!(message.ends_with("it would be resized to 2000 x 120000000, more than 67108864 pixels"), "{message}");
+    }
 
     #[test]
     fn a_span_that_cannot_be_read_names_its_file_and_row() {
