@@ -23,7 +23,7 @@ def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> 
     config = TrainConfig(dataset="digits", specialisation=specialisation)
     (level,) = make_levels(["experts"], model, config, fresh=False)
     with level.training():
-        logits, _ = level.forward(images)
+        logits, _ = level.model.forward_with_routing(images)
         logits.square().sum().backward()
     level.optimizer.step()
 

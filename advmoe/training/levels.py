@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from advmoe.config import TrainConfig, check_together
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Routing
 from advmoe.training.coupling import couple_gradients, start_equal
 
 LevelName = Literal["routers", "experts", "masks", "all"]
@@ -23,13 +22,10 @@ class Level:
     """One level of the bi-level problem: what it may change, and the optimiser that does it.
 
     The optimiser may know more parameters than the level may change; those are left alone.
-
-    `forward` gives logits and routing; a distributed run puts a gradient-synchronising wrapper here.
     """
 
     name: LevelName
     model: RoutedNetwork
-    forward: Callable[[Tensor], tuple[Tensor, Routing]]
     optimizer: torch.optim.Optimizer
 
     @property
@@ -100,5 +96,5 @@ def make_levels(
         )
         if name in {"experts", "all"} and specialisation is not None:
             optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
-        levels.append(Level(name, model, model.forward_with_routing, optimizer))
+        levels.append(Level(name, model, optimizer))
     return levels

@@ -52,9 +52,9 @@ def training_attack(
 
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:
     """The robust objective on a batch and its adversarial images, and what the passes showed."""
-    adversarial_logits, adversarial_routing = level.forward(adversarial)
+    adversarial_logits, adversarial_routing = level.model.forward_with_routing(adversarial)
     if config.loss == "trades":
-        clean_logits, routing = level.forward(batch.images)
+        clean_logits, routing = level.model.forward_with_routing(batch.images)
         loss = trades(clean_logits, adversarial_logits, batch.labels, config.trades_beta)
     else:
         with torch.no_grad(), evaluating(level.model):
@@ -92,7 +92,7 @@ def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generato
 def standard_update(level: Level, batch: Batch) -> StepResult:
     """One descent step on the cross-entropy of clean images."""
     with level.training():
-        logits, routing = level.forward(batch.images)
+        logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(logits, batch.labels)
         descend(level, loss)
         level.optimizer.step()
