@@ -46,6 +46,8 @@ class Recipe:
     """Fields of `ModelConfig`."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig`."""
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    """`eps`, `steps` or `step_size` of the attack in training, as `resolve` takes them."""
     starts_from: str | None = None
     """Recipe whose best checkpoint this run goes on from."""
 
@@ -258,9 +260,5 @@ def _steps() -> Iterator[Recipe]:
             summary=f"AdvMoE with {steps}-step PGD in training",
             dataset="cifar10",
             model={"arch": "resnet18", "kind": "moe"},
-            train={
-                "attack": AttackConfig(
-                    eps=8 / 255, steps=steps, step_size=max(2 / 255, 10 / 255 / steps), start="gaussian"
-                )
-            },
+            attack={"steps": steps, "step_size": max(2 / 255, 10 / 255 / steps)},
         )

@@ -15,7 +15,7 @@ RECIPES = recipes()
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
     named = RECIPES[name]
-    model, config = resolve(dataset_info(named.dataset), named.model, named.train)
+    model, config = resolve(dataset_info(named.dataset), named.model, named.train, **named.attack)
     resolve_method(config.method, model, has_init=named.starts_from is not None)
     assert named.starts_from is None or named.starts_from in RECIPES
 
@@ -54,6 +54,15 @@ def test_figures_over_n_and_r_share_out_one_backbone(name: str) -> None:
     model, config = resolve(dataset_info("cifar10"), RECIPES[name].model, RECIPES[name].train)
     assert model.expert_filters == "windows"
     assert config.specialisation == 0.25
+
+
+def test_recipes_over_the_steps_of_the_attack_keep_what_else_is_asked_of_it() -> None:
+    named = recipe("appc-steps10")
+    _, config = resolve(dataset_info("cifar10"), named.model, named.train, **named.attack)
+    # ten steps that together go farther than eps: 10/255 at least, and no step below 2/255
+    assert config.attack == AttackConfig(eps=8 / 255, steps=10, step_size=2 / 255, start="gaussian")
+    _, config = resolve(dataset_info("cifar10"), named.model, named.train, **{**named.attack, "eps": 4 / 255})
+    assert (config.attack.eps, config.attack.steps, config.val_attack.eps) == (4 / 255, 10, 4 / 255)
 
 
 def test_an_unknown_recipe_names_the_closest() -> None:

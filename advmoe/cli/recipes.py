@@ -9,6 +9,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.options import Json
 from advmoe.config import check, to_dict
+from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
 
 
@@ -31,9 +32,17 @@ def recipes(
             recipe.name,
             recipe.shown_in,
             recipe.dataset,
-            ", ".join(f"{name} {value}" for name, value in (*recipe.model.items(), *to_dict(recipe)["train"].items())),
+            settings(recipe),
             recipe.starts_from or "-",
         )
         for recipe in found
     ]
     console.show_table("Recipes", ("name", "shown in", "data set", "settings", "starts from"), rows)
+
+
+def settings(recipe: Recipe) -> str:
+    """What a recipe changes, in words; lengths in levels of 255."""
+    levels = {name: f"{255 * value:g}/255" for name, value in recipe.attack.items() if name in {"eps", "step_size"}}
+    return ", ".join(
+        f"{name} {value}" for name, value in {**recipe.model, **recipe.train, **recipe.attack, **levels}.items()
+    )

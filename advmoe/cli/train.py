@@ -195,9 +195,12 @@ def train(
             skip_bad_images=skip_bad_images,
             seed=seed,
         ),
-        eps=None if eps is None else console.number(eps, "--eps"),
-        steps=steps,
-        step_size=None if step_size is None else console.number(step_size, "--step-size"),
+        **dict(named.attack if named else {})
+        | given(
+            eps=None if eps is None else console.number(eps, "--eps"),
+            steps=steps,
+            step_size=None if step_size is None else console.number(step_size, "--step-size"),
+        ),
     )
     trained_by = resolve_method(config.method, model, has_init=init is not None)
     check(
