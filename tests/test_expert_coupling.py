@@ -108,6 +108,20 @@ def test_specialisation_sets_how_fast_experts_part(tiny_vgg: MakeNetwork, images
     torch.testing.assert_close(differences[1], 2 * differences[0])
 
 
+def test_a_level_of_everything_couples_experts_as_their_own_level_does(tiny_vgg: MakeNetwork, images: Tensor) -> None:
+    after = []
+    for name in ("experts", "all"):
+        model = tiny_vgg()
+        (level,) = make_levels([name], model, TrainConfig(dataset="digits", specialisation=0.5))
+        model.eval()  # routers that do not learn, so that both levels have the same gradient
+        model(images).square().sum().backward()
+        for router in model.routers.parameters():
+            router.grad = None
+        level.optimizer.step()
+        after.append(next(expert_banks(model))[0].detach())
+    assert torch.equal(*after)
+
+
 def test_independent_experts_are_left_alone(tiny_vgg: MakeNetwork, images: Tensor) -> None:
     """With every image at expert 0 the other expert of the last layer moves by weight decay alone, lr * wd * w."""
     model = tiny_vgg()
@@ -156,11 +170,15 @@ def test_negative_specialisation_is_refused() -> None:
 
 
 def test_routers_read_features_without_shaping_them(tiny_vgg: MakeNetwork, images: Tensor) -> None:
-    """Along the pathway it takes, the network has the same gradient with and without routers."""
-    model = tiny_vgg().eval()
+    """Along the pathway it takes, the network has the same gradient with and without routers, learning ones too."""
+    model = tiny_vgg()
     images.requires_grad_()
-    logits, routing = model.forward_with_routing(images)
-    forced = model(images, routing.expert_index_BL)
-    (own,) = torch.autograd.grad(logits.square().sum(), images)
-    (given,) = torch.autograd.grad(forced.square().sum(), images)
-    assert torch.equal(own, given)
+    for learning in (False, True):
+        model.eval().routers.train(learning)
+        logits, routing = model.forward_with_routing(images)
+        forced = model(images, routing.expert_index_BL)
+        weights = [images, *model.expert_parameters()]
+        own = torch.autograd.grad(logits.square().sum(), weights)
+        given = torch.autograd.grad(forced.square().sum(), weights)
+        for left, right in zip(own, given, strict=True):
+            torch.testing.assert_close(left, right)
