@@ -18,7 +18,6 @@ import contextlib
 import copy
 import io
 import json
-import platform
 import statistics
 import threading
 import time
@@ -34,6 +33,7 @@ from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.data.digits import load_digits
+from advmoe.evaluation.cost import hardware
 from advmoe.models.network import RoutedNetwork
 
 ROUNDS = 3
@@ -207,7 +207,7 @@ def main() -> None:
     figures["convolution_share"] = convolution_share(options.images)
     figures = {name: round(value, 4) for name, value in figures.items()}
     figures |= {
-        "hardware": f"{platform.machine()}, one thread",
+        "hardware": hardware(torch.device("cpu")),
         "torch": torch.__version__,
     }
     if options.json:
