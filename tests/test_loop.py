@@ -219,6 +219,30 @@ def test_every_way_of_training_resumes_bit_for_bit(digits: Dataset, tmp_path: Pa
     assert_identical(contents(tmp_path / "run"), contents(tmp_path / "whole"))
 
 
+def test_the_moving_average_is_what_is_kept(digits: Dataset, tmp_path: Path) -> None:
+    class Witness(Observer):
+        def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+            assert self.trainer is not None
+            seen.append(self.trainer.model.classifier.weight.detach().clone())  # type: ignore[union-attr, operator]
+
+    seen: list[Tensor] = []
+    train(digits, tmp_path / "run", dataclasses.replace(STANDARD, ema=0.75), observer=Witness())
+    average = seen[0]  # the average begins at the first weights, then takes a quarter of the new ones
+    for weight in seen[1:]:
+        average = 0.75 * average + 0.25 * weight
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last.training_weights is not None
+    assert torch.equal(last.training_weights["classifier.weight"], seen[-1])
+    torch.testing.assert_close(last.weights["classifier.weight"], average)
+
+
+def test_a_run_starts_from_the_weights_it_is_given(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
+    given, cpu = load_checkpoint(whole_run / "best.pt"), torch.device("cpu")
+    with RunFolder(tmp_path / "run") as folder:
+        trainer = Trainer(MODEL, TRAIN, digits, folder, device=cpu, observer=Observer(), initial=given)
+    assert_identical(dict(trainer.model.state_dict()), given.weights)
+
+
 def test_resuming_a_complete_run_does_nothing(digits: Dataset, whole_run: Path) -> None:
     before = {path.name: path.read_bytes() for path in whole_run.iterdir() if path.suffix == ".pt"}
     observer = Observer()
