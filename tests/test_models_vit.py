@@ -70,6 +70,23 @@ def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: st
         torch.testing.assert_close(y[row].squeeze(2).T, expected)
 
 
+def test_a_router_learns_against_the_mean_of_all_experts() -> None:
+    model = Cell("vit", "moe", 32).build(num_experts=3)
+    mlp = model.blocks[0].mlp
+    x_RTD = torch.randn(2, 5, mlp.expand.weight.shape[1])
+    features = x_RTD.transpose(1, 2).unsqueeze(3)
+    outputs = [mlp.compute(features, Decision(torch.full((2,), expert), None, None)) for expert in range(3)]
+    mean = sum(outputs) / 3
+    torch.testing.assert_close(mlp.mean_expert(x_RTD), mean.squeeze(3).transpose(1, 2))
+    # The gate has value 1, and its derivative is along what sets the chosen expert apart from that mean.
+    gate_R = torch.ones(2, requires_grad=True)
+    y = mlp.compute(features, Decision(torch.tensor([2, 0]), None, gate_R, against_mean=True))
+    y.sum().backward()
+    for row, expert in enumerate([2, 0]):
+        torch.testing.assert_close(y[row], outputs[expert][row])
+        torch.testing.assert_close(gate_R.grad[row], (outputs[expert][row] - mean[row]).sum(), atol=1e-4, rtol=1e-3)
+
+
 def test_experts_that_start_equal_make_every_pathway_the_same_function() -> None:
     cell = Cell("vit", "moe", 32)
     model, images = cell.build().eval(), cell.images(4)
