@@ -15,7 +15,7 @@ from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.levels import make_levels
-from advmoe.training.losses import trades
+from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
 from advmoe.training.steps import StepResult
 
@@ -148,6 +148,15 @@ def test_standard_training_makes_no_adversarial_images(model: RoutedNetwork) -> 
     assert result.adversarial_correct is None
     assert result.adversarial_routing is None
     torch.testing.assert_close(result.loss, F.cross_entropy(reference(part.images), part.labels).detach())
+
+
+def test_load_balance_adds_its_weight_times_the_imbalance_of_the_attacked_images(
+    tiny_vgg: Callable[..., RoutedNetwork],
+) -> None:
+    (plain,) = run("router_at", tiny_vgg(), batch(1))
+    (balanced,) = run("router_at", tiny_vgg(), batch(1), config=dataclasses.replace(CONFIG, balance=0.5))
+    assert balanced.adversarial_routing is not None
+    torch.testing.assert_close(balanced.loss - plain.loss, 0.5 * load_balance(balanced.adversarial_routing).detach())
 
 
 @pytest.mark.parametrize(("method", "kind"), [("advmoe", "moe"), ("at", "s_dense"), ("standard", "s_dense")])
