@@ -287,6 +287,16 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_validation_ra(
         assert same == (best == 2)
 
 
+def test_the_dense_network_that_a_sparse_one_begins_as_is_never_its_best(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two epochs: after the first the masks are not settled yet, which they are after 120 of 220 parts of the run.
+    monkeypatch.setattr(loop, "evaluate", scripted(0.5, 0.2))
+    config = dataclasses.replace(TRAIN, method="at_sparse")
+    train(digits, tmp_path / "run", config, model=dataclasses.replace(MODEL, kind="sparse_cnn"))
+    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 2
+
+
 def test_a_resumed_run_remembers_the_best(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "evaluate", scripted(0.5, 0.2))
     assert not train(digits, tmp_path / "run", STANDARD, observer=Observer(stop_after=2))
