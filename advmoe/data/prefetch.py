@@ -61,7 +61,7 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """Forgets what nobody will ask for, and ends the making of it."""
         self._stop()
-        if self._executor is not None:
+        if self._executor is not None and self._process == os.getpid():
             self._executor.shutdown(wait=False, cancel_futures=True)
 
 
