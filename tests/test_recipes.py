@@ -48,6 +48,13 @@ def test_attacks_scale_with_the_data_sets_radius() -> None:
     assert config.val_attack.step_size == pytest.approx(0.5 / 255)
 
 
+def test_dense_is_the_reference_of_figure_7() -> None:
+    # 5 numbers of experts at 8 scales, and AT (Dense), which is r = 1 for all of them
+    shown = [r for r in RECIPES.values() if "Fig. 7" in r.shown_in.split(", ")]
+    assert len(shown) == 5 * 8 + 1
+    assert [r.name for r in shown if r.model["kind"] == "dense"] == ["table1-cifar10-resnet18-at-dense"]
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("fig7-", "fig8-"))])
 def test_figures_over_n_and_r_share_out_one_backbone(name: str) -> None:
     # Paper, Sec. 5: at r = 1 every pathway is the full backbone, whatever N. So experts are windows also for N r > 1.

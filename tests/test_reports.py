@@ -23,7 +23,7 @@ from advmoe.evaluation.dissection import route_log
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
 from advmoe.models.masked import mask_pathway
-from advmoe.reports.figures import analysis_figures
+from advmoe.reports.figures import analysis_figures, scale_curves
 from advmoe.reports.html import render
 from advmoe.routes import RouteLog
 
@@ -194,6 +194,40 @@ def test_shares_carry_their_standard_error(result: SuiteResult) -> None:
     assert standard_error(50.0, 100) == 5.0  # sqrt(1/2 * 1/2 / 100)
     assert standard_error(0.0, 10) == standard_error(100.0, 10) == 0.0
     page = render([card_of(result, "one")], {})
-    assert "66.67 ± 27.2" in page
-    assert "33.33 ± 27.2" in page
+    assert "66.67\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page
+    assert "33.33\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page
     assert "3 rooms test images, seed 0" in page
+
+
+def sweep(result: SuiteResult) -> list[dict[str, Any]]:
+    """Cards of ten models: two numbers of experts at four scales each, S-Dense at one, and Dense."""
+    cards = []
+    settings = [("moe", experts, scale) for experts in (2, 4) for scale in (0.8, 0.2, 0.4, 0.6)]
+    for kind, experts, scale in [*settings, ("s_dense", 2, 0.5), ("dense", 2, 0.5)]:
+        card = card_of(result, f"{kind}-n{experts}-r{scale}")
+        card["advmoe"]["model"] |= {"kind": kind, "num_experts": experts, "model_scale": scale}
+        card["advmoe"]["diagnostics"] = [{"name": "finite", "status": "passed", "value": "", "expected": ""}]
+        cards.append(card)
+    return cards
+
+
+def test_a_sweep_over_r_is_drawn_as_a_line_for_each_number_of_experts(result: SuiteResult) -> None:
+    assert scale_curves([card_of(result, "one"), card_of(result, "two")]) is None
+    drawn = scale_curves(sweep(result))
+    assert drawn is not None
+    for label in ("moe, advmoe, N = 2", "moe, advmoe, N = 4", "s_dense, advmoe", "dense, advmoe", "model scale r"):
+        assert f"{label}<" in drawn
+
+
+def test_many_models_stand_in_rows_and_only_their_failures_at_length(result: SuiteResult) -> None:
+    cards = sweep(result)
+    cards[3]["advmoe"]["trusted"] = False
+    cards[3]["advmoe"]["diagnostics"][0] |= {"status": "failed", "value": "NaN"}
+    page = render(cards, {})
+    assert page.count("<tr><td>moe-n4-r0.8</td>") == 2  # accuracies, settings
+    assert "Nothing failed in 9 models" in page
+    assert page.count("<h3>") == 1
+    assert "<h3>moe-n2-r0.6</h3>" in page
+    few = render(cards[:2], {})
+    assert few.count("<h3>") == 2
+    assert "<th>moe-n2-r0.8</th>" in few

@@ -74,6 +74,20 @@ def test_table1_needs_no_analysis_of_routing(tmp_path: Path, commands: Commands)
     assert not commands.named("analyze")
 
 
+def test_models_of_different_data_sets_get_reports_of_their_own(tmp_path: Path, commands: Commands) -> None:
+    table(tmp_path, "table1", "--only", "resnet18")
+    written = {
+        Path(call[call.index("--out") + 1]).name: call[1 : call.index("--out")] for call in commands.named("report")
+    }
+    assert list(written) == [
+        f"table1-{dataset}.html" for dataset in ("cifar10", "cifar100", "tinyimagenet", "imagenet")
+    ]
+    for name, folders in written.items():
+        dataset = name.removeprefix("table1-").removesuffix(".html")
+        assert len(folders) == 5
+        assert all(f"table1-{dataset}-resnet18" in folder for folder in folders)
+
+
 def test_the_table_shows_figures_from_anywhere_in_a_result() -> None:
     result = {"sa": 81.25, "routing": {"mask": {"clean": {"mean": 0.25}}}, "by_eps": {"2/255": 70.0, "4/255": 61.5}}
     assert reproduce.shown(result, "sa") == "81.25"

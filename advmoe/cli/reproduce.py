@@ -124,8 +124,9 @@ def reproduce(
     }
     text = jsonlib.dumps(table, indent=2) + "\n"
     write_atomically(out / f"{name}.json", lambda temporary: temporary.write_text(text))
-    folders = [str(evaluated(recipe, name, runs)) for recipe in chosen]
-    run("report", *folders, *mask, "--out", str(out / f"{name}.html"), json=False)
+    for dataset, title in reports(name, chosen).items():
+        folders = [str(evaluated(recipe, name, runs)) for recipe in chosen if recipe.dataset == dataset]
+        run("report", *folders, *mask, "--out", str(out / f"{title}.html"), json=False)
     if json:
         console.emit_json(table)
         return
@@ -141,6 +142,12 @@ def reproduce(
 def evaluated(recipe: Recipe, name: str, runs: Path) -> Path:
     """Folder of a run's evaluation for a table or figure."""
     return runs / recipe.name / f"evaluation-{name}"
+
+
+def reports(name: str, chosen: Sequence[Recipe]) -> dict[str, str]:
+    """Data set -> name of its report: models are compared on the same images only."""
+    datasets = list(dict.fromkeys(recipe.dataset for recipe in chosen))
+    return {dataset: name if len(datasets) == 1 else f"{name}-{dataset}" for dataset in datasets}
 
 
 def mask_option(experiment: Experiment, chosen: Sequence[Recipe], runs: Path) -> list[str]:

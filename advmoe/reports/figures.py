@@ -18,6 +18,8 @@ from advmoe.evaluation.card import standard_error
 COLOURS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
 """One per model; neighbours differ in lightness, for grey print, and to the colour-blind (after Okabe & Ito)."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MANY = len(COLOURS)
+"""Models beyond which a colour for each tells nobody anything."""
 WIDTH = 4.6
 """Inches."""
 CLASSES = (
@@ -62,7 +64,7 @@ def _axes(height: float) -> Iterator[tuple[Any, list[str]]]:
 
 
 def accuracies(cards: Sequence[Card]) -> str:
-    """SA, RA under each attack that was run, of one or several models."""
+    """SA, RA under each attack that was run: bars for a few models, a line of marks for each of many."""
     names = {
         "sa": "SA",
         "pgd": "RA, PGD",
@@ -74,26 +76,15 @@ def accuracies(cards: Sequence[Card]) -> str:
         "ra_routers": "RA-R, routers only",
         "ra_every_pathway": "RA, on every pathway",
     }
-    values = [dict(card["advmoe"], pgd=card["advmoe"][f"ra_pgd{card['advmoe']['attack']['steps']}"]) for card in cards]
-    rows = [name for name in names if any(name in numbers for numbers in values)]
-    thickness = 0.8 / len(cards)
-    with _axes(0.8 + 0.3 * len(rows) * max(1.0, 0.6 * len(cards)) + 0.2 * len(cards)) as (axes, finished):
-        for model, (card, numbers) in enumerate(zip(cards, values, strict=True)):
-            places = [
-                row + (model - (len(cards) - 1) / 2) * thickness for row, name in enumerate(rows) if name in numbers
-            ]
-            lengths = [numbers[name] for name in rows if name in numbers]
-            bars = axes.barh(
-                places,
-                lengths,
-                xerr=[standard_error(length, numbers["images"]) for length in lengths],
-                error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
-                height=0.92 * thickness,
-                color=COLOURS[model % len(COLOURS)],
-                label=card["name"],
-            )
-            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        axes.set_yticks(range(len(rows)), [names[name] for name in rows])
+    values = [dict(card["advmoe"], pgd=pgd_accuracy(card)) for card in cards]
+    rows = {name: label for name, label in names.items() if any(name in numbers for numbers in values)}
+    few = len(cards) <= MANY
+    height = 0.3 * len(rows) * max(1.0, 0.6 * len(cards)) + 0.2 * len(cards) if few else 0.2 * (len(cards) + len(rows))
+    with _axes(0.8 + height) as (axes, finished):
+        if few:
+            _bars(axes, cards, values, rows)
+        else:
+            _marks(axes, cards, values, rows)
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel(f"per cent of {cards[0]['advmoe']['images']} test images")
@@ -102,13 +93,101 @@ def accuracies(cards: Sequence[Card]) -> str:
     return finished[0]
 
 
+def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mapping[str, str]) -> None:
+    """A row for each accuracy, in it a bar for each model."""
+    thickness = 0.8 / len(cards)
+    for model, (card, numbers) in enumerate(zip(cards, values, strict=True)):
+        places = [row + (model - (len(cards) - 1) / 2) * thickness for row, name in enumerate(rows) if name in numbers]
+        lengths = [numbers[name] for name in rows if name in numbers]
+        bars = axes.barh(
+            places,
+            lengths,
+            xerr=[standard_error(length, numbers["images"]) for length in lengths],
+            error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
+            height=0.92 * thickness,
+            color=COLOURS[model % len(COLOURS)],
+            label=card["name"],
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows.values())
+
+
+def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mapping[str, str]) -> None:
+    """A row for each model, in it a mark for each accuracy."""
+    for number, (name, label) in enumerate(rows.items()):
+        known = [(numbers[name], model) for model, numbers in enumerate(values) if name in numbers]
+        axes.errorbar(
+            *zip(*known, strict=True),
+            xerr=[standard_error(accuracy, values[model]["images"]) for accuracy, model in known],
+            linestyle="none",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4.5,
+            color=COLOURS[number % len(COLOURS)],
+            label=label,
+        )
+    axes.set_yticks(range(len(cards)), [card["name"] for card in cards], fontsize=7)
+    axes.set_ylim(-0.7, len(cards) - 0.3)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def scale_curves(cards: Sequence[Card]) -> str | None:
+    """RA against the model scale r, a line for each method and number of experts (paper, Figs. 7 and 8).
+
+    Dense has no r and is a level. None if no line has three points.
+    """
+    lines: dict[str, list[Card]] = {}
+    for card in cards:
+        model = card["advmoe"]["model"]
+        experts = f", N = {model['num_experts']}" if model["kind"] == "moe" else ""
+        label = f"{model['arch']}, {model['kind']}, {card['advmoe']['method'] or 'unknown training'}{experts}"
+        lines.setdefault(label, []).append(card)
+    curves = {label: sorted(own, key=scale_of) for label, own in lines.items()}
+    if all(len({scale_of(card) for card in own}) < 3 for own in curves.values()):
+        return None
+    with _axes(3.0 + 0.2 * len(curves)) as (axes, finished):
+        for number, (label, own) in enumerate(curves.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            ras = [pgd_accuracy(card) for card in own]
+            if own[0]["advmoe"]["model"]["kind"] == "dense":
+                axes.axhline(ras[0], color=colour, linestyle="--", label=label)
+                continue
+            axes.errorbar(
+                [scale_of(card) for card in own],
+                ras,
+                yerr=[standard_error(ra, own[0]["advmoe"]["images"]) for ra in ras],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=5,
+                capsize=2,
+                color=colour,
+                linestyle=("-", ":")[number // len(COLOURS) % 2],
+                label=label,
+            )
+        axes.set_xlabel("model scale r")
+        axes.set_ylabel(f"RA under PGD, per cent of {cards[0]['advmoe']['images']} images")
+        axes.grid(alpha=0.3)
+        axes.figure.legend(loc="outside upper left", fontsize=8)
+    return finished[0]
+
+
+def scale_of(card: Card) -> float:
+    """r of a card's model."""
+    scale: float = card["advmoe"]["model"]["model_scale"]
+    return scale
+
+
+def pgd_accuracy(card: Card) -> float:
+    """RA under PGD in per cent."""
+    accuracy: float = card["advmoe"][f"ra_pgd{card['advmoe']['attack']['steps']}"]
+    return accuracy
+
+
 def radius_curve(cards: Sequence[Card]) -> str | None:
     """RA against eps (paper, Fig. 2); None if no model was evaluated at several radii."""
     curves = []
     for card in cards:
         numbers = card["advmoe"]
         points = {float(eps.split("/")[0]): ra for eps, ra in numbers.get("ra_by_eps", {}).items()}
-        points |= {0.0: numbers["sa"], 255 * numbers["attack"]["eps"]: numbers[f"ra_pgd{numbers['attack']['steps']}"]}
+        points |= {0.0: numbers["sa"], 255 * numbers["attack"]["eps"]: pgd_accuracy(card)}
         curves.append(sorted(points.items()))
     if all(len(curve) < 3 for curve in curves):
         return None

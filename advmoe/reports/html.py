@@ -11,6 +11,7 @@ from advmoe.evaluation.card import latencies, standard_error
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 ACCURACIES = {
     "sa": "SA",
     "pgd": "RA under PGD",
@@ -45,15 +46,30 @@ def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text())
     # The SVG comes from matplotlib, which escapes the names it is given.
-    drawn = {"accuracies": figures.accuracies(cards), "radius": figures.radius_curve(cards)}
+    drawn = {
+        "accuracies": figures.accuracies(cards),
+        "radius": figures.radius_curve(cards),
+        "scale": figures.scale_curves(cards),
+    }
     if analyses:
         drawn["dissections"] = figures.dissections(analyses)
     return template.render(
         title=cards[0]["name"] if len(cards) == 1 else f"{len(cards)} models compared",
         cards=cards,
+        many=figures.MANY,
         rows=[
-            _row(text, name, cards) for name, text in ACCURACIES.items() if any(_value(card, name) for card in cards)
+            *(
+                _row(text, name, cards)
+                for name, text in ACCURACIES.items()
+                if any(_value(card, name) for card in cards)
+            ),
+            {
+                "name": "verdict of the diagnostics",
+                "verdict": True,
+                "cells": ["trusted" if card["advmoe"]["trusted"] else "not trusted" for card in cards],
+            },
         ],
+        passed=_passed(cards),
         settings=_settings(cards),
         figures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
         analyses=[_routing(name, analysis, Markup) for name, analysis in analyses.items()],
@@ -65,11 +81,18 @@ def _value(card: Card, name: str) -> str:
     key = f"ra_pgd{numbers['attack']['steps']}" if name == "pgd" else name
     if key not in numbers:
         return ""
-    return f"{numbers[key]:.2f} ± {standard_error(numbers[key], numbers['images']):.1f}"
+    return f"{numbers[key]:.2f}{NO_BREAK}±{NO_BREAK}{standard_error(numbers[key], numbers['images']):.1f}"
 
 
 def _row(text: str, name: str, cards: Sequence[Card]) -> dict[str, Any]:
-    return {"name": text, "cells": [_value(card, name) or "-" for card in cards]}
+    return {"name": text, "verdict": False, "cells": [_value(card, name) or "-" for card in cards]}
+
+
+def _passed(cards: Sequence[Card]) -> list[str]:
+    """Of many models, those of which one line says that they passed; a few are all shown check by check."""
+    if len(cards) <= figures.MANY:
+        return []
+    return [card["name"] for card in cards if card["advmoe"]["trusted"] and card["advmoe"]["diagnostics"]]
 
 
 def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -97,7 +120,7 @@ def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
         "hardware": lambda card: card["advmoe"]["device"],
         "software": lambda card: ", ".join(f"{name} {number}" for name, number in card["advmoe"]["versions"].items()),
     }
-    return [{"name": name, "cells": [of(card) for card in cards]} for name, of in described.items()]
+    return [{"name": name, "verdict": False, "cells": [of(card) for card in cards]} for name, of in described.items()]
 
 
 def _routing(name: str, analysis: Analysis, mark: Any) -> dict[str, Any]:
