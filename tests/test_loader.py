@@ -228,11 +228,15 @@ SLOW = """
     from advmoe.data.loader import BatchLoader
     from advmoe.data.transforms import RandomResizedCrop
 
+    # Whoever starts a program in the background may have it ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def while_waiting(loader):
         try:
             next(iter(loader))
         except KeyboardInterrupt:
             os._exit(3)
+        os._exit(4)
 
     # The loader works ahead, nobody closes its iteration, and the program ends as Python ends its threads.
     def while_at_work(loader):
