@@ -172,8 +172,8 @@ def pass_gate(y: Tensor, decision: Decision, mean: Callable[[], Tensor]) -> Tens
 class Centring(nn.BatchNorm1d):
     """Standardises features by running statistics, in training too, so that a decision depends on the image alone.
 
-    The training attack, the update that follows it and the finished model therefore agree on every decision. By batch
-    statistics a router would, in training, not even see a shift that the attack gives to all images.
+    On the same features the training attack, the update that follows it and the finished model therefore decide alike.
+    By batch statistics a router would, in training, not even see a shift that the attack gives to all images.
     """
 
     NEWEST = 0.1
