@@ -43,9 +43,9 @@ class Level:
     def training(self) -> Iterator[None]:
         """Put this level into training mode and hold the others fixed: no gradients, no change of their statistics.
 
-        A fixed level runs as it does at inference, its BatchNorm on stored statistics. But experts in training normalise
-        by the batch, and fixed routers decide on such features: not always as at inference. Taking the decisions of
-        inference instead made the experts learn worse (docs/log.md).
+        A fixed level runs as it does at inference, its BatchNorm on stored statistics. But experts in training
+        normalise by the batch, and fixed routers decide on such features: not always as at inference. Taking the
+        decisions of inference instead made the experts learn worse (docs/log.md).
         """
         fixed = list(self._fixed_parameters())
         for parameter in fixed:
