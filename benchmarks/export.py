@@ -34,6 +34,7 @@ from advmoe_export.profiles import build
 from advmoe_export.trace import trace
 
 import advmoe
+from advmoe.evaluation.cost import hardware
 
 BATCHES = (1, 8, 64)
 PROFILES = ("hybrid", "latency", "throughput")
@@ -178,25 +179,10 @@ def main() -> None:
     results["disk_ratio"] = round(disk, 4)
     results["settings"] = settings
     results["machine"] = {
-        "cpu": processor(),
+        "cpu": hardware(torch.device("cpu")),
         "cores": os.cpu_count(),
         "onnxruntime": ort.__version__,
         "threads": 1,
         "python": platform.python_version(),
     }
     print(json.dumps(results) if options.json else table(results))
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return (
-        f"{found.get('model name', platform.processor())} family {found.get('cpu family')} model {found.get('model')}"
-    )
-
-
-if __name__ == "__main__":
-    main()

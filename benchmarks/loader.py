@@ -24,7 +24,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -50,6 +49,7 @@ from advmoe import rust_router
 from advmoe.data.loader import BatchLoader, CropFlip
 from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import RandomResizedCrop
+from advmoe.evaluation.cost import hardware
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
@@ -281,7 +281,7 @@ def main() -> None:
         **crop_flip(options.rounds),
         **random_resized_crop(options.rounds),
         "share_of_train_step": share_of_train_step(options.rounds),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": f"advmoe {advmoe.__version__}, torch {torch.__version__}",
     }
     if options.json:

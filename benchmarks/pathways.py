@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 import advmoe
+from advmoe.evaluation.cost import hardware
 from advmoe.routes import PathwayChannels, RouteLog
 
 LAYERS, WIDTH, CLASSES = 20, 240, 1000
@@ -121,7 +121,7 @@ def main() -> None:
         "all_pairs_vs_torch": statistics.median(theirs / pairs for _, pairs, theirs in times),
         "summary_1m3_s": statistics.median(cpu(lambda: summary(many, channels, mask)) for _ in range(3)),
         "summary_1m3_distinct": len(many.unique_pathways("clean")[1]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": f"advmoe {advmoe.__version__}, torch {torch.__version__}",
     }
     if options.json:
