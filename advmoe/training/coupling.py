@@ -28,7 +28,6 @@ from advmoe.models.moe_conv import MoEConv2d, Rows
 from advmoe.models.moe_linear import MoELinear
 
 
-@lru_cache(maxsize=256)
 def slot_of_row(rows: Rows) -> tuple[int, ...]:
     """For each row of a bank the slot it fills, in whichever expert; a row that changes slots gets a number of its own.
 
@@ -43,13 +42,19 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
     return tuple(min(slots[row]) if len(slots[row]) == 1 else size + row for row in range(len(slots)))
 
 
+@lru_cache(maxsize=256)
+def _shared_slots(rows: Rows, device: torch.device) -> Tensor | None:
+    """`slot_of_row` on a device, made once and not in every step; None if every slot has one filter only."""
+    slots = slot_of_row(rows)
+    return torch.tensor(slots, device=device) if len(set(slots)) < len(slots) else None
+
+
 def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Weight banks in which some slot has several filters, and the slot of each row, int64 [bank]."""
     for module in model.modules():
         if isinstance(module, MoEConv2d | MoELinear):
-            slots = slot_of_row(module.rows)
-            if len(set(slots)) < len(slots):
-                slots_R = torch.tensor(slots, device=module.weight.device)
+            slots_R = _shared_slots(module.rows, module.weight.device)
+            if slots_R is not None:
                 for bank in module.parameters():
                     yield bank, slots_R
 
