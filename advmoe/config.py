@@ -302,3 +302,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         return cls(**converted)
     except TypeError as error:
         raise ConfigError(f"not a valid {cls.__name__}: {error}") from error
+
+
+def difference(given: Any, wanted: Any) -> str:
+    """The first field in which two configs differ, as `name = given (not wanted)`."""
+    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
+    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 import advmoe
 from advmoe.attacks.autoattack import autoattack, package
-from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.data.digits import load_digits
 from advmoe.evaluation.cost import hardware
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
 ROUNDS = 3

@@ -29,7 +29,7 @@ import torch
 
 import advmoe
 from advmoe.evaluation.cost import hardware
-from advmoe.routes import PathwayChannels, RouteLog
+from advmoe.routing_log import PathwayChannels, RouteLog
 
 LAYERS, WIDTH, CLASSES = 20, 240, 1000
 NUM_EXPERTS = [2] * LAYERS

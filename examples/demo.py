@@ -28,7 +28,7 @@ def advmoe(command: str, *paths: Path) -> dict[str, Any]:
     """Run one command with --json and return what it printed on stdout; its progress shows on stderr."""
     arguments = [*shlex.split(command), *map(str, paths), "--json"]
     print(f"$ advmoe {shlex.join(arguments)}", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "advmoe.cli.app", *arguments], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, "-m", "advmoe", *arguments], stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import advmoe
 from advmoe.data.digits import load_digits
 from advmoe.data.sources import Dataset
+from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, ExpertLayout, Router
+from advmoe.models.router import Router
+from advmoe.models.routing import Decision
 
 torch.set_num_threads(1)
 

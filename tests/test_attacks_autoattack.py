@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from advmoe.attacks import autoattack as wrapper
 from advmoe.attacks.autoattack import STANDARD, autoattack
-from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
+from advmoe.models.modes import evaluating
 
 pytest.importorskip("pyautoattack", reason="AutoAttack is an optional dependency")
 EPS = 24 / 255

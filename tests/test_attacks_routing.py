@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from rooms import THRESHOLD, TwoRooms, room_images
 from torch import Tensor
 
-from advmoe.attacks.pgd import GradientCount
-from advmoe.attacks.relaxations import SteeredTape, routing_views
-from advmoe.attacks.routes import (
+from advmoe.attacks.pathways import (
     RouteAttackConfig,
     all_pathways,
     attack_every_pathway,
@@ -22,6 +20,8 @@ from advmoe.attacks.routes import (
     router_margins,
     weakest_pathways,
 )
+from advmoe.attacks.pgd import GradientCount
+from advmoe.attacks.relaxations import SteeredTape, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.models.network import RoutedNetwork

@@ -16,9 +16,10 @@ import torch
 import advmoe
 from advmoe.config import ModelConfig, TrainConfig, to_dict
 from advmoe.errors import CheckpointError
+from advmoe.files import write_atomically
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 MODEL = ModelConfig(arch="vgg16", width=0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from advmoe.config import TrainConfig
 from advmoe.errors import ConfigError
+from advmoe.models.experts import ExpertLayout
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import ExpertLayout
 from advmoe.training.coupling import coupled, expert_banks, slot_of_row, start_equal
 from advmoe.training.levels import make_levels
 

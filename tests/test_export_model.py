@@ -22,8 +22,9 @@ from advmoe_export import (
 from advmoe_export.trace import Traced, trace
 from torch import Tensor, nn
 
+from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d
-from advmoe.models.routing import Decision, ExpertLayout
+from advmoe.models.routing import Decision
 
 LABELS = [f"class {i}" for i in range(10)]
 Make = Callable[..., Any]

@@ -16,11 +16,12 @@ from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import Evaluation
-from advmoe.routes import RouteLog
+from advmoe.routing_log import RouteLog
 from advmoe.training import loop
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint
-from advmoe.training.loop import Trainer, cosine, split_dataset
+from advmoe.training.loop import Trainer, cosine
 from advmoe.training.run_folder import RunFolder
+from advmoe.training.split import Split, split_dataset
 
 MODEL = ModelConfig(arch="vgg16", kind="moe", width=0.0625)
 # 16 images in batches of 8 are 2 steps an epoch, 4 in all; 10 validation images under a short attack.
@@ -328,7 +329,7 @@ def test_training_and_validation_images_are_disjoint(digits: Dataset) -> None:
 
 
 def test_limits_choose_among_the_images_of_their_own_half(digits: Dataset) -> None:
-    def split(**limits: Any) -> loop.Split:
+    def split(**limits: Any) -> Split:
         return split_dataset(digits, dataclasses.replace(TRAIN, **limits))
 
     whole, limited = split(limit_train=None, val_limit=1000), split(limit_train=16, val_limit=10)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d, moe_conv2d
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, ExpertLayout, Router
+from advmoe.models.router import Router
+from advmoe.models.routing import Decision
 
 LAYOUTS = {
     "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.attacks.pgd import cross_entropy_objective, evaluating, kl_objective, pgd, project, starting_point
+from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, project, starting_point
 from advmoe.config import AttackConfig
 from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
 ULP = 2**-23

@@ -6,7 +6,8 @@ from advmoe.cli.reproduce import EXPERIMENTS
 from advmoe.config import AttackConfig
 from advmoe.data.sources import dataset_info
 from advmoe.errors import ConfigError
-from advmoe.recipes import recipe, recipes, resolve
+from advmoe.recipes import recipe, recipes
+from advmoe.settings import resolve
 from advmoe.training.methods import resolve_method
 
 RECIPES = recipes()

@@ -25,7 +25,7 @@ from advmoe.evaluation.suite import run_suite
 from advmoe.models.masked import mask_pathway
 from advmoe.reports.figures import analysis_figures, scale_curves
 from advmoe.reports.html import render
-from advmoe.routes import RouteLog
+from advmoe.routing_log import RouteLog
 
 HOSTILE = "<script>alert('x')</script> & \"co\""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from advmoe.errors import ConfigError, DataError
-from advmoe.routes import Dissection, PathwayChannels, RouteLog
+from advmoe.routing_log import Dissection, PathwayChannels, RouteLog
 
 
 def windows(num_experts: int, width: int, size: int) -> list[list[int]]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import evaluating
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Centring, Decision, Router, gate, pass_gate
+from advmoe.models.router import Centring, Router
+from advmoe.models.routing import Decision, gate, pass_gate
 
 
 def pooled_relu_features(number: int = 256) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.errors import ConfigError
+from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import ExpertLayout, Router, gate, scaled_channels
+from advmoe.models.router import Router
+from advmoe.models.routing import gate
 
 
 def layout(num_channels: int, num_experts: int, model_scale: float, *, separate: bool = False) -> ExpertLayout:

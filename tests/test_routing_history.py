@@ -10,7 +10,7 @@ import torch
 from advmoe.data.loader import Batch
 from advmoe.errors import DataError
 from advmoe.models.routing import Routing
-from advmoe.routes import RouteLog
+from advmoe.routing_log import RouteLog
 from advmoe.training import routing_history
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.steps import StepResult

@@ -16,8 +16,8 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import Checkpoint
 from advmoe.training.levels import make_levels
-from advmoe.training.loop import start_from
 from advmoe.training.methods import METHODS, PRETRAINED, PRUNED, resolve_method
+from advmoe.training.start import start_from
 
 ATTACK = AttackConfig(steps=1, step_size=5 / 255, start="gaussian")
 CONFIG = TrainConfig(dataset="digits", method="at_sparse", batch_size=8, attack=ATTACK)

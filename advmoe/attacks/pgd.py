@@ -7,13 +7,12 @@ statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.config import AttackConfig
 from advmoe.errors import AdvMoEError, ConfigError
@@ -37,23 +36,6 @@ class GradientCount:
     def zero_share(self) -> float:
         """Share of gradients that were zero."""
         return self.zero / max(self.taken, 1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode and its parameters out of autograd's sight; afterwards all is as it was."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def check_images(images: Tensor) -> None:

@@ -34,9 +34,10 @@ def analyze(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
+    from advmoe.files import write_atomically
     from advmoe.reports.figures import analysis_figures
-    from advmoe.routes import RouteLog
-    from advmoe.training.checkpoint import load_checkpoint, write_atomically
+    from advmoe.routing_log import RouteLog
+    from advmoe.training.checkpoint import load_checkpoint
 
     card = load_card(evaluation / CARD)
     model = model_of(card["advmoe"]["model"])

@@ -85,7 +85,3 @@ def run(arguments: Sequence[str] | None) -> int:
             console.err.print_exception()
         console.fail(str(error))
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

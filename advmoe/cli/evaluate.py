@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from advmoe.data.sets import Dataset, Images, ImageSet
     from advmoe.models.network import RoutedNetwork
-    from advmoe.routes import PathwayChannels
+    from advmoe.routing_log import PathwayChannels
     from advmoe.training.checkpoint import Checkpoint
 
 CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"

@@ -26,9 +26,10 @@ def report(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
+    from advmoe.files import write_atomically
     from advmoe.reports.html import render
-    from advmoe.routes import RouteLog
-    from advmoe.training.checkpoint import load_checkpoint, write_atomically
+    from advmoe.routing_log import RouteLog
+    from advmoe.training.checkpoint import load_checkpoint
 
     console.existing_folder(out)
     sparse = None if mask is None else load_checkpoint(mask).build()

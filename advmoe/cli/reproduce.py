@@ -93,7 +93,7 @@ def reproduce(
     What is finished is not done again: after an interruption the same command goes on where it stopped. At the paper's
     settings most take GPU-days; --train and --evaluate make them smaller, and the result says so.
     """
-    from advmoe.training.checkpoint import write_atomically
+    from advmoe.files import write_atomically
 
     experiment = EXPERIMENTS[one_of("table or figure", name, EXPERIMENTS)]
     chosen = [
@@ -176,7 +176,7 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
     """
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))
-    process = [sys.executable, "-m", "advmoe.cli.app", command, *arguments, *(["--json"] if json else [])]
+    process = [sys.executable, "-m", "advmoe", command, *arguments, *(["--json"] if json else [])]
     done = subprocess.run(process, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt

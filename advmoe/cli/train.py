@@ -17,7 +17,7 @@ from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.config import check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.recipes import recipe as find_recipe
-from advmoe.recipes import resolve
+from advmoe.settings import resolve
 
 if TYPE_CHECKING:
     from advmoe.training.loop import Trainer

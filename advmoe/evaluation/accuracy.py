@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
 from advmoe.errors import AdvMoEError
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 

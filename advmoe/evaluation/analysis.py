@@ -11,7 +11,7 @@ from advmoe.errors import ConfigError
 from advmoe.evaluation.dissection import dissection
 from advmoe.evaluation.pathways import BINS, diversity, mask_of, mask_similarity, pathway_channels
 from advmoe.models.network import RoutedNetwork
-from advmoe.routes import RouteLog
+from advmoe.routing_log import RouteLog
 
 CLEAN = "clean"
 FREQUENT = 10

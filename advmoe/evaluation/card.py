@@ -20,7 +20,7 @@ from advmoe.errors import DataError
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import trusted
 from advmoe.evaluation.results import SuiteResult
-from advmoe.training.checkpoint import write_atomically
+from advmoe.files import write_atomically
 
 PAPER = "https://arxiv.org/abs/2308.10110"
 AUTOATTACK = f"autoattack/{STANDARD[-1]}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe.attacks.pgd import evaluating
+from advmoe.models.modes import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import autoattack
-from advmoe.attacks.pgd import (
-    GradientCount,
-    check_images,
-    cross_entropy_objective,
-    evaluating,
-    gradient_of,
-    pgd,
-)
+from advmoe.attacks.pgd import GradientCount, check_images, cross_entropy_objective, gradient_of, pgd
 from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
+from advmoe.models.modes import evaluating
 from advmoe.seeding import seeded
 
 Status = Literal["passed", "failed", "info", "not run"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from advmoe.evaluation.results import SuiteResult
 from advmoe.models.network import RoutedNetwork
-from advmoe.routes import Condition, RouteChange, RouteLog
+from advmoe.routing_log import Condition, RouteChange, RouteLog
 
 
 def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from advmoe.errors import ConfigError
 from advmoe.models.masked import mask_pathway
 from advmoe.models.network import RoutedNetwork
-from advmoe.routes import Condition, Diversity, PathwayChannels, RouteLog
+from advmoe.routing_log import Condition, Diversity, PathwayChannels, RouteLog
 
 BINS = 40
 """Bins of the histograms of IoU."""

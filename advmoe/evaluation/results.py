@@ -4,7 +4,7 @@ Attacks by name, each a column `robust/NAME`, true where the image is classified
 
 - `pgd`: untargeted PGD on the model as it is (RA);
 - `view/V`: the same through each gradient of the routing (`advmoe.attacks.relaxations`);
-- `route`: pathways searched for what the above left (`advmoe.attacks.routes`);
+- `route`: pathways searched for what the above left (`advmoe.attacks.pathways`);
 - `experts` (RA-E): the clean pathway frozen; `routers` (RA-R): only the routers attacked;
 - `every_pathway/clean`, `every_pathway`: right on each of the pathways in use, without and with an attack on each;
 - `autoattack/A`: after each of AutoAttack's four;
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from advmoe.attacks.pathways import RouteAttackConfig
 from advmoe.attacks.relaxations import TEMPERATURES
-from advmoe.attacks.routes import RouteAttackConfig
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.state import Arrays

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import STANDARD, autoattack
+from advmoe.attacks.pathways import attack_every_pathway, attack_routers, flip_radius, route_attack
 from advmoe.attacks.pgd import cross_entropy_objective, pgd
 from advmoe.attacks.relaxations import is_routed, routing_views
-from advmoe.attacks.routes import attack_every_pathway, attack_routers, flip_radius, route_attack
 from advmoe.attacks.untargeted import starts, untargeted
 from advmoe.data.loader import Batch
 from advmoe.evaluation.accuracy import check_finite

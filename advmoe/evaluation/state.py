@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.errors import CheckpointError
-from advmoe.training.checkpoint import write_atomically
+from advmoe.files import write_atomically
 
 IDENTITY = "identity"
 """Name of the array that holds what the state belongs to, as JSON."""

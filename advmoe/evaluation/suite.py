@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD
-from advmoe.attacks.pgd import evaluating
 from advmoe.attacks.relaxations import is_routed
 from advmoe.config import to_dict
 from advmoe.data.loader import BatchLoader
@@ -31,6 +30,7 @@ from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.stages import begin, predict, stages
 from advmoe.evaluation.state import EvaluationState
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
 STATE_LAYOUT = 2

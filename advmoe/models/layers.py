@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelConfig
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
+from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
-from advmoe.models.routing import ExpertLayout, ImageRouter, Router, RoutingTape, scaled_channels
+from advmoe.models.router import ImageRouter, Router
+from advmoe.models.routing import RoutingTape
 
 IMAGENET_SIZE = 128
 """Images at least this wide get a backbone's ImageNet form; smaller ones (CIFAR 32, TinyImageNet 64) its CIFAR form."""

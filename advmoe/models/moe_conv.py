@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.routing import Decision, ExpertLayout, pass_gate
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.routing import Decision, pass_gate
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a weight bank that belong to each expert, in the order of its output slots; as many for each."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelConfig, check
 from advmoe.models.channels import Channels
+from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
 from advmoe.models.moe_conv import dispatch, split_rows
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, ExpertLayout, RoutingTape, pass_gate
+from advmoe.models.routing import Decision, RoutingTape, pass_gate
 
 DEPTH = 12
 HEADS = 6

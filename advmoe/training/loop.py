@@ -6,104 +6,37 @@ here. A run that is stopped after any step and resumed goes on bit for bit as if
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe.config import ModelConfig, TrainConfig, from_dict, to_dict
+from advmoe.config import ModelConfig, TrainConfig, difference, from_dict, to_dict
 from advmoe.data.loader import Batch, BatchLoader
-from advmoe.data.sets import Dataset, Images, ImageSet
-from advmoe.data.splits import split_validation
-from advmoe.data.views import in_memory, training_transform
+from advmoe.data.sets import Dataset
+from advmoe.data.views import training_transform
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
-from advmoe.models.masked import close_masks
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import resolve_method
+from advmoe.training.observer import Observer
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
-from advmoe.training.statistics import EpochSums
+from advmoe.training.split import split_dataset
+from advmoe.training.start import start_from
 
 CHECKPOINT_SECONDS = 600.0
 """Between checkpoints in mid-epoch."""
 COLLAPSED_LOAD = 0.99
 """Load of one expert from which a layer's router counts as collapsed."""
-
-
-class Observer(Protocol):
-    """Whoever wants to watch a run. All methods are called from the training thread."""
-
-    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
-        """Training begins, or goes on, at global step `step`."""
-
-    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
-        """A step is done; `images` were processed in it, `figures` are the means of the epoch so far."""
-
-    def validated(self, record: dict[str, Any]) -> None:
-        """An epoch is done; `record` is what went into the log."""
-
-    def warned(self, message: str) -> None:
-        """Something is wrong that does not stop the run."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The images a run uses: everything is a seeded choice from the training set, the test set is never touched."""
-
-    train: Images
-    train_indices: np.ndarray
-    validation: ImageSet
-    skipped: int
-    """Images held out for validation that cannot be decoded."""
-
-
-def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | None = None) -> Split:
-    """Hold out the validation images, in the size the networks see, then keep `limit_train` of the rest."""
-    train, validation = split_validation(dataset.train.labels, fraction=config.val_fraction, seed=config.seed)
-    train_random, validation_random = np.random.default_rng(config.seed).spawn(2)
-    if config.limit_train is not None and config.limit_train < len(train):
-        train = np.sort(train_random.choice(train, config.limit_train, replace=False))
-    if config.val_limit < len(validation):
-        validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
-    size = image_size or dataset.info.image_size
-    validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images)
-    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated))
-
-
-def difference(given: Any, wanted: Any) -> str:
-    """The first field in which two configs differ, as `name = given (not wanted)`."""
-    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
-    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")
-
-
-def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
-    """Give a fresh model the weights of a checkpoint of the same model; a Sparse-CNN may also start from its Dense.
-
-    Raises:
-        ConfigError: the checkpoint holds another model.
-    """
-    wanted, weights = model.config, initial.weights
-    from_dense = wanted.kind == "sparse_cnn" and initial.model.kind == "dense"
-    if from_dense:
-        wanted = dataclasses.replace(wanted, kind="dense", model_scale=initial.model.model_scale)
-    if initial.model != wanted:
-        raise ConfigError(
-            f"the checkpoint to start from holds another model: {difference(initial.model, wanted)}; repeat its options"
-        )
-    model.load_state_dict(model.state_dict() | weights)
-    if from_dense:
-        close_masks(model)
 
 
 def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:

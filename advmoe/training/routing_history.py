@@ -14,7 +14,7 @@ import numpy as np
 from advmoe.data.loader import Batch
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
-from advmoe.routes import ExpertLoad, RouteLog
+from advmoe.routing_log import ExpertLoad, RouteLog
 from advmoe.training.steps import StepResult
 
 CLEAN, ATTACKED = "clean", "pgd"

@@ -12,7 +12,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from advmoe.errors import ConfigError
-from advmoe.training.checkpoint import Checkpoint, save_checkpoint, write_atomically
+from advmoe.files import write_atomically
+from advmoe.training.checkpoint import Checkpoint, save_checkpoint
 
 
 class RunFolder:
@@ -39,7 +40,7 @@ class RunFolder:
 
     @property
     def routes(self) -> Path:
-        """Route log of the last two epochs of an MoE-CNN (see `advmoe.routes`)."""
+        """Route log of the last two epochs of an MoE-CNN (see `advmoe.routing_log`)."""
         return self.path / "routes.npz"
 
     def start(self, config: dict[str, Any]) -> None:

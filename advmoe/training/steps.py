@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advmoe.attacks.pgd import cross_entropy_objective, evaluating, kl_objective, pgd, starting_point
+from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, starting_point
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 from advmoe.training.awp import perturbed_weights

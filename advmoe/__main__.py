@@ -1,0 +1,8 @@
+"""`python -m advmoe` is the command line; `torchrun -m advmoe` starts it on every rank."""
+
+import sys
+
+from advmoe.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Routers: small gating networks that pick one expert per image.
+
+Shape suffixes: B batch, C channels, H height, W width, N experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.models.routing import Decision, gate
+
+
+class Centring(nn.BatchNorm1d):
+    """Standardises features by running statistics, in training too, so that a decision depends on the image alone.
+
+    On the same features the training attack, the update that follows it and the finished model therefore decide alike.
+    By batch statistics a router would, in training, not even see a shift that the attack gives to all images.
+    """
+
+    NEWEST = 0.1
+    """Weight of the newest batch, after the first 1 / NEWEST batches, which count alike."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, affine=False)
+
+    def forward(self, features_BC: Tensor) -> Tensor:
+        """[B, C] -> [B, C] by the stored statistics, which in training mode take in the batch afterwards."""
+        if not self.training:
+            return super().forward(features_BC)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        standardised_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        assert self.num_batches_tracked is not None
+        self.momentum = None if self.num_batches_tracked < 1.0 / self.NEWEST else self.NEWEST
+        super().forward(features_BC.detach())
+        return standardised_BC
+
+
+class Router(nn.Module):
+    """Global average pool -> centring -> linear without bias -> N logits.
+
+    The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router
+    sends every image to the same expert within a few epochs. Centring takes that direction out; as there is no bias,
+    every logit then has mean zero over the data, and no expert can win everywhere.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "advantage") -> None:
+        super().__init__()
+        self.router_gradient = router_gradient
+        self.centre = Centring(in_channels)
+        self.linear = nn.Linear(in_channels, num_experts, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits [B, N] for the layer input."""
+        logits: Tensor = self.linear(self.centre(x_BCHW.mean(dim=(2, 3))))
+        return logits
+
+    def decide(self, x_BCHW: Tensor) -> Decision:
+        """The expert of each image (first of equal logits), with a gate where this router is being trained."""
+        logits_BN = self(x_BCHW)
+        expert_index_B = logits_BN.argmax(dim=1)
+        learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
+        gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if learns else None
+        return Decision(expert_index_B, logits_BN, gate_B, against_mean=self.router_gradient == "advantage")
+
+
+class ImageRouter(Router):
+    """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
+
+    def __init__(self, num_experts: int, *, router_gradient: str = "advantage") -> None:
+        super().__init__(64, num_experts, router_gradient=router_gradient)
+        self.features = nn.Sequential()
+        for in_channels, out_channels in ((3, 16), (16, 32), (32, 64)):
+            self.features.extend(
+                (
+                    nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                    nn.ReLU(),
+                )
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits [B, N] for images [B, 3, H, W]."""
+        return super().forward(self.features(x_BCHW))

@@ -1,0 +1,36 @@
+"""Which images a run trains on, and which it is validated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from advmoe.config import TrainConfig
+from advmoe.data.sets import Dataset, Images, ImageSet
+from advmoe.data.splits import split_validation
+from advmoe.data.views import in_memory
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images a run uses: everything is a seeded choice from the training set, the test set is never touched."""
+
+    train: Images
+    train_indices: np.ndarray
+    validation: ImageSet
+    skipped: int
+    """Images held out for validation that cannot be decoded."""
+
+
+def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | None = None) -> Split:
+    """Hold out the validation images, in the size the networks see, then keep `limit_train` of the rest."""
+    train, validation = split_validation(dataset.train.labels, fraction=config.val_fraction, seed=config.seed)
+    train_random, validation_random = np.random.default_rng(config.seed).spawn(2)
+    if config.limit_train is not None and config.limit_train < len(train):
+        train = np.sort(train_random.choice(train, config.limit_train, replace=False))
+    if config.val_limit < len(validation):
+        validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
+    size = image_size or dataset.info.image_size
+    validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images)
+    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated))
