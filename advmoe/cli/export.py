@@ -56,6 +56,7 @@ def export(
 
     The file uses standard operators only and appears under its name after it gave the same results as PyTorch.
     """
+    from advmoe.data.sources import shorter_side
     from advmoe.training.checkpoint import load_checkpoint
 
     check(verify_images >= 0, f"--verify-images must not be negative, got {verify_images}")
@@ -70,6 +71,7 @@ def export(
             contents.build(),
             model,
             image_size=contents.model.image_size,
+            resize=shorter_side(contents.train.get("dataset"), contents.model.image_size),
             labels=contents.class_names or tuple(map(str, range(contents.model.num_classes))),
             metadata=describe(contents, checkpoint),
             profile=profile,

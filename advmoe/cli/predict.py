@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.exporter import export_errors, open_session
+from advmoe.cli.exporter import export_errors, exporter, open_session
 from advmoe.cli.options import Json
 from advmoe.config import check
 from advmoe.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+    from advmoe_export import ModelMetadata
     from numpy.typing import NDArray
 
 
@@ -29,15 +30,15 @@ def predict(
 ) -> None:
     """Classify image files with an exported model: labels, probabilities and the pathway each image took.
 
-    Images of another size are scaled so that the shorter side fits, then cropped at the centre.
+    Images of any size are prepared as the images of the data set are in an evaluation: the shorter side is resized
+    to a length that the file knows, then the middle is taken.
     """
     import numpy as np
 
     check(top >= 1, f"--top must be at least 1, got {top}")
     session = open_session(model, provider or ["cpu"])
-    height, width = session.metadata.image_size
-    pixels = np.stack([read_image(path, width, height) for path in images])
     with export_errors():
+        pixels = np.stack([read_image(path, session.metadata) for path in images])
         batches = [session.run(pixels[row : row + 1]) for row in range(len(pixels))]
     labels = session.metadata.labels
     predictions: list[dict[str, Any]] = []
@@ -69,20 +70,28 @@ def predict(
     console.show_table(str(model), ("image", "prediction", "pathway (expert of each MoE layer)"), rows)
 
 
-def read_image(path: Path, width: int, height: int) -> NDArray[np.uint8]:
-    """An image file as uint8 RGB [height, width, 3].
+def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
+    """An image file as `advmoe evaluate` shows one of the data set: uint8 RGB [height, width, 3] of the model's size.
+
+    JPEG and PNG are decoded as those of data sets are, other formats by Pillow; all are resized in Rust.
 
     Raises:
         DataError: the file is missing or cannot be decoded.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from advmoe import rust_router
+    from advmoe.data.transforms import ResizeCenterCrop
+    from advmoe.data.views import shown
 
     if not path.is_file():
         raise DataError(f"no image file {path}")
     try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        content = path.read_bytes()
+        if content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+            pixels = rust_router.decode_image(content)
+        else:
+            pixels = np.asarray(exporter().read_image(path))
+    except (DataError, OSError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); expected a JPEG, PNG or the like") from error
-    return np.asarray(fitted)
+    return shown(pixels, ResizeCenterCrop(size=metadata.image_size, resize=metadata.resize))

@@ -14,6 +14,7 @@ from advmoe.data.imagenet import IMAGENET, load_imagenet
 from advmoe.data.locate import default_data_dir
 from advmoe.data.sets import Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
+from advmoe.data.views import evaluation_view
 from advmoe.errors import ConfigError
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "dataset_info",
     "dataset_names",
     "load_dataset",
+    "shorter_side",
 ]
 
 
@@ -77,6 +79,14 @@ def dataset_info(name: str, data_dir: Path | None = None) -> DatasetInfo:
     """
     info = _source(name).info
     return folder_info(_or_default(data_dir)) if info is FOLDER else info
+
+
+def shorter_side(name: str | None, size: int) -> int:
+    """Shorter side of an image of that data set before its middle, ``size`` pixels wide, is shown in an evaluation.
+
+    ``size`` itself where all images of the set have one size, and where there is no such set.
+    """
+    return evaluation_view(size).resize if name in _SOURCES and _SOURCES[name].info.resized else size
 
 
 def load_dataset(

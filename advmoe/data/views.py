@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from advmoe import rust_router
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import Images, ImageSet, Progress
-from advmoe.data.transforms import CropFlip, RandomResizedCrop, ResizeCenterCrop, Transform
+from advmoe.data.transforms import CropFlip, RandomResizedCrop, ResizeCenterCrop, Transform, compiled, output_size
 
 SHORTER_SIDE = 8 / 7
 """Shorter side before the middle is taken, relative to the size: 256 for 224, as ImageNet models are evaluated."""
@@ -23,6 +25,11 @@ def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
     return RandomResizedCrop(size=size, flip=flip)
 
 
+def evaluation_view(size: int) -> ResizeCenterCrop:
+    """How evaluation shows images that have sizes of their own."""
+    return ResizeCenterCrop(size=size, resize=round(size * SHORTER_SIDE))
+
+
 def in_memory(
     images: Images, size: int, *, skip_bad_images: bool = False, progress: Progress | None = None
 ) -> ImageSet:
@@ -34,7 +41,7 @@ def in_memory(
     """
     if isinstance(images, ImageSet):
         return images
-    view = ResizeCenterCrop(size=size, resize=round(size * SHORTER_SIDE))
+    view = evaluation_view(size)
     loader = BatchLoader(
         images,
         batch_size=256,
@@ -52,3 +59,21 @@ def in_memory(
         if progress is not None:
             progress("decoding images", done, len(images))
     return ImageSet(images=pixels[:done], labels=labels[:done], class_names=images.class_names)
+
+
+def shown(pixels: NDArray[np.uint8], view: Transform) -> NDArray[np.uint8]:
+    """One image in memory, uint8 RGB ``[height, width, 3]``, through a transform that sets its size, in Rust."""
+    height, width = output_size(view) or pixels.shape[:2]
+    out = np.empty((height, width, 3), np.uint8)
+    filler = rust_router.BatchFiller(
+        seed=0,
+        stream=0,
+        transform=compiled(view),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        channels_last=True,
+        num_threads=1,
+        skip_bad=False,
+    )
+    filler.fill(np.ascontiguousarray(pixels)[None], np.zeros(1, np.int64), 0, out[None], rust_router.Stop())
+    return out

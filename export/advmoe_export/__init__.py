@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from advmoe_export.exporter import ExportReport, export_model
     from advmoe_export.metadata import ModelMetadata
     from advmoe_export.monitor import LayerDrift, RouteMonitor
+    from advmoe_export.preparation import prepare, read_image
     from advmoe_export.profiles import PROFILES
     from advmoe_export.session import Prediction, Session
     from advmoe_export.triton import write_triton_repository
@@ -46,6 +47,8 @@ _HOME = {
     "VerificationError": "errors",
     "VerificationReport": "verify",
     "export_model": "exporter",
+    "prepare": "preparation",
+    "read_image": "preparation",
     "time_session": "bench",
     "verify": "verify",
     "write_triton_repository": "triton",
@@ -70,6 +73,8 @@ __all__ = [
     "VerificationError",
     "VerificationReport",
     "export_model",
+    "prepare",
+    "read_image",
     "time_session",
     "verify",
     "write_triton_repository",

@@ -78,6 +78,7 @@ def export_model(
     *,
     image_size: int | tuple[int, int],
     labels: Sequence[str],
+    resize: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     profile: str = "hybrid",
     batch_size: int | None = None,
@@ -103,6 +104,9 @@ def export_model(
         path: the `.onnx` file to write.
         image_size: height and width of the images.
         labels: class names in the order of the logits.
+        resize: length to which the shorter side of an image was resized before its middle was taken, in the images the
+            module was evaluated on; by default the longer side of `image_size`, so that images of that size stay as
+            they are.
         metadata: what else the file should say about the model, as JSON data.
         profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no control flow).
         batch_size: batch size to fix, for `static` only.
@@ -129,6 +133,8 @@ def export_model(
     _one_of("input type", input_type, INPUT_TYPES)
     if opset not in OPSETS:
         raise UnsupportedModelError(f"opset must be in {OPSETS.start} ... {OPSETS.stop - 1}, got {opset}")
+    if resize is not None and not max(size) <= resize < 2**16:
+        raise UnsupportedModelError(f"resize must be in {max(size)} ... {2**16 - 1}, got {resize}")
     traced = trace(model, image_size=size, opset=opset)
     graph = traced.graph
     classes = graph.outputs[0].shape[1]  # type: ignore[index]
@@ -153,6 +159,7 @@ def export_model(
     described = ModelMetadata(
         labels=tuple(str(label) for label in labels),
         image_size=size,
+        resize=max(size) if resize is None else resize,
         input_type=input_type,
         profile=profile,
         dtype=dtype,

@@ -11,7 +11,7 @@ from typing import Any
 from advmoe_export.errors import ModelFileError
 
 KEY = "advmoe_export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class ModelMetadata:
     """Class names, in the order of the logits."""
     image_size: tuple[int, int]
     """(height, width) in pixels."""
+    resize: int
+    """Length of an image's shorter side before the middle `image_size` of it is taken: see `prepare`."""
     input_type: str
     """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside the graph."""
     profile: str
@@ -66,7 +68,7 @@ class ModelMetadata:
             path: its name, for messages.
 
         Raises:
-            ModelFileError: the file was not written by this package, or by a later version of it.
+            ModelFileError: the file was not written by this package, or by another version of it.
         """
         if KEY not in properties:
             raise ModelFileError(
@@ -78,9 +80,10 @@ class ModelMetadata:
         except (ValueError, KeyError, AttributeError) as error:
             raise ModelFileError(f"the metadata of '{path}' is damaged; export it again") from error
         if version != FORMAT_VERSION:
+            remedy = "export it again" if version in range(1, FORMAT_VERSION) else "update the package"
             raise ModelFileError(
                 f"'{path}' has metadata of version {version}, this advmoe-export reads version {FORMAT_VERSION}; "
-                "update the package"
+                f"{remedy}"
             )
         try:
             load = document.pop("expert_load")

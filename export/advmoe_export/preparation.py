@@ -1,0 +1,95 @@
+"""From an image of any size to the pixels a model reads, by the numbers in the metadata of its file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from advmoe_export.errors import InputError
+from advmoe_export.metadata import ModelMetadata
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def prepare(
+    image: str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8], metadata: ModelMetadata
+) -> npt.NDArray[np.uint8]:
+    """Resize an image and take its middle, as the images of the model's data set were prepared for its evaluation.
+
+    The shorter side becomes `metadata.resize` pixels long (bilinear, antialiased). Alpha and EXIF are ignored.
+    Needs Pillow. `advmoe predict` and `advmoe evaluate` resize in Rust: pixels differ from theirs by one level at most,
+    and by a few more in JPEG files, whose decoders round differently.
+
+    Args:
+        image: an image file, a Pillow image, or uint8 RGB pixels [height, width, 3].
+        metadata: what the file says of its model.
+
+    Returns:
+        uint8 [H, W, 3], as `Session.run` takes it in a batch.
+
+    Raises:
+        InputError: the image cannot be read, or Pillow is missing.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(
+            "preparing images needs Pillow: pip install pillow, or resize the images yourself and run those pixels"
+        ) from error
+    if isinstance(image, Image.Image):
+        picture = _rgb(image)
+    elif isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise InputError(f"expected uint8 RGB pixels [height, width, 3], got {image.dtype} {list(image.shape)}")
+        picture = Image.fromarray(np.ascontiguousarray(image))
+    else:
+        picture = read_image(image)
+    shown, resized = middle(picture.height, picture.width, metadata.image_size, metadata.resize)
+    scaled = picture.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
+    height, width = metadata.image_size
+    return np.asarray(scaled.crop((shown[1], shown[0], shown[1] + width, shown[0] + height)))
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        InputError: the file is missing, is no image, or unpacks to far more pixels than a photograph has.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _rgb(image)
+    except FileNotFoundError as error:
+        raise InputError(f"no image file {path}") from error
+    except Exception as error:  # a damaged file can raise nearly anything in one of Pillow's many decoders
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path} cannot be decoded as an image ({reason}); expected a JPEG, PNG or the like"
+        ) from error
+
+
+def middle(
+    height: int, width: int, image_size: tuple[int, int], resize: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the middle begins (row, column) in an image resized to (height, width), and that size."""
+    shorter = min(height, width)
+    resized = height * resize // shorter, width * resize // shorter
+    # Python's round, as in torchvision's center_crop: halves go to the even number.
+    return (round((resized[0] - image_size[0]) / 2), round((resized[1] - image_size[1]) / 2)), resized
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit levels at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,0 +1,135 @@
+"""An image file means the same pixels to `advmoe evaluate`, to `advmoe predict` and to a reader of the metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from advmoe.cli.app import main
+from advmoe.cli.predict import read_image
+from advmoe.data.folders import image_folder
+from advmoe.data.sources import shorter_side
+from advmoe.data.views import in_memory
+from advmoe.errors import DataError
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+
+export = pytest.importorskip("advmoe_export")
+pytest.importorskip("onnxruntime")
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of one class with images of several sizes and formats."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "class").mkdir()
+    rng = np.random.default_rng(0)
+    for number, (size, name, mode) in enumerate(
+        [
+            ((90, 60), "png", "RGB"),
+            ((31, 77), "jpg", "RGB"),
+            ((40, 40), "png", "L"),
+            ((9, 12), "png", "RGBA"),
+            ((64, 51), "jpg", "CMYK"),
+        ]
+    ):
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 5, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(folder / "class" / f"{number}.{name}")
+    levels = rng.integers(0, 65536, (30, 20), dtype=np.uint16)
+    Image.fromarray(levels).save(folder / "class" / "5.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Any, Path]:
+    model = request.getfixturevalue("small_moe")()
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    labels = [str(number) for number in range(10)]
+    export.export_model(model, path, image_size=SIZE, labels=labels, resize=shorter_side("folder", SIZE))
+    return model, path
+
+
+def test_prediction_and_evaluation_show_a_model_the_same_pixels(pictures: Path, model_file: tuple[Any, Path]) -> None:
+    model, path = model_file
+    evaluated = in_memory(image_folder(pictures), SIZE).images
+    session = export.Session(path)
+    predicted = np.stack([read_image(file, session.metadata) for file in sorted((pictures / "class").iterdir())])
+    np.testing.assert_array_equal(predicted, evaluated)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(evaluated.transpose(0, 3, 1, 2) / np.float32(255)))
+    np.testing.assert_allclose(session.run(predicted).logits, logits, atol=1e-5 * float(logits.abs().max()))
+
+
+def test_the_metadata_alone_tell_how_to_prepare_an_image(pictures: Path, model_file: tuple[Any, Path]) -> None:
+    metadata = export.Session(model_file[1]).metadata
+    assert metadata.resize == 18  # 8/7 of 16, as 256 is of 224
+
+    def apart(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+        return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+    for file in sorted((pictures / "class").iterdir()):
+        ours, theirs = read_image(file, metadata), export.prepare(file, metadata)
+        # Two passes of 8-bit rounding; decoders of JPEG differ by up to 4 levels, of CMYK by 6.
+        assert apart(ours, theirs) <= (1 if file.suffix == ".png" else 7), file
+    with Image.open(pictures / "class" / "0.png") as image:
+        np.testing.assert_array_equal(export.prepare(image, metadata), export.prepare(np.asarray(image), metadata))
+
+
+def test_images_of_the_models_size_are_not_touched(model_file: tuple[Any, Path], tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    path = tmp_path / "model.onnx"
+    export.export_model(model_file[0], path, image_size=SIZE, labels=[str(number) for number in range(10)])
+    metadata = export.Session(path).metadata
+    assert metadata.resize == shorter_side("cifar10", SIZE) == shorter_side(None, SIZE) == SIZE
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png", metadata), pixels)
+    np.testing.assert_array_equal(export.prepare(pixels, metadata), pixels)
+
+
+def test_export_writes_the_preparation_of_the_data_set_it_was_trained_on(
+    tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(export.ExportError):  # type: ignore[misc, name-defined]
+        pass
+
+    def recorded(*_: Any, **settings: Any) -> None:
+        raise Enough(f"resize={settings['resize']}")
+
+    monkeypatch.setattr(export, "export_model", recorded)
+    model = tiny_vgg()
+    for dataset, resize in (("folder", 37), ("cifar10", 32)):  # 8/7 of 32 is 36.6
+        contents = Checkpoint(model=model.config, weights=model.state_dict(), train={"dataset": dataset})
+        save_checkpoint(tmp_path / "model.pt", contents)
+        messages: list[str] = []
+        monkeypatch.setattr("advmoe.cli.console.fail", messages.append)
+        assert main(["export", str(tmp_path / "model.pt"), str(tmp_path / "model.onnx")]) == 1
+        assert messages == [f"resize={resize}"]
+
+
+def test_other_formats_are_read_and_files_that_are_no_images_are_named(
+    model_file: tuple[Any, Path], tmp_path: Path
+) -> None:
+    metadata = export.Session(model_file[1]).metadata
+    color = np.full((40, 30, 3), (200, 10, 40), np.uint8)
+    Image.fromarray(color).save(tmp_path / "image.webp", lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "image.webp", metadata), color[:SIZE, :SIZE])
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name, read in (("text.jpg", export.prepare), ("cut.png", export.prepare), ("gone.png", export.prepare)):
+        with pytest.raises(export.InputError, match=name):
+            read(tmp_path / name, metadata)
+    with pytest.raises(DataError, match=r"no image file .*gone.png"):
+        read_image(tmp_path / "gone.png", metadata)
+    with pytest.raises(DataError, match=r"cut.png cannot be decoded as an image"):
+        read_image(tmp_path / "cut.png", metadata)
+    with pytest.raises(export.InputError, match=r"expected uint8 RGB pixels .*, got float64 \[4, 4\]"):
+        export.prepare(np.zeros((4, 4)), metadata)
