@@ -12,6 +12,9 @@ from advmoe.config import AttackConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import AdvMoEError
 from advmoe.evaluation.accuracy import Evaluation, evaluate
+from advmoe.evaluation.card import figures
+from advmoe.evaluation.results import SuiteConfig
+from advmoe.evaluation.suite import run_suite
 from advmoe.models.network import RoutedNetwork
 
 EPS = 2 / 255
@@ -96,8 +99,24 @@ def test_wrong_images_are_neither_right_nor_robust(model: RoutedNetwork, images:
     # The starts follow the image's row number, so only the count of the second half can differ from its own attack.
     assert whole.ra <= 0.5
     assert right.sa == 1.0
-    # An image that is wrong when clean is not attacked: its pathway is the clean one.
-    np.testing.assert_array_equal(whole.adversarial_pathways_NL[:12], whole.clean_pathways_NL[:12])
+    # The routers are judged by all images: one that is wrong when clean is attacked like the others.
+    assert (whole.adversarial_pathways_NL[:12] != whole.clean_pathways_NL[:12]).any()
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_validation_and_result_card_give_the_same_figures(
+    model: RoutedNetwork, images: ImageSet, restarts: int
+) -> None:
+    labels = images.labels.copy()
+    labels[:12] = (labels[:12] + 1) % 10  # half of the images are wrong when clean
+    mixed = ImageSet(images=images.images, labels=labels, class_names=images.class_names)
+    attack = AttackConfig(eps=EPS, steps=3, step_size=EPS / 2, restarts=restarts)
+    validated = evaluate(model, mixed, attack).as_dict()
+    suite = run_suite(model, mixed, SuiteConfig(attack=attack, routing=False, diagnosed=0))
+    card = figures(suite)
+    assert validated["sa"] == card["sa"] == 50.0
+    assert 0 < validated["ra_pgd3"] == card["ra_pgd3"] < 50
+    assert 0 < validated["routers_fooled"] == card["routers_fooled"]
 
 
 def test_a_set_without_a_right_image_is_no_error(model: RoutedNetwork, images: ImageSet) -> None:

@@ -41,6 +41,7 @@ def untargeted(
     *,
     pathways_BL: Tensor | None = None,
     count: GradientCount | None = None,
+    first_restart: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attack a batch of correctly classified images by cross-entropy, with all restarts of the config.
 
@@ -56,6 +57,7 @@ def untargeted(
         seed: of the random starts.
         pathways_BL: if given, `forward` gets them: the experts are attacked with the routing frozen.
         count: if given, counts the gradients.
+        first_restart: number of the first start tried; those before it are somebody else's work.
 
     Returns:
         Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
@@ -68,9 +70,9 @@ def untargeted(
     check_images(images)
     adversarial = images.clone()
     alive = torch.arange(len(images), device=images.device)
-    restart = 0
+    restart = first_restart
     while restart < attack.restarts and len(alive):
-        together = 1 if restart == 0 else min(attack.restarts - restart, max(1, len(images) // len(alive)))
+        together = 1 if restart == first_restart else min(attack.restarts - restart, max(1, len(images) // len(alive)))
         victims, truth, own = images[alive], labels[alive], indices[alive.to(indices.device)]
         pathways = None if pathways_BL is None else pathways_BL[alive].repeat(together, 1)
         repeated = truth.repeat(together)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.pgd import cross_entropy_objective, pgd
+from advmoe.attacks.untargeted import starts, untargeted
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
@@ -27,21 +28,35 @@ Progress = Callable[[int, float, float], None]
 class Evaluation:
     """Outcome on a set of images. Shares are in [0, 1]."""
 
-    images: int
-    sa: float
-    """Share of clean images classified correctly."""
-    ra: float
-    """Share classified correctly at every point the attack tried."""
+    right_N: np.ndarray
+    """Which clean images are classified correctly, bool [images]."""
+    robust_N: np.ndarray
+    """Which are classified correctly when clean and at every point the attack tried, bool [images]."""
     attack: AttackConfig
     seed: int
     clean_pathways_NL: np.ndarray
     """Expert of each clean image in each MoE layer, int64 [images, L]."""
     adversarial_pathways_NL: np.ndarray
-    """The same for the last adversarial version of each image (the clean one where it was wrong already)."""
+    """The same after all steps of the attack's first start, for every image, also one that was wrong when clean."""
+
+    @property
+    def images(self) -> int:
+        """Images evaluated."""
+        return len(self.right_N)
+
+    @property
+    def sa(self) -> float:
+        """Share of clean images classified correctly."""
+        return float(self.right_N.mean()) if self.images else 0.0
+
+    @property
+    def ra(self) -> float:
+        """Share classified correctly at every point the attack tried."""
+        return float(self.robust_N.mean()) if self.images else 0.0
 
     @property
     def routers_fooled(self) -> float:
-        """Share of images whose pathway the attack changed in at least one layer."""
+        """Share of all images whose pathway the attack changed in at least one layer."""
         return (
             float((self.clean_pathways_NL != self.adversarial_pathways_NL).any(axis=1).mean()) if self.images else 0.0
         )
@@ -91,7 +106,8 @@ def evaluate(
     """
     device = model.mean.device
     loader = BatchLoader(images, batch_size=batch_size)
-    done = correct = robust = 0
+    rights: list[Tensor] = []
+    robusts: list[Tensor] = []
     clean_pathways: list[Tensor] = []
     adversarial_pathways: list[Tensor] = []
     with evaluating(model):
@@ -101,25 +117,51 @@ def evaluate(
                 logits, routing = model.forward_with_routing(x)
             check_finite(logits, routing)
             right = logits.argmax(dim=1) == y
-            adversarial = x.clone()
-            adversarial[right], survived = untargeted(
-                model, x[right], y[right], batch.indices[right.cpu()], attack, seed
-            )
-            with torch.no_grad():
-                adversarial_routing: Routing = model.forward_with_routing(adversarial)[1]
-            done += len(y)
-            correct += int(right.sum())
-            robust += int(survived.sum())
+            if model.expert_layouts:
+                survived, adversarial_routing = _attack_all(model, x, y, batch.indices, right, attack, seed)
+            else:  # no router to look at, so nothing is spent on images that are done
+                victims = batch.indices[right.cpu()]
+                survived, adversarial_routing = right.clone(), routing
+                survived[right] = untargeted(model, x[right], y[right], victims, attack, seed)[1]
+            rights.append(right.cpu())
+            robusts.append(survived.cpu())
             clean_pathways.append(routing.expert_index_BL.cpu())
             adversarial_pathways.append(adversarial_routing.expert_index_BL.cpu())
             if progress is not None:
-                progress(done, correct / done, robust / done)
+                done = sum(map(len, rights))
+                progress(done, int(sum(map(torch.sum, rights))) / done, int(sum(map(torch.sum, robusts))) / done)
     return Evaluation(
-        done,
-        correct / max(done, 1),
-        robust / max(done, 1),
+        torch.cat(rights).numpy(),
+        torch.cat(robusts).numpy(),
         attack,
         seed,
         torch.cat(clean_pathways).numpy(),
         torch.cat(adversarial_pathways).numpy(),
     )
+
+
+def _attack_all(
+    model: RoutedNetwork, x: Tensor, y: Tensor, indices: Tensor, right: Tensor, attack: AttackConfig, seed: int
+) -> tuple[Tensor, Routing]:
+    """Attack every image for all steps: routers are judged by images that were wrong when clean, too.
+
+    Returns:
+        Which images are right and stay right at every point of every start [B], and the routing after the last step of
+        the first start.
+    """
+    survived = right.clone()
+
+    def note(logits: Tensor, rows: Tensor) -> Tensor:
+        survived[rows] &= logits.argmax(dim=1) == y[rows]
+        return torch.zeros_like(right)[rows]  # nobody is done before the last step
+
+    first = starts(x, indices, attack, seed, [0])
+    attacked = pgd(model, x, cross_entropy_objective(y), attack, start=first, won=note)
+    with torch.no_grad():
+        logits, routing = model.forward_with_routing(attacked)
+    survived &= logits.argmax(dim=1) == y
+    if attack.restarts > 1:
+        left = survived.nonzero().squeeze(1)
+        victims = indices[left.to(indices.device)]
+        survived[left] = untargeted(model, x[left], y[left], victims, attack, seed, first_restart=1)[1]
+    return survived, routing
