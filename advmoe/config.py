@@ -1,132 +1,197 @@
-"""What a run is, as plain data: the model, the attack, the training. Checkpoints store all of it as plain dicts."""
+"""What a run is, as plain data: the model, the attack, the training. Checkpoints store all of it as plain dicts.
+
+Each part of the system has a class of its own here. `ModelConfig` and `TrainConfig` are made of them, so that a part
+can take the whole configuration and look at its own fields only. To add an option, add a field: its type, default,
+bounds and help are what the library checks, what checkpoints store and what the command line offers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from advmoe.errors import ConfigError
+from advmoe.schema import Setting, Settings, check, difference, fields_of, from_dict, one_of, to_dict
 
-KINDS = ("dense", "s_dense", "sparse_cnn", "moe")
-GRANULARITIES = ("layer", "block", "stage", "image", "token")
-ROUTER_GRADIENTS = ("advantage", "softmax", "straight_through")
-EXPERT_FILTERS = ("windows", "separate")
-ROUTER_OPTIONS = ("num_experts", "granularity", "router_gradient", "expert_filters")
-"""Fields of `ModelConfig` that mean something for kind `moe` only."""
-LOSSES = ("trades", "pgd_at")
-ROBUST_OPTIONS = ("loss", "trades_beta", "awp", "balance")
-"""Fields of `TrainConfig` that mean nothing to method `standard`."""
-ATTACK_STARTS = ("uniform", "gaussian", "clean")
+__all__ = [
+    "AttackConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "check",
+    "check_eps",
+    "check_together",
+    "difference",
+    "from_dict",
+    "model_config",
+    "one_of",
+    "to_dict",
+]
 
-T = TypeVar("T")
+Kind = Literal["dense", "s_dense", "sparse_cnn", "moe"]
+Granularity = Literal["layer", "block", "stage", "image", "token"]
+RouterGradient = Literal["advantage", "softmax", "straight_through"]
+ExpertFilters = Literal["windows", "separate"]
+MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
+Loss = Literal["trades", "pgd_at"]
+AttackStart = Literal["uniform", "gaussian", "clean"]
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ROUTER_GRADIENTS: tuple[RouterGradient, ...] = get_args(RouterGradient)
 
-def one_of(what: str, value: str, choices: Iterable[str]) -> str:
-    """`value` if it is one of `choices`.
-
-    Raises:
-        ConfigError: it is not; the message names the choices and the closest one.
-    """
-    known = sorted(choices)
-    if value in known:
-        return value
-    close = difflib.get_close_matches(str(value).lower(), known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise ConfigError(f"unknown {what} '{value}', expected one of: {', '.join(known)}{hint}")
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ConfigError(message) unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
+Triple = tuple[float, float, float]
 
 
 def check_eps(eps: float) -> None:
     """Raise ConfigError unless eps is a radius in pixel units of [0, 1]."""
     if not 0.0 <= eps <= 1.0:
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
-        raise ConfigError(f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}")
+        check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class BackboneConfig(Settings):
+    """The network before anything is routed."""
+
+    panel: ClassVar[str] = "Model"
+
+    arch: Annotated[
+        str, Setting("Backbone: vgg16, resnet18, wrn28_10, densenet or vit.", noun="architecture", default="vgg16")
+    ]
+    kind: Annotated[
+        Kind,
+        Setting(
+            "moe (N experts per layer at scale r), dense (the full network), s_dense (every width times r) or "
+            "sparse_cnn (a learned mask keeps r of the channels).",
+            noun="model kind",
+        ),
+    ] = "moe"
+    num_classes: Annotated[
+        int,
+        Setting("Outputs of the classifier.", noun="the number of classes", at_least=2, at_most=10**6, option=False),
+    ] = 10
+    image_size: Annotated[
+        int,
+        Setting(
+            "Height and width of the images in pixels; folder and imagenet are cut to it.",
+            noun="the image size",
+            at_least=8,
+            at_most=4096,
+            default="the data set's",
+        ),
+    ] = 32
+    width: Annotated[
+        float,
+        Setting(
+            "Channel multiplier of the backbone, before r; below 1 for small runs.",
+            noun="the width multiplier",
+            above=0.0,
+            at_most=64.0,
+            usual="1 is the full backbone",
+        ),
+    ] = 1.0
+    depth: Annotated[
+        int | None,
+        Setting(
+            "Layers of densenet or blocks of vit.",
+            at_least=1,
+            at_most=1000,
+            default="100 (121 for ImageNet); 12 in vit",
+        ),
+    ] = None
+    growth: Annotated[
+        int | None,
+        Setting("Channels that each layer of densenet adds.", at_least=1, at_most=1000, default="12 (32 for ImageNet)"),
+    ] = None
+    model_scale: Annotated[
+        float,
+        Setting(
+            "r, share of a layer's channels that one expert owns.",
+            noun="model scale r",
+            above=0.0,
+            at_most=1.0,
+            usual="the paper's default is 0.5",
+        ),
+    ] = 0.5
+    compact: Annotated[
+        bool,
+        Setting("A Sparse-CNN whose dropped channels are removed (`advmoe.models.masked.compact`).", option=False),
+    ] = False
+    mean: Annotated[
+        Triple, Setting("Subtracted from the images per color channel, inside the model.", option=False)
+    ] = (0.0, 0.0, 0.0)
+    std: Annotated[
+        Triple, Setting("Divides the centered images.", noun="the standard deviation", above=0.0, option=False)
+    ] = (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Settings):
+    """The experts of an MoE layer."""
+
+    panel: ClassVar[str] = "Experts and routers (kind moe)"
+
+    num_experts: Annotated[
+        int,
+        Setting(
+            "N, experts per MoE layer.",
+            noun="the number of experts N",
+            at_least=1,
+            at_most=255,
+            usual="the paper uses 2 to 10",
+        ),
+    ] = 2
+    expert_filters: Annotated[
+        ExpertFilters,
+        Setting(
+            "Experts are windows of the backbone's channels (paper), or have separate filters (released code).",
+            noun="kind of expert filters",
+        ),
+    ] = "windows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutersConfig(Settings):
+    """The routers of an MoE-CNN."""
+
+    panel: ClassVar[str] = "Experts and routers (kind moe)"
+
+    granularity: Annotated[
+        Granularity,
+        Setting(
+            "What one router decides for: each layer, block or stage, the whole network (image), or each token (vit).",
+            noun="router granularity",
+        ),
+    ] = "layer"
+    router_gradient: Annotated[
+        RouterGradient,
+        Setting(
+            "How gradients pass the argmax: by a softmax gate on what sets the chosen expert apart from the mean "
+            "expert (advantage), by a gate on its whole output (softmax), or straight_through to the chosen logit "
+            "(released code).",
+            noun="router gradient",
+        ),
+    ] = "advantage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(RoutersConfig, ExpertsConfig, BackboneConfig):
     """Everything needed to rebuild a model."""
 
-    arch: str
-    """Backbone: a name known to `advmoe.models.registry`."""
-    kind: str = "moe"
-    """`dense` (the full CNN), `s_dense` (every width times r), `sparse_cnn` (a learned mask keeps r of the channels),
-    `moe` (N experts per layer at scale r)."""
-    num_classes: int = 10
-    """Outputs of the classifier."""
-    image_size: int = 32
-    """Height and width of the images, in pixels."""
-    width: float = 1.0
-    """Channel multiplier of the backbone, before r; below 1 for small runs."""
-    depth: int | None = None
-    """Number of DenseNet's layers (None: 100 on small images, 121 on ImageNet) or of ViT's blocks (None: 12)."""
-    growth: int | None = None
-    """DenseNet: channels that each layer adds; None for 12 on small images and 32 on ImageNet."""
-    num_experts: int = 2
-    """N, experts per MoE layer."""
-    model_scale: float = 0.5
-    """r, share of a layer's channels that one expert owns."""
-    expert_filters: str = "windows"
-    """`windows`: experts are channel windows of the backbone (paper); `separate`: own filters each (released code)."""
-    granularity: str = "layer"
-    """What one router decides for: each `layer`, `block` or `stage`, the whole network (`image`), or in vit each
-    `token` of a layer."""
-    router_gradient: str = "advantage"
-    """How gradients pass the argmax: by a softmax gate on what sets the chosen expert apart from the mean one
-    (`advantage`), by one on its whole output (`softmax`), or `straight_through` to the chosen logit (released code)."""
-    compact: bool = False
-    """Sparse-CNN whose dropped channels have been removed (`advmoe.models.masked.compact`)."""
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from the images per colour channel, inside the model."""
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Divides the centred images."""
-
     def __post_init__(self) -> None:
-        one_of("model kind", self.kind, KINDS)
-        one_of("router granularity", self.granularity, GRANULARITIES)
-        one_of("router gradient", self.router_gradient, ROUTER_GRADIENTS)
-        one_of("kind of expert filters", self.expert_filters, EXPERT_FILTERS)
+        super().__post_init__()
         check(
             not self.compact or self.kind == "sparse_cnn", f"only a sparse_cnn can be compact, got kind '{self.kind}'"
         )
-        check(self.num_classes >= 2, f"the number of classes must be at least 2, got {self.num_classes}")
-        check(self.num_experts >= 1, f"the number of experts N must be at least 1, got {self.num_experts}")
-        check(
-            self.num_experts <= 255,
-            f"the number of experts N must be at most 255, got {self.num_experts}; the paper uses 2 to 10",
-        )
-        check(
-            0.0 < self.model_scale <= 1.0,
-            f"model scale r must be in (0, 1], got {self.model_scale:g}; the paper's default is 0.5",
-        )
-        check(
-            0.0 < self.width < math.inf,
-            f"the width multiplier must be positive and finite, got {self.width:g}; 1 is the full backbone",
-        )
-        check(
-            len(self.mean) == len(self.std) == 3 and all(0.0 < deviation < math.inf for deviation in self.std),
-            f"expected 3 means and 3 positive standard deviations, got {self.mean} and {self.std}",
-        )
-        for name, value, archs in (
-            ("depth", self.depth, ("densenet", "vit")),
-            ("growth", self.growth, ("densenet",)),
-            ("granularity token", self.granularity == "token" or None, ("vit",)),
+        for name, used, archs in (
+            ("depth", self.depth is not None, ("densenet", "vit")),
+            ("growth", self.growth is not None, ("densenet",)),
+            ("granularity", self.granularity == "token", ("vit",)),
         ):
             check(
-                value is None or self.arch in archs,
-                f"{name} is an option of {' and '.join(archs)}, not of {self.arch}",
+                not used or self.arch in archs,
+                f"{name} {getattr(self, name)} is an option of {' and '.join(archs)}, not of {self.arch}",
+                name,
             )
-            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        check(self.image_size >= 8, f"images must be at least 8 pixels wide, got {self.image_size}")
 
     @property
     def several_experts(self) -> bool:
@@ -141,132 +206,237 @@ def model_config(**settings: Any) -> ModelConfig:
         ConfigError: a value that cannot be, or an option of routers for a kind that has none. (A config that was stored
             may hold such values: they were the defaults of its day, and mean nothing.)
     """
-    config = ModelConfig(**settings)
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
+    config = from_dict(ModelConfig, settings)
+    for field in (*fields_of(ExpertsConfig), *fields_of(RoutersConfig)):
+        value = getattr(config, field.name)
         check(
-            config.kind == "moe" or option.name not in ROUTER_OPTIONS or value == option.default,
-            f"{option.name} = {value} needs routers, which kind {config.kind} has not; leave it out or use kind moe",
+            config.kind == "moe" or value == field.default,
+            f"{field.name} {value} has no effect on kind {config.kind}, which has no routers; leave it out or use "
+            "kind moe",
+            field.name,
         )
     return config
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig:
+class AttackConfig(Settings):
     """A PGD attack in the l-infinity ball; lengths in pixel units of [0, 1]."""
 
-    eps: float = 8 / 255
-    """Radius of the ball."""
-    steps: int = 50
-    """K, gradient steps."""
-    step_size: float = 2 / 255
-    """Length of a step."""
-    restarts: int = 1
-    """Independent starts; an image counts as robust if it survives them all."""
-    start: str = "uniform"
-    """`uniform` in the ball, `gaussian` (0.001 * N(0, I), as in TRADES) or `clean`."""
+    eps: Annotated[float, Setting("Radius of the ball.")] = 8 / 255
+    steps: Annotated[
+        int, Setting("K, gradient steps.", noun="the number of attack steps", at_least=0, at_most=10**6)
+    ] = 50
+    step_size: Annotated[float, Setting("Length of a step.", noun="the attack's step size", at_least=0.0)] = 2 / 255
+    restarts: Annotated[
+        int,
+        Setting(
+            "Independent starts; an image counts as robust if it survives them all.",
+            noun="the number of attack restarts",
+            at_least=1,
+            at_most=10**6,
+        ),
+    ] = 1
+    start: Annotated[
+        AttackStart,
+        Setting("uniform in the ball, gaussian (0.001 * N(0, I), as in TRADES) or clean.", noun="attack start"),
+    ] = "uniform"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_eps(self.eps)
-        one_of("attack start", self.start, ATTACK_STARTS)
-        check(self.steps >= 0, f"attack steps must not be negative, got {self.steps}")
-        check(self.restarts >= 1, f"attack restarts must be at least 1, got {self.restarts}")
-        check(
-            0.0 <= self.step_size < math.inf,
-            f"the attack's step size must be finite and not negative, got {self.step_size:g}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. The defaults are the paper's settings (Sec. 5.1, App. B) as far as they are known."""
+class TrainingAttack(Settings):
+    """What can be chosen of the attack in training. The radius usually comes from the data set."""
 
-    dataset: str
-    """Name of the data set."""
-    method: str = "advmoe"
-    """A name known to `advmoe.training.methods`."""
-    epochs: int = 100
-    """Passes over the training images (of the experts' stream)."""
-    batch_size: int = 128
-    """Images per step."""
-    lr: float = 0.1
-    """Peak learning rate of SGD, shared by routers and experts; follows a cosine to zero."""
-    momentum: float = 0.9
-    """SGD momentum."""
-    weight_decay: float = 5e-4
-    """L2 penalty."""
-    loss: str = "trades"
-    """Robust objective: `trades` (paper, eq. AT) or `pgd_at`, cross-entropy of adversarial images (Madry et al.)."""
-    trades_beta: float = 6.0
-    """1 / lambda, weight of the KL term."""
-    specialisation: float | None = 0.25
-    """Speed at which experts part from their common start (`advmoe.training.coupling`); None: nothing couples them."""
-    balance: float = 0.0
-    """Weight of the load-balance loss on the routers; 0 is off, as in the paper."""
-    awp: float = 0.0
-    """Size gamma of adversarial weight perturbations relative to the weights (Wu et al., 2020); 0 is off."""
-    ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then validated and kept; 0 is off."""
-    init: str | None = None
-    """SHA-256 of the checkpoint the run starts from (as router-only AT does); None for fresh weights."""
-    attack: AttackConfig = dataclasses.field(
-        default_factory=lambda: AttackConfig(steps=2, step_size=5 / 255, start="gaussian")
-    )
-    """The attack that training defends against."""
-    val_attack: AttackConfig = dataclasses.field(default_factory=lambda: AttackConfig(steps=10))
-    """The attack that selects `best.pt` on the validation split."""
-    val_fraction: float = 0.1
-    """Share of the training images held out for validation."""
-    val_limit: int = 1000
-    """Validation images attacked after each epoch, at most."""
-    flip: bool = True
-    """Mirror half of the training images; off where a mirrored image is another class (digits)."""
-    limit_train: int | None = None
-    """Use only this many training images (a seeded choice); None for all."""
-    skip_bad_images: bool = False
-    """Leave out images that cannot be decoded, and count them, instead of stopping at the first one."""
-    seed: int = 0
-    """Seed of initial weights, splits, batches and attacks."""
+    panel: ClassVar[str] = "Attack in training"
+
+    eps: Annotated[float, Setting("Radius in [0, 1], e.g. 8/255.", default="the data set's, 8/255 for CIFAR")] = 8 / 255
+    steps: Annotated[int, Setting("K, PGD steps.", noun="the number of attack steps", at_least=0, at_most=10**6)] = 2
+    step_size: Annotated[
+        float | None,
+        Setting("Length of a step.", noun="the attack's step size", at_least=0.0, default="5/8 of eps"),
+    ] = None
+    start: Annotated[
+        AttackStart,
+        Setting(
+            "Start of the attack: gaussian (0.001 * N(0, I), as in TRADES), uniform or clean.", noun="attack start"
+        ),
+    ] = "gaussian"
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        check(self.batch_size >= 2, f"batch size must be at least 2 (BatchNorm), got {self.batch_size}")
-        check(0.0 < self.lr < math.inf, f"the learning rate must be positive and finite, got {self.lr:g}")
-        check(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum:g}")
-        check(
-            0.0 <= self.weight_decay < math.inf,
-            f"weight decay must be finite and not negative, got {self.weight_decay:g}",
-        )
-        one_of("loss", self.loss, LOSSES)
-        check(
-            self.specialisation is None or 0.0 <= self.specialisation < math.inf,
-            f"specialisation must be finite and not negative, got {self.specialisation}; the default is 0.25",
-        )
-        check(self.balance >= 0, f"the weight of the load-balance loss must not be negative, got {self.balance:g}")
-        check(0.0 <= self.awp < 1.0, f"awp (gamma) must be in [0, 1), got {self.awp:g}; the usual value is 0.005")
+        super().__post_init__()
+        check_eps(self.eps)
+
+    def in_training(self) -> AttackConfig:
+        """The attack that training defends against."""
+        step_size = 5 / 8 * self.eps if self.step_size is None else self.step_size
+        return AttackConfig(eps=self.eps, steps=self.steps, step_size=step_size, start=self.start)
+
+    def in_validation(self) -> AttackConfig:
+        """The attack of the same radius that selects the best checkpoint: ten steps of a quarter of it."""
+        return AttackConfig(eps=self.eps, steps=10, step_size=self.eps / 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Settings):
+    """How long and how fast the weights move."""
+
+    panel: ClassVar[str] = "Training"
+
+    method: Annotated[
+        MethodName,
+        Setting(
+            "Training method.",
+            noun="training method",
+            default="advmoe for moe, at_sparse for sparse_cnn, at for dense and s_dense",
+        ),
+    ] = "advmoe"
+    epochs: Annotated[
+        int, Setting("Passes over the training images (of the experts' stream).", at_least=1, at_most=10**6)
+    ] = 100
+    batch_size: Annotated[
+        int,
+        Setting(
+            "Images per step.",
+            noun="the batch size",
+            at_least=2,
+            at_most=2**20,
+            usual="BatchNorm needs two images or more",
+        ),
+    ] = 128
+    lr: Annotated[
+        float,
+        Setting(
+            "Peak learning rate of SGD, shared by routers and experts; follows a cosine to zero.",
+            noun="the learning rate",
+            above=0.0,
+        ),
+    ] = 0.1
+    momentum: Annotated[float, Setting("SGD momentum.", at_least=0.0, below=1.0)] = 0.9
+    weight_decay: Annotated[float, Setting("L2 penalty.", noun="weight decay", at_least=0.0)] = 5e-4
+    ema: Annotated[
+        float,
+        Setting(
+            "Decay of a moving average of the weights, which is then validated and kept; 0 is off.",
+            noun="ema (decay)",
+            at_least=0.0,
+            below=1.0,
+            usual="the usual value is 0.999",
+        ),
+    ] = 0.0
+    specialisation: Annotated[
+        float | None,
+        Setting(
+            "How fast experts grow apart from their common start; none: nothing couples them.",
+            at_least=0.0,
+            usual="the default is 0.25",
+        ),
+    ] = 0.25
+    init: Annotated[
+        str | None,
+        Setting("SHA-256 of the checkpoint the run starts from (as router-only AT does).", option=False),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Settings):
+    """What adversarial training minimizes. Method `standard` uses none of it."""
+
+    panel: ClassVar[str] = "Objective"
+
+    loss: Annotated[
+        Loss,
+        Setting("Robust objective: trades (paper) or pgd_at, cross-entropy of adversarial images (Madry et al.)."),
+    ] = "trades"
+    trades_beta: Annotated[float, Setting("1/lambda, weight of the KL term of TRADES.", at_least=0.0)] = 6.0
+    balance: Annotated[
+        float,
+        Setting(
+            "Weight of a load-balance loss on the routers; 0 is off, as in the paper.",
+            noun="the weight of the load-balance loss",
+            at_least=0.0,
+        ),
+    ] = 0.0
+    awp: Annotated[
+        float,
+        Setting(
+            "Size gamma of adversarial weight perturbations relative to the weights (Wu et al., 2020); 0 is off.",
+            noun="awp (gamma)",
+            at_least=0.0,
+            below=1.0,
+            usual="the usual value is 0.005",
+        ),
+    ] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(Settings):
+    """Which images a run sees, and how."""
+
+    panel: ClassVar[str] = "Images"
+
+    dataset: Annotated[str, Setting("Name of the data set.", option=False)]
+    val_fraction: Annotated[
+        float,
+        Setting(
+            "Share of the training images held out for validation.",
+            noun="the validation share",
+            above=0.0,
+            below=1.0,
+        ),
+    ] = 0.1
+    val_limit: Annotated[int, Setting("Validation images attacked after each epoch, at most.", at_least=1)] = 1000
+    flip: Annotated[
+        bool,
+        Setting("Mirror half of the training images.", default="on, but off where a mirrored image changes its class"),
+    ] = True
+    limit_train: Annotated[int | None, Setting("Train on this many images only (a seeded choice).", default="all")] = (
+        None
+    )
+    skip_bad_images: Annotated[
+        bool,
+        Setting("Leave out images that cannot be decoded, and count them, instead of stopping at the first one."),
+    ] = False
+    seed: Annotated[
+        int,
+        Setting(
+            "Seed of initial weights, splits, batches and attacks.", noun="the seed", at_least=0, at_most=2**63 - 1
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ImagesConfig, ObjectiveConfig, ScheduleConfig):
+    """One training run. The defaults are the paper's settings (Sec. 5.1, App. B) as far as they are known."""
+
+    attack: Annotated[AttackConfig, Setting("The attack that training defends against.", option=False)] = (
+        dataclasses.field(default_factory=lambda: TrainingAttack().in_training())
+    )
+    val_attack: Annotated[
+        AttackConfig, Setting("The attack that selects `best.pt` on the validation split.", option=False)
+    ] = dataclasses.field(default_factory=lambda: TrainingAttack().in_validation())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             self.ema == 0 or self.method != "at_sparse",
             "ema would average the different networks of at_sparse's phases; leave it off",
+            "ema",
         )
-        check(0.0 <= self.ema < 1.0, f"ema (decay) must be in [0, 1), got {self.ema:g}; the usual value is 0.999")
-        check(
-            0.0 <= self.trades_beta < math.inf,
-            f"trades_beta (1/lambda) must be finite and not negative, got {self.trades_beta:g}",
-        )
-        check(0.0 < self.val_fraction < 1.0, f"the validation share must be in (0, 1), got {self.val_fraction:g}")
-        check(self.val_limit >= 1, f"val_limit must be at least 1, got {self.val_limit}")
         check(
             self.limit_train is None or self.limit_train >= self.batch_size,
-            f"--limit-train must be at least one batch ({self.batch_size}), got {self.limit_train}",
+            f"limit_train must be at least one batch ({self.batch_size}), got {self.limit_train}",
+            "limit_train",
         )
-        check(0 <= self.seed < 2**63, f"the seed must be in [0, 2^63), got {self.seed}")
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            unused = option.name in ROBUST_OPTIONS and self.method == "standard"
-            unused |= option.name == "trades_beta" and self.loss != "trades"
+        for field in fields_of(ObjectiveConfig):
+            value = getattr(self, field.name)
+            unused = self.method == "standard" or (field.name == "trades_beta" and self.loss != "trades")
             check(
-                not unused or value == option.default,
-                f"{option.name} = {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
+                not unused or value == field.default,
+                f"{field.name} {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
+                field.name,
             )
 
 
@@ -274,37 +444,6 @@ def check_together(model: ModelConfig, train: TrainConfig) -> None:
     """Raise ConfigError where a training asks for what the model has not."""
     check(
         model.several_experts or train.balance == 0,
-        f"balance = {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",
+        f"balance {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",
+        "balance",
     )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain values (what `json` and `torch.load(weights_only=True)` accept)."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The inverse of `to_dict`; unknown fields are an error, because ignoring them would change what the run means.
-
-    Raises:
-        ConfigError: an unknown field, or a value the config refuses.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    check(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; was this written by a newer version?")
-    converted: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and name in {"attack", "val_attack"}:
-            converted[name] = from_dict(AttackConfig, value)
-        else:
-            converted[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**converted)
-    except TypeError as error:
-        raise ConfigError(f"not a valid {cls.__name__}: {error}") from error
-
-
-def difference(given: Any, wanted: Any) -> str:
-    """The first field in which two configs differ, as `name = given (not wanted)`."""
-    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
-    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")

@@ -165,7 +165,7 @@ def test_biases_are_coupled_like_the_filters_they_belong_to() -> None:
 
 
 def test_negative_specialisation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="specialisation must be finite and not negative, got -1"):
+    with pytest.raises(ConfigError, match="specialisation must be at least 0, got -1"):
         TrainConfig(dataset="digits", specialisation=-1.0)
 
 

@@ -56,13 +56,13 @@ def test_errors_of_the_user_have_one_base(error: type[Exception]) -> None:
     [
         ({"arch": "vgg-16"}, r"unknown architecture 'vgg-16', .*did you mean 'vgg16'\?"),
         ({"kind": "MoE"}, r"unknown model kind 'MoE', .*did you mean 'moe'\?"),
-        ({"num_classes": 1}, "number of classes must be at least 2, got 1"),
-        ({"num_experts": 0}, "number of experts N must be at least 1, got 0"),
+        ({"num_classes": 1}, "number of classes must be at least 2 .*, got 1"),
+        ({"num_experts": 0}, "number of experts N must be at least 1 .*, got 0"),
         ({"num_experts": 300}, "at most 255, got 300"),
         ({"model_scale": 0.001}, "leaves no channel"),
-        ({"width": float("nan")}, "width multiplier must be positive and finite, got nan"),
-        ({"std": (1.0, 0.0, 1.0)}, "3 positive standard deviations"),
-        ({"image_size": 4}, "images must be at least 8 pixels wide, got 4"),
+        ({"width": float("nan")}, "width multiplier must be finite, above 0 .*, got nan"),
+        ({"std": (1.0, 0.0, 1.0)}, r"standard deviation\[1\] must be above 0, got 0"),
+        ({"image_size": 4}, "image size must be at least 8 .*, got 4"),
         ({"image_size": 16}, "needs at least 32 pixels, got 16"),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_checkpoint_is_built_without_its_dropped_channels_once_masks_are_learn
         ("at_sparse", "moe", "method 'at_sparse' trains model kind sparse_cnn, got 'moe'"),
         ("advmoe", "sparse_cnn", "method 'advmoe' trains model kind moe, got 'sparse_cnn'"),
         ("router_at", "sparse_cnn", "method 'router_at' trains model kind moe, got 'sparse_cnn'"),
-        ("mask_at", "sparse_cnn", "method 'mask_at' goes on from a trained model; give its checkpoint with --init"),
+        ("mask_at", "sparse_cnn", "method 'mask_at' goes on from a trained model; give its checkpoint"),
     ],
 )
 def test_methods_and_kinds_that_do_not_go_together_are_refused(method: str, kind: str, message: str) -> None:

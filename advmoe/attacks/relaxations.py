@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Forward
-from advmoe.config import ROUTER_GRADIENTS
+from advmoe.config import ROUTER_GRADIENTS, RouterGradient
 from advmoe.models.network import RoutedNetwork, TapeType
 from advmoe.models.routing import Decision, Routing, RoutingTape, gate
 
@@ -44,7 +44,7 @@ class GatedTape(SeeingTape):
         router_of_layer: Sequence[int],
         forced_BL: Tensor | None = None,
         *,
-        router_gradient: str,
+        router_gradient: RouterGradient,
     ) -> None:
         super().__init__(routers, router_of_layer, forced_BL)
         self._router_gradient = router_gradient

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -83,5 +83,18 @@ def run(arguments: Sequence[str] | None) -> int:
     except AdvMoEError as error:
         if os.environ.get("ADVMOE_TRACEBACK"):
             console.err.print_exception()
-        console.fail(str(error))
+        console.fail(with_options(error, sys.argv[1:] if arguments is None else arguments))
         return 1
+
+
+def with_options(error: AdvMoEError, arguments: Sequence[str]) -> str:
+    """The message of an error, and the options of this command that give the settings it is about.
+
+    The library knows settings, not options; this is the one place where the one leads to the other.
+    """
+    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    command = next((commands[argument] for argument in arguments if argument in commands), None)
+    known = {} if command is None else {parameter.name: parameter.opts[0] for parameter in command.params}
+    options = [known[name] for name in error.options if known.get(name, "").startswith("--")]
+    missing = [option for option in options if option not in str(error)]
+    return f"{error} ({', '.join(missing)})" if missing else str(error)

@@ -1,13 +1,24 @@
-"""Options that several commands share: the same name, the same meaning, the same help."""
+"""Options of the command line: those that several commands share, and those that come from the configurations.
+
+A field of a configuration (`advmoe.config`) is an option of the same name; its help, default and bounds stand there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from advmoe.cli.console import number
 from advmoe.errors import ConfigError
+from advmoe.schema import Field, Settings, fields_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +40,99 @@ LimitEval = Annotated[
     int | None, typer.Option("--limit-eval", help="Evaluate this many images only (a seeded choice). Default: all.")
 ]
 
+NONE = "none"
+"""How an option, or a file, says that a setting which has a default is to be left empty."""
+
+
+def flag(name: str) -> str:
+    """The option that gives a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option(panel: str, text: str, *names: str) -> Any:
+    """An option that is unset by default."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+def takes_settings_of(*configs: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of these configurations.
+
+    The command has a parameter `settings`; in its place come the options, and it gets those that were given as a dict.
+    """
+    offered = [field for config in configs for field in fields_of(config) if field.setting.option]
+    names = [field.name for field in offered]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**arguments: Any) -> None:
+            chosen = {name: arguments.pop(name) for name in names}
+            given = {name: value for name, value in chosen.items() if value is not None}
+            command(**arguments, settings={name: None if value == NONE else value for name, value in given.items()})
+
+        own = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.parameters.items():
+            parameters += map(_parameter, offered) if name == "settings" else [parameter]
+        with_settings.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del with_settings.__wrapped__  # typer would look through to the parameter `settings`
+        return with_settings
+
+    return decorate
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """A setting as a parameter of a command, as typer understands it."""
+    kind = _plain(field.kind)
+    details: dict[str, Any] = {}
+    if kind is float:
+        details = {"parser": functools.partial(_number, optional=_can_be_none(field)), "metavar": "<float>"}
+    flags = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
+    information = typer.Option(
+        flags, help=" ".join(_help(field)), rich_help_panel=field.panel, show_default=False, **details
+    )
+    annotation = Annotated[kind | None, information]  # type: ignore[valid-type]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a field without `None` and choices: int, float, bool or str."""
+    if typing.get_origin(kind) in {typing.Union, types.UnionType}:
+        (kind,) = (argument for argument in typing.get_args(kind) if argument is not types.NoneType)
+    return str if typing.get_origin(kind) is Literal else kind
+
+
+def _can_be_none(field: Field) -> bool:
+    return types.NoneType in typing.get_args(field.kind)
+
+
+def _number(text: str, *, optional: bool) -> Any:
+    """What an option for a number accepts: a number, a fraction, or `none` where nothing is a choice."""
+    if optional and text == NONE:
+        return NONE
+    try:
+        return number(text, "the value")
+    except ConfigError:
+        raise typer.BadParameter(f"expected a number or a fraction such as 8/255, got '{text}'") from None
+
+
+def _help(field: Field) -> Iterator[str]:
+    """Help of a setting: what it is, its choices, its default."""
+    yield field.setting.help
+    choices = typing.get_args(field.kind)
+    if typing.get_origin(field.kind) is Literal and not all(choice in field.setting.help for choice in choices):
+        yield f"One of {', '.join(choices)}."
+    if field.setting.default:
+        yield f"Default: {field.setting.default}."
+    elif field.default is not dataclasses.MISSING and field.default is not None:
+        yield f"Default: {_default(field.default)}."
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
 
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; `auto` is CUDA if there is one.
@@ -43,9 +147,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device") from None
     if device.type not in {"cpu", "cuda"}:
-        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device '{name}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"

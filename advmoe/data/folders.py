@@ -64,8 +64,8 @@ def find_split(root: Path, names: Sequence[str]) -> Path:
         if (root / name).is_dir():
             return root / name
     raise DataError(
-        f"{root} has no folder {' or '.join(names)}; expected an image folder (--data-dir) with train/<class>/* "
-        "and val/<class>/*"
+        f"{root} has no folder {' or '.join(names)}; expected an image folder with train/<class>/* and val/<class>/*",
+        "data_dir",
     )
 
 

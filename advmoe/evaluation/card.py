@@ -174,5 +174,5 @@ def load_card(path: Path) -> dict[str, Any]:
         card = json.loads(path.read_text())
         card["advmoe"]["sa"], card["dataset"], card["advmoe"]["diagnostics"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a result card; expected a file written by 'advmoe evaluate --out'") from error
+        raise DataError(f"{path} is not a result card; expected the card of an evaluation") from error
     return dict(card)

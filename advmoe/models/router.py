@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from advmoe.config import RouterGradient
 from advmoe.models.routing import Decision, gate
 
 
@@ -45,7 +46,7 @@ class Router(nn.Module):
     every logit then has mean zero over the data, and no expert can win everywhere.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: str = "advantage") -> None:
+    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: RouterGradient = "advantage") -> None:
         super().__init__()
         self.router_gradient = router_gradient
         self.centre = Centring(in_channels)
@@ -68,7 +69,7 @@ class Router(nn.Module):
 class ImageRouter(Router):
     """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
 
-    def __init__(self, num_experts: int, *, router_gradient: str = "advantage") -> None:
+    def __init__(self, num_experts: int, *, router_gradient: RouterGradient = "advantage") -> None:
         super().__init__(64, num_experts, router_gradient=router_gradient)
         self.features = nn.Sequential()
         for in_channels, out_channels in ((3, 16), (16, 32), (32, 64)):

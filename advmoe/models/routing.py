@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from advmoe.config import RouterGradient
+
 
 class Decision(NamedTuple):
     """What one router decided for a batch.
@@ -37,7 +39,7 @@ class Routing(NamedTuple):
     logits_BRN: Tensor | None
 
 
-def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: str) -> Tensor:
+def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradient) -> Tensor:
     """A factor of value 1 that lets gradients through the argmax.
 
     `softmax` and `advantage`: p_e / stopgrad(p_e), whose gradient reaches all logits; they differ in what the gate

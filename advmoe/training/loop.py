@@ -101,7 +101,8 @@ class Trainer:
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"{len(self.split.train_indices)} training images do not fill one batch of {config.batch_size}; "
-                "use a smaller --batch-size"
+                "use a smaller batch size",
+                "batch_size",
             )
         self.step = 0
         self.best_ra = -1.0
@@ -214,7 +215,7 @@ class Trainer:
             yield from self._remaining_batches()
         except DataError as error:
             raise DataError(
-                f"{error}; mend or remove the file and begin anew, or train with --skip-bad-images"
+                f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
             ) from error
 
     def _remaining_batches(self) -> Iterator[list[Batch]]:

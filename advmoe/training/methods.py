@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from advmoe.config import KINDS, ModelConfig, TrainConfig, check, one_of
+from advmoe.config import KINDS, Kind, MethodName, ModelConfig, TrainConfig, check
 from advmoe.data.loader import Batch
 from advmoe.models.masked import close_masks, masks_open, open_masks
 from advmoe.training.levels import Level, LevelName
@@ -24,7 +24,7 @@ class Method:
     """What is optimised separately. The last one sets the length of an epoch."""
     step: StepFunction
     """One iteration: as many batches and generators of attack noise as there are levels."""
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[Kind, ...] = KINDS
     """Model kinds it is defined for."""
     phase: Callable[[Sequence[Level], float], Sequence[Level]] | None = None
     """(levels, share of the run that is done) -> levels as this phase of the run changes them; None: as they are."""
@@ -80,7 +80,7 @@ def sparse_phase(levels: Sequence[Level], progress: float) -> list[Level]:
     return [level.restricted("masks" if progress < PRUNED else "experts")]
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[MethodName, Method] = {
     "advmoe": Method(
         levels=("routers", "experts"),
         step=advmoe,
@@ -123,20 +123,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-def resolve_method(name: str, model: ModelConfig, *, has_init: bool = False) -> Method:
+def resolve_method(name: MethodName, model: ModelConfig, *, has_init: bool = False) -> Method:
     """The method, checked against the model it is to train.
 
     Raises:
-        ConfigError: an unknown method, or one that is not defined for this kind of model.
+        ConfigError: the method is not defined for this kind of model.
     """
-    method = METHODS[one_of("training method", name, METHODS)]
+    method = METHODS[name]
     check(
         model.kind in method.kinds,
         f"method '{name}' trains model kind {' or '.join(method.kinds)}, got '{model.kind}'; "
-        f"use --method at for adversarial training of '{model.kind}'",
+        f"use method at for adversarial training of '{model.kind}'",
+        "method",
     )
     check(
         has_init or not method.starts_from_checkpoint,
-        f"method '{name}' goes on from a trained model; give its checkpoint with --init",
+        f"method '{name}' goes on from a trained model; give its checkpoint",
+        "init",
     )
     return method

@@ -50,9 +50,7 @@ class RunFolder:
             ConfigError: the folder already holds a run.
         """
         if self.last.exists() or self.metrics.exists():
-            raise ConfigError(
-                f"{self.path} already holds a run; continue it with --resume or choose another folder with --out"
-            )
+            raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(self.path / "config.json", lambda temporary: temporary.write_text(text))

@@ -110,7 +110,8 @@ def descend(level: Level, loss: Tensor) -> None:
     if not loss.isfinite():
         raise TrainingError(
             f"the loss of the {level.name} became {loss.item():g}; training stopped before this update: "
-            "lower --lr, or resume from the last checkpoint with another seed"
+            "lower the learning rate, or resume from the last checkpoint with another seed",
+            "lr",
         )
     level.optimizer.zero_grad(set_to_none=True)
     loss.backward()

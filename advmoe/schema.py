@@ -1,0 +1,248 @@
+"""Settings as fields of dataclasses: one line gives a setting's type, default, bounds and help.
+
+A field is declared as `steps: Annotated[int, Setting("Gradient steps.", at_least=0)] = 2`. Its type and bounds are
+checked when the object is made, its help and default are those of the command line (`advmoe.cli.options`), and its type
+is the description that values from a file are checked against (`conform`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+
+from advmoe.errors import ConfigError
+
+T = TypeVar("T")
+
+LONGEST_SHOWN = 60
+"""Characters of a refused value that a message repeats."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field besides its name, type and default."""
+
+    help: str
+    """One sentence for the command line and for readers of the code."""
+    _: KW_ONLY
+    noun: str = ""
+    """The field in messages; its name by default."""
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    usual: str = ""
+    """The end of a message that refuses a value, such as the customary value."""
+    default: str = ""
+    """What help says of the default, where it depends on other settings."""
+    option: bool = True
+    """Whether the command line offers it."""
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words."""
+        lower = f"at least {self.at_least:g}" if self.above == -math.inf else f"above {self.above:g}"
+        upper = f"at most {self.at_most:.10g}" if self.below == math.inf else f"below {self.below:.10g}"
+        has_lower = max(self.at_least, self.above) > -math.inf
+        has_upper = min(self.at_most, self.below) < math.inf
+        return " and ".join([lower] * has_lower + [upper] * has_upper)
+
+    def allows(self, value: float) -> bool:
+        """Whether a finite number is within the bounds."""
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of a `Settings` class, ready to use."""
+
+    name: str
+    kind: Any
+    """Its type without annotations."""
+    setting: Setting
+    default: Any
+    """Its default, or `dataclasses.MISSING`."""
+    panel: str
+    """Heading of the class that declares it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all configurations: checks types, choices and bounds of every field when an object is made.
+
+    Integers that stand for floats become floats, and lists that stand for tuples become tuples, so that equal
+    settings are equal objects, whichever file or program they come from.
+    """
+
+    panel: ClassVar[str] = ""
+    """Heading for these settings on the command line."""
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            try:
+                value = conform(getattr(self, field.name), field.kind, field.setting.noun or field.name, field.setting)
+            except ConfigError as error:
+                raise ConfigError(str(error), *(error.options or (field.name,))) from None
+            object.__setattr__(self, field.name, value)
+
+
+def fields_of(cls: type[Any]) -> tuple[Field, ...]:
+    """The fields of a configuration in the order of their declaration."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = []
+    for field in dataclasses.fields(cls):
+        kind, settings = hints[field.name], []
+        if typing.get_origin(kind) is Annotated:
+            kind, *settings = typing.get_args(kind)
+        owner = next(base for base in reversed(cls.__mro__) if field.name in vars(base).get("__annotations__", {}))
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        setting = settings[0] if settings else Setting("", option=False)
+        found.append(
+            Field(name=field.name, kind=kind, setting=setting, default=default, panel=getattr(owner, "panel", ""))
+        )
+    return tuple(found)
+
+
+def check(condition: bool, message: str, *options: str) -> None:
+    """Raise ConfigError(message) about these options unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message, *options)
+
+
+def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
+    """`value` if it is one of `choices`.
+
+    Raises:
+        ConfigError: it is not; the message names the choices and the closest one.
+    """
+    known = sorted(choices)
+    if value in known:
+        return value
+    close = difflib.get_close_matches(str(value).lower(), known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(f"unknown {what} '{shown(value)}', expected one of: {', '.join(known)}{hint}", *options)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one line, not too long."""
+    text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) -> Any:
+    """`value` if it is of a type and within bounds, otherwise an error that says what was expected.
+
+    Args:
+        value: anything, such as an element of a file.
+        kind: a class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a `Settings` class.
+        noun: what the value is, for the message.
+        setting: bounds for numbers.
+
+    Returns:
+        The value: integers as floats where floats are expected, lists as tuples, mappings as `Settings`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        return one_of(noun, value, arguments)
+    if origin in {Union, types.UnionType}:
+        if value is None and types.NoneType in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return conform(value, inner, noun, setting)
+    if origin in {tuple, list}:
+        return _conform_sequence(value, origin, arguments, noun, setting)
+    if origin is dict:
+        _expect(isinstance(value, Mapping), noun, "a mapping", value)
+        return {
+            conform(key, arguments[0], f"a key of {noun}"): conform(element, arguments[1], f"{noun}[{shown(key)}]")
+            for key, element in value.items()
+        }
+    if kind in {int, float}:
+        return _conform_number(value, kind, noun, setting or Setting(""))
+    if isinstance(kind, type) and issubclass(kind, Settings) and isinstance(value, Mapping):
+        return from_dict(kind, value)
+    expected = {str: "a text", bool: "true or false"}.get(kind, f"a {kind.__name__}")
+    _expect(isinstance(value, kind), noun, expected, value)
+    return value
+
+
+def _conform_sequence(value: Any, origin: type, arguments: tuple[Any, ...], noun: str, setting: Setting | None) -> Any:
+    _expect(isinstance(value, list | tuple), noun, "a list", value)
+    kinds = list(arguments)
+    if origin is list or kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    _expect(len(value) == len(kinds), noun, f"a list of {len(kinds)}", value)
+    pairs = zip(value, kinds, strict=True)
+    return origin(conform(element, kind, f"{noun}[{at}]", setting) for at, (element, kind) in enumerate(pairs))
+
+
+def _conform_number(value: Any, kind: type, noun: str, setting: Setting) -> int | float:
+    ending = f"; {setting.usual}" if setting.usual else ""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is int:
+        _expect(whole, noun, "a whole number", value)
+        number: int | float = operator.index(value)
+    else:
+        real = whole or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+        _expect(real, noun, "a number", value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    finite = "" if math.isfinite(number) else "finite"
+    expected = ", ".join(part for part in (finite, setting.bounds) if part)
+    check(not finite and setting.allows(number), f"{noun} must be {expected}, got {shown(number)}{ending}")
+    return number
+
+
+def _expect(condition: bool, noun: str, expected: str, value: Any) -> None:
+    check(condition, f"{noun} must be {expected}, got {shown(repr(value))} ({type(value).__name__})")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values (what `json` and `torch.load(weights_only=True)` accept)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The inverse of `to_dict`; unknown fields are an error, because ignoring them would change what the run means.
+
+    Raises:
+        ConfigError: an unknown field, or a value the config refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(str(name) for name in set(values) - set(fields))
+    check(not unknown, f"{cls.__name__} has no field {shown(', '.join(unknown))}; {_meant(unknown, fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    check(not missing, f"{cls.__name__} needs a value for {', '.join(missing)}")
+    return cls(**values)
+
+
+def _meant(unknown: Iterable[str], fields: Iterable[str]) -> str:
+    known = list(fields)
+    close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+    return f"did you mean {close[0]}?" if close else "was this written by a newer version?"
+
+
+def difference(given: Any, wanted: Any) -> str:
+    """The first field in which two configs differ, as `name = given (not wanted)`."""
+    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
+    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")
