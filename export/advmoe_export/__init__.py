@@ -1,7 +1,7 @@
 """ONNX for mixture-of-experts networks: each image computes its own expert, and nothing else.
 
-Exporting needs torch and onnxscript (`pip install advmoe-export[torch]`); running a file needs onnxruntime only.
-Names are imported when they are first used.
+Exporting needs torch and onnxscript (`pip install advmoe-export[torch]`); running a file needs
+onnxruntime only. Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         ModelFileError,
         ProviderError,
         UnsupportedModelError,
-        VerificationError,
     )
     from advmoe_export.exporter import ExportReport, export_model
     from advmoe_export.metadata import ModelMetadata
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from advmoe_export.profiles import PROFILES
     from advmoe_export.session import Prediction, Session
     from advmoe_export.triton import write_triton_repository
-    from advmoe_export.verify import Agreement, Tolerance, VerificationReport, verify
+    from advmoe_export.verify import Agreement, Tolerance, VerificationError, VerificationReport, verify
 
 _HOME = {
     "Agreement": "verify",
@@ -44,7 +43,7 @@ _HOME = {
     "Timing": "bench",
     "Tolerance": "verify",
     "UnsupportedModelError": "errors",
-    "VerificationError": "errors",
+    "VerificationError": "verify",
     "VerificationReport": "verify",
     "export_model": "exporter",
     "prepare": "preparation",

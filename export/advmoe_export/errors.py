@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from advmoe_export.verify import VerificationReport
-
 
 class ExportError(Exception):
     """Base of everything this package raises for bad input."""
@@ -16,16 +11,10 @@ class UnsupportedModelError(ExportError):
     """The module, or an option for it, cannot be expressed as a conditional ONNX graph."""
 
 
-class VerificationError(ExportError):
-    """The exported graph does not compute what the module computes; `report` says what differs and where."""
-
-    def __init__(self, message: str, report: VerificationReport) -> None:
-        super().__init__(message)
-        self.report = report
-
-
 class ModelFileError(ExportError):
-    """A model file that cannot be read or written: missing, without its data, damaged, or made by something else."""
+    """A model file that cannot be read or written: missing, without its data, damaged, or made by
+    something else.
+    """
 
 
 class ProviderError(ExportError):

@@ -1,4 +1,7 @@
-"""From a module to a verified file: trace, passes, profile, storage, verification, and only then the requested name."""
+"""Export a module as a verified file.
+
+The steps: trace, passes, profile, storage, verification. Only then the file gets its name.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,20 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from advmoe_export.errors import ModelFileError, UnsupportedModelError, VerificationError
+from advmoe_export.bank import Bank
+from advmoe_export.errors import ModelFileError, UnsupportedModelError
 from advmoe_export.metadata import KEY, ModelMetadata
-from advmoe_export.operators import CONV, Bank, decision_of
-from advmoe_export.passes.fold_batchnorm import fold_batchnorm
-from advmoe_export.passes.half import use_half_precision
-from advmoe_export.passes.interface import add_expert_index, add_router_margin, routed_nodes, take_uint8_images
-from advmoe_export.passes.quantize import quantize
+from advmoe_export.operators import CONV, decision_of
+from advmoe_export.passes.contract import GraphPass
+from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
+from advmoe_export.passes.half import UseHalfPrecision
+from advmoe_export.passes.interface import AddExpertIndex, AddRouterMargin, ReadUint8Images, routed_nodes
+from advmoe_export.passes.quantize import Quantize
 from advmoe_export.passes.regions import Plan, plan_regions
 from advmoe_export.passes.rows import row_dim
 from advmoe_export.passes.storage import write_external
-from advmoe_export.passes.two_way import compare_two_way
+from advmoe_export.passes.two_way import CompareTwoWay
+from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
 from advmoe_export.session import OPTIMIZATION_LEVELS, data_file
 from advmoe_export.trace import BATCH, trace
@@ -35,6 +41,7 @@ from advmoe_export.verify import (
     Agreement,
     Reference,
     Tolerance,
+    VerificationError,
     VerificationReport,
     compare_on,
     run_reference,
@@ -45,7 +52,7 @@ INPUT_TYPES = ("float32", "uint8")
 DTYPES = ("fp32", "fp16", "int8")
 OPSETS = range(18, 26)
 LAYOUT_BLOCK = 16
-"""onnxruntime's fast layout of a convolution holds channels in blocks of up to so many."""
+"""Channels in a block of onnxruntime's fast layout of convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +101,13 @@ def export_model(
 ) -> ExportReport:
     """Write a module as one ONNX graph in which every image computes its own expert and no other.
 
-    The file and its data file (`path` + `.data`) appear under their names only after they were compared with the
-    module.
+    The file and its data file (`path` + `.data`) appear under their names only after they were
+    compared with the module.
 
     Args:
-        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes], normalisation
-            inside, whose routed
-            layers call `advmoe::moe_conv2d` or `advmoe::moe_linear`.
+        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes],
+            normalisation inside, whose routed layers call `advmoe::moe_conv2d` or
+            `advmoe::moe_linear`.
         path: the `.onnx` file to write.
         image_size: height and width of the images.
         labels: class names in the order of the logits.
@@ -108,24 +115,26 @@ def export_model(
             module was evaluated on; by default the longer side of `image_size`, so that images of that size stay as
             they are.
         metadata: what else the file should say about the model, as JSON data.
-        profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no control flow).
+        profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no
+            control flow).
         batch_size: batch size to fix, for `static` only.
         opset: version of ONNX's standard operators.
         dtype: of weights and activations, `fp32`, `fp16` or `int8`; routers stay fp32.
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
         margins: also output `router_margin`.
-        images: real images, as the file will read them: verified besides synthetic ones, and the source of the recorded
-            expert load.
+        images: real images, as the file will read them. They are verified besides synthetic ones,
+            and the expert load is recorded from them.
         targets: int64 [B], their classes, for the accuracy in the report.
-        calibration: real images that int8 takes its ranges from, as the file will read them; `images` by default, but
-            then the report's accuracy is of images the file was fitted to.
+        calibration: real images that int8 takes its ranges from, as the file will read them. By
+            default `images`; the reported accuracy is then that of images the file was fitted to.
         allow_unrouted: accept a module without any routed layer (Dense, S-Dense).
         tolerance: what counts as equal in the verification.
 
     Raises:
         UnsupportedModelError: the module or an option cannot be exported.
         ModelFileError: the files cannot be written.
-        VerificationError: the graph does not compute what the module does; nothing is left under `path`.
+        VerificationError: the graph does not compute what the module does; nothing is left under
+        `path`.
     """
     target = _target(path)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
@@ -210,20 +219,25 @@ def plan_graph(
     calibration: npt.NDArray[Any] | None = None,
     opset: int = 18,
 ) -> Plan:
-    """All passes over the traced graph; arguments as of `export_model`."""
-    fold_batchnorm(graph)
-    compare_two_way(graph)
+    """Run all passes over the traced graph, each of which checks that the graph is ready for it.
+
+    The arguments are those of `export_model`.
+    """
+    passes: list[GraphPass] = [FoldBatchNorm(), CompareTwoWay()]
     if routed_nodes(graph):
-        add_expert_index(graph)
+        passes.append(AddExpertIndex())
         if margins:
-            add_router_margin(graph)
+            passes.append(AddRouterMargin())
     if input_type == "uint8":
-        take_uint8_images(graph)
+        passes.append(ReadUint8Images())
     if dtype == "fp16":
-        use_half_precision(graph)
+        passes.append(UseHalfPrecision())
     elif dtype == "int8":
         assert calibration is not None
-        quantize(graph, calibration, opset)
+        passes.append(Quantize(calibration, opset))
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    for step in passes:  # not ir.passes.Sequential, which hides errors of the user in a PassError
+        step(model)
     return plan_regions(graph)
 
 

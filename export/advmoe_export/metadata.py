@@ -25,7 +25,9 @@ class ModelMetadata:
     resize: int
     """Length of an image's shorter side before the middle `image_size` of it is taken: see `prepare`."""
     input_type: str
-    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside the graph."""
+    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside
+    the graph.
+    """
     profile: str
     """One of `advmoe_export.PROFILES`."""
     dtype: str
@@ -49,8 +51,8 @@ class ModelMetadata:
     data_bytes: int
     """Size of the data file."""
     model: Mapping[str, Any]
-    """What the caller says about the model: architecture, kind, N, r, granularity, normalisation, hash of the
-    checkpoint.
+    """What the caller says about the model: architecture, kind, N, r, granularity, normalization,
+    hash of the checkpoint.
     """
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
-"""Watch how served traffic uses the experts, against the load recorded when the model was exported.
+"""Compare the experts that served traffic uses with the load recorded at export.
 
-A shift tells that the traffic differs from the images the model was verified with (or is being steered on purpose)
-before labels do.
+A shift means that the traffic differs from the images the model was verified with, or that somebody
+steers it. It shows before any label is known.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class LayerDrift:
     served: tuple[float, ...]
     """Share of images per expert since the monitor was made."""
     distance: float
-    """Half the sum of absolute differences: the share of images that would have to move, 0 ... 1."""
+    """Half the sum of absolute differences: the share of images that would have to move, 0 ... 1.
+    """
     noise: float
     """Distance to be expected from the number of served images alone if nothing had changed."""
 
@@ -54,8 +55,10 @@ class RouteMonitor:
     """Counts the experts that predictions used.
 
     Args:
-        metadata: of the exported file; it must have been exported with images, which recorded its load.
-        log: where to keep every pathway besides, for example an `advmoe.rust_router.RouteLog(metadata.num_experts)`.
+        metadata: of the exported file; it must have been exported with images, which recorded its
+            load.
+        log: where to keep every pathway besides, for example an
+            `advmoe.rust_router.RouteLog(metadata.num_experts)`.
 
     Raises:
         InputError: the file has no recorded load.

@@ -10,29 +10,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from advmoe_export.errors import UnsupportedModelError
-from advmoe_export.passes.branches import write_branches
-from advmoe_export.passes.dispatch import write_dispatch
-from advmoe_export.passes.lower import Lowering, write_plain
+from advmoe_export.passes.lower import Lowering
 from advmoe_export.passes.per_image import live_values, steps_per_image, write_scan
-from advmoe_export.passes.regions import Plan, Region
-from advmoe_export.passes.rows import row_dim
-from advmoe_export.passes.select import write_selection
+from advmoe_export.passes.regions import Plan
+from advmoe_export.passes.write import finish, write_step, write_steps
 from advmoe_export.scope import Names, Scope
 from advmoe_export.trace import BATCH
 
 PROFILES = ("hybrid", "latency", "throughput", "static")
-IR_VERSION = 10
-"""Version of the file format; onnxruntime reads it from 1.20 on."""
 
 
 def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None) -> ir.Model:
-    """The finished graph of a profile, all weights still in memory.
+    """The finished graph of a profile, with all weights still in memory.
 
     Args:
         plan: the traced graph with its regions.
@@ -66,9 +60,9 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
     if profile == "hybrid" and plan.regions:
         outputs = _by_batch(plan, scope, images)
     elif profile == "static":
-        outputs = write_selected(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
+        outputs = write_steps(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}), select=True)
     elif fixed is not None:
-        outputs = _write(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
+        outputs = write_steps(Lowering(plan=plan, scope=scope, sizes=sizes, binding={source: images}))
     else:
         outputs = _write_many(plan, scope, images)
     for value, name in zip(outputs, outputs_of_model, strict=True):
@@ -76,22 +70,8 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
     return finish(scope, [images], outputs, opset)
 
 
-def finish(scope: Scope, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Model:
-    """A model of what was written into a scope, without nodes that nobody needs."""
-    graph = scope.graph(inputs, outputs, "advmoe")
-    graph.opset_imports[""] = opset
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
-    common.RemoveUnusedNodesPass()(model)
-    return model
-
-
-def write_selected(state: Lowering) -> list[ir.Value]:
-    """Write the whole plan without control flow."""
-    return _write(state, select=True)
-
-
 def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
-    """`If(batch == 1)`: one row's form, else many rows' form."""
+    """`If(batch == 1)`: the form for one image, else the form for many."""
     assert images.shape is not None
     batch = scope.op("Shape", [images], {"start": 0, "end": 1}, name="batch", dtype=ir.DataType.INT64, shape=[1])
     single = scope.op("Equal", [batch, scope.integers(1)], name="single", dtype=ir.DataType.BOOL, shape=[1])
@@ -100,7 +80,7 @@ def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
     image = one.op("Reshape", [images, one.integers(*static)], name="image", dtype=images.dtype, shape=static)
     state = Lowering(plan=plan, scope=one, sizes={BATCH: 1}, binding={plan.graph.inputs[0]: image})
     branches = {
-        "then_branch": one.graph([], _write(state), "one image"),
+        "then_branch": one.graph([], write_steps(state), "one image"),
         "else_branch": many.graph([], _write_many(plan, many, images), "many images"),
     }
     outputs = [(str(value.name), value.dtype, value.shape) for value in plan.graph.outputs]
@@ -108,7 +88,7 @@ def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
 
 
 def _write_many(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
-    """Any number of images: the first layers one by one, the others in sub-batches."""
+    """Any number of images: the first layers image by image, the others in sub-batches."""
     state = Lowering(plan=plan, scope=scope, sizes={}, binding={plan.graph.inputs[0]: images})
     count = steps_per_image(plan)
     if count:
@@ -117,29 +97,8 @@ def _write_many(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
         def write(body: Scope, image: ir.Value) -> list[ir.Value]:
             single = Lowering(plan=plan, scope=body, sizes={BATCH: 1}, binding={plan.graph.inputs[0]: image})
             for step in plan.steps[:count]:
-                _write_step(single, step)
+                write_step(single, step)
             return [single.binding[value] for value in live]
 
         state.binding.update(zip(live, write_scan(scope, images, live, write), strict=True))
-    return _write(state, plan.steps[count:])
-
-
-def _write(state: Lowering, steps: Sequence[ir.Node | Region] | None = None, *, select: bool = False) -> list[ir.Value]:
-    """Write steps of a plan, all by default; returns the graph's outputs, rows in their original order."""
-    for step in state.plan.steps if steps is None else steps:
-        _write_step(state, step, select=select)
-    outputs = state.plan.graph.outputs
-    return [state.fetch(value, state.orders.original(str(row_dim(value)))) for value in outputs]
-
-
-def _write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False) -> None:
-    if not isinstance(step, Region):
-        write_plain(state, step)
-        return
-    rows = state.fixed(step.expert_index.shape)
-    if select:
-        write_selection(state, step)
-    elif step.num_experts == 1 or (rows is not None and rows[0] == 1):
-        write_branches(state, step)
-    else:
-        write_dispatch(state, step)
+    return write_steps(state, plan.steps[count:])

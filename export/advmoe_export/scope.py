@@ -25,8 +25,9 @@ class Names:
 class Scope:
     """A graph under construction: the main graph, or a branch of an `If`.
 
-    A branch sees the values of the scopes around it; its constants are its own, because onnxruntime only lays out a
-    convolution's weights for the machine when they belong to the graph the convolution stands in.
+    A branch sees the values of the scopes around it, but has constants of its own: onnxruntime
+    prepares a convolution's weights for the processor only if they belong to the same (sub)graph as
+    the convolution.
     """
 
     def __init__(self, names: Names | None = None) -> None:

@@ -46,8 +46,8 @@ class Session:
 
     Args:
         path: the `.onnx` file; its data file must lie beside it.
-        providers: what to run on, in order of preference: `cpu`, `cuda`, `tensorrt`, or an onnxruntime provider's
-            full name.
+        providers: what to run on, in order of preference: `cpu`, `cuda`, `tensorrt`, or an
+            onnxruntime provider's full name.
         threads: threads of one operator; None leaves it to onnxruntime.
         optimization: how far onnxruntime may rewrite the graph, one of `OPTIMIZATION_LEVELS`.
         check_data: compare the data file with the checksum in the metadata.
@@ -176,7 +176,11 @@ def read_metadata(path: Path) -> ModelMetadata:
 
 
 def check_data_file(path: Path, metadata: ModelMetadata) -> None:
-    """Raise ModelFileError unless the data file lies beside the graph and is the one it was written with."""
+    """Check that the data file of a graph lies beside it and belongs to it.
+
+    Raises:
+        ModelFileError: it does not.
+    """
     data = data_file(path)
     if metadata.data_bytes == 0:
         return
@@ -224,7 +228,7 @@ def _provider_names(wanted: Sequence[str], installed: Sequence[str]) -> list[str
 
 
 def _options(provider: str) -> dict[str, str]:
-    """Options of a provider. Every new sub-batch size would start an exhaustive search among cuDNN's algorithms
-    anew.
+    """Options of a provider. Every new sub-batch size would start an exhaustive search among
+    cuDNN's algorithms anew.
     """
     return {"cudnn_conv_algo_search": "HEURISTIC"} if provider == "CUDAExecutionProvider" else {}

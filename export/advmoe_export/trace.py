@@ -1,7 +1,6 @@
-"""From a torch module to a flat ONNX graph in which only the routed operators are foreign.
+"""Trace a torch module into a flat ONNX graph whose only foreign nodes are the routed operators.
 
-Everything that is not routed is translated by torch's own exporter. The only module of the package, with `verify`,
-that needs torch.
+torch's own exporter translates all other operators. Only this module and `verify` need torch.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ BATCH = "batch"
 class Traced:
     """A module as a program and as a graph.
 
-    `program` is the `torch.export.ExportedProgram`; `graph` is [B, 3, H, W] `images` -> [B, classes] `logits`.
+    `program` is the `torch.export.ExportedProgram`; `graph` is [B, 3, H, W] `images` -> [B,
+    classes] `logits`.
     """
 
     program: Any
@@ -106,7 +106,9 @@ def _name_batch(graph: ir.Graph, program: Any) -> None:
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """How torch's exporter writes each routed operator that the process knows: as one node of the same name."""
+    """How torch's exporter writes each routed operator that the process knows: as one node of the
+    same name.
+    """
     import onnxscript
     import torch
 
@@ -133,7 +135,9 @@ def _translation(emit: Callable[..., Any], attributes: tuple[str, ...]) -> Calla
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing and warning; what matters of it comes back as an exception."""
+    """Keep torch's exporter from printing and warning; what matters of it comes back as an
+    exception.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

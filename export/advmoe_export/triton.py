@@ -39,9 +39,9 @@ def write_triton_repository(
 ) -> Path:
     """Write one model into a Triton model repository.
 
-    A file for any batch size has -1 as its leading dimension, which Triton requires before it batches requests
-    itself: it gets
-    `max_batch_size` and dynamic batching. A file with a fixed batch size is served as it is, without batching.
+    A file for any batch size has -1 as its leading dimension, which Triton requires before it
+    batches requests itself: it gets `max_batch_size` and dynamic batching. A file with a fixed
+    batch size is served as it is, without batching.
 
     Args:
         path: an exported `.onnx` file.
@@ -54,8 +54,8 @@ def write_triton_repository(
         The model's folder.
 
     Raises:
-        ModelFileError: the file is not a complete export, the name is not one for Triton, or the folder cannot be
-        written.
+        ModelFileError: the file is not a complete export, the name is not one for Triton, or the
+        folder cannot be written.
     """
     source = Path(path)
     metadata = read_metadata(source)
@@ -111,7 +111,8 @@ def config(model: onnx.ModelProto, metadata: ModelMetadata, name: str, max_batch
         lines.append(
             f'model_warmup [ {{ name: "batch {size or shape[0]}", batch_size: {size}, inputs {{ {tensor} }} }} ]'
         )
-    # Sub-batches change their size with every request: an exhaustive search among cuDNN's algorithms would never end.
+    # Sub-batches change their size with every request: an exhaustive search among cuDNN's
+    # algorithms would never end.
     lines.append('parameters { key: "cudnn_conv_algo_search", value { string_value: "1" } }')
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,9 @@
-"""Compare an exported file with the module it came from, and say what differs, where, and whether it is a near tie.
+"""Compare an exported file with its module: what differs, where, and whether it is a near tie.
 
-Routing is discontinuous: an image on a router's boundary may take another expert after a rounding error, and then
-everything behind it differs by right. So decisions are compared first, each with its margin (chosen router logit
-minus the next), then logits, for the images whose decisions all agree. Only the first decision of an image that
-differs counts; those behind it follow from it.
+Routing is discontinuous. An image on a router's boundary may take another expert after a rounding
+error, and then all later layers rightly differ. Decisions are therefore compared first, each with
+its margin (chosen router logit minus the next). Logits are compared for images whose decisions all
+agree. Only the first decision that differs counts for an image; the later ones follow from it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from advmoe_export.errors import ExportError
 from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
 
 BATCHES = (1, 2, 7, 64)
@@ -30,7 +31,9 @@ class Tolerance:
     """What counts as equal."""
 
     logits: float
-    """Largest |difference of logits| / largest |logit| of the batch, over images whose decisions agree."""
+    """Largest |difference of logits| / largest |logit| of the batch, over images whose decisions
+    agree.
+    """
     margin: float
     """A decision may differ if the module's router margin is below this."""
 
@@ -40,9 +43,7 @@ TOLERANCES = {
     "fp16": Tolerance(logits=2e-2, margin=5e-2),
     "int8": Tolerance(logits=np.inf, margin=np.inf),
 }
-"""By dtype. What int8 costs is a question of accuracy: it is measured on images and reported, not compared bit by
-bit.
-"""
+"""By dtype. int8 changes decisions and logits: its accuracy is measured on images and reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,14 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One batch at one optimisation level."""
+    """One batch at one optimization level."""
 
     batch: str
     """Which images."""
     size: int
     """Number of images."""
     optimization: str
-    """onnxruntime's optimisation level."""
+    """onnxruntime's optimization level."""
     flipped: int
     """Images whose pathway differs."""
     worst_flip_margin: float
@@ -136,6 +137,16 @@ class VerificationReport:
             f"at {worst.worst_logit} in batch '{worst.batch}', optimization '{worst.optimization}', "
             "though all decisions agree"
         )
+
+
+class VerificationError(ExportError):
+    """The exported graph does not compute what the module computes; `report` says what differs and
+    where.
+    """
+
+    def __init__(self, message: str, report: VerificationReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +224,9 @@ def as_float_tensor(images: npt.NDArray[Any]) -> Any:
 
 
 def probe_images(image_size: tuple[int, int], input_type: str, count: int = max(BATCHES)) -> npt.NDArray[Any]:
-    """Synthetic images that differ in colour, contrast and structure, so that routers have something to tell apart."""
+    """Synthetic images that differ in colour, contrast and structure, so that routers have
+    something to tell apart.
+    """
     rng = np.random.default_rng(0)
     height, width = image_size
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -221,8 +234,8 @@ def probe_images(image_size: tuple[int, int], input_type: str, count: int = max(
     waves = rng.uniform(0, 8 * np.pi, (2, count, 1, 1, 1))
     pattern = np.sin(waves[0] * x + waves[1] * y + phase)
     noise = rng.standard_normal((count, 3, height, width)) * rng.uniform(0, 1, (count, 1, 1, 1))
-    colour, contrast = rng.uniform(0.1, 0.9, (count, 3, 1, 1)), rng.uniform(0.05, 0.5, (count, 1, 1, 1))
-    pixels = np.rint(np.clip(colour + contrast * (pattern + noise), 0, 1) * 255).astype(np.uint8)
+    color, contrast = rng.uniform(0.1, 0.9, (count, 3, 1, 1)), rng.uniform(0.05, 0.5, (count, 1, 1, 1))
+    pixels = np.rint(np.clip(color + contrast * (pattern + noise), 0, 1) * 255).astype(np.uint8)
     if input_type == "uint8":
         return cast("npt.NDArray[Any]", pixels.transpose(0, 2, 3, 1).copy())
     return cast("npt.NDArray[Any]", np.divide(pixels, 255, dtype=np.float32))
@@ -243,7 +256,7 @@ def verify(
         program: `Traced.program` of the module.
         images: real images to compare besides the synthetic ones, as the file reads them.
         tolerance: what counts as equal; by default `TOLERANCES` of the file's dtype.
-        optimizations: onnxruntime optimisation levels to run.
+        optimizations: onnxruntime's optimization levels to run.
     """
     sessions = {level: Session(path, threads=1, optimization=level, check_data=False) for level in optimizations}
     metadata = next(iter(sessions.values())).metadata
@@ -290,7 +303,9 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
 
 
 def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:
-    """The batches to compare: several sizes, and one image repeated, which leaves all experts but one without work."""
+    """The batches to compare: several sizes, and one image repeated, which leaves all experts but
+    one without work.
+    """
     total = len(reference.images)
     for size in BATCHES if fixed is None else (fixed,):
         if size <= total:

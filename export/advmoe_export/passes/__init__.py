@@ -1,8 +1,13 @@
 """Passes over graphs, one idea per file.
 
-On the traced graph: `fold_batchnorm`, `two_way` (compare two logits), `interface` (inputs and outputs), `half`,
-`quantize`, and `regions` (what belongs into one expert's branch), with `rows` and `editing` to serve them.
-From the traced graph to standard ONNX: `branches` (`If` trees), `dispatch` (sub-batches), `per_image` (a `Scan`) and
-`select` (no control flow), with `lower` and `orders` to serve them.
-On the finished graph: `storage` (weights beside the graph, once).
+Passes that change the traced graph: `fold_batchnorm`, `two_way` (compare two logits), `interface`
+(inputs and outputs), `half` and `quantize`. Each is a `contract.GraphPass`: it states the facts it
+needs and the facts it leaves, and they are checked. `rows` and `editing` are their helpers.
+`regions` then plans which nodes run in one expert's branch.
+
+From the plan to standard ONNX: `branches` (`If` trees), `dispatch` (sub-batches), `per_image` (a
+`Scan`) and `select` (no control flow) write a region; `experts` writes one expert; `write` puts the
+steps together. `lower` and `orders` are their helpers.
+
+On the finished graph: `storage` puts the weights beside the graph, each once.
 """

@@ -1,4 +1,7 @@
-"""A region for a single row: a balanced tree of `If`s over the experts, each branch with its own weights."""
+"""A region for one row: a balanced tree of `If`s over the experts.
+
+Each branch holds the weights of its expert.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from advmoe_export.scope import Scope
 
 
 def write_branches(state: Lowering, region: Region) -> None:
-    """Write the region into the state's scope. With one expert there is nothing to choose, and it is written without
-    a branch.
-    """
+    """Write the region into the state's scope; without a branch if there is only one expert."""
     order = state.latest(region.inputs, region.row_dim)
     inputs = {
         value: state.fetch(

@@ -1,8 +1,8 @@
-"""A region for many rows: one sub-batch per expert, each computed by its expert, put together in the new order.
+"""A region for many rows: one sub-batch per expert, joined in a new order.
 
-onnxruntime writes `Reshape`s with a literal 0 around convolutions on batches of unknown size; that fails as soon as
-an expert gets no row, and keeps additions and activations from being fused. A named dimension for every sub-batch
-cures both.
+Around convolutions on batches of unknown size, onnxruntime writes `Reshape`s with a literal 0. They
+fail if an expert gets no row, and they prevent the fusion of additions and activations. A named
+dimension for each sub-batch avoids both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def write_dispatch(state: Lowering, region: Region) -> None:
 
 
 def _places(scope: Scope, decision: ir.Value, expert: int, dim: str) -> ir.Value:
-    """int64 [dim]: the rows that chose an expert, from int64 [rows], or from bool [rows] between two."""
+    """int64 [dim]: the rows that chose an expert, from int64 [rows], or from bool [rows] between
+    two.
+    """
     boolean, int64 = ir.DataType.BOOL, ir.DataType.INT64
     chosen = decision
     if decision.dtype == int64:

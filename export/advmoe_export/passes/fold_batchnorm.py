@@ -1,39 +1,91 @@
-"""Fold BatchNorm into the experts it follows, and into the router's linear layer it precedes.
+"""Fold BatchNorm into the experts before it, and into the router's linear layer behind it.
 
-In evaluation mode BatchNorm is y = s * x + t per channel, s = gamma / sqrt(var + eps), t = beta - s * mean.
+In evaluation mode BatchNorm computes y = s * x + t per channel, with s = gamma / sqrt(var + eps)
+and t = beta - s * mean.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 
-from advmoe_export import operators
-from advmoe_export.operators import initializer, is_routed
+from advmoe_export.operators import expert_rows, initializer, is_routed
+from advmoe_export.passes.contract import GraphPass, is_flat, is_full_precision
 from advmoe_export.passes.editing import constant, insert_one, linear_layer
 
 
-def fold_batchnorm(graph: ir.Graph) -> None:
-    """Change the traced graph in place.
+def batchnorm_is_folded(graph: ir.Graph) -> str | None:
+    """Fact: every BatchNorm that can be folded has been folded."""
+    for node in graph:
+        if node.op_type == "BatchNormalization" and _affine(node) is not None and _target(node) is not None:
+            return f"'{node.name}' can still be folded"
+    return None
 
-    A BatchNorm over the packed slots of a routed operator is folded where every bank row has one slot, whichever
-    expert computes it. Else it stays behind the operator, in the expert's branch.
+
+class FoldBatchNorm(GraphPass):
+    """Fold each BatchNorm whose statistics are constants.
+
+    A BatchNorm behind a routed operator is folded if every bank row fills the same slot in all
+    experts that have it. Else it stays behind the operator, in the expert's branch.
     """
-    for node in list(graph):
-        if node.op_type != "BatchNormalization":
-            continue
-        affine = _affine(node)
-        if affine is None:
-            continue
-        producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if producer is not None and is_routed(producer) and _sole_use(producer.outputs[0]):
-            _into_experts(graph, producer, node, *affine)
-        else:
-            _into_linear(graph, node, *affine)
+
+    needs = (is_flat, is_full_precision)
+    leaves = (batchnorm_is_folded,)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Fold what can be folded."""
+        for node in list(graph):
+            if node.op_type != "BatchNormalization":
+                continue
+            affine, target = _affine(node), _target(node)
+            if affine is None or target is None:
+                continue
+            if isinstance(target, _Experts):
+                _into_experts(graph, target, node, *affine)
+            else:
+                _into_linear(graph, target, node, *affine)
+
+
+class _Experts(NamedTuple):
+    """The routed operator before a BatchNorm, and the slot that each of its bank rows fills."""
+
+    node: ir.Node
+    slot_of_row: np.ndarray
+
+
+def _target(norm: ir.Node) -> _Experts | ir.Node | None:
+    """What a BatchNorm can be folded into: the experts before it, the linear layer behind it, or
+    nothing.
+    """
+    producer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+    if producer is not None and is_routed(producer) and _sole_use(producer.outputs[0]):
+        slots = _slot_of_row(producer, norm)
+        return None if slots is None else _Experts(producer, slots)
+    if not _sole_use(norm.outputs[0]):
+        return None
+    linear = next(iter(norm.outputs[0].uses())).node
+    return None if linear_layer(linear) is None or linear.inputs[0] is not norm.outputs[0] else linear
+
+
+def _slot_of_row(routed: ir.Node, norm: ir.Node) -> np.ndarray | None:
+    """[bank]: the slot that each row fills; None if experts put one row into different slots."""
+    weight, scale = initializer(routed.inputs[1], "the weight of a routed operator"), norm.inputs[1]
+    assert weight is not None
+    assert scale is not None
+    assert scale.shape is not None
+    rows_NS = np.array(expert_rows(routed))
+    slots_NS = np.broadcast_to(np.arange(rows_NS.shape[1]), rows_NS.shape)
+    if rows_NS.shape[1] != scale.shape[0] or rows_NS.max() >= len(weight):
+        return None
+    slot_of_row = np.zeros(len(weight), np.int64)
+    slot_of_row[rows_NS] = slots_NS
+    return slot_of_row if np.array_equal(slot_of_row[rows_NS], slots_NS) else None
 
 
 def _affine(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """(s, t) in float64, or None where the statistics are not constants."""
+    """(s, t) in float64; None if the statistics are not constants."""
     if any(value is None or value.const_value is None for value in node.inputs[1:5]):
         return None
     gamma, beta, mean, var = (
@@ -53,18 +105,11 @@ def _remove(graph: ir.Graph, node: ir.Node, replacement: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
+def _into_experts(graph: ir.Graph, target: _Experts, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
+    routed, slot_of_row = target
     weight = initializer(routed.inputs[1], "the weight of a routed operator")
     bias = initializer(routed.inputs[2], "the bias of a routed operator")
     assert weight is not None
-    rows_NS = np.array(operators.expert_rows(routed))
-    slots_NS = np.broadcast_to(np.arange(rows_NS.shape[1]), rows_NS.shape)
-    if rows_NS.shape[1] != len(scale) or rows_NS.max() >= len(weight):
-        return
-    slot_of_row = np.zeros(len(weight), np.int64)
-    slot_of_row[rows_NS] = slots_NS
-    if not np.array_equal(slot_of_row[rows_NS], slots_NS):
-        return
     row_scale, row_shift = scale[slot_of_row], shift[slot_of_row]
     folded = weight * row_scale.reshape(-1, *([1] * (weight.ndim - 1)))
     folded_bias = row_shift if bias is None else row_shift + bias * row_scale
@@ -74,13 +119,9 @@ def _into_experts(graph: ir.Graph, routed: ir.Node, norm: ir.Node, scale: np.nda
     _remove(graph, norm, routed.outputs[0])
 
 
-def _into_linear(graph: ir.Graph, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
-    if not _sole_use(norm.outputs[0]):
-        return
-    linear = next(iter(norm.outputs[0].uses())).node
+def _into_linear(graph: ir.Graph, linear: ir.Node, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
     layer = linear_layer(linear)
-    if layer is None or linear.inputs[0] is not norm.outputs[0]:
-        return
+    assert layer is not None
     weight_OI, bias_O = layer
     folded_OI = (weight_OI * scale).astype(weight_OI.dtype)
     folded_O = (bias_O + weight_OI @ shift).astype(weight_OI.dtype)

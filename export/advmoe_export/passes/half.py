@@ -1,7 +1,7 @@
 """Weights and activations in float16, routers in float32.
 
-A router's decision jumps where its logits tie, so rounding there changes the pathway. Everything that serves decisions
-only stays in float32; what it reads is widened first.
+Where the logits of a router tie, rounding changes the decision, and so the pathway. Nodes that only
+serve decisions therefore stay in float32, and their inputs are widened first.
 """
 
 from __future__ import annotations
@@ -10,15 +10,36 @@ import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.operators import decision_of
+from advmoe_export.passes.contract import GraphPass, is_full_precision, outputs_keep_their_types
 from advmoe_export.passes.editing import constant, insert_one
+from advmoe_export.passes.fold_batchnorm import batchnorm_is_folded
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 FLOAT_ONLY = frozenset({"Resize", "Upsample"})
 """Operators whose constant float inputs are not data."""
 
 
+def routers_are_float32(graph: ir.Graph) -> str | None:
+    """Fact: what decides, and what only serves decisions, computes in float32."""
+    for node in router_nodes(graph):
+        if node.op_type != "Cast" and any(v is not None and v.dtype == HALF for v in (*node.inputs, *node.outputs)):
+            return f"router node '{node.name}' computes in float16"
+    return None
+
+
+class UseHalfPrecision(GraphPass):
+    """Compute in float16, except in routers. Images and outputs keep their types."""
+
+    needs = (batchnorm_is_folded, is_full_precision)  # folding rounded weights would round twice
+    leaves = (outputs_keep_their_types, routers_are_float32)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Narrow weights and activations."""
+        _narrow(graph)
+
+
 def router_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes whose results reach the logits through decisions only, or not at all."""
+    """Nodes whose results reach the logits only through decisions, or not at all."""
     found: set[ir.Node] = set()
     logits = graph.outputs[0]
     for node in reversed(list(graph)):
@@ -30,8 +51,7 @@ def router_nodes(graph: ir.Graph) -> set[ir.Node]:
     return found
 
 
-def use_half_precision(graph: ir.Graph) -> None:
-    """Change the traced graph in place. Images and outputs keep their types."""
+def _narrow(graph: ir.Graph) -> None:
     routers = router_nodes(graph)
     halves: dict[ir.Value, ir.Value] = {}
     widened: dict[ir.Value, ir.Value] = {}

@@ -1,5 +1,5 @@
-"""What goes into a model and what comes out of it: uint8 images with the preprocessing inside, expert choices and
-margins.
+"""Inputs and outputs of the graph: uint8 images with the preprocessing inside, choices of experts,
+router margins.
 """
 
 from __future__ import annotations
@@ -11,16 +11,80 @@ import onnx_ir as ir
 
 from advmoe_export.errors import UnsupportedModelError
 from advmoe_export.operators import decision_of, has_bank
+from advmoe_export.passes.contract import (
+    GraphPass,
+    decisions_are_integers,
+    is_full_precision,
+    reads_float_images,
+    reads_uint8_images,
+    returns,
+    returns_logits_only,
+)
 from advmoe_export.passes.editing import constant, insert, insert_one
 from advmoe_export.passes.rows import row_dim
-from advmoe_export.passes.two_way import difference_of_logits, second_chosen
+from advmoe_export.passes.two_way import difference_of_logits, second_chosen, two_way_decisions_are_compared
 
 EXPERT_INDEX = "expert_index"
 ROUTER_MARGIN = "router_margin"
 
 
-def take_uint8_images(graph: ir.Graph) -> None:
-    """Make a graph of float images [B, 3, H, W] in [0, 1] read uint8 images [B, H, W, 3], as decoders deliver them."""
+class ReadUint8Images(GraphPass):
+    """Replace the input, float images [B, 3, H, W] in [0, 1], by uint8 images [B, H, W, 3] as
+    decoders deliver them.
+    """
+
+    needs = (reads_float_images, is_full_precision)
+    leaves = (reads_uint8_images,)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Put the conversion in front of the graph."""
+        _read_uint8(graph)
+
+
+class AddExpertIndex(GraphPass):
+    """Add the output `expert_index` int64 [B, L]: the expert of each image in each MoE layer.
+
+    A layer that routes tokens has one column per token.
+    """
+
+    needs = (returns_logits_only, two_way_decisions_are_compared, decisions_are_integers)
+    leaves = (returns(EXPERT_INDEX),)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Add the output."""
+        decisions = [decision_of(node) for node in routed_nodes(graph)]
+        compared = [second_chosen(decision) for decision in decisions]
+        chosen = decisions if None in compared else [second[0] for second in compared if second is not None]
+        _add_output(graph, [_by_image(graph, value) for value in chosen], EXPERT_INDEX, ir.DataType.INT64)
+
+
+class AddRouterMargin(GraphPass):
+    """Add the output `router_margin` float [B, L]: the chosen router logit minus the next one.
+
+    Its columns are those of `expert_index`.
+    """
+
+    needs = (returns(EXPERT_INDEX), two_way_decisions_are_compared)
+    leaves = (returns(ROUTER_MARGIN),)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Add the output.
+
+        Raises:
+            UnsupportedModelError: a decision is not the argmax of router logits.
+        """
+        margins: dict[ir.Value, ir.Value] = {}
+        columns = []
+        for node in routed_nodes(graph):
+            decision = decision_of(node)
+            assert decision is not None
+            if decision not in margins:
+                margins[decision] = _margin(graph, decision)
+            columns.append(_by_image(graph, margins[decision]))
+        _add_output(graph, columns, ROUTER_MARGIN, ir.DataType.FLOAT)
+
+
+def _read_uint8(graph: ir.Graph) -> None:
     (images,) = graph.inputs
     assert images.shape is not None
     batch, channels, height, width = images.shape
@@ -41,35 +105,6 @@ def take_uint8_images(graph: ir.Graph) -> None:
 def routed_nodes(graph: ir.Graph) -> list[ir.Node]:
     """The MoE layers in the order of computation."""
     return [node for node in graph if has_bank(node)]
-
-
-def add_expert_index(graph: ir.Graph) -> None:
-    """Add the output `expert_index` int64 [B, L]: the expert of each image in each MoE layer.
-
-    A layer that routes tokens has one column per token.
-    """
-    decisions = [decision_of(node) for node in routed_nodes(graph)]
-    compared = [second_chosen(decision) for decision in decisions]
-    chosen = decisions if None in compared else [second[0] for second in compared if second is not None]
-    _add_output(graph, [_by_image(graph, value) for value in chosen], EXPERT_INDEX, ir.DataType.INT64)
-
-
-def add_router_margin(graph: ir.Graph) -> None:
-    """Add the output `router_margin` float [B, L]: the chosen router logit minus the next one, in the columns of
-    `expert_index`.
-
-    Raises:
-        UnsupportedModelError: a decision is not the argmax of router logits.
-    """
-    margins: dict[ir.Value, ir.Value] = {}
-    columns = []
-    for node in routed_nodes(graph):
-        decision = decision_of(node)
-        assert decision is not None
-        if decision not in margins:
-            margins[decision] = _margin(graph, decision)
-        columns.append(_by_image(graph, margins[decision]))
-    _add_output(graph, columns, ROUTER_MARGIN, ir.DataType.FLOAT)
 
 
 def _margin(graph: ir.Graph, decision: ir.Value) -> ir.Value:
@@ -100,7 +135,7 @@ def _margin(graph: ir.Graph, decision: ir.Value) -> ir.Value:
 
 
 def _by_image(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
-    """[rows] or [rows, 1] as columns [B, rows per image]."""
+    """A value [rows] or [rows, 1] as columns [B, rows per image]."""
     assert value is not None
     assert value.shape is not None
     assert value.dtype is not None

@@ -1,7 +1,7 @@
-"""What the ways to write a region as standard ONNX have in common: copying nodes, keeping track of the order of rows.
+"""What all ways to write a region share: copying nodes, and tracking the order of rows.
 
-`branches`: one row per decision, an `If` tree around the experts. `dispatch`: rows gathered into one sub-batch per
-expert. `select`: no control flow.
+`branches` writes an `If` tree around the experts, for one row per decision. `dispatch` gathers the
+rows of each expert into a sub-batch. `select` writes no control flow.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from advmoe_export import operators
 from advmoe_export.operators import is_routed
+from advmoe_export.passes.experts import write_expert_op
 from advmoe_export.passes.orders import Order, Orders
 from advmoe_export.passes.regions import Plan, Region
 from advmoe_export.passes.rows import is_rowwise, row_dim
 from advmoe_export.scope import Scope
 
 Binding = dict[ir.Value, ir.Value]
-"""Where each value of the traced graph is found in the graph being written."""
+"""Maps each value of the traced graph to its copy in the graph being written."""
 
 
 @dataclass(kw_only=True)
@@ -29,12 +29,14 @@ class Lowering:
     plan: Plan
     scope: Scope
     sizes: Mapping[str, int]
-    """Sizes of symbolic dimensions that this copy fixes, such as {"batch": 1}; empty for a dynamic batch."""
+    """Sizes of symbolic dimensions that this copy fixes, such as {"batch": 1}; empty for a dynamic
+    batch.
+    """
     binding: Binding
     orders: Orders = field(default_factory=Orders)
     order_of: dict[ir.Value, Order] = field(default_factory=dict)
-    """Order in which the rows of each value lie in this copy; values that are not listed are in their original
-    order.
+    """Order in which the rows of each value lie in this copy; values that are not listed are in
+    their original order.
     """
 
     def fixed(self, shape: ir.Shape | None) -> ir.Shape | None:
@@ -66,8 +68,8 @@ def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | No
 
 
 def write_plain(state: Lowering, node: ir.Node) -> None:
-    """Copy a node that is not routed. Its inputs come in one order if it works row by row, and in their original
-    order otherwise.
+    """Copy a node that is not routed. Its inputs come in one order if it works row by row, and in
+    their original order otherwise.
     """
     running = [value for value in node.inputs if value is not None and value.const_value is None]
     if is_rowwise(node):
@@ -105,8 +107,8 @@ def write_expert(
     inputs: Mapping[ir.Value, ir.Value],
     rows: int | str | None,
 ) -> Binding:
-    """Write a region as one expert runs it, on `rows` rows (a number or the name of a dimension); returns where its
-    values are.
+    """Write a region as one expert runs it, on `rows` rows (a number or the name of a dimension);
+    returns where its values are.
     """
     binding: Binding = dict(inputs)
     for node in region.nodes:
@@ -114,7 +116,7 @@ def write_expert(
         if is_routed(node):
             x = binding[node.inputs[0]]  # type: ignore[index]
             assert shapes[0] is not None
-            binding[node.outputs[0]] = operators.compute_expert(
+            binding[node.outputs[0]] = write_expert_op(
                 scope, node, state.plan.banks.get(node), expert, x, name=str(node.outputs[0].name), shape=shapes[0]
             )
         else:

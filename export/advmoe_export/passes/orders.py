@@ -1,8 +1,9 @@
 """The order in which the rows of a tensor lie, while sub-batches are carried through a network.
 
-Dispatching a batch to experts leaves its rows sorted by expert. Putting them back after each layer would cost a pass
-over memory, and the next layer sorts them anew anyway; so the new order is carried along, and undone once on the
-logits. An older tensor that meets a newer one (a residual) is moved into the newer order.
+Dispatching a batch to experts leaves its rows sorted by expert. Restoring their order after each
+layer would cost a pass over memory, and the next layer sorts them again. The new order is therefore
+kept, and undone once, on the logits. A residual is moved into the order of the tensor it is added
+to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Order:
 
 
 class Orders:
-    """All orders of one graph, the index tensors that lead from one to another, and the tensors already moved."""
+    """All orders of one graph, the index tensors between them, and the tensors already moved."""
 
     def __init__(self) -> None:
         self._originals: dict[str, Order] = {}

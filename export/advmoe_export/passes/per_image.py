@@ -1,8 +1,9 @@
-"""The first layers of a network image by image, inside a `Scan`, when the batch is larger than one.
+"""The first layers of a network image by image, inside a `Scan`, if the batch is larger than one.
 
-Gathering sub-batches moves every activation several times. Where activations are large and weights small, as at the
-beginning of a CNN, it is cheaper to take one image after the other through the experts it chose: its activations stay
-in the cache, and so do the weights. Further on weights outweigh activations, and sub-batches pay.
+Gathering sub-batches copies every activation several times. At the beginning of a CNN, activations
+are large and weights are small. There it is cheaper to compute one image after the other with the
+experts it chose, because its activations and the weights stay in the cache. In later layers weights
+are larger than activations, and sub-batches are faster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from advmoe_export.passes.rows import row_dim
 from advmoe_export.scope import Scope
 
 WEIGHT_SHARE = 1.0
-"""A region runs image by image if its weights are at most this many times the activations it reads and writes."""
+"""A region runs image by image if its weights are at most this many times the activations it reads
+and writes.
+"""
 
 
 def steps_per_image(plan: Plan) -> int:
@@ -66,7 +69,8 @@ def write_scan(
         scope: where the `Scan` goes.
         images: what to iterate over, [B, ...].
         live: values of the traced graph that are needed behind the `Scan`, each [B, ...].
-        write: writes the steps for one image [1, ...] into a scope and returns `live`, each [1, ...].
+        write: writes the steps for one image [1, ...] into a scope and returns `live`, each [1,
+            ...].
     """
     assert images.shape is not None
     body = scope.child()

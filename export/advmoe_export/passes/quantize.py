@@ -1,8 +1,10 @@
-"""int8: quantised convolutions and expert layers, calibrated per expert; routers and sums stay in float32.
+"""int8: convolutions and expert layers are quantized, with scales per expert; routers and sums stay
+in float32.
 
-Weights are int8, symmetric, one scale per output channel. Activations are uint8 with one scale per tensor and expert,
-measured on the images that the expert gets. Everything is written as QuantizeLinear and DequantizeLinear inside the
-branches, which onnxruntime fuses into integer kernels.
+Weights are int8, symmetric, with one scale per output channel. Activations are uint8 with one scale
+per tensor and expert, measured on the images that the expert gets. All of it is written as
+QuantizeLinear and DequantizeLinear inside the branches. onnxruntime fuses these into integer
+kernels.
 """
 
 from __future__ import annotations
@@ -18,26 +20,23 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from advmoe_export.operators import (
-    CONV,
-    DOMAIN,
-    FAKE_QUANTIZE,
-    decision_of,
-    expert_rows,
-    has_bank,
-    quantize_bias,
-    quantize_rows,
-)
+from advmoe_export.bank import quantize_bias, quantize_rows
+from advmoe_export.operators import CONV, DOMAIN, FAKE_QUANTIZE, decision_of, expert_rows, has_bank
+from advmoe_export.passes.contract import GraphPass, is_flat, is_full_precision
 from advmoe_export.passes.editing import constant, insert_one
+from advmoe_export.passes.fold_batchnorm import batchnorm_is_folded
 from advmoe_export.passes.half import router_nodes
 from advmoe_export.passes.lower import Lowering
 from advmoe_export.passes.regions import plan_regions
 from advmoe_export.passes.storage import write_external
+from advmoe_export.passes.write import finish, write_steps
 from advmoe_export.scope import Scope
 
 UINT8, INT8, INT32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 Range = npt.NDArray[np.float32]
-"""[N, 2]: smallest and largest value that each expert's images gave; N = 1 where all images count alike."""
+"""[N, 2]: smallest and largest value over the images of each expert; N = 1 if no decision chose
+among experts.
+"""
 BATCH_OF_CALIBRATION = 16
 
 
@@ -49,14 +48,34 @@ class Affine:
     zero: npt.NDArray[np.uint8]
 
 
-def quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
-    """Change the traced graph in place.
+class Quantize(GraphPass):
+    """Quantize convolutions and expert layers.
 
     Args:
-        graph: the traced graph, BatchNorm folded.
-        images: calibration images as the graph reads them.
+        images: calibration images, as the graph reads them.
         opset: version of the standard operators.
     """
+
+    needs = (is_flat, batchnorm_is_folded, is_full_precision)
+
+    def __init__(self, images: npt.NDArray[Any], opset: int) -> None:
+        self.images, self.opset = images, opset
+
+    def requires(self, model: ir.Model) -> None:
+        """Check `needs`, and that the graph reads the calibration images."""
+        super().requires(model)
+        dtype = model.graph.inputs[0].dtype
+        if dtype is None or dtype.numpy() != self.images.dtype:
+            raise ir.passes.PreconditionError(
+                f"Quantize cannot run: the graph reads {dtype} images, the calibration images are {self.images.dtype}"
+            )
+
+    def change(self, graph: ir.Graph) -> None:
+        """Measure ranges, then round weights and activations."""
+        _quantize(graph, self.images, self.opset)
+
+
+def _quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
     skipped = {use.node for use in _first_convolutions(graph)} | router_nodes(graph)
     layers = [node for node in graph if (has_bank(node) or node.op_type == "Conv") and node not in skipped]
     ends = {node: _end(node) for node in layers if node.op_type in ("Conv", CONV)}
@@ -90,7 +109,9 @@ def quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
 
 
 def _first_convolutions(graph: ir.Graph) -> list[Any]:
-    """Uses of the normalised image by convolutions: three channels are neither slow nor robust to rounding."""
+    """Uses of the normalized image by convolutions; with three channels they gain little and are
+    harmed by rounding.
+    """
     found, values = [], list(graph.inputs)
     for value in values:
         for use in value.uses():
@@ -102,7 +123,9 @@ def _first_convolutions(graph: ir.Graph) -> list[Any]:
 
 
 def _end(node: ir.Node) -> ir.Value:
-    """Where a convolution's result is quantised: behind the ReLU that follows it, if it does."""
+    """The value that is quantized behind a convolution: the result of the ReLU that follows it,
+    else its own.
+    """
     output = node.outputs[0]
     uses = list(output.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Relu":
@@ -118,7 +141,7 @@ def _next(graph: ir.Graph, node: ir.Node) -> ir.Node:
 def _fake_quantize(
     graph: ir.Graph, before: ir.Node, value: ir.Value, decision: ir.Value | None, measured: Range
 ) -> tuple[ir.Value, Affine]:
-    """Round a value to 256 levels, those of each row's expert if there is a decision."""
+    """Round a value to 256 levels; with a decision, to the levels of each row's expert."""
     low, high = np.minimum(measured[:, 0], 0.0), np.maximum(measured[:, 1], 0.0)
     scale = np.maximum((high - low) / 255.0, 1e-8).astype(np.float32)
     affine = Affine(scale, np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8))
@@ -141,7 +164,7 @@ def _fake_quantize(
 
 
 def _quantize_weights(graph: ir.Graph, conv: ir.Node, x_scale: float) -> None:
-    """Replace an ordinary convolution's weight and bias by dequantised integers."""
+    """Replace an ordinary convolution's weight and bias by dequantized integers."""
     weight = conv.inputs[1].const_value.numpy()  # type: ignore[union-attr]
     name = str(conv.inputs[1].name)  # type: ignore[union-attr]
     codes, scale = quantize_rows(weight)
@@ -172,16 +195,14 @@ def calibrate(
 ) -> Mapping[tuple[ir.Value, ir.Value | None], Range]:
     """Ranges of values over images, for each decision under which they are read or written.
 
-    The graph runs in its form without control flow, where every value exists for all images.
+    The graph runs in its form without control flow, in which every value exists for all images.
     """
-    from advmoe_export.profiles import finish, write_selected
-
     plan = plan_regions(graph)
     source = graph.inputs[0]
     scope = Scope()
     read = ir.Value(name=scope.names.fresh("images"), type=source.type, shape=source.shape)
     state = Lowering(plan=plan, scope=scope, sizes={}, binding={source: read})
-    write_selected(state)
+    write_steps(state, select=True)
     decisions = {decision: None for node in layers if (decision := decision_of(node)) is not None}
     outputs = [state.binding[value] for value in (*values, *decisions)]
     model = finish(scope, [read], outputs, opset)
@@ -218,5 +239,5 @@ def _num_experts(layers: list[ir.Node], decision: ir.Value) -> int:
 
 
 def _complete(known: Range) -> Range:
-    """Experts that got no calibration image take the range of all others."""
+    """Give experts without calibration images the range over all other experts."""
     return np.where(np.isnan(known), (np.nanmin(known[:, 0]), np.nanmax(known[:, 1])), known).astype(np.float32)

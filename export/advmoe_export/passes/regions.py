@@ -1,12 +1,14 @@
-"""Group the traced graph into regions: what runs inside the branch of one expert.
+"""Group the traced graph into regions: the nodes that run inside the branch of one expert.
 
-A region starts as one routed operator. It takes in
-* later routed operators that obey the same decision, with everything on the way to them (routers per block, stage or
-  image);
-* what follows and can run row by row: BatchNorm, the residual addition, activation, pooling;
-* what precedes it and serves nobody else.
-A region is convex (no path leaves it and comes back), so that the regions and the nodes outside them form a graph
-without cycles.
+A region starts as one routed operator. It grows by
+
+* later routed operators with the same decision, and all nodes on the way to them (one router per
+  block, stage or image);
+* nodes behind it that compute row by row: BatchNorm, the residual addition, activation, pooling;
+* nodes before it whose results nobody else uses.
+
+A region is convex: no path leaves it and comes back. Regions and the remaining nodes therefore form
+a graph without cycles.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from advmoe_export.operators import Bank, decision_of, expert_rows, has_bank, is_routed, read_bank
+from advmoe_export.bank import Bank, read_bank
+from advmoe_export.operators import decision_of, expert_rows, has_bank, is_routed
 from advmoe_export.passes.rows import is_rowwise, named, row_dim
 
 FOLLOWERS = named(
@@ -25,11 +28,15 @@ FOLLOWERS = named(
     HardSwish LeakyRelu MaxPool Mish Mul QuantizeLinear ReduceMean Relu Selu Sigmoid Softplus Sub Swish Tanh
     """
 )
-"""Operators worth taking in behind a routed one: they cost a pass over memory of their own outside the branch."""
+"""Operators worth taking in behind a routed one: they cost a pass over memory of their own outside
+the branch.
+"""
 
 
 PRECEDERS = FOLLOWERS | {"Conv"}
-"""Operators worth taking in before one: a shortcut's convolution stays in the memory layout of the routed one."""
+"""Operators worth taking in before one: a shortcut's convolution stays in the memory layout of the
+routed one.
+"""
 
 
 @dataclass(eq=False)
@@ -149,8 +156,8 @@ class _Grouping:
         self.group[node] = Region([node], decision)
 
     def join(self, earlier: ir.Node, later: ir.Node) -> None:
-        """Merge the regions of two operators under one decision, with all that lies between, if all of it may run
-        there.
+        """Merge the regions of two operators under one decision, with all that lies between, if all
+        of it may run there.
         """
         first, second = self.group[earlier], self.group[later]
         if first is second:
@@ -167,7 +174,9 @@ class _Grouping:
             self._merge(first, members | between)
 
     def follow(self, node: ir.Node) -> None:
-        """Take in a node behind the region that computes its first running input, or any other of its inputs."""
+        """Take in a node behind the region that computes its first running input, or any other of
+        its inputs.
+        """
         if node in self.group or not is_rowwise(node):
             return
         candidates = [self.group[p] for p in _producers(node) if p in self.group]

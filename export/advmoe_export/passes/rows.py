@@ -1,7 +1,8 @@
 """Which nodes compute row r of their output from row r of their inputs alone.
 
-A *row* is an entry of the leading dimension: an image, or a token where a graph has merged the two dimensions. Such
-nodes may run on any subset of the rows, in any order, and inside a branch of one expert; the rest of a graph may not.
+A *row* is an entry of the leading dimension: an image, or a token if the graph has merged the two
+dimensions. Such nodes may run on any subset of the rows, in any order, and inside the branch of one
+expert. Other nodes need all rows in their original order.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ REDUCTIONS = named(
 
 
 def row_dim(value: ir.Value | None) -> str | None:
-    """The symbol of the leading dimension, such as `batch`; None for constants and for values without rows."""
+    """The symbol of the leading dimension, such as `batch`; None for constants and for values
+    without rows.
+    """
     if value is None or value.const_value is not None or value.shape is None or len(value.shape) == 0:
         return None
     dim = value.shape[0]

@@ -1,15 +1,15 @@
-"""A region without control flow and with static shapes, as CUDA graphs and TensorRT want it.
+"""A region without control flow and with static shapes, for CUDA graphs and TensorRT.
 
-One row: the chosen expert's weights are gathered, then used. More rows: every expert computes every row, and the
-result of the chosen one is selected.
+For one row, the chosen expert's weights are gathered, then used. For more rows, every expert
+computes every row, and the result of the chosen expert is selected.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from advmoe_export import operators
 from advmoe_export.operators import LINEAR, is_routed
+from advmoe_export.passes.experts import write_expert_op, write_plain_op
 from advmoe_export.passes.lower import Lowering, copy_node
 from advmoe_export.passes.regions import Region
 from advmoe_export.scope import Scope
@@ -47,7 +47,7 @@ def _one_row(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.Value
             shape=[weight.shape[1], bank.size],
         )
     chosen_bias = None if bias is None else _take(scope, bias.reshape(experts), expert_index, f"{name}.biases")
-    return operators.apply(scope, node, x, chosen, chosen_bias, name=name, shape=shape)
+    return write_plain_op(scope, node, x, chosen, chosen_bias, name=name, shape=shape)
 
 
 def _take(scope: Scope, table: object, expert_index: ir.Value, name: str) -> ir.Value:
@@ -70,7 +70,7 @@ def _all_experts(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.V
     if node.op_type == LINEAR:
         wide = ir.Shape([*shape[:-1], n * size])
         weight_value = scope.constant(weight.T.copy(), f"{name}.weights")
-        every = operators.apply(scope, node, x, weight_value, bias_value, name=f"{name}.experts", shape=wide)
+        every = write_plain_op(scope, node, x, weight_value, bias_value, name=f"{name}.experts", shape=wide)
         apart = scope.op(
             "Reshape",
             [every, scope.integers(*([0] * (len(shape) - 1)), n, size)],
@@ -88,7 +88,7 @@ def _all_experts(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.V
             scope.op(
                 "Unsqueeze",
                 [
-                    operators.compute_expert(scope, node, bank, e, x, name=f"{name}.expert", shape=shape),
+                    write_expert_op(scope, node, bank, e, x, name=f"{name}.expert", shape=shape),
                     scope.integers(1),
                 ],
                 name=f"{name}.expert",
@@ -103,7 +103,7 @@ def _all_experts(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.V
     else:
         wide = ir.Shape([shape[0], n * size, *shape[2:]])
         weight_value = scope.constant(weight, f"{name}.weights")
-        every = operators.apply(scope, node, x, weight_value, bias_value, name=f"{name}.experts", shape=wide)
+        every = write_plain_op(scope, node, x, weight_value, bias_value, name=f"{name}.experts", shape=wide)
         every = scope.op(
             "Reshape",
             [every, scope.integers(0, n, size, *(int(d) for d in shape[2:]))],  # type: ignore[arg-type]

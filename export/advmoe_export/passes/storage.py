@@ -1,7 +1,8 @@
 """Weights beside the graph, every byte once.
 
-Branches of a graph may hold the same weights (each profile of a hybrid file, overlapping experts). Tensors that share
-memory here share bytes in the data file: several tensors may point at one stretch of it, or at parts of one.
+Several branches of a graph may hold the same weights (both forms in a hybrid file, experts that
+overlap). Tensors that share memory in Python share bytes in the data file: several tensors may
+point at one stretch of it, or at parts of one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from advmoe_export.passes.contract import contradictions, only_standard_operators
+
 ALIGNMENT = 64
 """Bytes; the data file is mapped into memory and used in place."""
 INLINE = 256
@@ -20,15 +23,19 @@ INLINE = 256
 
 
 def write_external(model: ir.Model, path: Path) -> str:
-    """Write all large constants of a graph and its branches into one file and make the graph refer to it.
+    """Write all large constants of a graph and its branches into one file and make the graph refer
+    to it.
 
     Args:
-        model: changed in place; its tensors become references to `path.name` in the folder of `path`.
+        model: changed in place; its tensors become references to `path.name` in the folder of
+            `path`.
         path: the data file to write.
 
     Returns:
         The file's SHA-256.
     """
+    unfinished = contradictions(model.graph, [only_standard_operators])
+    assert not unfinished, unfinished
     values = [
         value
         for graph in model.graphs()
@@ -76,8 +83,9 @@ def _address(array: np.ndarray) -> int:
 
 
 def _memory_spans(arrays: list[np.ndarray]) -> list[tuple[int, int, list[np.ndarray]]]:
-    """Stretches of memory [start, end) that the arrays cover, each with the arrays in it; arrays that overlap fall
-    into one.
+    """Stretches of memory [start, end) that the arrays cover, each with its arrays.
+
+    Arrays that overlap lie in one stretch.
     """
     spans: list[tuple[int, int, list[np.ndarray]]] = []
     for array in sorted(arrays, key=_address):

@@ -1,6 +1,8 @@
-"""Decide between two experts by one comparison: argmax(logit_0, logit_1) = (w_1 - w_0) . x + (b_1 - b_0) > 0.
+"""Decide between two experts by one comparison: argmax(logit_0, logit_1) = (w_1 - w_0) . x + (b_1 -
+b_0) > 0.
 
-The linear layer shrinks to one output and the ArgMax goes. Rounding may differ from the two logits' by their last bits.
+The linear layer shrinks to one output, and the ArgMax is removed. The sign of the difference may
+differ from the ArgMax where the two logits agree to their last bits.
 """
 
 from __future__ import annotations
@@ -9,16 +11,39 @@ import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.operators import decision_of, is_routed
+from advmoe_export.passes.contract import GraphPass, decisions_are_integers, returns_logits_only
 from advmoe_export.passes.editing import constant, insert_one, linear_layer
 
 
-def compare_two_way(graph: ir.Graph) -> None:
-    """Change the traced graph in place, wherever a decision is the argmax of a linear layer with two outputs.
+def two_way_decisions_are_compared(graph: ir.Graph) -> str | None:
+    """Fact: no decision is the ArgMax of a linear layer with two outputs."""
+    for argmax, _ in _two_way(graph):
+        return f"'{argmax.name}' decides between two experts by an ArgMax"
+    return None
+
+
+class CompareTwoWay(GraphPass):
+    """Replace the ArgMax of each linear layer with two outputs by a comparison.
 
     The decision becomes Cast(Squeeze(Greater(difference, 0))) of `difference` float [rows, 1].
     """
-    decisions = {decision_of(node) for node in graph if is_routed(node)}
-    for decision in decisions:
+
+    # A router margin would be a second use of the router's logits, which are removed here.
+    needs = (returns_logits_only,)
+    leaves = (two_way_decisions_are_compared, decisions_are_integers)
+
+    def change(self, graph: ir.Graph) -> None:
+        """Rewrite every such decision."""
+        for argmax, linear in _two_way(graph):
+            _compare(graph, argmax, linear)
+
+
+def _two_way(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node]]:
+    """ArgMax and linear layer of each decision between two experts that can be made by a
+    comparison.
+    """
+    found = []
+    for decision in dict.fromkeys(decision_of(node) for node in graph if is_routed(node)):
         argmax = None if decision is None else decision.producer()
         if argmax is None or argmax.op_type != "ArgMax":
             continue
@@ -27,37 +52,44 @@ def compare_two_way(graph: ir.Graph) -> None:
         layer = None if linear is None else linear_layer(linear)
         if logits is None or linear is None or layer is None or len(layer[1]) != 2 or len(logits.uses()) != 1:
             continue
-        assert logits.shape is not None
-        weight, bias = (array.astype(np.float64) for array in layer)
-        dtype, rows, name = logits.dtype, logits.shape[0], str(logits.name)
-        column = ir.Shape([rows, 1])
-        as_float = layer[0].dtype
-        difference = insert_one(
-            graph,
-            argmax,
-            "Gemm",
-            [
-                linear.inputs[0],
-                constant(graph, (weight[1:] - weight[:1]).astype(as_float), f"{name}.difference.weight"),
-                constant(graph, (bias[1:] - bias[:1]).astype(as_float), f"{name}.difference.bias"),
-            ],
-            {"transB": 1},
-            (f"{name}.difference", dtype, column),
-        )
-        zero = constant(graph, np.zeros((), as_float), "zero")
-        second = insert_one(
-            graph, argmax, "Greater", [difference, zero], {}, (f"{name}.second", ir.DataType.BOOL, column)
-        )
-        flat, int64 = ir.Shape([rows]), ir.DataType.INT64
-        axis = constant(graph, [1], "axis_1")
-        row = insert_one(graph, argmax, "Squeeze", [second, axis], {}, (f"{name}.row", ir.DataType.BOOL, flat))
-        chosen = insert_one(graph, argmax, "Cast", [row], {"to": int64.value}, (f"{name}.expert", int64, flat))
-        argmax.outputs[0].replace_all_uses_with(chosen)
-        graph.remove([argmax, linear], safe=True)
+        found.append((argmax, linear))
+    return found
+
+
+def _compare(graph: ir.Graph, argmax: ir.Node, linear: ir.Node) -> None:
+    logits, layer = linear.outputs[0], linear_layer(linear)
+    assert layer is not None
+    assert logits.shape is not None
+    weight, bias = (array.astype(np.float64) for array in layer)
+    dtype, rows, name = logits.dtype, logits.shape[0], str(logits.name)
+    column = ir.Shape([rows, 1])
+    as_float = layer[0].dtype
+    difference = insert_one(
+        graph,
+        argmax,
+        "Gemm",
+        [
+            linear.inputs[0],
+            constant(graph, (weight[1:] - weight[:1]).astype(as_float), f"{name}.difference.weight"),
+            constant(graph, (bias[1:] - bias[:1]).astype(as_float), f"{name}.difference.bias"),
+        ],
+        {"transB": 1},
+        (f"{name}.difference", dtype, column),
+    )
+    zero = constant(graph, np.zeros((), as_float), "zero")
+    second = insert_one(graph, argmax, "Greater", [difference, zero], {}, (f"{name}.second", ir.DataType.BOOL, column))
+    flat, int64 = ir.Shape([rows]), ir.DataType.INT64
+    axis = constant(graph, [1], "axis_1")
+    row = insert_one(graph, argmax, "Squeeze", [second, axis], {}, (f"{name}.row", ir.DataType.BOOL, flat))
+    chosen = insert_one(graph, argmax, "Cast", [row], {"to": int64.value}, (f"{name}.expert", int64, flat))
+    argmax.outputs[0].replace_all_uses_with(chosen)
+    graph.remove([argmax, linear], safe=True)
 
 
 def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """Whether the second of two experts is chosen, bool [rows, 1] and [rows], if the decision is made that way."""
+    """bool [rows, 1] and bool [rows], whether the second expert is chosen; None if the decision is
+    no comparison.
+    """
     row = _source(decision, "Cast")
     column = _source(row, "Squeeze")
     if row is None or column is None or _source(column, "Greater") is None:
@@ -66,12 +98,12 @@ def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None
 
 
 def difference_of_logits(decision: ir.Value | None) -> ir.Value | None:
-    """float [rows, 1], second minus first router logit, if the decision is made by comparison."""
+    """float [rows, 1], second minus first router logit; None if the decision is no comparison."""
     second = second_chosen(decision)
     return None if second is None else _source(second[0], "Greater")
 
 
 def _source(value: ir.Value | None, op_type: str) -> ir.Value | None:
-    """The first input of the node that computes a value, if it is of that kind."""
+    """The first input of the node that computes a value; None if the node is of another kind."""
     producer = None if value is None else value.producer()
     return producer.inputs[0] if producer is not None and producer.op_type == op_type else None

@@ -1,0 +1,105 @@
+"""The passes of the exporter: their order is checked, and the same module gives the same file."""
+
+import ast
+from collections.abc import Callable
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import advmoe_export
+import numpy as np
+import onnx_ir as ir
+import pytest
+from advmoe_export.passes.contract import GraphPass
+from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
+from advmoe_export.passes.half import UseHalfPrecision
+from advmoe_export.passes.interface import AddExpertIndex, AddRouterMargin, ReadUint8Images
+from advmoe_export.passes.quantize import Quantize
+from advmoe_export.passes.storage import write_external
+from advmoe_export.passes.two_way import CompareTwoWay
+from advmoe_export.trace import trace
+
+PICTURES = np.random.default_rng(0).random((16, 3, 16, 16), dtype=np.float32)
+PIXELS = np.zeros((16, 16, 16, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def traced(small_moe: Callable[..., Any]) -> ir.Graph:
+    return trace(small_moe(), image_size=(16, 16), opset=18).graph
+
+
+def run(graph: ir.Graph, *passes: GraphPass) -> ir.Graph:
+    model = ir.Model(graph.clone(), ir_version=10)
+    for step in passes:
+        step(model)
+    return model.graph
+
+
+def test_the_order_of_an_export_satisfies_every_pass(traced: ir.Graph) -> None:
+    graph = run(traced, FoldBatchNorm(), CompareTwoWay(), AddExpertIndex(), AddRouterMargin(), ReadUint8Images())
+    assert [output.name for output in graph.outputs] == ["logits", "expert_index", "router_margin"]
+    run(graph, UseHalfPrecision())
+    run(graph, Quantize(PIXELS, 18))
+
+
+@pytest.mark.parametrize(
+    ("passes", "reason"),
+    [
+        ([AddExpertIndex()], "AddExpertIndex cannot run: .* decides between two experts by an ArgMax"),
+        ([CompareTwoWay(), AddRouterMargin()], "AddRouterMargin cannot run: the graph has no output 'expert_index'"),
+        (
+            [CompareTwoWay(), AddExpertIndex(), CompareTwoWay()],
+            "CompareTwoWay cannot run: the graph has the outputs logits, expert_index",
+        ),
+        ([UseHalfPrecision()], "UseHalfPrecision cannot run: .* can still be folded"),
+        ([Quantize(PICTURES, 18)], "Quantize cannot run: .* can still be folded"),
+        ([FoldBatchNorm(), UseHalfPrecision(), ReadUint8Images()], "ReadUint8Images cannot run: .* float16 already"),
+        ([FoldBatchNorm(), UseHalfPrecision(), Quantize(PICTURES, 18)], "Quantize cannot run: .* float16 already"),
+        ([FoldBatchNorm(), Quantize(PICTURES, 18), UseHalfPrecision()], "UseHalfPrecision cannot run: .* quantized"),
+        ([FoldBatchNorm(), Quantize(PIXELS, 18)], "the graph reads FLOAT images, the calibration images are uint8"),
+        ([ReadUint8Images(), ReadUint8Images()], "ReadUint8Images cannot run: images are UINT8, not float32"),
+    ],
+)
+def test_a_wrong_order_is_refused(traced: ir.Graph, passes: list[GraphPass], reason: str) -> None:
+    with pytest.raises(ir.passes.PreconditionError, match=reason):
+        run(traced, *passes)
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "reason"),
+    [
+        (FoldBatchNorm, [], "can still be folded"),
+        (CompareTwoWay, [], "decides between two experts by an ArgMax"),
+        (AddExpertIndex, [CompareTwoWay()], "no output 'expert_index'"),
+        (ReadUint8Images, [], "not uint8"),
+    ],
+)
+def test_a_pass_that_does_nothing_is_caught(
+    step: type[GraphPass], before: list[GraphPass], reason: str, traced: ir.Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "change", lambda self, graph: None)
+    with pytest.raises(ir.passes.PostconditionError, match=f"{step.__name__} left its work undone: .*{reason}"):
+        run(traced, *before, step())
+
+
+def test_a_graph_with_routed_operators_left_is_not_stored(traced: ir.Graph, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="is of domain 'advmoe', not of the ONNX standard"):
+        write_external(ir.Model(traced.clone(), ir_version=10), tmp_path / "data")
+
+
+def test_the_modules_of_the_exporter_import_each_other_without_a_circle() -> None:
+    """Imports inside functions and for type checkers count too."""
+    package = Path(advmoe_export.__file__).parent
+    imports: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        name = ".".join(("advmoe_export", *path.relative_to(package).with_suffix("").parts))
+        imports[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("advmoe_export"):
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                imports[name] |= {node.module or "", *inner}
+    known = {name: found & imports.keys() for name, found in imports.items()}
+    assert "advmoe_export.session" in known["advmoe_export.verify"]
+    assert len(list(TopologicalSorter(known).static_order())) == len(known)  # a CycleError names the circle
