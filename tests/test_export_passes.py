@@ -1,6 +1,7 @@
 """The passes of the exporter: their order is checked, and the same module gives the same file."""
 
 import ast
+import hashlib
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,6 +11,7 @@ import advmoe_export
 import numpy as np
 import onnx_ir as ir
 import pytest
+from advmoe_export.exporter import plan_graph
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
 from advmoe_export.passes.half import UseHalfPrecision
@@ -17,6 +19,7 @@ from advmoe_export.passes.interface import AddExpertIndex, AddRouterMargin, Read
 from advmoe_export.passes.quantize import Quantize
 from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
+from advmoe_export.profiles import build
 from advmoe_export.trace import trace
 
 PICTURES = np.random.default_rng(0).random((16, 3, 16, 16), dtype=np.float32)
@@ -85,6 +88,43 @@ def test_a_pass_that_does_nothing_is_caught(
 def test_a_graph_with_routed_operators_left_is_not_stored(traced: ir.Graph, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is of domain 'advmoe', not of the ONNX standard"):
         write_external(ir.Model(traced.clone(), ir_version=10), tmp_path / "data")
+
+
+def stored(model: ir.Model, folder: Path) -> tuple[bytes, str]:
+    """The bytes of the data file, and a digest of the graph."""
+    write_external(model, folder / "data")
+    return (folder / "data").read_bytes(), hashlib.sha256(ir.to_proto(model).SerializeToString()).hexdigest()
+
+
+def test_weights_lie_in_the_order_of_the_graph_wherever_they_lay_in_memory(tmp_path: Path) -> None:
+    memory = np.arange(200, dtype=np.float32)
+    for first, second in ((memory[:100], memory[100:]), (memory[100:], memory[:100])):
+        values = [
+            ir.Value(
+                name=name, const_value=ir.tensor(array), shape=ir.Shape([100]), type=ir.TensorType(ir.DataType.FLOAT)
+            )
+            for name, array in (("a", first), ("b", second))
+        ]
+        graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 18})
+        content, _ = stored(ir.Model(graph, ir_version=10), tmp_path)
+        # 100 floats end at byte 400; the second array starts at the next multiple of 64.
+        assert content == first.tobytes() + bytes(48) + second.tobytes()
+
+
+def test_the_same_module_gives_the_same_bytes(traced: ir.Graph, tmp_path: Path) -> None:
+    files = []
+    for _ in range(2):
+        plan = plan_graph(traced.clone(), dtype="int8", calibration=PICTURES)
+        files.append(stored(build(plan, profile="hybrid", opset=18), tmp_path))
+        memory = [np.zeros(n) for n in range(0, 5000, 7)]  # so that the next arrays get other addresses
+    assert files[0] == files[1]
+    assert memory
+
+
+def test_a_scalar_is_stored_as_a_scalar_and_once(traced: ir.Graph) -> None:
+    graph = run(traced, FoldBatchNorm(), CompareTwoWay())
+    zeros = [value for name, value in graph.initializers.items() if name.startswith("zero")]
+    assert [list(value.shape) for value in zeros if value.shape is not None] == [[]]
 
 
 def test_the_modules_of_the_exporter_import_each_other_without_a_circle() -> None:

@@ -22,7 +22,7 @@ def constant(graph: ir.Graph, content: Any, name: str) -> ir.Value:
         if known.const_value is not None and np.array_equal(known.const_value.numpy(), array):
             return known
         return constant(graph, content, f"{name}.new")
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

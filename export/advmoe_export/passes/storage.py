@@ -61,14 +61,16 @@ def write_external(model: ir.Model, path: Path) -> str:
                 digest.update(part)
         file.flush()
         os.fsync(file.fileno())
-    starts = [start for start, _, _ in spans]
+    place_of = {
+        id(array): (start, at) for (start, _, members), at in zip(spans, offsets, strict=True) for array in members
+    }
     for value, array in zip(values, arrays, strict=True):
         tensor = value.const_value
         assert tensor is not None
-        span = int(np.searchsorted(starts, _address(array), side="right")) - 1
+        start, offset = place_of[id(array)]
         value.const_value = ir.ExternalTensor(
             path.name,
-            offsets[span] + _address(array) - starts[span],
+            offset + _address(array) - start,
             tensor.nbytes,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
@@ -85,7 +87,8 @@ def _address(array: np.ndarray) -> int:
 def _memory_spans(arrays: list[np.ndarray]) -> list[tuple[int, int, list[np.ndarray]]]:
     """Stretches of memory [start, end) that the arrays cover, each with its arrays.
 
-    Arrays that overlap lie in one stretch.
+    Arrays that overlap lie in one stretch. The stretches come in the order of their first arrays,
+    not of their addresses, so that the same model gives the same file every time.
     """
     spans: list[tuple[int, int, list[np.ndarray]]] = []
     for array in sorted(arrays, key=_address):
@@ -95,4 +98,5 @@ def _memory_spans(arrays: list[np.ndarray]) -> list[tuple[int, int, list[np.ndar
             spans.append((first, max(last, end), [*members, array]))
         else:
             spans.append((start, end, [array]))
-    return spans
+    first_use = {id(array): position for position, array in enumerate(arrays)}
+    return sorted(spans, key=lambda span: min(first_use[id(array)] for array in span[2]))
