@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, e.g. runs/NAME/best.pt.")],
-    model: Annotated[Path, typer.Argument(help="The .onnx file to write; its weights go to MODEL.data beside it.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="The .onnx file to write, its weights go to MODEL.data beside it; or a .safetensors file: weights and "
+            "configuration for advmoe.load, without pickle."
+        ),
+    ],
+    context: typer.Context,
     profile: Annotated[
         str,
         typer.Option(help="hybrid (any batch), latency (one image), throughput (batches) or static (no control flow)."),
@@ -55,7 +62,16 @@ def export(
     """Write a checkpoint as an ONNX file in which every image computes its own expert, and no other.
 
     The file uses standard operators only and appears under its name after it gave the same results as PyTorch.
+
+    With a name that ends in .safetensors, write the model for PyTorch instead.
     """
+    check(
+        model.suffix in (".onnx", ".safetensors"),
+        f"the file to write must end in .onnx or .safetensors, got '{model}'",
+    )
+    if model.suffix == ".safetensors":
+        export_safetensors(checkpoint, model, context, json=json)
+        return
     from advmoe.data.sources import shorter_side
     from advmoe.training.checkpoint import load_checkpoint
 
@@ -107,11 +123,45 @@ def export(
             "graph": f"{report.path} ({report.graph_bytes / 1e6:.2f} MB)",
             "weights": f"{report.data_path} ({report.data_bytes / 1e6:.2f} MB)",
             "profile": profile,
-            "compared with PyTorch": f"{len(verification.checks)} batches at every optimisation level",
+            "compared with PyTorch": f"{len(verification.checks)} batches at every optimization level",
             "largest relative difference": f"{verification.difference:.1e} of the largest logit, where decisions agree",
             **facts,
         },
     )
+
+
+def export_safetensors(checkpoint: Path, target: Path, context: typer.Context, *, json: bool) -> None:
+    """Write weights and configuration of a checkpoint; options that shape an ONNX file are refused."""
+    from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+    meaningless = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in ("checkpoint", "model", "json") and given(context, name)
+    ]
+    check(not meaningless, f"{', '.join(meaningless)} applies to ONNX files only, not to '{target}'; leave it out")
+    contents = load_checkpoint(checkpoint)
+    contents.build()
+    console.existing_folder(target)
+    kept = Checkpoint(
+        model=contents.model,
+        weights=contents.weights,
+        class_names=contents.class_names,
+        train=contents.train,
+        metrics=contents.metrics,
+    )
+    save_checkpoint(target, kept)
+    facts = {"path": str(target), "bytes": target.stat().st_size, "tensors": len(kept.weights)}
+    if json:
+        console.emit_json(facts)
+    else:
+        console.show_facts(f"{checkpoint} -> {target}", facts)
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:

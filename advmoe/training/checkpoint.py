@@ -17,6 +17,7 @@ from advmoe.files import write_atomically
 from advmoe.models.masked import compact, masks_open
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
+from advmoe.safetensors_file import SUFFIX, read_safetensors, write_safetensors
 
 FORMAT = "advmoe-checkpoint"
 VERSION = 1
@@ -67,7 +68,10 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint so that `path` holds either the old file or the complete new one."""
+    """Write a checkpoint so that `path` holds either the old file or the complete new one.
+
+    A path that ends in `.safetensors` gets the model without the state of its training, as `write_safetensors` says.
+    """
     contents = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,7 +84,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizers": checkpoint.optimizers,
         "training_weights": checkpoint.training_weights,
     }
-    write_atomically(path, lambda temporary: torch.save(contents, temporary))
+    if path.suffix == SUFFIX:
+        write_safetensors(path, contents)
+    else:
+        write_atomically(path, lambda temporary: torch.save(contents, temporary))
 
 
 def file_digest(path: Path) -> str:
@@ -104,14 +111,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
-            contents = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # damaged bytes can make the unpickler fail in any way
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is truncated, corrupt, or holds more than plain data; "
-            "expected a file written by 'advmoe train'"
-        ) from error
+    contents = read_safetensors(path) if path.suffix == SUFFIX else _read_archive(path, map_location)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of advmoe; expected a file written by 'advmoe train'")
     if contents.get("version") != VERSION:
@@ -135,6 +135,18 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
         )
     except ConfigError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+
+
+def _read_archive(path: Path, map_location: str | torch.device) -> Any:
+    """What `torch.save` wrote, if it is plain data."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # damaged bytes can make the unpickler fail in any way
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is truncated, corrupt, or holds more than plain data; "
+            "expected a file written by 'advmoe train'"
+        ) from error
 
 
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwork:
