@@ -1,7 +1,7 @@
 """ONNX for mixture-of-experts networks: each image computes its own expert, and nothing else.
 
-Exporting needs torch and onnxscript (`pip install advmoe-export[torch]`); running a file needs
-onnxruntime only. Names are imported when they are first used.
+Exporting needs torch, onnx and onnxscript (`pip install 'advmoe-export[export]'`). Running a file
+needs onnxruntime only (`[cpu]` or `[gpu]`). Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from advmoe_export.errors import (
         ExportError,
         InputError,
+        MissingPackageError,
         ModelFileError,
         ProviderError,
         UnsupportedModelError,
     )
     from advmoe_export.exporter import ExportReport, export_model
-    from advmoe_export.metadata import ModelMetadata
+    from advmoe_export.metadata import PROFILES, ModelMetadata
     from advmoe_export.monitor import LayerDrift, RouteMonitor
     from advmoe_export.preparation import prepare, read_image
-    from advmoe_export.profiles import PROFILES
     from advmoe_export.session import Prediction, Session
     from advmoe_export.triton import write_triton_repository
     from advmoe_export.verify import Agreement, Tolerance, VerificationError, VerificationReport, verify
@@ -33,9 +33,10 @@ _HOME = {
     "ExportReport": "exporter",
     "InputError": "errors",
     "LayerDrift": "monitor",
+    "MissingPackageError": "errors",
     "ModelFileError": "errors",
     "ModelMetadata": "metadata",
-    "PROFILES": "profiles",
+    "PROFILES": "metadata",
     "Prediction": "session",
     "ProviderError": "errors",
     "RouteMonitor": "monitor",
@@ -60,6 +61,7 @@ __all__ = [
     "ExportReport",
     "InputError",
     "LayerDrift",
+    "MissingPackageError",
     "ModelFileError",
     "ModelMetadata",
     "Prediction",
@@ -83,4 +85,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        from advmoe_export.errors import MissingPackageError
+
+        raise MissingPackageError(
+            f"'{name}' needs the package '{error.name}', which is not installed; "
+            "install what exporting needs with: pip install 'advmoe-export[export]'"
+        ) from error
+    return getattr(module, name)

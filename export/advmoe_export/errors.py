@@ -23,3 +23,7 @@ class ProviderError(ExportError):
 
 class InputError(ExportError):
     """Images of the wrong shape, type or range."""
+
+
+class MissingPackageError(ExportError, ImportError):
+    """A package that this part of `advmoe_export` needs is not installed."""

@@ -22,7 +22,8 @@ import onnx_ir as ir
 
 from advmoe_export.bank import Bank
 from advmoe_export.errors import ModelFileError, UnsupportedModelError
-from advmoe_export.metadata import KEY, ModelMetadata
+from advmoe_export.metadata import DTYPES, INPUT_TYPES, KEY, ModelMetadata
+from advmoe_export.model_file import data_file
 from advmoe_export.operators import CONV, decision_of
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
@@ -35,7 +36,7 @@ from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
 from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
-from advmoe_export.session import OPTIMIZATION_LEVELS, data_file
+from advmoe_export.session import OPTIMIZATION_LEVELS
 from advmoe_export.trace import BATCH, trace
 from advmoe_export.verify import (
     Agreement,
@@ -48,8 +49,6 @@ from advmoe_export.verify import (
     verify,
 )
 
-INPUT_TYPES = ("float32", "uint8")
-DTYPES = ("fp32", "fp16", "int8")
 OPSETS = range(18, 26)
 LAYOUT_BLOCK = 16
 """Channels in a block of onnxruntime's fast layout of convolutions."""
@@ -165,7 +164,7 @@ def export_model(
         )
     plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, calibration=calibration, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
-    described = ModelMetadata(
+    described = ModelMetadata.of(
         labels=tuple(str(label) for label in labels),
         image_size=size,
         resize=max(size) if resize is None else resize,
@@ -303,6 +302,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
         raise ModelFileError(f"cannot write '{target}': the folder '{target.parent}' does not exist; make it first")
     if target.is_dir():
         raise ModelFileError(f"cannot write '{target}': it is a folder; expected a file name such as model.onnx")
+    if target.suffix != ".onnx":
+        raise ModelFileError(f"cannot write '{target}': expected a file name that ends in .onnx, such as model.onnx")
     return target
 
 

@@ -6,60 +6,94 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
 
 from advmoe_export.errors import ModelFileError
 
 KEY = "advmoe_export"
 FORMAT_VERSION = 2
 
+Profile = Literal["hybrid", "latency", "throughput", "static"]
+InputType = Literal["float32", "uint8"]
+Dtype = Literal["fp32", "fp16", "int8"]
+PROFILES: tuple[str, ...] = get_args(Profile)
+INPUT_TYPES: tuple[str, ...] = get_args(InputType)
+DTYPES: tuple[str, ...] = get_args(Dtype)
+Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """Everything a server or a user of the file needs to know."""
+    """Everything that a server or a user of the file needs to know.
 
-    labels: tuple[str, ...]
+    The types are checked when a file is read: they are the description of the metadata.
+    """
+
+    labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     """Class names, in the order of the logits."""
-    image_size: tuple[int, int]
+    image_size: tuple[Positive, Positive]
     """(height, width) in pixels."""
-    resize: int
+    resize: Positive
     """Length of an image's shorter side before the middle `image_size` of it is taken: see `prepare`."""
-    input_type: str
+    input_type: InputType
     """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside
     the graph.
     """
-    profile: str
+    profile: Profile
     """One of `advmoe_export.PROFILES`."""
-    dtype: str
+    dtype: Dtype
     """Of weights and activations: `fp32`, `fp16` or `int8`."""
-    opset: int
+    opset: Positive
     """Version of the standard operators."""
-    batch_size: int | None
+    batch_size: Positive | None
     """Fixed batch size; None if any."""
     outputs: tuple[str, ...]
     """Names of the outputs."""
-    num_experts: tuple[int, ...]
+    num_experts: tuple[Positive, ...]
     """N of each column of `expert_index`."""
     layers: tuple[str, ...]
     """Name of the MoE layer behind each column of `expert_index`."""
-    expert_load: tuple[tuple[float, ...], ...] | None
+    expert_load: tuple[tuple[Share, ...], ...] | None
     """Share of images per column and expert, measured at export; None if no images were given."""
     tool: Mapping[str, str]
     """Name and versions of what wrote the file."""
     data_sha256: str
     """SHA-256 of the data file beside the graph."""
-    data_bytes: int
+    data_bytes: Annotated[int, msgspec.Meta(ge=0)]
     """Size of the data file."""
     model: Mapping[str, Any]
     """What the caller says about the model: architecture, kind, N, r, granularity, normalization,
     hash of the checkpoint.
     """
 
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.resize < max(self.image_size):
+            raise ValueError(f"resize must be at least {max(self.image_size)}, got {self.resize}")
+        if len(self.layers) != len(self.num_experts):
+            raise ValueError(f"{len(self.layers)} layers but {len(self.num_experts)} numbers of experts")
+        if self.expert_load is not None and tuple(map(len, self.expert_load)) != self.num_experts:
+            raise ValueError("the expert load must have one share per layer and expert")
+        if "logits" not in self.outputs:
+            raise ValueError("the outputs must include 'logits'")
+
     def to_json(self) -> str:
         """As stored in the file."""
         return json.dumps(
             {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, sort_keys=True, allow_nan=False
         )
+
+    @classmethod
+    def of(cls, **fields: Any) -> ModelMetadata:
+        """Metadata from fields whose types are checked here.
+
+        Raises:
+            ValueError: a field has the wrong type or value; the message says which.
+        """
+        return msgspec.convert(fields, cls)
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], path: object) -> ModelMetadata:
@@ -78,9 +112,11 @@ class ModelMetadata:
             )
         try:
             document = json.loads(properties[KEY])
-            version = document.pop("format_version")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelFileError(f"the metadata of '{path}' is damaged; export it again") from error
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(f"the metadata of '{path}' is damaged: it is not JSON; export it again") from error
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if type(version) is not int:
+            raise ModelFileError(f"the metadata of '{path}' is damaged: it has no version; export it again")
         if version != FORMAT_VERSION:
             remedy = "export it again" if version in range(1, FORMAT_VERSION) else "update the package"
             raise ModelFileError(
@@ -88,8 +124,6 @@ class ModelMetadata:
                 f"{remedy}"
             )
         try:
-            load = document.pop("expert_load")
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-            return cls(**fields, expert_load=None if load is None else tuple(tuple(row) for row in load))
-        except (TypeError, KeyError) as error:
-            raise ModelFileError(f"the metadata of '{path}' is incomplete; export it again") from error
+            return msgspec.convert(document, cls)
+        except msgspec.ValidationError as error:
+            raise ModelFileError(f"the metadata of '{path}' is damaged: {error}; export it again") from error

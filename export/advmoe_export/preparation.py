@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import InputError
+from advmoe_export.errors import InputError, MissingPackageError
 from advmoe_export.metadata import ModelMetadata
 
 if TYPE_CHECKING:
@@ -33,13 +33,15 @@ def prepare(
         uint8 [H, W, 3], as `Session.run` takes it in a batch.
 
     Raises:
-        InputError: the image cannot be read, or Pillow is missing.
+        InputError: the image cannot be read.
+        MissingPackageError: Pillow is not installed.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputError(
-            "preparing images needs Pillow: pip install pillow, or resize the images yourself and run those pixels"
+        raise MissingPackageError(
+            "preparing images needs Pillow; install it with: pip install 'advmoe-export[images]', "
+            "or resize the images yourself and run those pixels"
         ) from error
     if isinstance(image, Image.Image):
         picture = _rgb(image)

@@ -15,14 +15,13 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from advmoe_export.errors import UnsupportedModelError
+from advmoe_export.metadata import PROFILES
 from advmoe_export.passes.lower import Lowering
 from advmoe_export.passes.per_image import live_values, steps_per_image, write_scan
 from advmoe_export.passes.regions import Plan
 from advmoe_export.passes.write import finish, write_step, write_steps
 from advmoe_export.scope import Names, Scope
 from advmoe_export.trace import BATCH
-
-PROFILES = ("hybrid", "latency", "throughput", "static")
 
 
 def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None) -> ir.Model:

@@ -1,19 +1,30 @@
-"""Run an exported model with onnxruntime; needs neither torch nor the code of the model."""
+"""Run an exported model with onnxruntime; needs neither torch, nor onnx, nor the code of the model."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import importlib
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import InputError, ModelFileError, ProviderError
-from advmoe_export.metadata import ModelMetadata
+from advmoe_export.errors import InputError, MissingPackageError, ModelFileError, ProviderError
+from advmoe_export.model_file import check_data_file, read_metadata
+from advmoe_export.preparation import prepare
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from PIL import Image
+
+    Picture: TypeAlias = npt.NDArray[Any] | Image.Image | str | os.PathLike[str]
+    """One image: pixels as the file reads them, a Pillow image, or an image file."""
 
 OPTIMIZATION_LEVELS = ("disable", "basic", "extended", "all")
 PROVIDER_NAMES = {
@@ -21,6 +32,13 @@ PROVIDER_NAMES = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+PROVIDER_OPTIONS = {
+    # Every new sub-batch size would start an exhaustive search among cuDNN's algorithms. TF32 rounds
+    # to ten bits, and a rounded router decides differently.
+    "CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"},
+}
+_ERROR, _FATAL, _WARNING = 3, 4, 2
+"""Severities of onnxruntime's log; its default is to log warnings."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -36,9 +54,9 @@ class Prediction:
     labels: tuple[str, ...]
     """Name of the most probable class of each image."""
     pathway: npt.NDArray[np.int64] | None
-    """[B, L] expert of each image in each MoE layer; None where the file does not give it."""
+    """[B, L] expert of each image in each MoE layer; None if the file does not return it."""
     margin: FloatArray | None
-    """[B, L] by how much each router preferred it; None where the file does not give it."""
+    """[B, L] by how much each router preferred it; None if the file does not return it."""
 
 
 class Session:
@@ -47,14 +65,15 @@ class Session:
     Args:
         path: the `.onnx` file; its data file must lie beside it.
         providers: what to run on, in order of preference: `cpu`, `cuda`, `tensorrt`, or an
-            onnxruntime provider's full name.
+            onnxruntime provider's full name. The first that starts is used.
         threads: threads of one operator; None leaves it to onnxruntime.
         optimization: how far onnxruntime may rewrite the graph, one of `OPTIMIZATION_LEVELS`.
         check_data: compare the data file with the checksum in the metadata.
 
     Raises:
         ModelFileError: a file is missing, damaged or not ours.
-        ProviderError: a provider is not installed, or does not start.
+        ProviderError: none of the providers is installed and starts.
+        MissingPackageError: onnxruntime is not installed.
     """
 
     def __init__(
@@ -66,43 +85,46 @@ class Session:
         optimization: str = "all",
         check_data: bool = True,
     ) -> None:
-        import onnxruntime as ort
-
+        self._ort = _onnxruntime()
         self.path = Path(path)
         self.metadata = read_metadata(self.path)
         if check_data:
             check_data_file(self.path, self.metadata)
-        names = _provider_names(providers, ort.get_available_providers())
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = _level(ort, optimization)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = _ERROR
+        options.graph_optimization_level = _level(self._ort, optimization)
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(
-                self.path, options, providers=[(name, _options(name)) for name in names]
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelFileError(f"onnxruntime {ort.__version__} could not load '{self.path}': {reason}") from error
-        started = self._session.get_providers()
-        if names[0] not in started:
-            raise ProviderError(
-                f"'{names[0]}' was asked for but did not start, onnxruntime fell back to {', '.join(started)}; "
-                "check driver, CUDA and cuDNN, or ask for 'cpu'"
-            )
+        self._session = self._start(providers, options)
+        self.provider: str = self._session.get_providers()[0]
+        """Full name of the provider that runs the model."""
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
-    def run(self, images: npt.NDArray[Any]) -> Prediction:
+    def run(self, images: Picture | Sequence[Picture]) -> Prediction:
         """Classify images.
 
         Args:
-            images: uint8 [B, H, W, 3], or float32 [B, 3, H, W] in [0, 1] if the file reads those.
+            images: a batch, one image, or a sequence of images. A batch is an array uint8
+                [B, H, W, 3], or float32 [B, 3, H, W] in [0, 1] if the file reads those. One image
+                is such an array without B, a Pillow image, or the path of an image file. Pillow
+                images and files may have any size; `prepare` resizes them.
 
         Raises:
-            InputError: wrong shape, type, size or range.
+            InputError: wrong shape, type, size or range, or an image that cannot be read.
         """
-        outputs = self.run_raw(images)
+        return self.interpret(self.run_raw(self.batch(images)))
+
+    def run_raw(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs of the file by name, for a batch as in `run`."""
+        prepared = self._checked(images)
+        if self.provider == PROVIDER_NAMES["cpu"]:
+            results = self._session.run(None, {"images": prepared})
+        else:
+            results = self._run_on_device(prepared)
+        return dict(zip(self.outputs, results, strict=True))
+
+    def interpret(self, outputs: dict[str, npt.NDArray[Any]]) -> Prediction:
+        """The outputs of the file with names and probabilities."""
         logits: FloatArray = outputs["logits"].astype(np.float32)
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         return Prediction(
@@ -113,20 +135,48 @@ class Session:
             margin=outputs.get("router_margin"),
         )
 
-    def run_raw(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs of the file by name; images as in `run`."""
-        results = self._session.run(None, {"images": self._prepare(images)})
-        return dict(zip(self.outputs, results, strict=True))
+    def batch(self, images: Picture | Sequence[Picture]) -> npt.NDArray[Any]:
+        """Images as one array [B, ...], Pillow images and files prepared; arguments as in `run`.
 
-    def _prepare(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        Raises:
+            InputError: see `run`.
+        """
+        if isinstance(images, np.ndarray):
+            array: npt.NDArray[Any] = images[None] if images.ndim == 3 else images
+            return array
+        if _is_picture(images):
+            return self._one(images)[None]
+        if not isinstance(images, Sequence):
+            raise InputError(f"{self._expectation()}, got {type(images).__name__}")
+        if not images:
+            raise InputError(f"{self._expectation()}, got an empty sequence")
+        arrays = [self._one(image) for image in images]
+        kinds = {(array.dtype, array.shape): None for array in arrays}
+        if len(kinds) > 1:
+            given = " and ".join(f"{dtype} {list(shape)}" for dtype, shape in kinds)
+            raise InputError(f"expected images of one type and size in a batch, got {given}; run them one by one")
+        return np.stack(arrays)
+
+    def _one(self, image: Any) -> npt.NDArray[Any]:
+        """One image as an array without the batch dimension."""
+        if isinstance(image, np.ndarray):
+            if image.ndim != 3:
+                raise InputError(
+                    f"expected a sequence of single images, got an array {list(image.shape)} in it; "
+                    "pass a batch as one array"
+                )
+            return image
+        if not _is_picture(image):
+            raise InputError(f"{self._expectation()}, got a sequence with {type(image).__name__} in it")
+        return prepare(image, self.metadata)
+
+    def _checked(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A batch as the file reads it."""
         meta, (height, width) = self.metadata, self.metadata.image_size
         nchw, nhwc = (3, height, width), (height, width, 3)
         given = f"got {images.dtype} {list(images.shape)}"
         if images.ndim != 4 or len(images) == 0:
-            raise InputError(
-                f"expected at least one image, float32 [B, 3, {height}, {width}] or uint8 [B, {height}, {width}, 3], "
-                f"{given}"
-            )
+            raise InputError(f"{self._expectation()}, {given}")
         if meta.batch_size is not None and len(images) != meta.batch_size:
             raise InputError(
                 f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches"
@@ -137,69 +187,110 @@ class Session:
                 f"expected float32 [B, 3, {height}, {width}] in [0, 1] or uint8 [B, {height}, {width}, 3], {given}"
             )
         if images.dtype.kind == "f":
-            low, high = float(images.min()), float(images.max())
-            if not (low >= 0.0 and high <= 1.0):
-                raise InputError(
-                    f"expected float images in [0, 1], got values from {low:g} to {high:g}; divide 8-bit images by 255"
-                )
+            _check_range(images)
         if meta.input_type == "uint8":
             if images.dtype != np.uint8:
                 raise InputError(
                     f"this file reads uint8 images [B, {height}, {width}, 3], {given}; pass the decoded pixels"
                 )
-            return images
+            return np.ascontiguousarray(images)
         if images.dtype == np.uint8:
             images = images.transpose(0, 3, 1, 2) / np.float32(255)
         return np.ascontiguousarray(images, dtype=np.float32)
 
+    def _expectation(self) -> str:
+        height, width = self.metadata.image_size
+        return (
+            f"expected at least one image: float32 [B, 3, {height}, {width}], uint8 [B, {height}, {width}, 3], "
+            "Pillow images, or paths of image files"
+        )
 
-def data_file(path: Path) -> Path:
-    """Where the weights of a model file lie."""
-    return path.with_name(path.name + ".data")
+    def _start(self, providers: Sequence[str], options: Any) -> Any:
+        """An onnxruntime session on the first provider that starts."""
+        installed = self._ort.get_available_providers()
+        names = list(dict.fromkeys(PROVIDER_NAMES.get(name.lower(), name) for name in providers))
+        if not names:
+            raise ProviderError(f"expected at least one provider, got none; installed: {', '.join(installed)}")
+        reasons = []
+        for name in names:
+            if name not in installed:
+                reasons.append(f"'{name}' is not part of this onnxruntime, which has {', '.join(installed)}")
+                continue
+            with _silence(self._ort, quiet=name != PROVIDER_NAMES["cpu"]) as said:
+                if name == PROVIDER_NAMES["cuda"] and hasattr(self._ort, "preload_dlls"):
+                    self._ort.preload_dlls()  # finds the CUDA and cuDNN of pip's nvidia packages
+                try:
+                    started = self._ort.InferenceSession(
+                        self.path, options, providers=[(name, PROVIDER_OPTIONS.get(name, {}))], enable_fallback=0
+                    )
+                except Exception as error:
+                    if name == PROVIDER_NAMES["cpu"]:
+                        reason = " ".join(str(error).split())
+                        raise ModelFileError(
+                            f"onnxruntime {self._ort.__version__} could not load '{self.path}': {reason}"
+                        ) from error
+                    reasons.append(f"'{name}' did not start: {' '.join(str(error).split())}")
+                    continue
+            if name in started.get_providers():
+                return started
+            details = " ".join(said.getvalue().split())
+            reasons.append(f"'{name}' did not start ({details or 'check driver, CUDA and cuDNN'})")
+        raise ProviderError(f"{'; '.join(reasons)}; ask for 'cpu' as well to fall back on it")
+
+    def _run_on_device(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Run with inputs and outputs bound, so that only they are copied between host and device."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("images", images)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        results: list[npt.NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return results
 
 
-def read_metadata(path: Path) -> ModelMetadata:
-    """The metadata of a model file.
+def _is_picture(image: object) -> bool:
+    """Whether something is a Pillow image or a path."""
+    if isinstance(image, str | os.PathLike):
+        return True
+    return any(base.__module__.partition(".")[0] == "PIL" for base in type(image).__mro__)
 
-    Raises:
-        ModelFileError: no such file, not ONNX, or not ours.
-    """
-    import onnx
 
-    if not path.is_file():
-        raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
+def _check_range(images: npt.NDArray[Any]) -> None:
+    low, high = float(images.min()), float(images.max())
+    if np.isnan(low) or np.isnan(high):
+        count = int(np.isnan(images.reshape(len(images), -1)).any(axis=1).sum())
+        raise InputError(
+            f"expected float images in [0, 1], got NaN in {count} of {len(images)}; "
+            "look for a division by zero or a missing value where they are prepared"
+        )
+    if not (low >= 0.0 and high <= 1.0):
+        hint = "divide 8-bit images by 255" if low >= 0.0 and 1.0 < high <= 255.0 else "do not normalize them"
+        raise InputError(f"expected float images in [0, 1], got values from {low:g} to {high:g}; {hint}")
+
+
+def _onnxruntime() -> Any:
     try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise ModelFileError(f"'{path}' is not an ONNX file, or it is damaged; export it again") from error
-    return ModelMetadata.from_properties({entry.key: entry.value for entry in model.metadata_props}, path)
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"running a model needs onnxruntime ({error}); install it with: pip install 'advmoe-export[cpu]', "
+            "or 'advmoe-export[gpu]' on a machine with CUDA"
+        ) from error
 
 
-def check_data_file(path: Path, metadata: ModelMetadata) -> None:
-    """Check that the data file of a graph lies beside it and belongs to it.
-
-    Raises:
-        ModelFileError: it does not.
-    """
-    data = data_file(path)
-    if metadata.data_bytes == 0:
+@contextlib.contextmanager
+def _silence(ort: Any, *, quiet: bool) -> Iterator[io.StringIO]:
+    """Collect what onnxruntime prints, and keep its log quiet, while it tries a provider that may not start."""
+    said = io.StringIO()
+    if not quiet:
+        yield said
         return
-    if not data.is_file():
-        raise ModelFileError(
-            f"'{path}' keeps its weights in '{data.name}', which is not beside it; copy both files together"
-        )
-    size = data.stat().st_size
-    if size != metadata.data_bytes:
-        raise ModelFileError(
-            f"'{data}' has {size} bytes, '{path.name}' expects {metadata.data_bytes}; "
-            "copy both files of one export together"
-        )
-    with data.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != metadata.data_sha256:
-        raise ModelFileError(
-            f"'{data}' is damaged or belongs to another export than '{path.name}'; copy both files together"
-        )
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        with contextlib.redirect_stdout(said):
+            yield said
+    finally:
+        ort.set_default_logger_severity(_WARNING)
 
 
 def _level(ort: Any, name: str) -> Any:
@@ -212,23 +303,3 @@ def _level(ort: Any, name: str) -> Any:
         "extended": levels.ORT_ENABLE_EXTENDED,
         "all": levels.ORT_ENABLE_ALL,
     }[name]
-
-
-def _provider_names(wanted: Sequence[str], installed: Sequence[str]) -> list[str]:
-    names = [PROVIDER_NAMES.get(name.lower(), name) for name in wanted]
-    if not names:
-        raise ProviderError(f"expected at least one provider, got none; installed: {', '.join(installed)}")
-    for name in names:
-        if name not in installed:
-            raise ProviderError(
-                f"provider '{name}' is not part of this onnxruntime, which has: {', '.join(installed)}; "
-                "install onnxruntime-gpu for CUDA, or ask for 'cpu'"
-            )
-    return names
-
-
-def _options(provider: str) -> dict[str, str]:
-    """Options of a provider. Every new sub-batch size would start an exhaustive search among
-    cuDNN's algorithms anew.
-    """
-    return {"cudnn_conv_algo_search": "HEURISTIC"} if provider == "CUDAExecutionProvider" else {}

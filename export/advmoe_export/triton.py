@@ -19,7 +19,7 @@ import onnx
 
 from advmoe_export.errors import ModelFileError
 from advmoe_export.metadata import ModelMetadata
-from advmoe_export.session import check_data_file, data_file, read_metadata
+from advmoe_export.model_file import check_data_file, data_file, read_metadata
 
 TYPES = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
