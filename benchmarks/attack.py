@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import advmoe
 from advmoe.attacks.autoattack import autoattack, package
 from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.data.digits import load_digits
 from advmoe.evaluation.cost import hardware
@@ -54,13 +55,18 @@ def subject(num_images: int, num_classes: int, width: float) -> tuple[RoutedNetw
     return model, images[:num_images], labels[:num_images]
 
 
+def victims_of(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackConfig) -> Victims:
+    indices = torch.arange(len(images))
+    return Victims(model=model, images=images, labels=labels, indices=indices, attack=attack, seed=0)
+
+
 def halving_radius(model: RoutedNetwork, images: Tensor, labels: Tensor) -> float:
     """A radius at which PGD-10 leaves about half of the images."""
     low, high = 0.0, 0.25
     for _ in range(7):
         middle = (low + high) / 2
         attack = AttackConfig(eps=middle, steps=10, step_size=middle / 4)
-        robust = untargeted(model, images, labels, torch.arange(len(images)), attack, 0)[1].float().mean()
+        robust = untargeted(victims_of(model, images, labels, attack))[1].float().mean()
         low, high = (middle, high) if robust > 0.5 else (low, middle)
     return (low + high) / 2
 
@@ -88,7 +94,7 @@ def pgd_speed(num_images: int) -> dict[str, float]:
 
     def ours() -> None:
         with evaluating(model):
-            robust = untargeted(model, images, labels, torch.arange(len(images)), attack, 0)[1]
+            robust = untargeted(victims_of(model, images, labels, attack))[1]
         found["ra_ours"] = float(robust.float().mean())
 
     def theirs() -> None:
@@ -164,7 +170,7 @@ def autoattack_speed(num_images: int) -> dict[str, float]:
     def ours(turn: Turn) -> None:
         subject = TakingTurns(copy.deepcopy(model), turn)
         with evaluating(subject):
-            result = autoattack(subject, images, labels, eps=eps, seed=0, square_queries=QUERIES)
+            result = autoattack(victims_of(subject, images, labels, AttackConfig(eps=eps)), square_queries=QUERIES)
         found["ra_aa_ours"] = float(result.robust_after["square"].float().mean())
 
     def theirs(turn: Turn) -> None:
@@ -190,7 +196,7 @@ def convolution_share(num_images: int) -> float:
     model, images, labels = subject(num_images, 10, 0.25)
     attack = AttackConfig(eps=1 / 255, steps=5, step_size=0.25 / 255)
     with evaluating(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        untargeted(model, images, labels, torch.arange(len(images)), attack, 0)
+        untargeted(victims_of(model, images, labels, attack))
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     return sum(event.self_cpu_time_total for event in events if "conv" in event.key.lower()) / total

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from under_attack import victims_of
 
 from advmoe.attacks import autoattack as wrapper
 from advmoe.attacks.autoattack import STANDARD, autoattack
@@ -19,6 +20,7 @@ from advmoe.models.modes import evaluating
 
 pytest.importorskip("pyautoattack", reason="AutoAttack is an optional dependency")
 EPS = 24 / 255
+PGD = AttackConfig(eps=EPS, steps=50, step_size=EPS / 4)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_the_standard_version_has_the_official_settings(
                 attack.perturb = lambda x, y, name=name, attack=attack: (ran.append((name, attack)), x)[1]
 
     monkeypatch.setattr(package, "AutoAttack", Spy)
-    autoattack(net, images, labels, eps=EPS, seed=0)
+    autoattack(victims_of(net, images, labels, PGD))
     (runner,) = made
     assert [name for name, _ in ran] == ["apgd", "apgd_targeted", "fab", "square"]
     assert (runner.apgd.loss, runner.apgd_targeted.loss, runner.fab.targeted) == ("ce", "dlr-targeted", True)
@@ -70,15 +72,18 @@ def test_an_image_gets_the_same_random_numbers_in_any_batch(trained: tuple[nn.Mo
     net, images, labels = trained
     forward_passes: list[Tensor] = []
 
-    def seen(x: Tensor) -> Tensor:
-        forward_passes.append(x.detach().clone())
-        return net(x)
+    class Seen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            forward_passes.append(x.detach().clone())
+            logits: Tensor = net(x)
+            return logits
 
     def tried(rows: list[int], attack: str) -> list[Tensor]:
         """What the attack gives to the model: the images, then its starts, then what follows from them."""
         forward_passes.clear()
         with evaluating(net):
-            autoattack(seen, images[rows], labels[rows], eps=1 / 255, seed=3, attacks=(attack,), square_queries=3)
+            victims = victims_of(Seen(), images, labels, AttackConfig(eps=1 / 255), seed=3).take(torch.tensor(rows))
+            autoattack(victims, attacks=(attack,), square_queries=3)
         return forward_passes[2:6]  # after the one that counts the classes, and the attack's own look at the images
 
     for attack in ("apgd-ce", "square"):
@@ -94,7 +99,7 @@ def test_it_agrees_with_a_second_implementation(trained: tuple[nn.Module, Tensor
     torchattacks = pytest.importorskip("torchattacks", reason="the second implementation is not installed")
     net, images, labels = trained
     with evaluating(net):
-        ours = autoattack(net, images, labels, eps=EPS, seed=0, attacks=("apgd-ce", "apgd-t", "fab-t"))
+        ours = autoattack(victims_of(net, images, labels, PGD), attacks=("apgd-ce", "apgd-t", "fab-t"))
         left = torch.ones(len(images), dtype=torch.bool)
         for attack in (
             torchattacks.APGD(net, eps=EPS, steps=100),
@@ -110,11 +115,9 @@ def test_it_breaks_what_pgd_breaks_within_the_ball(trained: tuple[nn.Module, Ten
     net, images, labels = trained
     with evaluating(net):
         channels_last = images.to(memory_format=torch.channels_last)  # not contiguous, as a loader may give them
-        result = autoattack(
-            net, channels_last, labels, eps=EPS, seed=0, attacks=("apgd-ce", "square"), square_queries=50
-        )
-        attack = AttackConfig(eps=EPS, steps=50, step_size=EPS / 4)
-        robust = untargeted(net, images, labels, torch.arange(len(images)), attack, 0)[1]
+        victims = victims_of(net, channels_last, labels, PGD)
+        result = autoattack(victims, attacks=("apgd-ce", "square"), square_queries=50)
+        robust = untargeted(victims_of(net, images, labels, PGD))[1]
     assert list(result.robust_after) == ["apgd-ce", "square"]
     masks = list(result.robust_after.values())
     assert all((later <= earlier).all() for earlier, later in itertools.pairwise(masks))
@@ -130,7 +133,8 @@ def test_the_package_says_nothing(
 ) -> None:
     net, images, _ = trained
     flat = nn.Sequential(net, nn.Softmax(dim=1), nn.Threshold(2.0, 0.0))  # no gradient anywhere, of which it warns
-    autoattack(flat, images[:4], flat(images[:4]).argmax(dim=1), eps=1 / 255, seed=0, attacks=("apgd-t",))
+    victims = victims_of(flat, images[:4], flat(images[:4]).argmax(dim=1), AttackConfig(eps=1 / 255))
+    autoattack(victims, attacks=("apgd-t",))
     assert capsys.readouterr() == ("", "")
 
 
@@ -139,7 +143,7 @@ def test_it_leaves_the_random_state_alone(trained: tuple[nn.Module, Tensor, Tens
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    autoattack(net, images[:2], labels[:2], eps=EPS, seed=0, attacks=("apgd-ce",))
+    autoattack(victims_of(net, images[:2], labels[:2], PGD), attacks=("apgd-ce",))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -149,7 +153,7 @@ def test_too_few_classes_and_a_missing_package_are_refused(
     net, images, labels = trained
     three = nn.Sequential(net, nn.Linear(10, 3))
     with pytest.raises(ConfigError, match="at least 4 classes, got 3"):
-        autoattack(three, images, labels, eps=EPS, seed=0)
+        autoattack(victims_of(three, images, labels, PGD))
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ConfigError, match=r"pip install 'advmoe\[autoattack\]'"):
         importlib.import_module("advmoe.attacks.autoattack").package()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from rooms import THRESHOLD, TwoRooms, room_images
 from torch import Tensor
+from under_attack import victims_of
 
 from advmoe.attacks.pathways import (
     RouteAttackConfig,
@@ -20,7 +21,7 @@ from advmoe.attacks.pathways import (
     router_margins,
     weakest_pathways,
 )
-from advmoe.attacks.pgd import GradientCount
+from advmoe.attacks.pgd import GradientCount, forced
 from advmoe.attacks.relaxations import SteeredTape, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
@@ -60,7 +61,7 @@ def test_every_view_has_the_outputs_of_the_model_and_a_gradient_of_its_own(
     gradients = []
     for forward in routing_views(model).values():
         x = images.clone().requires_grad_()
-        logits = forward(x)
+        logits = forward(x, torch.arange(len(x)))
         torch.testing.assert_close(logits, expected)  # the mixture convolves in other groups: rounding
         gradients.append(torch.autograd.grad(F.cross_entropy(logits, logits.argmax(dim=1)), x)[0])
     for number, gradient in enumerate(gradients):
@@ -68,16 +69,18 @@ def test_every_view_has_the_outputs_of_the_model_and_a_gradient_of_its_own(
         assert not any(torch.equal(gradient, other) for other in gradients[:number])
 
 
-def test_a_network_without_routers_has_one_view(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
-    model = tiny_vgg(kind="s_dense")
-    assert routing_views(model) == {"own": model}
+def test_a_network_without_routers_has_one_view(tiny_vgg: Callable[..., RoutedNetwork], images: Tensor) -> None:
+    model = tiny_vgg(kind="s_dense").eval()
+    views = routing_views(model)
+    assert list(views) == ["own"]
+    assert torch.equal(views["own"](images, torch.arange(8)), model(images))
 
 
 def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() -> None:
     # Class 0's logit of the mixture is p0 * 4 g, with p0 = 1 / (1 + exp(20 (red - 1/2) / T)). At red = 1/2, T = 10:
     # p0 = 1/2, d p0 / d red = -(1/4) * 20 / 10 = -1/2, so d logit / d red = -2 g, and d logit / d green = 4 p0 = 2.
     images = room_images(THRESHOLD, green=0.75).requires_grad_()
-    logits = routing_views(TwoRooms())["mixture@10"](images)
+    logits = routing_views(TwoRooms())["mixture@10"](images, torch.arange(1))
     (gradient,) = torch.autograd.grad(logits[0, 0], images)
     red, green, blue = gradient.sum(dim=(0, 2, 3)).tolist()
     assert (red, green, blue) == pytest.approx((-1.5, 2.0, 0.0))
@@ -97,9 +100,8 @@ def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() 
 def test_views_differ_in_what_they_can_break(name: str, finds_the_trap: bool) -> None:
     # The chosen router logit is the constant 0, so straight-through sees no way to the other expert.
     model = TwoRooms()
-    robust = untargeted(
-        routing_views(model)[name], room_images(NEAR, FAR), torch.tensor([0, 0]), torch.arange(2), ATTACK, 0
-    )[1]
+    victims = victims_of(model, room_images(NEAR, FAR), torch.tensor([0, 0]), ATTACK)
+    robust = untargeted(victims, routing_views(model)[name])[1]
     assert robust.tolist() == [not finds_the_trap, True]
 
 
@@ -107,7 +109,7 @@ def test_zero_gradients_are_counted() -> None:
     # Without weights expert 0's logits are constant, and the detached view sees no router: no gradient in 10 steps.
     model, count = TwoRooms(), GradientCount()
     torch.nn.init.zeros_(model.conv.weight)
-    untargeted(model, room_images(FAR), torch.tensor([0]), torch.arange(1), ATTACK, 0, count=count)
+    untargeted(victims_of(model, room_images(FAR), torch.tensor([0]), ATTACK), count=count)
     assert (count.taken, count.zero, count.zero_share) == (10, 10, 1.0)
 
 
@@ -116,17 +118,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         observed = model.forward_with_routing(images)[1].expert_index_BL.unique(dim=0)
-    return route_attack(
-        model,
-        images,
-        labels,
-        torch.arange(len(images)),
-        attack,
-        0,
-        observed_ML=observed,
-        nearby=images,
-        config=RouteAttackConfig(**settings),
-    )
+    victims = victims_of(model, images, labels, attack)
+    return route_attack(victims, observed_ML=observed, nearby=images, config=RouteAttackConfig(**settings))
 
 
 def test_the_route_attack_finds_every_trap_in_reach_and_no_other() -> None:
@@ -190,49 +183,45 @@ def test_the_nearest_flip_changes_its_router_and_nothing_before_it(
 def test_the_weakest_pathway_comes_first() -> None:
     # In reach of both rooms (red at the threshold) only the trap's cross-entropy is high.
     observed = torch.tensor([[0], [1]])
-    assert weakest_pathways(TwoRooms(), room_images(THRESHOLD), torch.tensor([0]), observed, 2).tolist() == [[[1], [0]]]
+    victims = victims_of(TwoRooms(), room_images(THRESHOLD), torch.tensor([0]), ATTACK)
+    assert weakest_pathways(victims, observed, 2).tolist() == [[[1], [0]]]
 
 
 def test_experts_alone_are_robust_where_only_the_router_is_weak() -> None:
-    images, labels = room_images(NEAR, FAR), torch.tensor([0, 0])
+    victims = victims_of(TwoRooms(), room_images(NEAR, FAR), torch.tensor([0, 0]), ATTACK)
     pathways = torch.zeros(2, 1, dtype=torch.int64)
-    robust = untargeted(TwoRooms(), images, labels, torch.arange(2), ATTACK, 0, pathways_BL=pathways)[1]
+    robust = untargeted(victims, forced(victims.model, pathways))[1]
     assert robust.tolist() == [True, True]
-    _, right = attack_routers(TwoRooms(), images, labels, torch.arange(2), pathways, ATTACK, 0)
+    _, right = attack_routers(victims, pathways)
     assert right.tolist() == [False, True]
 
 
 def test_the_flip_radius_is_the_first_one_that_reaches_the_threshold() -> None:
     # 4/255 and 16/255 below the threshold: of 2, 6 and 12 (/255) the first to reach it are 6 and none.
-    radius = flip_radius(
-        TwoRooms(),
-        room_images(NEAR, FAR),
-        torch.arange(2),
-        torch.zeros(2, 1, dtype=torch.int64),
-        [2 / 255, 6 / 255, 12 / 255],
-        seed=0,
-    )
+    victims = victims_of(TwoRooms(), room_images(NEAR, FAR), torch.tensor([0, 0]), ATTACK)
+    radius = flip_radius(victims, torch.zeros(2, 1, dtype=torch.int64), [2 / 255, 6 / 255, 12 / 255])
     assert radius.tolist() == pytest.approx([6 / 255, float("inf")])
 
 
 def test_an_image_is_right_on_every_pathway_only_if_the_trap_is_too() -> None:
-    images, labels = room_images(FAR, FAR), torch.tensor([0, 1])
+    victims = victims_of(TwoRooms(), room_images(FAR, FAR), torch.tensor([0, 1]), ATTACK)
     both = torch.tensor([[0], [1]])
-    clean, robust = attack_every_pathway(TwoRooms(), images, labels, torch.arange(2), both, ATTACK, 0)
+    clean, robust = attack_every_pathway(victims, both)
     assert (clean.tolist(), robust.tolist()) == ([False, False], [False, False])
-    clean, robust = attack_every_pathway(TwoRooms(), images, labels, torch.arange(2), both[:1], ATTACK, 0)
+    clean, robust = attack_every_pathway(victims, both[:1])
     assert (clean.tolist(), robust.tolist()) == ([True, False], [True, False])
 
 
 def test_restarts_side_by_side_are_those_one_by_one(mixed: Callable[..., RoutedNetwork]) -> None:
     model, images = mixed(), torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(6))
-    labels, indices = model(images).argmax(dim=1), torch.arange(12)
     attack = AttackConfig(eps=1 / 255, steps=2, step_size=1 / 255, restarts=6)
-    together, robust = untargeted(model, images, labels, indices, attack, 0)
+    victims = victims_of(model, images, model(images).argmax(dim=1), attack)
+    together, robust = untargeted(victims)
     assert 0 < int(robust.sum()) < 12
     for image in range(12):  # a batch of one leaves no room for two restarts at a time
-        one = slice(image, image + 1)
-        alone, survived = untargeted(model, images[one], labels[one], indices[one], attack, 0)
+        alone, survived = untargeted(victims.take(torch.tensor([image])))
         assert survived.item() == robust[image].item()
-        differing = (alone - together[one]).abs() > 1e-5  # rounding of the batch may turn the sign of a gradient near 0
+        differing = (
+            alone - together[image]
+        ).abs() > 1e-5  # rounding of the batch may turn the sign of a gradient near 0
         assert differing.float().mean() < 0.01

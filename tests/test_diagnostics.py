@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from rooms import TwoRooms, room_images
 from torch import Tensor, nn
+from under_attack import victims_of
 
 from advmoe.attacks.relaxations import routing_views
 from advmoe.attacks.untargeted import untargeted
@@ -17,7 +18,6 @@ from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
 from advmoe.evaluation.diagnostics import (
     Diagnostic,
-    Sample,
     black_box,
     diagnose,
     routing_gap,
@@ -74,8 +74,8 @@ def sound(data: tuple[Tensor, Tensor]) -> Digits:
 
 def checked(model: nn.Module, data: tuple[Tensor, Tensor], attack: AttackConfig = ATTACK) -> dict[str, Diagnostic]:
     images, labels = data[0][:40], data[1][:40]
-    sample = Sample(model, images, labels, torch.arange(40), attack, seed=0)
-    return {diagnostic.name: diagnostic for diagnostic in diagnose(sample, square_queries=100)}
+    found = diagnose(victims_of(model, images, labels, attack), square_queries=100)
+    return {diagnostic.name: diagnostic for diagnostic in found}
 
 
 def defended(sound: Digits, defence: type[Digits]) -> Digits:
@@ -206,8 +206,7 @@ def test_a_nan_router_is_caught_though_its_logits_look_sound(tiny_vgg: Callable[
         model.routers[3].linear.weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
     images = torch.rand(8, 3, 32, 32)
     assert model(images).isfinite().all()
-    sample = Sample(model, images, torch.zeros(8, dtype=torch.int64), torch.arange(8), ATTACK, seed=0)
-    finite = diagnose(sample)[0]
+    finite = diagnose(victims_of(model, images, torch.zeros(8, dtype=torch.int64), ATTACK))[0]
     assert finite.status == "failed"
     assert "router logits" in finite.value
 
@@ -218,10 +217,8 @@ def test_an_attack_too_weak_to_converge_is_caught(sound: Digits, data: tuple[Ten
 
 
 def test_a_robustness_that_only_routing_hides_is_caught() -> None:
-    images, labels = room_images(0.49, 0.47), torch.tensor([0, 0])
-    broken = {}
-    for name, forward in routing_views(TwoRooms()).items():
-        broken[name] = ~untargeted(forward, images, labels, torch.arange(2), ATTACK, 0)[1]
+    victims = victims_of(TwoRooms(), room_images(0.49, 0.47), torch.tensor([0, 0]), ATTACK)
+    broken = {name: ~untargeted(victims, forward)[1] for name, forward in routing_views(TwoRooms()).items()}
     own = 1.0 - float(broken["detached"].float().mean())
     union = 1.0 - float(torch.stack(list(broken.values())).any(dim=0).float().mean())
     assert (own, union) == (1.0, 0.0)
@@ -235,12 +232,12 @@ def test_a_robustness_that_only_routing_hides_is_caught() -> None:
 
 def test_square_is_compared_with_all_that_sees_a_gradient() -> None:
     """PGD stands still before the router of the first room; Square walks through, and so do the routing's views."""
-    images, labels = room_images(0.49, 0.47), torch.tensor([0, 0])
     attack = AttackConfig(eps=24 / 255, steps=5, step_size=6 / 255)
+    sample = victims_of(TwoRooms(), room_images(0.49, 0.47), torch.tensor([0, 0]), attack)
 
     def seen(withstood: Tensor | None) -> Diagnostic:
-        sample = Sample(TwoRooms(), images, labels, torch.arange(2), attack, 0, withstood)
-        return {check.name: check for check in diagnose(sample, square_queries=20)}["black_box"]
+        found = diagnose(sample, withstood=withstood, square_queries=20)
+        return {check.name: check for check in found}["black_box"]
 
     assert seen(None).status == "failed"
     assert seen(torch.tensor([True, True])).status == "failed"

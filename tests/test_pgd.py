@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, project, starting_point
+from advmoe.attacks.pgd import (
+    cross_entropy_objective,
+    kl_objective,
+    misclassified,
+    pgd,
+    plain,
+    project,
+    starting_point,
+)
 from advmoe.config import AttackConfig
 from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.models.modes import evaluating
@@ -39,7 +47,9 @@ def test_adversarial_images_stay_in_the_ball_and_in_the_pixel_range(eps: float, 
     images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])  # both ends of the pixel range
     attack = AttackConfig(eps=eps, steps=steps, step_size=0.3, start=start)
     first = starting_point(images, attack, torch.Generator().manual_seed(1))
-    adversarial = pgd(model, images, cross_entropy_objective(torch.zeros(4, dtype=torch.int64)), attack, start=first)
+    adversarial = pgd(
+        plain(model), images, cross_entropy_objective(torch.zeros(4, dtype=torch.int64)), attack, start=first
+    )
     for found in (first, adversarial):
         assert found.min() >= 0.0
         assert found.max() <= 1.0
@@ -54,7 +64,7 @@ def test_steps_follow_the_sign_of_the_gradient() -> None:
     objective = cross_entropy_objective(torch.zeros(2, dtype=torch.int64))
     for steps, moved in ((1, 0.01), (3, 0.03), (10, 0.05)):
         attack = AttackConfig(eps=0.05, steps=steps, step_size=0.01, start="clean")
-        torch.testing.assert_close(pgd(OneWeight(0.1), images, objective, attack, start=images), images + moved)
+        torch.testing.assert_close(pgd(plain(OneWeight(0.1)), images, objective, attack, start=images), images + moved)
 
 
 def test_projection_is_the_nearest_point_of_the_ball_within_the_pixel_range() -> None:
@@ -69,7 +79,7 @@ def test_an_image_that_is_wrong_already_is_left_alone_and_costs_nothing() -> Non
     # it comes back as it is; the second, label 1, is pushed down by eps without changing its class.
     seen: list[int] = []
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(images: Tensor, _: Tensor) -> Tensor:
         seen.append(len(images))
         logits: Tensor = OneWeight(0.1)(images)
         return logits
@@ -77,7 +87,7 @@ def test_an_image_that_is_wrong_already_is_left_alone_and_costs_nothing() -> Non
     images = torch.full((2, 3, 4, 4), 0.5)
     labels = torch.tensor([0, 1])
     attack = AttackConfig(eps=0.1, steps=3, step_size=0.1, start="clean")
-    found = pgd(forward, images, cross_entropy_objective(labels), attack, start=images, labels_B=labels)
+    found = pgd(forward, images, cross_entropy_objective(labels), attack, start=images, won=misclassified(labels))
     assert torch.equal(found[0], images[0])
     torch.testing.assert_close(found[1], images[1] - 0.1)
     assert seen == [2, 1, 1]
@@ -92,7 +102,9 @@ def test_an_attack_returns_the_iterate_that_won() -> None:
 
     images, labels = torch.full((1, 3, 4, 4), 0.51), torch.tensor([1])
     attack = AttackConfig(eps=0.2, steps=50, step_size=0.02, start="clean")
-    found = pgd(Threshold(), images, cross_entropy_objective(labels), attack, start=images, labels_B=labels)
+    found = pgd(
+        plain(Threshold()), images, cross_entropy_objective(labels), attack, start=images, won=misclassified(labels)
+    )
     torch.testing.assert_close(found, torch.full_like(images, 0.49))
 
 
@@ -101,7 +113,7 @@ def test_more_steps_and_a_larger_ball_raise_the_loss(tiny_vgg: Callable[..., Rou
 
     def loss_after(eps: float, steps: int) -> float:
         attack = AttackConfig(eps=eps, steps=steps, step_size=eps / 2, start="clean")
-        found = pgd(model, images, cross_entropy_objective(labels), attack, start=images)
+        found = pgd(plain(model), images, cross_entropy_objective(labels), attack, start=images)
         return F.cross_entropy(model(found), labels).item()
 
     with evaluating(model):
@@ -124,7 +136,7 @@ def test_an_attack_leaves_parameters_buffers_and_modes_untouched(
     attack = AttackConfig(steps=2)
     with evaluating(model):
         assert not any(module.training for module in model.modules())
-        found = pgd(model, images, cross_entropy_objective(torch.arange(8)), attack, start=images)
+        found = pgd(plain(model), images, cross_entropy_objective(torch.arange(8)), attack, start=images)
     assert not torch.equal(found, images)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -162,19 +174,26 @@ def test_logits_that_are_not_finite_are_refused_whatever_the_label(broken: str, 
     attack = AttackConfig(steps=2)
     with pytest.raises(AdvMoEError, match=r"not finite.*flatter"):
         pgd(
-            OneWeight(float(broken)),
+            plain(OneWeight(float(broken))),
             images,
             cross_entropy_objective(labels),
             attack,
             start=images,
-            labels_B=labels if stop_early else None,
+            won=misclassified(labels) if stop_early else None,
         )
 
 
 def test_an_empty_batch_is_no_error(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     nothing, labels = torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.int64)
     model = tiny_vgg().eval()
-    found = pgd(model, nothing, cross_entropy_objective(labels), AttackConfig(steps=2), start=nothing, labels_B=labels)
+    found = pgd(
+        plain(model),
+        nothing,
+        cross_entropy_objective(labels),
+        AttackConfig(steps=2),
+        start=nothing,
+        won=misclassified(labels),
+    )
     assert found.shape == nothing.shape
 
 

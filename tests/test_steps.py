@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.attacks.pgd import kl_objective, pgd, starting_point
+from advmoe.attacks.pgd import kl_objective, pgd, plain, starting_point
 from advmoe.config import AttackConfig, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
@@ -122,7 +122,7 @@ def test_a_step_is_sgd_on_trades_at_the_attacked_images(tiny_vgg: Callable[..., 
     by_hand.eval()
     generator = torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0])))
     start = starting_point(part.images, CONFIG.attack, generator)
-    adversarial = pgd(by_hand, part.images, kl_objective(by_hand(part.images)), CONFIG.attack, start=start)
+    adversarial = pgd(plain(by_hand), part.images, kl_objective(by_hand(part.images)), CONFIG.attack, start=start)
     by_hand.train()
     loss = trades(by_hand(part.images), by_hand(adversarial), part.labels, CONFIG.trades_beta)
     loss.backward()

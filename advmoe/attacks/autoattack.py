@@ -1,11 +1,11 @@
 """AutoAttack (Croce & Hein, 2020), run by the maintained package with its official settings.
 
-Standard version: APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9 target classes (or all other
-classes, if there are fewer), then Square with 5,000 queries. Other libraries give weaker variants the same name.
+The standard version runs APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9 target classes (or all
+other classes, if there are fewer), then Square with 5,000 queries. Other libraries give weaker variants the same name.
 
-The attacks are the package's own; what it does around them is not repeated for each (its checks are among
-`advmoe.evaluation.diagnostics`). Only the random numbers come from here: each image's own, so that an image's result
-depends neither on its neighbours in the batch nor on how many there are, but for the rounding of convolutions.
+The attacks are the package's own. Its checks are not run here; `advmoe.evaluation.diagnostics` has them. Only the
+random numbers come from this module: they belong to the image, so an image's result depends neither on its neighbors
+in the batch nor on their number, except for the rounding of convolutions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import Forward, check_images
+from advmoe.attacks.pgd import check_images
+from advmoe.attacks.victims import Victims
 from advmoe.errors import ConfigError
 from advmoe.seeding import generator_for, seeded
 
@@ -58,12 +59,8 @@ def package() -> ModuleType:
 
 
 def autoattack(
-    forward: Forward,
-    images: Tensor,
-    labels: Tensor,
+    victims: Victims,
     *,
-    eps: float,
-    seed: int,
     attacks: tuple[str, ...] = STANDARD,
     square_queries: int = SQUARE_QUERIES,
     progress: Callable[[str], None] | None = None,
@@ -71,12 +68,8 @@ def autoattack(
     """Run AutoAttack on a batch of correctly classified images.
 
     Args:
-        forward: the model or a view of it, in eval mode with its parameters frozen (`advmoe.attacks.pgd.evaluating`),
-            so that FAB does not compute their gradients.
-        images: [B, 3, H, W] in [0, 1], not empty.
-        labels: [B].
-        eps: radius.
-        seed: of its random starts and of Square's squares.
+        victims: the images, at least one. Of their attack only the radius counts. The model's parameters must be
+            frozen (`advmoe.models.modes.evaluating`), so that FAB does not compute their gradients.
         attacks: all of the standard version, or some.
         square_queries: queries of Square.
         progress: called with the name of each attack as it begins.
@@ -85,12 +78,13 @@ def autoattack(
         ConfigError: the package is missing, there are too few classes for the targeted losses (at least 3 others), or
             images outside [0, 1].
     """
+    images, labels, model, seed = victims.images, victims.labels, victims.model, victims.seed
     check_images(images)
     adversarial = images.clone()
     robust = torch.ones(len(images), dtype=torch.bool, device=images.device)
     robust_after: dict[str, Tensor] = {}
     with torch.no_grad():
-        num_classes = forward(images[:1]).shape[1]
+        num_classes = model(images[:1]).shape[1]
     if num_classes < 4 and {"apgd-t", "fab-t"} & set(attacks):
         raise ConfigError(
             f"AutoAttack's targeted losses need at least 4 classes, got {num_classes}; use PGD and the route attack"
@@ -99,9 +93,11 @@ def autoattack(
 
     def contiguous(x: Tensor) -> Tensor:
         """The package needs contiguous gradients, which not every model gives; this reshape makes them so."""
-        return forward(x.flatten(1).unflatten(1, x.shape[1:]))
+        logits: Tensor = model(x.flatten(1).unflatten(1, x.shape[1:]))
+        return logits
 
-    runner = package().AutoAttack(contiguous, norm="Linf", eps=eps, seed=seed, version="standard", device=images.device)
+    eps, device = victims.attack.eps, images.device
+    runner = package().AutoAttack(contiguous, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = min(9, num_classes - 1)
     runner.square.n_queries = square_queries
     runner.apgd.loss, runner.fab.targeted = "ce", True
@@ -122,7 +118,7 @@ def autoattack(
                     progress(attack)
                 with torch.no_grad():
                     found = perturb[attack](images[rows], labels[rows])
-                    broken = forward(found).argmax(dim=1) != labels[rows]
+                    broken = model(found).argmax(dim=1) != labels[rows]
                 adversarial[rows[broken]] = found[broken]
                 robust[rows[broken]] = False
             robust_after[attack] = robust.clone()
@@ -169,7 +165,7 @@ def _stripe_each_image_by_itself(square: Any, seed: int) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Without the package's messages; what they warn of, the diagnostics check."""
+    """Without the package's messages: the diagnostics check what they warn of."""
     logger = logging.getLogger(LOGGER)
     disabled, logger.disabled = logger.disabled, True
     try:

@@ -17,8 +17,8 @@ from torch import Tensor
 from advmoe.config import AttackConfig
 from advmoe.errors import AdvMoEError, ConfigError
 
-Forward = Callable[..., Tensor]
-"""Images [b, 3, H, W] in [0, 1] (and their pathways [b, L], where the attack fixes them) -> outputs [b, K]."""
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""(images [b, 3, H, W] in [0, 1], their positions in the batch [b]) -> outputs [b, K]; see `plain` and `forced`."""
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, K], positions of these images in the batch [b]) -> loss [b] that the attack increases."""
 Won = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +36,16 @@ class GradientCount:
     def zero_share(self) -> float:
         """Share of gradients that were zero."""
         return self.zero / max(self.taken, 1)
+
+
+def plain(model: Callable[[Tensor], Tensor]) -> Forward:
+    """The model's own logits; the position of an image does not matter."""
+    return lambda images, _: model(images)
+
+
+def forced(model: Callable[[Tensor, Tensor], Tensor], pathways_BL: Tensor) -> Forward:
+    """The model's logits with the routing frozen: each image takes its row of `pathways_BL`."""
+    return lambda images, rows: model(images, pathways_BL[rows])
 
 
 def check_images(images: Tensor) -> None:
@@ -93,38 +103,32 @@ def pgd(
     config: AttackConfig,
     *,
     start: Tensor,
-    labels_B: Tensor | None = None,
     won: Won | None = None,
-    pathways_BL: Tensor | None = None,
     count: GradientCount | None = None,
 ) -> Tensor:
     """Adversarial images within eps of `images` and within [0, 1].
 
     Args:
-        forward: the model under attack, in eval mode (see `evaluating`).
+        forward: the model under attack, or a view of it, in eval mode (see `evaluating`).
         images: [B, 3, H, W] in [0, 1].
         objective: what to increase.
         config: radius, steps and step size. Restarts are the caller's business.
         start: first candidates, [B, 3, H, W] (see `starting_point`).
-        labels_B: if given, an image whose prediction differs from its label at any iterate is done: that iterate is
-            returned for it and no further work is spent on it. An adversary may stop whenever it has won.
-        won: the same with another idea of winning than `misclassified(labels_B)`.
-        pathways_BL: if given, `forward` gets the rows of the images at hand as its second argument.
+        won: if given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
+            that iterate and spends no further work on it. An adversary may stop whenever it has won.
         count: if given, counts the gradients.
 
     Raises:
         AdvMoEError: an output or a gradient is not finite. sign(NaN) would leave the image where it is, and argmax of
             NaNs is class 0: either would pass for robustness.
     """
-    if labels_B is not None:
-        won = misclassified(labels_B)
     adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     for _ in range(config.steps):
         candidate = adversarial[rows].requires_grad_()
         with torch.enable_grad():
-            outputs = forward(candidate) if pathways_BL is None else forward(candidate, pathways_BL[rows])
+            outputs = forward(candidate, rows)
             finite &= outputs.isfinite().all()
             if won is not None:
                 alive = ~won(outputs.detach(), rows)

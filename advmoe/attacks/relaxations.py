@@ -1,10 +1,12 @@
-"""What gradient an attacker sees through hard routing: tapes that leave every decision and every output as they are.
+"""The gradients that an attacker can see through hard routing. No tape here changes a decision or an output.
 
-The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`): whoever attacks it as it
-is takes its pathway for granted. Surrogates show more, each in its own way: straight-through hides the expert that was
-not chosen, a confident softmax hides nearly everything, and an attack that follows one of them flatters the model. The
-tapes here differ in the backward pass only; what an attack finds through any of them holds for the model itself, up to
-rounding. They are handed to `RoutedNetwork.forward_with_routing` by value, nothing is stored on a module.
+The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`). An attack on the
+unmodified model therefore treats the pathway as constant. A surrogate gradient shows more, but each surrogate has a
+blind spot: straight-through hides the experts that were not chosen, and a confident softmax has almost no gradient. An
+attack that follows one surrogate alone flatters the model.
+
+The tapes differ in the backward pass only. Whatever an attack finds through one of them holds for the model itself, up
+to rounding. `RoutedNetwork.forward_with_routing` takes the tape as an argument; nothing is stored on a module.
 
 Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers.
 """
@@ -18,13 +20,17 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks.pgd import Forward
+from advmoe.attacks.pgd import Forward, plain
 from advmoe.config import ROUTER_GRADIENTS, RouterGradient
 from advmoe.models.network import RoutedNetwork, TapeType
 from advmoe.models.routing import Decision, Routing, RoutingTape, gate
 
 TEMPERATURES = (1.0, 10.0)
 """Temperatures of the softmax relaxation; the higher, the more an attack sees of experts far from being chosen."""
+
+
+DETACHED = "detached"
+"""The view that is the model itself: no gradient passes its routers."""
 
 
 class SeeingTape(RoutingTape):
@@ -121,20 +127,20 @@ class SteeredTape(SeeingTape):
 
 def view(model: RoutedNetwork, tape_type: TapeType) -> Forward:
     """The model's logits, with the gradient that a tape gives them."""
-    return lambda images: model.forward_with_routing(images, tape_type=tape_type)[0]
+    return lambda images, _: model.forward_with_routing(images, tape_type=tape_type)[0]
 
 
 def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
-    """All the ways to look at a model that an attack should try, by name; every one has the model's own outputs.
+    """All the views of a model that an attack should follow, by name. Every view has the model's own outputs.
 
     `detached` is the model itself, those named after a router gradient add its gate, `mixture@T` mixes the experts at
     temperature T. A network without a choice of experts has one view: {"own": model}.
     """
     if not is_routed(model):
-        return {"own": model}
+        return {"own": plain(model)}
     tapes: dict[str, TapeType] = {name: partial(GatedTape, router_gradient=name) for name in ROUTER_GRADIENTS}
     tapes |= {f"mixture@{temperature:g}": partial(MixtureTape, temperature=temperature) for temperature in temperatures}
-    return {"detached": model} | {name: view(model, tape) for name, tape in tapes.items()}
+    return {DETACHED: plain(model)} | {name: view(model, tape) for name, tape in tapes.items()}
 
 
 def is_routed(model: nn.Module) -> TypeGuard[RoutedNetwork]:

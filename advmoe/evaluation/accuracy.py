@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import cross_entropy_objective, pgd
-from advmoe.attacks.untargeted import starts, untargeted
+from advmoe.attacks.pgd import cross_entropy_objective, pgd, plain
+from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
@@ -117,12 +118,12 @@ def evaluate(
                 logits, routing = model.forward_with_routing(x)
             check_finite(logits, routing)
             right = logits.argmax(dim=1) == y
+            victims = Victims(model=model, images=x, labels=y, indices=batch.indices, attack=attack, seed=seed)
             if model.expert_layouts:
-                survived, adversarial_routing = _attack_all(model, x, y, batch.indices, right, attack, seed)
+                survived, adversarial_routing = _attack_all(victims, right)
             else:  # no router to look at, so nothing is spent on images that are done
-                victims = batch.indices[right.cpu()]
                 survived, adversarial_routing = right.clone(), routing
-                survived[right] = untargeted(model, x[right], y[right], victims, attack, seed)[1]
+                survived[right] = untargeted(victims.take(right))[1]
             rights.append(right.cpu())
             robusts.append(survived.cpu())
             clean_pathways.append(routing.expert_index_BL.cpu())
@@ -140,9 +141,7 @@ def evaluate(
     )
 
 
-def _attack_all(
-    model: RoutedNetwork, x: Tensor, y: Tensor, indices: Tensor, right: Tensor, attack: AttackConfig, seed: int
-) -> tuple[Tensor, Routing]:
+def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:
     """Attack every image for all steps: routers are judged by images that were wrong when clean, too.
 
     Returns:
@@ -152,16 +151,16 @@ def _attack_all(
     survived = right.clone()
 
     def note(logits: Tensor, rows: Tensor) -> Tensor:
-        survived[rows] &= logits.argmax(dim=1) == y[rows]
+        survived[rows] &= logits.argmax(dim=1) == victims.labels[rows]
         return torch.zeros_like(right)[rows]  # nobody is done before the last step
 
-    first = starts(x, indices, attack, seed, [0])
-    attacked = pgd(model, x, cross_entropy_objective(y), attack, start=first, won=note)
+    objective = cross_entropy_objective(victims.labels)
+    start, attack = victims.starts(), victims.attack
+    attacked = pgd(plain(victims.model), victims.images, objective, attack, start=start, won=note)
     with torch.no_grad():
-        logits, routing = model.forward_with_routing(attacked)
-    survived &= logits.argmax(dim=1) == y
+        logits, routing = victims.network.forward_with_routing(attacked)
+    survived &= logits.argmax(dim=1) == victims.labels
     if attack.restarts > 1:
         left = survived.nonzero().squeeze(1)
-        victims = indices[left.to(indices.device)]
-        survived[left] = untargeted(model, x[left], y[left], victims, attack, seed, first_restart=1)[1]
+        survived[left] = untargeted(victims.take(left), first_restart=1)[1]
     return survived, routing

@@ -17,12 +17,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.attacks.autoattack import autoattack
-from advmoe.attacks.pgd import GradientCount, check_images, cross_entropy_objective, gradient_of, pgd
+from advmoe.attacks.pgd import (
+    GradientCount,
+    check_images,
+    cross_entropy_objective,
+    gradient_of,
+    misclassified,
+    pgd,
+    plain,
+)
 from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
@@ -52,32 +61,18 @@ class Diagnostic:
     """What a sound evaluation shows, and what a failure points to."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What the checks look at."""
-
-    model: nn.Module
-    images: Tensor
-    """[B, 3, H, W] in [0, 1]."""
-    labels: Tensor
-    indices: Tensor
-    attack: AttackConfig
-    """The attack whose RA is to be believed."""
-    seed: int
-    withstood: Tensor | None = None
-    """[B], bool: images that the other white-box attacks of the evaluation did not break; None if there were none."""
-
-
 def trusted(diagnostics: Iterable[Diagnostic]) -> bool:
     """Whether no check failed."""
     return all(diagnostic.status != "failed" for diagnostic in diagnostics)
 
 
-def diagnose(sample: Sample, *, square_queries: int = 500) -> list[Diagnostic]:
+def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries: int = 500) -> list[Diagnostic]:
     """Run all checks; those that need finite outputs are left out if there are none.
 
     Args:
-        sample: the model and some images, right and wrong ones.
+        sample: some images, right and wrong ones, under the attack whose RA is to be believed.
+        withstood: [B], bool: images that the other white-box attacks of the evaluation did not break; None if there
+            were no others.
         square_queries: queries of the black-box check; 0 leaves it out.
 
     Raises:
@@ -93,7 +88,7 @@ def diagnose(sample: Sample, *, square_queries: int = 500) -> list[Diagnostic]:
             *checks,
             check_input_range(sample),
             check_label_blind(sample),
-            *check_attack(sample, square_queries),
+            *check_attack(sample, withstood, square_queries),
         ]
 
 
@@ -110,21 +105,22 @@ def _percent(share: float) -> str:
 
 
 @torch.no_grad()
-def _accuracy(sample: Sample, images: Tensor) -> float:
+def _accuracy(sample: Victims, images: Tensor) -> float:
     return float((sample.model(images).argmax(dim=1) == sample.labels).float().mean())
 
 
-def check_finite(sample: Sample) -> Diagnostic:
+def check_finite(sample: Victims) -> Diagnostic:
     """sign(NaN) is 0 and argmax(NaN) is 0: NaNs look like robustness."""
     model, x = sample.model, sample.images.clone().requires_grad_()
+    rows = torch.arange(len(x), device=x.device)
     values: dict[str, Tensor] = {}
     for name, forward in routing_views(model).items():
-        logits = forward(x)
+        logits = forward(x, rows)
         values[f"logits ({name})"] = logits
         values[f"gradients ({name})"] = gradient_of(F.cross_entropy(logits, sample.labels, reduction="sum"), x)
     if is_routed(model):
         with torch.no_grad():
-            router_logits = model.forward_with_routing(sample.images)[1].logits_BRN
+            router_logits = sample.network.forward_with_routing(sample.images)[1].logits_BRN
         assert router_logits is not None
         values["router logits"] = router_logits
     broken = [name for name, value in values.items() if not value.isfinite().all()]
@@ -133,7 +129,7 @@ def check_finite(sample: Sample) -> Diagnostic:
 
 
 @torch.no_grad()
-def check_logits(sample: Sample) -> Diagnostic:
+def check_logits(sample: Victims) -> Diagnostic:
     """A softmax inside the model flattens the gradient of the attack's own softmax."""
     outputs = sample.model(sample.images)
     probabilities = bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-4).all())
@@ -142,7 +138,7 @@ def check_logits(sample: Sample) -> Diagnostic:
 
 
 @torch.no_grad()
-def check_deterministic(sample: Sample) -> Diagnostic:
+def check_deterministic(sample: Victims) -> Diagnostic:
     """A random defence has to be attacked in expectation, which is not done here."""
     with seeded(sample.seed):
         first, second = sample.model(sample.images), sample.model(sample.images)
@@ -152,7 +148,7 @@ def check_deterministic(sample: Sample) -> Diagnostic:
 
 
 @torch.no_grad()
-def check_batch_invariant(sample: Sample) -> Diagnostic:
+def check_batch_invariant(sample: Victims) -> Diagnostic:
     """An image's prediction is its own: no batch statistics, no knowledge of the position."""
     model, images = sample.model, sample.images
     whole = model(images)
@@ -170,7 +166,7 @@ def check_batch_invariant(sample: Sample) -> Diagnostic:
     )
 
 
-def check_input_range(sample: Sample) -> Diagnostic:
+def check_input_range(sample: Victims) -> Diagnostic:
     """Images fed in [0, 1] to a model that expects normalised ones give chance accuracy and a meaningless radius."""
     images = sample.images
     mean, std = images.mean(dim=(0, 2, 3), keepdim=True), images.std(dim=(0, 2, 3), keepdim=True)
@@ -184,7 +180,7 @@ def check_input_range(sample: Sample) -> Diagnostic:
 
 
 @torch.no_grad()
-def check_label_blind(sample: Sample) -> Diagnostic:
+def check_label_blind(sample: Victims) -> Diagnostic:
     """Equal images have equal predictions; a model that tells them apart gets labels from elsewhere."""
     grey = torch.full_like(sample.images, 0.5)
     distinct = int(sample.model(grey).argmax(dim=1).unique().numel())
@@ -192,38 +188,31 @@ def check_label_blind(sample: Sample) -> Diagnostic:
     return _verdict("label_blind", distinct == 1, seen, "one; more means that labels leak into the model")
 
 
-def check_attack(sample: Sample, square_queries: int) -> list[Diagnostic]:
+def check_attack(sample: Victims, withstood: Tensor | None, square_queries: int) -> list[Diagnostic]:
     """Checks on what PGD does to this model."""
-    model, attack = sample.model, sample.attack
-    with torch.no_grad():
-        right = model(sample.images).argmax(dim=1) == sample.labels
-    images, labels, indices = (
-        sample.images[right],
-        sample.labels[right],
-        sample.indices[right.to(sample.indices.device)],
-    )
-    total = max(len(sample.images), 1)
+    attack = sample.attack
+    right = sample.right()
+    victims = sample.take(right)
+    total = max(len(sample), 1)
 
-    def robust(config: AttackConfig, count: GradientCount | None = None) -> tuple[Tensor, Tensor]:
-        return untargeted(model, images, labels, indices, config, sample.seed, count=count)
+    def ra_under(config: AttackConfig) -> float:
+        return float(untargeted(victims.under(config))[1].sum()) / total
 
     count = GradientCount()
-    adversarial, survived = robust(attack, count)
+    adversarial, survived = untargeted(victims, count=count)
     ra = float(survived.sum()) / total
     one = dataclasses.replace(attack, steps=1, step_size=attack.eps, start="clean", restarts=1)
     quick = dataclasses.replace(attack, steps=min(attack.steps, 20), step_size=max(attack.step_size, attack.eps / 8))
     radii = (attack.eps / 2, attack.eps, min(2 * attack.eps, 1.0))
     by_radius = [
-        float(robust(dataclasses.replace(quick, eps=radius, step_size=quick.step_size * radius / attack.eps))[1].sum())
-        / total
+        ra_under(dataclasses.replace(quick, eps=radius, step_size=quick.step_size * radius / attack.eps))
         for radius in (radii if attack.eps else ())
     ]
-    one_step = float(robust(one)[1].sum()) / total
-    unbounded = float(robust(LARGE_EPS)[1].sum()) / total
-    survivors = survived.nonzero().squeeze(1)
-    further = _attacked_further(sample, images[survivors], labels[survivors], adversarial[survivors]) / total
+    one_step = ra_under(one)
+    unbounded = ra_under(LARGE_EPS)
+    further = _attacked_further(victims.take(survived), adversarial[survived]) / total
     slack = _slack(total)
-    unseen = survived if sample.withstood is None else survived & sample.withstood[right]
+    unseen = survived if withstood is None else survived & withstood[right]
     rising = any(later > earlier + slack for earlier, later in itertools.pairwise(by_radius))
     return [
         _verdict(
@@ -256,37 +245,34 @@ def check_attack(sample: Sample, square_queries: int) -> list[Diagnostic]:
             f"RA {', '.join(map(_percent, by_radius))} at eps/2, eps, 2 eps",
             "a larger radius never helps the model",
         ),
-        _check_black_box(sample, images[unseen], labels[unseen], square_queries, total),
+        _check_black_box(victims.take(unseen), square_queries, total),
     ]
 
 
-def _attacked_further(sample: Sample, images: Tensor, labels: Tensor, adversarial: Tensor) -> int:
+def _attacked_further(survivors: Victims, adversarial: Tensor) -> int:
     """How many survivors fall if PGD goes on from where it stopped."""
-    if not len(images):
+    if not len(survivors):
         return 0
-    objective = cross_entropy_objective(labels)
-    found = pgd(sample.model, images, objective, sample.attack, start=adversarial, labels_B=labels)
-    with torch.no_grad():
-        return int((sample.model(found).argmax(dim=1) != labels).sum())
+    found = pgd(
+        plain(survivors.model),
+        survivors.images,
+        cross_entropy_objective(survivors.labels),
+        survivors.attack,
+        start=adversarial,
+        won=misclassified(survivors.labels),
+    )
+    return int((~survivors.right(found)).sum())
 
 
-def _check_black_box(sample: Sample, images: Tensor, labels: Tensor, queries: int, total: int) -> Diagnostic:
+def _check_black_box(unseen: Victims, queries: int, total: int) -> Diagnostic:
     """Square (Andriushchenko et al., 2020) on images that no white-box attack broke."""
     nothing = black_box(0, total, queries)
     if not queries:
         return dataclasses.replace(nothing, status="not run", value="switched off")
-    if not len(images):
+    if not len(unseen):
         return dataclasses.replace(nothing, value="the white-box attacks left nothing to break")
     try:
-        found = autoattack(
-            sample.model,
-            images,
-            labels,
-            eps=sample.attack.eps,
-            seed=sample.seed,
-            attacks=("square",),
-            square_queries=queries,
-        )
+        found = autoattack(unseen, attacks=("square",), square_queries=queries)
     except ConfigError as error:  # the package is optional
         return dataclasses.replace(nothing, status="not run", value=str(error))
     return black_box(int((~found.robust_after["square"]).sum()), total, queries)
@@ -308,18 +294,15 @@ def black_box(broken: int, total: int, queries: int) -> Diagnostic:
     )
 
 
-def check_routing(sample: Sample) -> Diagnostic:
+def check_routing(sample: Victims) -> Diagnostic:
     """`routing_gap` on the sample, for an evaluation that does not attack the routing of all images."""
-    model, attack = sample.model, dataclasses.replace(sample.attack, restarts=1)
-    with evaluating(model), full_precision(model), torch.no_grad():
-        alive = (model(sample.images).argmax(dim=1) == sample.labels).nonzero().squeeze(1)
+    with evaluating(sample.model), full_precision(sample.model):
+        victims = sample.take(sample.right()).under(dataclasses.replace(sample.attack, restarts=1))
         left = []
-        for forward in routing_views(model).values():  # the model itself comes first
-            images, labels, indices = sample.images[alive], sample.labels[alive], sample.indices[alive.cpu()]
-            found = untargeted(forward, images, labels, indices, attack, sample.seed)[0]
-            alive = alive[model(found).argmax(dim=1) == labels]
-            left.append(len(alive) / len(sample.images))
-    return routing_gap(left[0], left[-1], len(sample.images))
+        for forward in routing_views(sample.model).values():  # the model itself comes first
+            victims = victims.take(victims.right(untargeted(victims, forward)[0]))
+            left.append(len(victims) / len(sample))
+    return routing_gap(left[0], left[-1], len(sample))
 
 
 def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD
 from advmoe.attacks.relaxations import is_routed
+from advmoe.attacks.victims import Victims
 from advmoe.config import to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.evaluation.diagnostics import (
     Diagnostic,
-    Sample,
     black_box,
     check_routing,
     diagnose,
@@ -78,10 +78,18 @@ def run_suite(
             first_batch += 1  # the last batch, smaller than the others
         for batch in BatchLoader(images, batch_size=batch_size).epoch(0, start_batch=first_batch):
             done = state.images_done
-            run = begin(model, batch, config, seed, device)
+            victims = Victims(
+                model=model,
+                images=batch.images.to(device),
+                labels=batch.labels.to(device),
+                indices=batch.indices,
+                attack=config.attack,
+                seed=seed,
+            )
+            run = begin(victims, config)
             attacks = stages(run, common_ML)
             for number, (what, attack) in enumerate(attacks):
-                tell(done + len(run.y) * number / len(attacks), total, what)
+                tell(done + len(run.batch) * number / len(attacks), total, what)
                 attack()
             run.conclude()
             state.add({name: run.arrays[name] for name in sorted(run.arrays)})
@@ -146,22 +154,22 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
     withstood = result.robust(*result.white_box)
-    sample = Sample(
-        model,
-        batch.images.to(device),
-        batch.labels.to(device),
-        batch.indices,
-        config.attack,
-        result.seed,
-        torch.from_numpy(withstood[chosen]).to(device),
+    sample = Victims(
+        model=model,
+        images=batch.images.to(device),
+        labels=batch.labels.to(device),
+        indices=batch.indices,
+        attack=config.attack,
+        seed=result.seed,
     )
+    kept = torch.from_numpy(withstood[chosen]).to(device)
     square = f"autoattack/{STANDARD[-1]}"
     if square in result.attacks:  # more queries, and on all images
         alone = int((withstood & ~result.robust(square)).sum())
-        found = diagnose(sample, square_queries=0)
+        found = diagnose(sample, withstood=kept, square_queries=0)
         found = [black_box(alone, total, SQUARE_QUERIES) if check.name == "black_box" else check for check in found]
     else:
-        found = diagnose(sample, square_queries=config.square_queries)
+        found = diagnose(sample, withstood=kept, square_queries=config.square_queries)
     if is_routed(model):
         clean, attacked = (result.arrays[f"pathway/{condition}"] for condition in ("clean", "pgd"))
         found.append(routing_seen(clean, attacked, model.config.num_experts))

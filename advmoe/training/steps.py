@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, starting_point
+from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain, starting_point
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
@@ -48,7 +48,7 @@ def training_attack(
         else:
             objective = cross_entropy_objective(labels)
         start = starting_point(images, config.attack, generator)
-        return pgd(model, images, objective, config.attack, start=start)
+        return pgd(plain(model), images, objective, config.attack, start=start)
 
 
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:

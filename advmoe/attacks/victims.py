@@ -1,0 +1,75 @@
+"""What an attack is run on: a model, images with labels and numbers, the attack's settings and a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import starting_point
+from advmoe.config import AttackConfig
+from advmoe.models.network import RoutedNetwork
+from advmoe.seeding import generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victims:
+    """A batch of images under attack. Every attack of the evaluation takes one of these."""
+
+    model: nn.Module
+    """In eval mode with its parameters frozen (`advmoe.models.modes.evaluating`)."""
+    images: Tensor
+    """[B, 3, H, W] in [0, 1]."""
+    labels: Tensor
+    """[B]."""
+    indices: Tensor
+    """[B], on the CPU: the images' numbers in their data set. They are the keys of the random starts, so neither the
+    batch size nor the order of the images changes a result."""
+    attack: AttackConfig
+    """Radius, steps, restarts and kind of start."""
+    seed: int
+    """Seed of everything random in the attack."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def network(self) -> RoutedNetwork:
+        """The model, where the attack needs one that routes."""
+        assert isinstance(self.model, RoutedNetwork)
+        return self.model
+
+    def take(self, rows: Tensor) -> Victims:
+        """Some of the images: a mask [B] or positions in the batch."""
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            indices=self.indices[rows.to(self.indices.device)],
+        )
+
+    def under(self, attack: AttackConfig) -> Victims:
+        """The same images under another attack."""
+        return dataclasses.replace(self, attack=attack)
+
+    def starts(self, restarts: Sequence[int] = (0,)) -> Tensor:
+        """First candidates for every restart of every image, [len(restarts) * B, 3, H, W], restart by restart.
+
+        Args:
+            restarts: numbers of the restarts. The same number gives an image the same start.
+        """
+        drawn = [
+            starting_point(image[None], self.attack, generator_for(self.seed, restart, index))
+            for restart in restarts
+            for image, index in zip(self.images.cpu(), self.indices.tolist(), strict=True)
+        ]
+        return torch.cat(drawn).to(self.images.device) if drawn else self.images
+
+    @torch.no_grad()
+    def right(self, images: Tensor | None = None) -> Tensor:
+        """Which images, or which versions of them, the model classifies correctly, [B] bool."""
+        logits: Tensor = self.model(self.images if images is None else images)
+        return logits.argmax(dim=1) == self.labels
