@@ -237,7 +237,7 @@ def random_resized_crop(rounds: int) -> dict[str, float]:
         )
         times = [
             (
-                cpu(lambda: [None for _ in loader]),
+                cpu(lambda: [None for _ in loader.epoch(0)]),
                 cpu(lambda: [None for content in contents if with_pil(content) is None]),
                 cpu(lambda: [None for content in encoded if with_torchvision(content) is None]),
             )
@@ -256,7 +256,7 @@ def share_of_train_step(rounds: int) -> float:
     loader = BatchLoader(
         cifar_like(128 * 20), batch_size=128, shuffle=True, augment=CropFlip(), prefetch=0, num_threads=1
     )
-    batch = next(iter(loader))
+    batch = next(loader.epoch(0))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -267,7 +267,7 @@ def share_of_train_step(rounds: int) -> float:
     shares = []
     for _ in range(rounds):
         loader.set_epoch(0)
-        shares.append(cpu(lambda: [None for _ in loader]) / len(loader) / cpu(step))
+        shares.append(cpu(lambda: [None for _ in loader.epoch(0)]) / len(loader) / cpu(step))
     return statistics.median(shares)
 
 

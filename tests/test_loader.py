@@ -16,7 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from advmoe.data.loader import Batch, BatchLoader, CropFlip
+from advmoe.data.loader import Batch, BatchLoader, CropFlip, default_threads
+from advmoe.data.sets import EncodedSet
 from advmoe.errors import ConfigError
 
 SEED, STREAM = 7, 3
@@ -75,7 +76,7 @@ def test_an_epoch_is_what_numpy_makes_of_the_same_random_words() -> None:
 def test_without_shuffle_and_augmentation_images_come_as_they_are() -> None:
     source = some_images()
     rows = np.array([5, 2, 2, 20])
-    got = joined(list(BatchLoader(source, indices=rows, batch_size=3, dtype=torch.uint8)))
+    got = joined(list(BatchLoader(source, indices=rows, batch_size=3, dtype=torch.uint8).epoch(0)))
     assert got.images.numpy().tobytes() == source.images[rows].transpose(0, 3, 1, 2).tobytes()
     assert got.indices.tolist() == rows.tolist()
 
@@ -87,6 +88,31 @@ def test_threads_and_prefetching_change_no_byte(num_threads: int, prefetch: int)
     expected = joined(list(augmented(source, num_threads=1, prefetch=0).epoch(1)))
     got = joined(list(augmented(source, num_threads=num_threads, prefetch=prefetch).epoch(1)))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("set_by", "expected"),
+    [
+        ({}, (6, 2)),
+        ({"LOCAL_WORLD_SIZE": "2"}, (3, 2)),  # processes of one machine share its six processors
+        ({"LOCAL_WORLD_SIZE": "8"}, (1, 1)),
+        ({"LOCAL_WORLD_SIZE": "2", "RAYON_NUM_THREADS": "5"}, (5, 5)),
+    ],
+)
+def test_encoded_images_are_decoded_on_the_processors_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, set_by: dict[str, str], expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by.items():
+        monkeypatch.setenv(name, value)
+    none = np.zeros(0, np.int64)
+    encoded = EncodedSet(files=(), file_index=none, offsets=none, lengths=none, labels=none, class_names=())
+    assert (default_threads(encoded), default_threads(some_images())) == expected
+    monkeypatch.setenv("RAYON_NUM_THREADS", "many")
+    with pytest.raises(ConfigError, match="expected RAYON_NUM_THREADS >= 1, got 'many'"):
+        default_threads(encoded)
 
 
 @pytest.mark.parametrize("start", range(7))
@@ -125,39 +151,6 @@ def test_a_last_step_smaller_than_the_world_leaves_a_rank_without_a_batch() -> N
     assert lengths == [1, 2]  # a step of 4, then 1 image: shares 0..0 and 0..1
 
 
-def test_iteration_goes_on_where_the_state_was_saved() -> None:
-    source = some_images()
-    loader = augmented(source)
-    batches = iter(loader)
-    for _ in range(4):
-        next(batches)
-    state = loader.state_dict()
-    rest = joined(list(batches))
-    following = joined(list(loader))
-    other = augmented(source, batch_size=2, num_threads=1)
-    other.load_state_dict(state)
-    assert torch.equal(joined(list(other)).images, rest.images)
-    assert torch.equal(joined(list(other)).images, following.images)
-
-
-def test_a_state_of_other_data_or_between_batches_is_refused() -> None:
-    loader = augmented(some_images())
-    next(iter(loader))
-    state = loader.state_dict()
-    with pytest.raises(ConfigError, match="num_images 22, got 23"):
-        augmented(some_images(22)).load_state_dict(state)
-    with pytest.raises(ConfigError, match="multiple of 8 images, got 4"):
-        augmented(some_images(), batch_size=8).load_state_dict(state)
-
-
-def test_set_epoch_starts_that_epoch() -> None:
-    loader = augmented(some_images())
-    expected = joined(list(loader.epoch(4)))
-    next(iter(loader))
-    loader.set_epoch(4)
-    assert torch.equal(joined(list(loader)).images, expected.images)
-
-
 def test_streams_are_independent() -> None:
     source = some_images()
     orders = [
@@ -181,7 +174,7 @@ def test_memory_is_used_again_only_when_nobody_sees_the_batch() -> None:
     loader = BatchLoader(some_images(), batch_size=4, prefetch=0)
     kept = next(loader.epoch(0)).images[0, 0]  # a view keeps all of its batch
     before = kept.clone()
-    addresses = [batch.images.data_ptr() for _ in range(5) for batch in loader]
+    addresses = [batch.images.data_ptr() for epoch in range(5) for batch in loader.epoch(epoch)]
     assert torch.equal(kept, before)
     assert kept.data_ptr() not in addresses
     assert len(set(addresses)) <= 2  # the batch in use and the one being made
@@ -192,7 +185,7 @@ def test_an_abandoned_epoch_leaves_no_thread_behind() -> None:
 
     loader = augmented(some_images(), prefetch=3)
     for _ in range(20):
-        next(iter(loader))
+        next(loader.epoch(0))
     deadline = time.monotonic() + 5
     while any(t.name.startswith("batches-ahead") for t in threading.enumerate()):
         assert time.monotonic() < deadline
@@ -233,14 +226,14 @@ SLOW = """
 
     def while_waiting(loader):
         try:
-            next(iter(loader))
+            next(loader.epoch(0))
         except KeyboardInterrupt:
             os._exit(3)
         os._exit(4)
 
     # The loader works ahead, nobody closes its iteration, and the program ends as Python ends its threads.
     def while_at_work(loader):
-        batches = iter(loader)
+        batches = loader.epoch(0)
         threading.Thread(target=next, args=(batches,), daemon=True).start()
         try:
             time.sleep(100)

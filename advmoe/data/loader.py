@@ -8,8 +8,7 @@ Two loaders that differ only in `stream` are independent: AdvMoE draws its two b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -27,11 +26,30 @@ from advmoe.errors import ConfigError, DataError
 __all__ = ["Batch", "BatchLoader", "CropFlip", "LabelledImages"]
 
 
+FAST_THREADS = 2
+"""Threads that make batches of images in memory: each makes 500,000 images of 32 x 32 per second."""
+
+
+def default_threads(images: object) -> int:
+    """Threads that make batches: two at most for images in memory, else one for each processor of this process.
+
+    A process has the processors that `taskset`, Slurm or a container left it; processes that torchrun started on one
+    machine share them. `RAYON_NUM_THREADS` overrules this number, as it does in other programs with Rust's rayon.
+    """
+    if chosen := os.environ.get("RAYON_NUM_THREADS"):
+        if not (chosen.isdecimal() and int(chosen) > 0):
+            raise ConfigError(f"expected RAYON_NUM_THREADS >= 1, got {chosen!r}")
+        return int(chosen)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return share if isinstance(images, EncodedSet) else min(FAST_THREADS, share)
+
+
 class Batch(NamedTuple):
     """One batch, every row with the label and the row number of its image."""
 
     images: Tensor
-    """[B, 3, H, W], float32 (level / 255, normalised if asked) or uint8."""
+    """[B, 3, H, W], float32 (level / 255, normalized if asked) or uint8."""
     labels: Tensor
     """[B], int64."""
     indices: Tensor
@@ -51,12 +69,13 @@ class LabelledImages(Protocol):
 
 
 class BatchLoader:
-    """Iterates over (a subset of) an image set in batches, one epoch per iteration.
+    """The batches of an image set, or of some of its images, epoch by epoch.
 
-    Every rank of a distributed run makes the same loader with its own `rank`: step t of an epoch takes the next
-    `world_size * batch_size` images, of which each rank sees its share, so that the ranks' union is the same for every
-    world size. The last, smaller step is shared as evenly as it can be: no image is dropped or repeated, and ranks may
-    differ by one batch; `drop_last` leaves it out, as distributed training wants.
+    Every rank of a distributed run makes the same loader with its own `rank`. Step t of an epoch takes the next
+    `world_size * batch_size` images, and each rank gets its share, so the union over ranks is the same for
+    every world size. The last, smaller step is shared as evenly as possible: no image is dropped or repeated,
+    and the ranks' numbers of batches differ by at most one. Distributed training leaves the last step out by
+    `drop_last`.
 
     Args:
         images: The image set, in memory (its arrays are read, not copied) or encoded in files.
@@ -67,14 +86,14 @@ class BatchLoader:
             all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
         stream: Chooses one of the experiment's independent sequences.
-        num_threads: Threads that make batches, by default 2 or fewer. With that many batches in the making each has one
-            of them for itself, which spares handing work over; with fewer they share the threads.
+        num_threads: Threads that make batches; `default_threads` by default. With as many batches ahead as
+            threads, each thread makes a batch of its own; with fewer, the threads share a batch.
         drop_last: Leave out a last step that is not full.
         rank: This process's share of every step.
         world_size: Number of shares.
         prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
         dtype: torch.float32 or torch.uint8.
-        mean: Subtracted from level / 255, per channel; with float32 only. Models normalise themselves.
+        mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
         std: Divides the difference.
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; by default where there is one.
@@ -150,7 +169,7 @@ class BatchLoader:
         self._size = output_size(augment)
         self._seed = seed
         self._stream = stream
-        self._num_threads = num_threads or min(2, os.cpu_count() or 1)
+        self._num_threads = num_threads or default_threads(images)
         self._drop_last = drop_last
         self._rank = rank
         self._world_size = world_size
@@ -161,7 +180,6 @@ class BatchLoader:
         self._channels_last = channels_last
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._skip_bad = on_bad_image == "skip"
-        self._position = _Position(epoch=0, batch=0)
         self._tools: _Tools | None = None
 
     def __len__(self) -> int:
@@ -170,51 +188,13 @@ class BatchLoader:
         has_part = not self._drop_last and len(self._share(rest)) > 0
         return full + has_part
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch; the next iteration goes on with the next epoch."""
-        return self.epoch(self._position.epoch, self._position.batch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the first batch of an epoch."""
-        self._move(epoch, 0)
-
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_batch` on, without making those before it."""
-        self._move(epoch, start_batch)
+        if epoch < 0 or not 0 <= start_batch <= len(self):
+            raise ConfigError(
+                f"expected an epoch >= 0 and a batch from 0 to {len(self)}, got {epoch} and {start_batch}"
+            )
         return self._batches(epoch, start_batch)
-
-    def state_dict(self) -> dict[str, int]:
-        """The position after the last batch that was handed out, and what gives it its meaning."""
-        samples = self._position.batch * self._batch_size * self._world_size
-        return {"epoch": self._position.epoch, "samples": samples, **self._identity()}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position, of this loader or of one with another batch size or world size.
-
-        Raises:
-            ConfigError: A position of other data, another seed or stream, or one between two of this loader's batches.
-        """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ConfigError(f"expected a loader position with {name} {value}, got {state.get(name)}")
-        step = self._batch_size * self._world_size
-        batch, between = divmod(state["samples"], step)
-        if between:
-            raise ConfigError(f"expected a position at a multiple of {step} images, got {state['samples']}")
-        self._move(state["epoch"], batch)
-
-    def _identity(self) -> dict[str, int]:
-        return {
-            "seed": self._seed,
-            "stream": self._stream,
-            "shuffle": int(self._shuffle),
-            "num_images": len(self._rows),
-        }
-
-    def _move(self, epoch: int, batch: int) -> None:
-        if epoch < 0 or not 0 <= batch <= len(self):
-            raise ConfigError(f"expected an epoch >= 0 and a batch from 0 to {len(self)}, got {epoch} and {batch}")
-        self._position = _Position(epoch=epoch, batch=batch)
 
     def _share(self, step: int) -> range:
         """This rank's part of a step of that many images."""
@@ -241,10 +221,8 @@ class BatchLoader:
             stop=stop.set,
         )
         try:
-            for batch in batches:
+            for _ in batches:
                 made = ahead.next()
-                last = batch + 1 == batches.stop
-                self._position = _Position(epoch=epoch + last, batch=0 if last else batch + 1)
                 if len(made.indices):  # all of them may have been skipped
                     yield made
         finally:
@@ -310,14 +288,6 @@ class BatchLoader:
 def _is_rgb(pixels: NDArray[np.uint8]) -> bool:
     has_form = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
     return has_form and pixels.flags.c_contiguous
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Position:
-    """The next batch of an iteration."""
-
-    epoch: int
-    batch: int
 
 
 class _Tools(NamedTuple):

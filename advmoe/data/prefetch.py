@@ -7,26 +7,28 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 T = TypeVar("T")
+Tasks = SimpleQueue[tuple[int, "Future[T]"] | None]
+"""Numbers to make things of, each with the place for its result; ``None`` ends one thread."""
 
 
 class Ahead(Generic[T]):
     """Makes one thing for each number of a range, up to `depth` of them before they are asked for.
 
-    Its threads never wait for the consumer, so one that goes away half-way leaves nothing that hangs; nor does a
-    program that ends half-way, which would wait for all that was begun. A forked child starts threads of its own and
-    goes on where its parent was.
+    Its threads never wait for the consumer, so abandoning it, or exiting, cannot deadlock. A forked child starts
+    threads of its own and goes on where its parent was.
 
     Args:
-        make: makes one thing; called on any thread.
-        numbers: what it is called with, in order.
-        depth: things that are made before they are asked for.
-        at_once: threads; with none, each thing is made by the thread that asks for it.
-        stop: makes `make` end soon, wherever it is.
+        make: Makes one thing; called on any thread.
+        numbers: The arguments of `make`, in order.
+        depth: Things that are made before they are asked for.
+        at_once: Number of threads; with 0, the thread that asks for a thing makes it.
+        stop: Makes every running `make` end soon.
     """
 
     def __init__(
@@ -38,41 +40,69 @@ class Ahead(Generic[T]):
         self._depth = depth
         self._at_once = at_once
         self._made: deque[Future[T]] = deque()
-        self._executor: ThreadPoolExecutor | None = None
+        self._tasks: Tasks[T] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._process = os.getpid()
 
     def next(self) -> T:
-        """The next thing; waits for it if it is not there yet. What went wrong making it is raised here."""
+        """The next thing; waits for it if it is not there yet. An exception of `make` is raised here."""
         if self._at_once == 0:
             number, self._numbers = self._numbers[0], self._numbers[1:]
             return self._make(number)
-        if self._executor is None or self._process != os.getpid():
-            # A forked child has this object, but neither its threads nor what was being made.
+        if not self._threads or self._process != os.getpid():
+            # A forked child has this object, but neither its threads nor the things that they were making.
             self._numbers = range(self._numbers.start - len(self._made), self._numbers.stop)
             self._made.clear()
             self._process = os.getpid()
-            self._executor = ThreadPoolExecutor(self._at_once, thread_name_prefix="batches-ahead")
-            _open.add(self)
+            self._start()
         while self._numbers and len(self._made) <= self._depth:
-            self._made.append(self._executor.submit(self._make, self._numbers[0]))
+            place: Future[T] = Future()
+            self._tasks.put((self._numbers[0], place))
+            self._made.append(place)
             self._numbers = self._numbers[1:]
         return self._made.popleft().result()
 
-    def close(self) -> None:
-        """Forgets what nobody will ask for, and ends the making of it."""
+    def close(self, *, wait: bool = False) -> None:
+        """Ends the threads; with `wait`, returns when they have ended."""
         self._stop()
-        if self._executor is not None and self._process == os.getpid():
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._process != os.getpid():
+            return
+        for place in self._made:
+            place.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _start(self) -> None:
+        self._tasks = SimpleQueue()
+        # Python waits for threads that are no daemons before it calls `_close_all`, so before anything stops them.
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks, self._make), name=f"batches-ahead-{number}", daemon=True)
+            for number in range(self._at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
+        _open.add(self)
+
+
+def _work(tasks: Tasks[T], make: Callable[[int], T]) -> None:
+    while (task := tasks.get()) is not None:
+        number, place = task
+        if place.set_running_or_notify_cancel():
+            try:
+                place.set_result(make(number))
+            except BaseException as error:
+                place.set_exception(error)
+        del task, place  # a reference to the last batch would keep its memory
 
 
 _open: WeakSet[Ahead[Any]] = WeakSet()
 
 
+@atexit.register
 def _close_all() -> None:
+    """End all threads before the interpreter is gone, which they would return to."""
     for ahead in list(_open):
-        ahead.close()
-
-
-# Python joins executors' threads, after all the work they have, before it calls what `atexit` knows; what is registered
-# here is called earlier, the last first. Without this, the end of a program waits for its batches.
-getattr(threading, "_register_atexit", atexit.register)(_close_all)
+        ahead.close(wait=True)
