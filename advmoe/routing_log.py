@@ -137,8 +137,6 @@ class RouteChange:
 
     num_samples: int
     """Samples that both have."""
-    num_unmatched: int
-    """Samples that only one has; they are left out."""
     changed_by_layer: NDArray[np.float64]
     """[L]: share of samples whose choice changed."""
     by_num_changed: NDArray[np.int64]
@@ -278,13 +276,12 @@ class RouteLog:
 
     def compare(self, before: Condition, after: Condition) -> RouteChange:
         """What changed from one condition (clean) to another (an attack), or from one epoch to another."""
-        matched, unmatched, by_layer, by_num, outcomes = self._log.compare(_key(before), _key(after))
+        matched, by_layer, by_num, outcomes = self._log.compare(_key(before), _key(after))
         known = Dissection(
             survived_right=outcomes[0], fooled_right=outcomes[1], survived_wrong=outcomes[2], fooled_wrong=outcomes[3]
         )
         return RouteChange(
             num_samples=matched,
-            num_unmatched=unmatched,
             changed_by_layer=np.array(by_layer, dtype=np.float64) / matched,
             by_num_changed=np.array(by_num, dtype=np.int64),
             dissection=None if outcomes[4] else known,

@@ -1,11 +1,10 @@
-"""Encoded images: decoded and transformed as Pillow and torchvision do, found in folders, tar shards and packs."""
+"""Encoded images: decoded and transformed as Pillow and torchvision do, found in folders and packs."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from advmoe.data.folders import image_folder
 from advmoe.data.loader import BatchLoader, CropFlip
 from advmoe.data.parquet import HubLayout
 from advmoe.data.sets import DatasetInfo, EncodedSet
-from advmoe.data.shards import tar_shards
 from advmoe.data.transforms import RandomResizedCrop, ResizeCenterCrop, Transform
 from advmoe.errors import ConfigError, DataError
 
@@ -237,32 +235,9 @@ def test_encoded_and_decoded_images_give_the_same_batches(photo: Image.Image, tm
                 loader = BatchLoader(
                     source, batch_size=3, shuffle=True, augment=transform, seed=1, num_threads=num_threads
                 )
-                got = torch.cat([batch.images for batch in loader])
+                got = torch.cat([batch.images for batch in loader.epoch(0)])
                 expected = got if expected is None else expected
                 assert torch.equal(got, expected)
-
-
-def test_tar_shards_are_read_in_place(photo: Image.Image, tmp_path: Path) -> None:
-    images = [photo.rotate(40 * turn) for turn in range(5)]
-    paths: list[Path] = []
-    for shard in (images[:3], images[3:]):
-        path = tmp_path / f"shard-{len(paths)}.tar"
-        with tarfile.open(path, "w") as tar:
-            for image in shard:
-                number = images.index(image)
-                for ending, content in (("cls", f"{number}".encode()), ("png", encode(image, "PNG"))):
-                    member = tarfile.TarInfo(f"train/{number:03d}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        paths.append(path)
-    source = tar_shards(paths, class_names=list("abcde"))
-    assert source.labels.tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(load(source), np.stack([np.asarray(image) for image in images]))
-    with pytest.raises(DataError, match=r"label 2 of image 2 is out of range; labels must be 0\.\.1"):
-        tar_shards(paths, class_names=["a", "b"])
-    paths[0].write_bytes(paths[0].read_bytes()[:-9000])
-    with pytest.raises(DataError, match=r"shard-0.tar is not a tar shard or is damaged: [^\n]+"):
-        tar_shards(paths, class_names=list("abcde"))
 
 
 def parquet(path: Path, contents: list[bytes | None], labels: list[int]) -> None:
@@ -394,7 +369,7 @@ def test_bad_images_are_skipped_on_request_and_reported(
     bad = list(hostile.values())
     source = in_folder(tmp_path, [bad[0], encode(photo), *bad[1:], encode(photo)])
     loader = BatchLoader(source, batch_size=4, shuffle=True, on_bad_image="skip")
-    batches = list(loader)
+    batches = list(loader.epoch(0))
     assert sorted(int(index) for batch in batches for index in batch.indices) == [1, len(bad) + 1]
     assert all(len(batch.images) == len(batch.labels) == len(batch.indices) > 0 for batch in batches)
     assert sorted(loader.skipped) == [row for row in range(len(bad) + 2) if row not in (1, len(bad) + 1)]

@@ -138,7 +138,7 @@ def test_routing_of_two_epochs_is_compared_without_predictions() -> None:
     log.append(("train", 1), [0, 1, 2], [[0], [0], [1]])
     log.append(("train", 2), [1, 2, 3], [[0], [0], [1]])
     change = log.compare(("train", 1), ("train", 2))
-    assert (change.num_samples, change.num_unmatched, change.survival) == (2, 2, 0.5)
+    assert (change.num_samples, change.survival) == (2, 0.5)
     assert change.dissection is None
 
 

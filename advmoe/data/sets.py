@@ -58,7 +58,7 @@ class EncodedSet:
     """Images left encoded (JPEG or PNG) where they lie, with one label each: for sets too large for memory.
 
     Image ``i`` is ``lengths[i]`` bytes of ``files[file_index[i]]`` from ``offsets[i]`` on, so that folders (one image
-    per file), tar shards and packed caches (many) need no conversion.
+    per file) and packs (many per file) are read in the same way.
     """
 
     files: tuple[str, ...]

@@ -4,11 +4,11 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rust_router::augment::Transform;
-use rust_router::batch::{Layout, byte_levels, float_levels};
-use rust_router::loader::{Recipe, Request, Workers, fill};
+use rust_router::images::augment::Transform;
+use rust_router::images::batch::{Layout, byte_levels, float_levels};
+use rust_router::images::loader::{Recipe, Request, Workers, fill};
+use rust_router::images::source::Pixels;
 use rust_router::rng::Stream;
-use rust_router::source::Pixels;
 
 const STREAM: Stream = Stream { seed: 0, stream: 0 };
 const CROP_FLIP: Transform = Transform::CropFlip { padding: 4, flip: true };

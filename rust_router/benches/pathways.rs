@@ -4,12 +4,12 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use rust_router::channels::Channels;
-use rust_router::diversity::{self, PairBudget};
-use rust_router::pathways;
 use rust_router::rng::{Purpose, Stream};
-use rust_router::route_log::{Key, RouteLog, Rows};
-use rust_router::similarity;
+use rust_router::routes::channels::Channels;
+use rust_router::routes::diversity::{self, PairBudget};
+use rust_router::routes::log::{Key, RouteLog, Rows};
+use rust_router::routes::pathways;
+use rust_router::routes::similarity;
 
 const LAYERS: usize = 20;
 

@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result};
+use crate::error::FileError;
 
 /// Files begun by this process: two writers of one path do not share what is not complete.
 static CREATED: AtomicU64 = AtomicU64::new(0);
@@ -24,12 +24,12 @@ impl NewFile {
     ///
     /// # Errors
     /// A folder that cannot be written to.
-    pub fn create(path: &Path) -> Result<Self> {
+    pub fn create(path: &Path) -> Result<Self, FileError> {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
         name.push(format!(".{}-{number}.partial", std::process::id()));
         let partial = path.with_file_name(name);
-        let file = File::create(&partial).map_err(|e| Error::io("write", path, e))?;
+        let file = File::create(&partial).map_err(|e| FileError::io("write", path, e))?;
         Ok(Self { out: BufWriter::with_capacity(1 << 20, file), partial, path: path.to_owned() })
     }
 
@@ -37,10 +37,10 @@ impl NewFile {
     ///
     /// # Errors
     /// A disk that is full, or a target that cannot be replaced.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(mut self) -> Result<(), FileError> {
         let flushed = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
         let renamed = flushed.and_then(|()| fs::rename(&self.partial, &self.path));
-        renamed.map_err(|e| Error::io("write", &self.path, e))
+        renamed.map_err(|e| FileError::io("write", &self.path, e))
     }
 }
 

@@ -6,19 +6,44 @@ mod routes;
 
 use pyo3::prelude::*;
 
-use crate::error::Error;
+use crate::error::FileError;
+use crate::images::Error as ImageError;
+use crate::routes::Error as RouteError;
 
 pyo3::import_exception!(advmoe.errors, ConfigError);
 pyo3::import_exception!(advmoe.errors, DataError);
 
-impl From<Error> for PyErr {
-    fn from(error: Error) -> Self {
+impl From<FileError> for PyErr {
+    fn from(error: FileError) -> Self {
+        DataError::new_err(error.to_string())
+    }
+}
+
+impl From<ImageError> for PyErr {
+    fn from(error: ImageError) -> Self {
+        use ImageError as Error;
         let message = error.to_string();
         match error {
-            Error::Argument(_) | Error::Threads { .. } => ConfigError::new_err(message),
-            Error::Row { .. } | Error::Sample { .. } | Error::Stopped | Error::Io { .. } | Error::Format { .. } => {
+            Error::Row { .. } | Error::Sample { .. } | Error::Empty { .. } | Error::Stopped | Error::File(_) => {
                 DataError::new_err(message)
             }
+            Error::NoThreads
+            | Error::Threads { .. }
+            | Error::Buffer { .. }
+            | Error::Pixels { .. }
+            | Error::Span { .. }
+            | Error::ImageSize { .. }
+            | Error::ResizeTooSmall { .. }
+            | Error::Resize { .. } => ConfigError::new_err(message),
+        }
+    }
+}
+
+impl From<RouteError> for PyErr {
+    fn from(error: RouteError) -> Self {
+        match error {
+            RouteError::File(error) => error.into(),
+            other => ConfigError::new_err(other.to_string()),
         }
     }
 }
@@ -33,7 +58,7 @@ mod rust_router {
     #[pymodule_export]
     use super::batches::{BatchFiller, EncodedSource, Stop, Transform, epoch_order};
     #[pymodule_export]
-    use super::files::{PackWriter, decode_image, open_pack, tar_samples};
+    use super::files::{PackWriter, decode_image, open_pack};
     #[pymodule_export]
     use super::routes::{Channels, RouteLog};
 }

@@ -9,12 +9,12 @@ use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray4, PyReadwriteArray4, PyU
 use pyo3::prelude::*;
 
 use super::{ConfigError, contiguous};
-use crate::augment;
-use crate::batch::{self, Layout};
-use crate::error::Result;
-use crate::loader::{self, Recipe, Request, Skipped, Workers};
+use crate::images::Result;
+use crate::images::augment;
+use crate::images::batch::{self, Layout};
+use crate::images::loader::{self, Recipe, Request, Skipped, Workers};
+use crate::images::source::{self, Pixels, Source, Span};
 use crate::rng::Stream;
-use crate::source::{self, Pixels, Source, Span};
 
 /// The order of an epoch: a permutation of `range(len)`, a pure function of its arguments.
 #[pyfunction]

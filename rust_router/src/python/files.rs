@@ -1,4 +1,4 @@
-//! Packs and tar shards, for Python.
+//! Single images and packs, for Python.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -7,8 +7,8 @@ use numpy::{IntoPyArray, PyArray1, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::{ConfigError, DataError};
-use crate::source::guarded;
-use crate::{decode, pack, shard};
+use crate::images::source::guarded;
+use crate::images::{decode, pack};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 
@@ -68,17 +68,4 @@ pub(super) fn decode_image<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bou
     let mut rgb = Vec::new();
     let (height, width) = guarded(|| decode::decode(encoded, &mut rgb)).map_err(DataError::new_err)?;
     rgb.into_pyarray(py).reshape([height, width, 3])
-}
-
-/// Offsets, lengths and labels of the images of a tar shard.
-#[pyfunction]
-pub(super) fn tar_samples(
-    py: Python<'_>,
-    path: PathBuf,
-) -> PyResult<(Array1<'_, u64>, Array1<'_, u64>, Array1<'_, i64>)> {
-    let samples = py.detach(|| shard::open(&path)).map_err(|e| DataError::new_err(e.to_string()))?;
-    let offsets: Vec<u64> = samples.iter().map(|sample| sample.offset).collect();
-    let lengths: Vec<u64> = samples.iter().map(|sample| sample.length).collect();
-    let labels: Vec<i64> = samples.iter().map(|sample| sample.label).collect();
-    Ok((offsets.into_pyarray(py), lengths.into_pyarray(py), labels.into_pyarray(py)))
 }

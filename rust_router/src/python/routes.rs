@@ -8,10 +8,10 @@ use numpy::{PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
 use super::contiguous;
-use crate::diversity::{self, PairBudget};
-use crate::error::Result;
-use crate::route_log::{Key, Rows};
-use crate::{channels, pathways, route_file, route_log, similarity};
+use crate::routes::Result;
+use crate::routes::diversity::{self, PairBudget};
+use crate::routes::log::{Key, Rows};
+use crate::routes::{channels, file, log, pathways, similarity};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 type Array2<'py, T> = Bound<'py, PyArray2<T>>;
@@ -48,15 +48,11 @@ impl Channels {
 
 /// Which expert every MoE layer chose for every sample, under every condition. Safe to share between threads.
 #[pyclass(frozen)]
-pub(super) struct RouteLog(Mutex<route_log::RouteLog>);
+pub(super) struct RouteLog(Mutex<log::RouteLog>);
 
 impl RouteLog {
     /// Works on the log with the interpreter released.
-    fn with<T: Send>(
-        &self,
-        py: Python<'_>,
-        work: impl FnOnce(&mut route_log::RouteLog) -> Result<T> + Send,
-    ) -> Result<T> {
+    fn with<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut log::RouteLog) -> Result<T> + Send) -> Result<T> {
         // A panic while the log was changed leaves complete columns behind or none: `append` checks before it adds.
         py.detach(|| work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)))
     }
@@ -66,18 +62,18 @@ impl RouteLog {
 impl RouteLog {
     #[new]
     fn new(num_experts: Vec<u16>) -> PyResult<Self> {
-        Ok(Self(Mutex::new(route_log::RouteLog::new(num_experts)?)))
+        Ok(Self(Mutex::new(log::RouteLog::new(num_experts)?)))
     }
 
     /// Reads a log from a file.
     #[staticmethod]
     fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self(Mutex::new(py.detach(|| route_file::load(&path))?)))
+        Ok(Self(Mutex::new(py.detach(|| file::load(&path))?)))
     }
 
     /// Writes the log to a file, whole or not at all.
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        Ok(self.with(py, |log| route_file::save(log, &path))?)
+        Ok(self.with(py, |log| file::save(log, &path))?)
     }
 
     /// Experts of each MoE layer.
@@ -167,20 +163,15 @@ impl RouteLog {
         Ok((experts.into_pyarray(py).reshape(shape)?, counts.into_pyarray(py)))
     }
 
-    /// Samples matched and not matched, changes by layer `[L]`, samples by number of changed layers `[L + 1]`, and
+    /// Samples that both conditions have, changes by layer `[L]`, samples by number of changed layers `[L + 1]`, and
     /// outcomes: survived right, fooled right, survived wrong, fooled wrong, unknown.
-    #[expect(clippy::type_complexity, reason = "five numbers with names in the line above")]
-    fn compare(
-        &self,
-        py: Python<'_>,
-        before: PyKey,
-        after: PyKey,
-    ) -> PyResult<(u64, u64, Vec<u64>, Vec<u64>, [u64; 5])> {
+    #[expect(clippy::type_complexity, reason = "four numbers with names in the line above")]
+    fn compare(&self, py: Python<'_>, before: PyKey, after: PyKey) -> PyResult<(u64, Vec<u64>, Vec<u64>, [u64; 5])> {
         let found = self.with(py, |log| {
             let (before, after) = log.pair(&key(before), &key(after))?;
             pathways::compare(before, after)
         })?;
-        Ok((found.matched, found.unmatched, found.changed_by_layer, found.by_num_changed, found.outcomes))
+        Ok((found.matched, found.changed_by_layer, found.by_num_changed, found.outcomes))
     }
 
     /// IoU and cosine `[n]` of every sample's pathway with a mask over the channels of all layers.

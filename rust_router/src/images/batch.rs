@@ -1,17 +1,6 @@
 //! Writing images into a batch: what bytes become, and in which order the axes lie.
 
-use crate::source::ImageView;
-
-/// Where the top left corner of the output lies in the image (outside it there are zeros), and if it is mirrored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Window {
-    /// Row of the image shown in the output's first row.
-    pub top: isize,
-    /// Column of the image shown at the window's left edge.
-    pub left: isize,
-    /// Left and right exchanged.
-    pub mirrored: bool,
-}
+use crate::images::geometry::{ImageView, Window};
 
 /// Order of a batch's axes in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

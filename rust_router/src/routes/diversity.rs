@@ -3,12 +3,12 @@
 //! Equal pathways are merged first, and runs of layers that have together at most 256 combinations of experts are looked
 //! up as one.
 
-use crate::channels::{Channels, ExpertPairs, sum};
-use crate::error::{Error, Result};
-use crate::pathways;
 use crate::rng::{Purpose, Stream, below};
-use crate::route_log::Table;
-use crate::similarity::iou;
+use crate::routes::channels::{Channels, ExpertPairs, sum};
+use crate::routes::error::{Error, MAX_BINS, Result};
+use crate::routes::log::Table;
+use crate::routes::pathways;
+use crate::routes::similarity::iou;
 
 /// How much the pathways of different samples differ.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,12 +43,13 @@ pub struct PairBudget {
 /// Channels of other layers than the table's, fewer than two samples, no bins, or more than 2^20.
 pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: PairBudget) -> Result<Diversity> {
     channels.check(table)?;
-    let num_samples = table.len() as u64;
-    if num_samples < 2 || !(1..=1 << 20).contains(&num_bins) {
-        let message =
-            format!("expected at least 2 samples and 1 to {} bins, got {num_samples} and {num_bins}", 1 << 20);
-        return Err(Error::Argument(message));
+    if table.len() < 2 {
+        return Err(Error::TooFewSamples { num_samples: table.len() });
     }
+    if !(1..=MAX_BINS).contains(&num_bins) {
+        return Err(Error::NumBins { num_bins });
+    }
+    let num_samples = table.len() as u64;
     let unique = pathways::unique(table);
     let sizes = channels.sizes();
     let pairs = ExpertPairs::new(channels);
@@ -211,7 +212,7 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channels::tests::{mask, slow_iou, table, windows};
+    use crate::routes::channels::tests::{mask, slow_iou, table, windows};
     use proptest::prelude::*;
 
     const BUDGET: PairBudget = PairBudget { max_exact: u64::MAX, sampled: 0, seed: 0 };

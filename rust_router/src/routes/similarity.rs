@@ -1,10 +1,10 @@
 //! How alike a sample's pathway is to a mask, or to its pathway under another condition: intersection over union and
 //! cosine of their sets of channels.
 
-use crate::channels::{Channels, ExpertPairs, overlap, sum};
-use crate::error::{Error, Result};
-use crate::pathways;
-use crate::route_log::Table;
+use crate::routes::channels::{Channels, ExpertPairs, overlap, sum};
+use crate::routes::error::{Error, Result};
+use crate::routes::log::Table;
+use crate::routes::pathways;
 
 /// |A ∩ B| / |A ∪ B|; two empty sets are alike.
 pub(crate) fn iou(intersection: u32, a: u32, b: u32) -> f64 {
@@ -25,8 +25,7 @@ fn cosine(intersection: u32, a: u32, b: u32) -> f64 {
 pub fn with_mask(table: &Table, channels: &Channels, mask: &[bool]) -> Result<(Vec<f64>, Vec<f64>)> {
     channels.check(table)?;
     if mask.len() != channels.num_channels() {
-        let (expected, got) = (channels.num_channels(), mask.len());
-        return Err(Error::Argument(format!("expected a mask of {expected} channels, got {got}")));
+        return Err(Error::MaskLength { expected: channels.num_channels(), got: mask.len() });
     }
     let sizes = channels.sizes();
     let shared = channels.by_expert(|start, expert| overlap(expert, &mask[start..]));
@@ -58,7 +57,7 @@ pub fn between(a: &Table, b: &Table, channels: &Channels) -> Result<(Vec<i64>, V
         ious.push(iou(pairs.intersection(p, q), p_size, q_size));
     }
     if indices.is_empty() {
-        return Err(Error::Argument("expected samples that both conditions have, found none".into()));
+        return Err(Error::NothingInCommon);
     }
     Ok((indices, ious))
 }
@@ -66,7 +65,7 @@ pub fn between(a: &Table, b: &Table, channels: &Channels) -> Result<(Vec<i64>, V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channels::tests::{mask, slow_iou, table, windows};
+    use crate::routes::channels::tests::{mask, slow_iou, table, windows};
     use proptest::prelude::*;
 
     proptest! {

@@ -6,20 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::augment::{Size, View};
-use crate::decode;
-use crate::error::{Error, Result};
-
-/// One image: `height * width * 3` bytes, rows first, channels last.
-#[derive(Clone, Copy, Debug)]
-pub struct ImageView<'a> {
-    /// The bytes.
-    pub rgb: &'a [u8],
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
+use crate::images::decode;
+use crate::images::error::{Error, Result};
+use crate::images::geometry::{ImageView, Size, View};
 
 /// Memory of one thread that is used again for every image.
 #[derive(Debug, Default)]
@@ -67,9 +56,7 @@ impl<'a> Pixels<'a> {
     pub fn new(rgb: &'a [u8], height: usize, width: usize) -> Result<Self> {
         let bytes = height * width * 3;
         if bytes == 0 || !rgb.len().is_multiple_of(bytes) {
-            let message =
-                format!("expected whole {height}x{width} RGB images ({bytes} bytes), got {} bytes", rgb.len());
-            return Err(Error::Argument(message));
+            return Err(Error::Pixels { size: (height, width), bytes: rgb.len() });
         }
         Ok(Self { rgb, height, width })
     }
@@ -90,6 +77,7 @@ impl Source for Pixels<'_> {
         let rgb = row.checked_mul(bytes).and_then(|start| self.rgb.get(start..)?.get(..bytes));
         let rgb = rgb.ok_or(Error::Row { row: row as i64, len: self.len() })?;
         let view = choose((self.height, self.width))?;
+        view.check().map_err(|reason| Error::Resize { row, reason })?;
         Ok((ImageView { rgb, height: self.height, width: self.width }, view))
     }
 }
@@ -127,10 +115,8 @@ impl Encoded {
     pub fn new(files: Vec<PathBuf>, spans: Vec<Span>) -> Result<Self> {
         for (row, span) in spans.iter().enumerate() {
             if span.file as usize >= files.len() || span.length > Self::MAX_BYTES {
-                let (file, length, count, most) = (span.file, span.length, files.len(), Self::MAX_BYTES);
-                return Err(Error::Argument(format!(
-                    "image {row} is said to be {length} bytes of file {file}; expected at most {most}, of {count} files"
-                )));
+                let (file, length, most, num_files) = (span.file, span.length, Self::MAX_BYTES, files.len());
+                return Err(Error::Span { row, length, file, most, num_files });
             }
         }
         let shared = if files.len() <= Self::MAX_OPEN { files.len() } else { 0 };
@@ -198,14 +184,7 @@ impl Source for Encoded {
         let bad = |reason| self.sample(row, span, reason);
         let size = guarded(|| decode::size(encoded)).map_err(bad)?;
         let view = choose(size)?;
-        if let Some((_, (height, width))) = view.resized
-            && height.saturating_mul(width) > decode::MAX_PIXELS
-        {
-            return Err(bad(format!(
-                "it would be resized to {height} x {width}, more than {} pixels",
-                decode::MAX_PIXELS
-            )));
-        }
+        view.check().map_err(bad)?;
         let shown = guarded(|| decode::decode_top(encoded, view.bottom(size), rgb)).map_err(bad)?;
         if shown.0 < view.bottom(size) || shown.1 != size.1 {
             return Err(bad("its headers contradict each other".into()));
@@ -258,8 +237,8 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::augment::Transform;
-    use crate::batch::Window;
+    use crate::images::augment::Transform;
+    use crate::images::geometry::Window;
     use crate::rng::Stream;
 
     #[test]
@@ -273,13 +252,17 @@ mod tests {
         let transform = Transform::ResizeCenterCrop { resize: 2000 };
         let choose = |size| transform.view(Stream { seed: 0, stream: 0 }, 0, 0, size, (224, 224));
         let message = source.image(0, &mut Scratch::default(), &choose).unwrap_err().to_string();
-        assert!(message.ends_with("it would be resized to 2000 x 120000000, more than 67108864 pixels"), "{message}");
+        let reason = "it would be resized to 2000 x 120000000, more than 67108864 pixels";
+        assert!(message.ends_with(reason), "{message}");
+        let raw = Pixels::new(&[0; 180_000], 1, 60_000).unwrap();
+        let message = raw.image(0, &mut Scratch::default(), &choose).unwrap_err().to_string();
+        assert_eq!(message, format!("image 0: {reason}"));
     }
 
     #[test]
     fn a_span_that_cannot_be_read_names_its_file_and_row() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("shard.tar");
+        let path = folder.path().join("images.pack");
         std::fs::write(&path, b"0123456789").unwrap();
         let spans = vec![
             Span { file: 0, offset: 2, length: 3 },
@@ -293,12 +276,12 @@ mod tests {
         assert_eq!(bytes, b"234");
         let choose = |_| Ok(View { resized: None, window: Window::default() });
         let message = |row| source.image(row, &mut Scratch::default(), &choose).unwrap_err().to_string();
-        let shard = path.display();
+        let pack = path.display();
         assert_eq!(
             message(0),
-            format!("image 0 ({shard} at byte 2): expected JPEG or PNG, got bytes that begin with [32, 33, 34]")
+            format!("image 0 ({pack} at byte 2): expected JPEG or PNG, got bytes that begin with [32, 33, 34]")
         );
-        assert_eq!(message(1), format!("image 1 ({shard} at byte 8): 3 bytes from 8 on are not in its 10 bytes"));
+        assert_eq!(message(1), format!("image 1 ({pack} at byte 8): 3 bytes from 8 on are not in its 10 bytes"));
         assert!(message(2).contains("gone.jpg at byte 0): "));
         assert!(message(3).contains("are not in its 10 bytes"));
         let outside = Encoded::new(vec![], vec![Span { file: 0, offset: 0, length: 1 }]).unwrap_err().to_string();

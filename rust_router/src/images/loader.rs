@@ -5,12 +5,12 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::augment::Transform;
-use crate::batch::{Layout, Levels, write};
-use crate::error::{Error, Result};
-use crate::resize::Resizer;
+use crate::images::augment::Transform;
+use crate::images::batch::{Layout, Levels, write};
+use crate::images::error::{Error, Result};
+use crate::images::resize::Resizer;
+use crate::images::source::{Scratch, Source};
 use crate::rng::Stream;
-use crate::source::{Scratch, Source};
 
 /// Threads that fill batches. They belong to the process that made them.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl Workers {
     pub fn new(num_threads: usize) -> Result<Self> {
         let process = std::process::id();
         let pool = match num_threads {
-            0 => return Err(Error::Argument("expected at least 1 loader thread, got 0".into())),
+            0 => return Err(Error::NoThreads),
             1 => None,
             _ => {
                 let builder = rayon::ThreadPoolBuilder::new().num_threads(num_threads);
@@ -113,9 +113,7 @@ pub fn fill<T: Copy + Send + Sync>(
     let Request { rows, height, width, .. } = request;
     let elements = height * width * 3;
     if elements == 0 || out.len() != rows.len() * elements {
-        let got = out.len();
-        let message = format!("expected a buffer of {} x {height} x {width} x 3, got {got} elements", rows.len());
-        return Err(Error::Argument(message));
+        return Err(Error::Buffer { num_images: rows.len(), size: (height, width), elements: out.len() });
     }
     let skipped = Mutex::new(Vec::new());
     let one = |(position, (&row, out)): (usize, (&i64, &mut [T]))| match show(source, recipe, request, row, out) {
@@ -148,7 +146,7 @@ fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, 
         let choose = |size| recipe.transform.view(recipe.stream, epoch, index as u64, size, (height, width));
         let (mut image, view) = source.image(index, scratch, &choose)?;
         if let Some((part, size)) = view.resized {
-            image = resizer.resize(image, part, size).map_err(|e| Error::Argument(format!("image {row}: {e}")))?;
+            image = resizer.resize(image, part, size).map_err(|reason| Error::Resize { row: index, reason })?;
         }
         write(image, view.window, &recipe.levels, recipe.layout, height, out);
         Ok(())
@@ -158,9 +156,9 @@ fn show<T: Copy>(source: &dyn Source, recipe: &Recipe<T>, request: Request<'_>, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::augment::{Size, View};
-    use crate::batch::byte_levels;
-    use crate::source::{Encoded, ImageView, Pixels, Span};
+    use crate::images::batch::byte_levels;
+    use crate::images::geometry::{ImageView, Size, View};
+    use crate::images::source::{Encoded, Pixels, Span};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     fn recipe() -> Recipe<u8> {

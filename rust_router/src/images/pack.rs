@@ -18,8 +18,9 @@ use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::atomic::NewFile;
-use crate::error::{Error, Result};
-use crate::source::{Encoded, Span};
+use crate::error::FileError;
+use crate::images::error::{Error, Result};
+use crate::images::source::{Encoded, Span};
 
 const MAGIC: &[u8; 8] = b"ADVMPACK";
 const VERSION: u32 = 1;
@@ -41,7 +42,7 @@ impl PackWriter {
     /// A folder that cannot be written to.
     pub fn create(path: &Path) -> Result<Self> {
         let mut file = NewFile::create(path)?;
-        file.out.write_all(&[0; HEADER as usize]).map_err(|e| Error::io("write", path, e))?;
+        file.out.write_all(&[0; HEADER as usize]).map_err(|e| FileError::io("write", path, e))?;
         Ok(Self { file, path: path.to_owned(), starts: vec![HEADER], labels: Vec::new() })
     }
 
@@ -52,9 +53,9 @@ impl PackWriter {
     pub fn add(&mut self, image: &[u8], label: i64) -> Result<()> {
         let row = self.labels.len();
         if image.is_empty() {
-            return Err(Error::Argument(format!("image {row} has no bytes; leave it out or fetch its source again")));
+            return Err(Error::Empty { row });
         }
-        self.file.out.write_all(image).map_err(|e| Error::io("write", &self.path, e))?;
+        self.file.out.write_all(image).map_err(|e| FileError::io("write", &self.path, e))?;
         self.starts.push(self.starts[row] + image.len() as u64);
         self.labels.push(label);
         Ok(())
@@ -77,8 +78,8 @@ impl PackWriter {
         header.extend((text.len() as u64).to_le_bytes());
         let out = &mut self.file.out;
         let written = out.write_all(&index).and_then(|()| out.rewind()).and_then(|()| out.write_all(&header));
-        written.map_err(|e| Error::io("write", &self.path, e))?;
-        self.file.commit()
+        written.map_err(|e| FileError::io("write", &self.path, e))?;
+        Ok(self.file.commit()?)
     }
 }
 
@@ -99,8 +100,9 @@ impl Pack {
     /// # Errors
     /// A file that is not there, not a pack, damaged or cut.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-        Self::read(BufReader::new(file)).map_err(|reason| Error::Format { what: "pack", path: path.to_owned(), reason })
+        let file = File::open(path).map_err(|e| FileError::io("read", path, e))?;
+        let pack = Self::read(BufReader::new(file));
+        Ok(pack.map_err(|reason| FileError::Format { what: "pack", path: path.to_owned(), reason })?)
     }
 
     /// [`Self::open`] for anything that holds a file's bytes; an error is the reason why it is no pack.

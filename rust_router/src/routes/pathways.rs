@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::error::{Error, Result};
-use crate::route_log::Table;
+use crate::routes::error::{Error, MAX_CLASSES, Result};
+use crate::routes::log::Table;
 
 /// How many samples of each class each expert got, `[layer, class, expert]`; with `num_classes` 1 labels are ignored.
 ///
@@ -12,17 +12,14 @@ use crate::route_log::Table;
 /// # Errors
 /// A label that is unknown or not below `num_classes`, where labels count; no classes, or more than 2^20.
 pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
-    if !(1..=1 << 20).contains(&num_classes) {
-        return Err(Error::Argument(format!("expected 1 to {} classes, got {num_classes}", 1 << 20)));
+    if !(1..=MAX_CLASSES).contains(&num_classes) {
+        return Err(Error::NumClasses { num_classes });
     }
     let rows = table.rows();
     let mut counts = vec![0_u64; table.num_layers() * num_classes * max_experts];
     for (row, &label) in rows.labels.iter().enumerate() {
         let class = if num_classes == 1 { Some(0) } else { usize::try_from(label).ok().filter(|&l| l < num_classes) };
-        let class = class.ok_or_else(|| {
-            let last = num_classes.saturating_sub(1);
-            Error::Argument(format!("expected labels 0 to {last}, got {label} for sample {}", rows.indices[row]))
-        })?;
+        let class = class.ok_or(Error::Label { last: num_classes - 1, label, index: rows.indices[row] })?;
         for (layer, &expert) in table.pathway(row).iter().enumerate() {
             counts[(layer * num_classes + class) * max_experts + usize::from(expert)] += 1;
         }
@@ -47,8 +44,6 @@ pub fn unique(table: &Table) -> Vec<(&[u8], u64)> {
 pub struct Comparison {
     /// Samples that both conditions have.
     pub matched: u64,
-    /// Samples of either that the other does not have.
-    pub unmatched: u64,
     /// Samples whose choice changed, by layer.
     pub changed_by_layer: Vec<u64>,
     /// Samples by their number of changed layers, from none to all.
@@ -101,16 +96,15 @@ pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
         result.outcomes[outcome] += 1;
     }
     if result.matched == 0 {
-        return Err(Error::Argument("expected samples that both conditions have, found none".into()));
+        return Err(Error::NothingInCommon);
     }
-    result.unmatched = (a.len() + b.len()) as u64 - 2 * result.matched;
     Ok(result)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::route_log::{Key, RouteLog, Rows};
+    use crate::routes::log::{Key, RouteLog, Rows};
 
     fn key(condition: &str) -> Key {
         Key { condition: condition.into(), epoch: 0 }
@@ -160,7 +154,6 @@ mod tests {
         // Sample 2 keeps (1, 0) and is predicted 0 instead of 1: third kind. Sample 3 is only in one of them.
         let expected = Comparison {
             matched: 3,
-            unmatched: 1,
             changed_by_layer: vec![1, 1],
             by_num_changed: vec![2, 0, 1],
             outcomes: [0, 1, 2, 0, 0],

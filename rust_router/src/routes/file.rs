@@ -4,14 +4,14 @@
 //!
 //! | name | type | shape | meaning |
 //! |---|---|---|---|
-//! | `route_log_version` | int64 | [1] | 1 |
-//! | `num_experts` | uint16 | [L] | experts of each MoE layer |
-//! | `condition_names` | str | [C] | names of the conditions |
-//! | `condition` | uint16 | [n] | row of `condition_names` |
-//! | `epoch` | uint32 | [n] | epoch of training, else 0 |
-//! | `index` | int64 | [n] | sample index |
-//! | `label`, `prediction` | int32 | [n] | classes, -1 where unknown |
-//! | `expert` | uint8 | [n, L] | expert that each layer chose |
+//! | `route_log_version` | int64 | `[1]` | 1 |
+//! | `num_experts` | uint16 | `[L]` | experts of each MoE layer |
+//! | `condition_names` | str | `[C]` | names of the conditions |
+//! | `condition` | uint16 | `[n]` | row of `condition_names` |
+//! | `epoch` | uint32 | `[n]` | epoch of training, else 0 |
+//! | `index` | int64 | `[n]` | sample index |
+//! | `label`, `prediction` | int32 | `[n]` | classes, -1 where unknown |
+//! | `expert` | uint8 | `[n, L]` | expert that each layer chose |
 //!
 //! Rows are in ascending order of (condition, epoch, index), so equal logs give equal files.
 
@@ -23,8 +23,9 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use crate::atomic::NewFile;
-use crate::error::{Error, Result};
-use crate::route_log::{Key, MAX_CONDITION, RouteLog, Rows};
+use crate::error::FileError;
+use crate::routes::error::Result;
+use crate::routes::log::{Key, MAX_CONDITION, RouteLog, Rows};
 
 const VERSION: i64 = 1;
 
@@ -34,8 +35,8 @@ const VERSION: i64 = 1;
 /// A file that cannot be written.
 pub fn save(log: &mut RouteLog, path: &Path) -> Result<()> {
     let mut file = NewFile::create(path)?;
-    write(log, &mut file.out).map_err(|e| Error::io("write", path, e))?;
-    file.commit()
+    write(log, &mut file.out).map_err(|e| FileError::io("write", path, e))?;
+    Ok(file.commit()?)
 }
 
 /// Reads a log that [`save`] or somebody else's `numpy.savez` wrote.
@@ -43,8 +44,9 @@ pub fn save(log: &mut RouteLog, path: &Path) -> Result<()> {
 /// # Errors
 /// A file that is not there, is not a route log, or holds rows that no model can have.
 pub fn load(path: &Path) -> Result<RouteLog> {
-    let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-    read(BufReader::new(file)).map_err(|reason| Error::Format { what: "route log", path: path.to_owned(), reason })
+    let file = File::open(path).map_err(|e| FileError::io("read", path, e))?;
+    let log = read(BufReader::new(file));
+    Ok(log.map_err(|reason| FileError::Format { what: "route log", path: path.to_owned(), reason })?)
 }
 
 fn write(log: &mut RouteLog, out: impl Write + Seek) -> io::Result<()> {

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::{Error, Result};
+use crate::routes::error::{Error, Result};
 
 /// Longest name of a condition, in characters.
 pub const MAX_CONDITION: usize = 128;
@@ -131,9 +131,7 @@ impl RouteLog {
     /// A layer with no expert or more than 256.
     pub fn new(num_experts: Vec<u16>) -> Result<Self> {
         if let Some((layer, n)) = num_experts.iter().enumerate().find(|(_, n)| !(1..=256).contains(*n)) {
-            return Err(Error::Argument(format!(
-                "expected 1 to 256 experts in every MoE layer, got {n} in layer {layer}"
-            )));
+            return Err(Error::NumExperts { layer, num_experts: usize::from(*n) });
         }
         Ok(Self { num_experts, tables: BTreeMap::new() })
     }
@@ -158,32 +156,26 @@ impl RouteLog {
         let num_layers = self.num_experts.len();
         let expected = rows.indices.len();
         if key.condition.is_empty() || key.condition.contains('\0') || key.condition.chars().count() > MAX_CONDITION {
-            let message =
-                format!("expected a condition's name of 1 to {MAX_CONDITION} characters, got {:?}", key.condition);
-            return Err(Error::Argument(message));
+            return Err(Error::ConditionName { name: key.condition });
         }
-        for (name, len) in [("labels", rows.labels.len()), ("predictions", rows.predictions.len())] {
+        for (column, len) in [("labels", rows.labels.len()), ("predictions", rows.predictions.len())] {
             if len != expected {
-                return Err(Error::Argument(format!("expected {expected} {name}, one for each sample, got {len}")));
+                return Err(Error::ColumnLength { column, expected, len });
             }
         }
         if rows.experts.len() != expected * num_layers {
-            let got = rows.experts.len();
-            let message =
-                format!("expected {expected} x {num_layers} expert indices (samples x MoE layers), got {got}");
-            return Err(Error::Argument(message));
+            return Err(Error::ExpertTable { num_samples: expected, num_layers, len: rows.experts.len() });
         }
-        if let Some(index) = rows.indices.iter().find(|&&index| index < 0) {
-            return Err(Error::Argument(format!("expected sample indices from 0, got {index}")));
+        if let Some(&index) = rows.indices.iter().find(|&&index| index < 0) {
+            return Err(Error::SampleIndex { index });
         }
-        if let Some(class) = rows.labels.iter().chain(rows.predictions).find(|&&class| class < -1) {
-            return Err(Error::Argument(format!("expected classes from 0, or -1 for unknown, got {class}")));
+        if let Some(&class) = rows.labels.iter().chain(rows.predictions).find(|&&class| class < -1) {
+            return Err(Error::Class { class });
         }
         for pathway in rows.experts.chunks_exact(num_layers.max(1)) {
             for (layer, (&expert, &n)) in pathway.iter().zip(&self.num_experts).enumerate() {
                 if u16::from(expert) >= n {
-                    let message = format!("expected experts 0 to {} in MoE layer {layer}, got {expert}", n - 1);
-                    return Err(Error::Argument(message));
+                    return Err(Error::Expert { layer, last: n - 1, expert });
                 }
             }
         }
@@ -197,10 +189,7 @@ impl RouteLog {
     /// A log of a model with other MoE layers.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if self.num_experts != other.num_experts {
-            let (ours, theirs) = (&self.num_experts, &other.num_experts);
-            return Err(Error::Argument(format!(
-                "expected a route log of {ours:?} experts per MoE layer, got {theirs:?}"
-            )));
+            return Err(Error::OtherModel { ours: self.num_experts.clone(), theirs: other.num_experts.clone() });
         }
         for (key, table) in &other.tables {
             let num_layers = self.num_experts.len();
@@ -232,14 +221,8 @@ impl RouteLog {
     pub fn pair(&mut self, a: &Key, b: &Key) -> Result<(&Table, &Table)> {
         self.sort();
         let find = |key: &Key| {
-            self.tables.get(key).ok_or_else(|| {
-                let have: Vec<_> = self.tables.keys().map(|k| format!("{} (epoch {})", k.condition, k.epoch)).collect();
-                let have = if have.is_empty() { "nothing".to_owned() } else { have.join(", ") };
-                Error::Argument(format!(
-                    "the route log has no {:?} of epoch {}; it has {have}",
-                    key.condition, key.epoch
-                ))
-            })
+            let known = || self.tables.keys().cloned().collect();
+            self.tables.get(key).ok_or_else(|| Error::NoSuchCondition { key: key.clone(), known: known() })
         };
         Ok((find(a)?, find(b)?))
     }

@@ -3,8 +3,8 @@
 //! A pathway's channel set is the union over layers of its experts' channels, so |P ∩ Q| is a sum over layers of
 //! |expert ∩ expert|, read from small tables; no mask is ever built for a sample.
 
-use crate::error::{Error, Result};
-use crate::route_log::Table;
+use crate::routes::error::{Error, Result};
+use crate::routes::log::Table;
 
 /// The channels of every expert of one MoE layer.
 #[derive(Clone, Debug)]
@@ -48,18 +48,15 @@ impl Channels {
     pub fn push(&mut self, members: Vec<bool>, num_channels: usize) -> Result<()> {
         let layer = self.layers.len();
         if num_channels == 0 || members.is_empty() || !members.len().is_multiple_of(num_channels) {
-            let message = format!("expected [experts, channels] for MoE layer {layer}, got an empty table");
-            return Err(Error::Argument(message));
+            return Err(Error::EmptyLayer { layer });
         }
         let added = LayerChannels { num_channels, members };
         let num_experts = added.num_experts();
         if num_experts > 256 {
-            return Err(Error::Argument(format!(
-                "expected at most 256 experts in MoE layer {layer}, got {num_experts}"
-            )));
+            return Err(Error::TooManyExperts { layer, num_experts });
         }
         if let Some(expert) = (0..num_experts).find(|&e| !added.expert(e).contains(&true)) {
-            return Err(Error::Argument(format!("expert {expert} of MoE layer {layer} has no channels")));
+            return Err(Error::NoChannels { layer, expert });
         }
         self.layers.push(added);
         Ok(())
@@ -91,8 +88,7 @@ impl Channels {
         if table.num_layers() == self.layers.len() && !self.layers.is_empty() {
             return Ok(());
         }
-        let (expected, got) = (table.num_layers(), self.layers.len());
-        Err(Error::Argument(format!("expected the channels of {expected} MoE layers (at least one), got {got}")))
+        Err(Error::NumLayers { expected: table.num_layers(), got: self.layers.len() })
     }
 }
 
@@ -105,10 +101,9 @@ impl Default for Channels {
 /// The sum of a pathway's numbers, from tables of one number for each expert of each layer.
 pub(crate) fn sum(tables: &[Vec<u32>], pathway: &[u8]) -> Result<u32> {
     let parts = tables.iter().zip(pathway).map(|(table, &expert)| table.get(usize::from(expert)).copied());
-    parts.sum::<Option<u32>>().ok_or_else(|| {
-        let most: Vec<usize> = tables.iter().map(Vec::len).collect();
-        Error::Argument(format!("expected a pathway through {most:?} experts per MoE layer, got {pathway:?}"))
-    })
+    parts
+        .sum::<Option<u32>>()
+        .ok_or_else(|| Error::Pathway { num_experts: tables.iter().map(Vec::len).collect(), pathway: pathway.to_vec() })
 }
 
 /// |expert ∩ expert| for all pairs of experts of each layer.
@@ -136,8 +131,8 @@ impl ExpertPairs {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::route_log::{Key, RouteLog, Rows};
-    use crate::similarity::with_mask;
+    use crate::routes::log::{Key, RouteLog, Rows};
+    use crate::routes::similarity::with_mask;
 
     pub(crate) fn table(num_experts: &[u16], experts: &[u8]) -> Table {
         let n = experts.len() / num_experts.len();

@@ -7,10 +7,7 @@
 mod jpeg;
 mod png;
 
-use crate::augment::Size;
-
-/// Largest image that is decoded, in pixels (8192 x 8192): what a hostile header can make one thread allocate.
-pub const MAX_PIXELS: usize = 1 << 26;
+use crate::images::geometry::{MAX_PIXELS, Size};
 
 /// Longest side of an image, in pixels.
 const MAX_SIDE: usize = 1 << 16;

@@ -2,8 +2,8 @@
 
 use std::io::Cursor;
 
-use super::{MAX_PIXELS, Reason, check_size};
-use crate::augment::Size;
+use super::{Reason, check_size};
+use crate::images::geometry::{MAX_PIXELS, Size};
 
 fn decoder(bytes: &[u8]) -> png::Decoder<Cursor<&[u8]>> {
     let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), png::Limits { bytes: MAX_PIXELS * 4 });

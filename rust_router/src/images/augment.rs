@@ -1,11 +1,8 @@
 //! Which part of an image a batch shows: decided from its size and its random words alone, before a pixel is touched.
 
-use crate::batch::Window;
-use crate::error::{Error, Result};
+use crate::images::error::{Error, Result};
+use crate::images::geometry::{Part, Size, View, Window};
 use crate::rng::{Purpose, Stream, below, unit};
-
-/// Height and width.
-pub type Size = (usize, usize);
 
 /// What is done to every image. Mirrors are drawn with [`mirrored`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,36 +32,6 @@ pub enum Transform {
     },
 }
 
-/// A rectangle of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// First row.
-    pub top: usize,
-    /// First column.
-    pub left: usize,
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
-
-/// How an image is shown: perhaps a part of it resized, then a window of that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct View {
-    /// The part that is resized, and to what size.
-    pub resized: Option<(Part, Size)>,
-    /// What the batch shows of the result.
-    pub window: Window,
-}
-
-impl View {
-    /// How many rows of an image of size `image`, from the first, are looked at.
-    #[must_use]
-    pub fn bottom(&self, image: Size) -> usize {
-        self.resized.map_or(image.0, |(part, _)| part.top + part.height)
-    }
-}
-
 impl Transform {
     /// How image `index`, of size `image`, fills a batch of images of size `out` in `epoch`.
     ///
@@ -74,11 +41,7 @@ impl Transform {
         let upright = Window::default();
         match self {
             Self::AsTheyAre | Self::CropFlip { .. } if image != out => {
-                let message = format!(
-                    "expected images of {}x{}, but image {index} is {}x{}; resize them, or load sizes apart",
-                    out.0, out.1, image.0, image.1
-                );
-                Err(Error::Argument(message))
+                Err(Error::ImageSize { index, size: image, expected: out })
             }
             Self::AsTheyAre => Ok(View { resized: None, window: upright }),
             Self::CropFlip { padding, flip } => {
@@ -99,8 +62,7 @@ impl Transform {
                 let size =
                     if height <= width { (resize, longer(width, height)) } else { (longer(height, width), resize) };
                 if size.0 < out.0 || size.1 < out.1 {
-                    let message = format!("expected to resize to at least {}x{}, got {resize}", out.0, out.1);
-                    return Err(Error::Argument(message));
+                    return Err(Error::ResizeTooSmall { resize, out });
                 }
                 let part = Part { top: 0, left: 0, height, width };
                 // Python's round, as torchvision's center_crop has it: halves go to the even number.

@@ -4,8 +4,7 @@ use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions};
 
-use crate::augment::{Part, Size};
-use crate::source::ImageView;
+use crate::images::geometry::{ImageView, Part, Size};
 
 /// A resizer and the memory it uses again.
 #[derive(Default)]
