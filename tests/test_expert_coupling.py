@@ -12,7 +12,7 @@ from advmoe.config import TrainConfig
 from advmoe.errors import ConfigError
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.coupling import coupled, expert_banks, slot_of_row, start_equal
+from advmoe.training.coupling import Slots, couple, expert_banks, slot_of_row, start_equal
 from advmoe.training.levels import make_levels
 
 MakeNetwork = Callable[..., RoutedNetwork]
@@ -28,16 +28,33 @@ def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> 
     level.optimizer.step()
 
 
+def coupled(gradient: list[float], slots: list[int], specialisation: float) -> list[float]:
+    values = torch.tensor(gradient)
+    couple(values, Slots.of(slots), specialisation)
+    return values.tolist()
+
+
 def test_coupled_gradient_splits_into_common_and_specific_part() -> None:
-    gradient, slots = torch.tensor([[1.0], [5.0]]), torch.tensor([0, 0])
     # G = 6, and G_e - G / 2 = (-2, 2): at half speed 6 - 1 and 6 + 1
-    assert coupled(gradient, slots, 0.5).tolist() == [[5.0], [7.0]]
+    assert coupled([1.0, 5.0], [0, 0], 0.5) == [5.0, 7.0]
 
 
 def test_only_filters_of_one_slot_are_coupled() -> None:
-    gradient, slots = torch.tensor([3.0, 1.0, 7.0, 5.0]), torch.tensor([1, 0, 5, 0])
     # rows 1 and 3 as above; rows 0 and 2 are alone in their slots and keep what they have
-    assert coupled(gradient, slots, 0.5).tolist() == [3.0, 5.0, 7.0, 7.0]
+    assert coupled([3.0, 1.0, 7.0, 5.0], [1, 0, 5, 0], 0.5) == [3.0, 5.0, 7.0, 7.0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_experts_that_lie_one_after_another_are_coupled_as_any_others(memory_format: torch.memory_format) -> None:
+    gradient = torch.randn(6, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=memory_format)
+    slots = Slots.of([0, 1, 0, 1, 0, 1])
+    assert slots.copies == 3
+    by_view, by_index = gradient.clone(), gradient.clone()
+    couple(by_view, slots, 0.25)
+    couple(by_index, dataclasses.replace(slots, copies=None), 0.25)
+    torch.testing.assert_close(by_view, by_index)
+    total = gradient[1] + gradient[3] + gradient[5]
+    torch.testing.assert_close(by_view[3], total + 0.25 * (gradient[3] - total / 3))
 
 
 @pytest.mark.parametrize(

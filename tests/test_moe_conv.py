@@ -12,7 +12,7 @@ from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d, moe_conv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Router
-from advmoe.models.routing import Decision
+from advmoe.models.routing import Decision, Signal
 
 LAYOUTS = {
     "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),
@@ -77,11 +77,121 @@ def test_outputs_and_gradients_equal_those_of_computing_all_experts(
         assert ours[2].abs().max() > 0, "the router must get a gradient"
 
 
+def signals(outputs_NB: Tensor, toward_B: Tensor, chosen_B: Tensor, other_B: Tensor) -> dict[Signal, Tensor]:
+    """The gradients of each kind of gate by their definitions, from all experts' outputs and the loss's gradient."""
+    products_BN = (outputs_NB * toward_B).flatten(2).sum(dim=2).T
+    own_B = products_BN.gather(1, chosen_B[:, None]).squeeze(1)
+    taken_BN = F.one_hot(chosen_B, len(outputs_NB)) + F.one_hot(other_B, len(outputs_NB)) > 0
+    return {
+        "own": own_B,
+        "mean": own_B - products_BN.mean(dim=1),
+        "all": products_BN,
+        "sampled": products_BN * taken_BN,
+    }
+
+
+@pytest.mark.parametrize("way", ["sorted", "all computed"])
+@pytest.mark.parametrize("signal", ["own", "mean", "all", "sampled"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gate_learns_what_its_signal_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, signal: Signal, way: str
+) -> None:
+    monkeypatch.setattr("advmoe.models.moe_conv.computes_all", lambda *_: way == "all computed")
+    torch.manual_seed(0)
+    layer = MoEConv2d(5, LAYOUTS[name], 3, padding=1).double()
+    experts = LAYOUTS[name].num_experts
+    x_BCHW = torch.randn(12, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    chosen_B, other_B = torch.randint(experts, (12,)), torch.randint(experts, (12,))
+    gate = torch.rand((12,) if signal in ("own", "mean") else (12, experts), requires_grad=True)
+
+    y_BCHW = layer(x_BCHW, Decision(chosen_B, None, gate, signal, other_B))
+    outputs_NB = torch.stack([layer(x_BCHW, Decision(torch.full((12,), e), None)) for e in range(experts)])
+    torch.testing.assert_close(y_BCHW, outputs_NB[chosen_B, torch.arange(12)])
+    toward_BCHW = torch.randn_like(y_BCHW)
+    of_gate, of_x, of_weight = torch.autograd.grad(y_BCHW, [gate, x_BCHW, layer.weight], toward_BCHW)
+    expected = signals(outputs_NB.detach(), toward_BCHW, chosen_B, other_B)[signal]
+    torch.testing.assert_close(of_gate, expected.to(gate.dtype), atol=1e-4, rtol=1e-5)
+    without = torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None)), [x_BCHW, layer.weight], toward_BCHW)
+    torch.testing.assert_close((of_x, of_weight), without)
+
+
+def test_a_compiled_layer_is_one_graph() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv2d(5, LAYOUTS["overlap, N r > 1"], 3, padding=1)
+    chosen_B, gate = torch.tensor([0, 2, 1, 1]), torch.ones(4, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, Decision(chosen_B, None, gate, "mean"))
+
+    x_BCHW = torch.randn(4, 5, 6, 6)
+    compiled = torch.compile(run, backend="eager", fullgraph=True)(x_BCHW)
+    torch.testing.assert_close(compiled, run(x_BCHW))
+    inputs = [gate, layer.weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.square().sum(), inputs), torch.autograd.grad(run(x_BCHW).square().sum(), inputs)
+    )
+
+
+def test_equal_experts_have_no_advantage() -> None:
+    layer = MoEConv2d(3, LAYOUTS["separate"], 3, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight[:3].repeat(3, 1, 1, 1))
+    gate = torch.ones(8, requires_grad=True)
+    layer(torch.randn(8, 3, 6, 6), Decision(torch.arange(8) % 3, None, gate, "mean")).square().sum().backward()
+    assert gate.grad is not None
+    assert gate.grad.abs().max() < 1e-5
+
+
+def test_a_layer_used_twice_in_one_graph_sums_its_gradients() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv2d(4, LAYOUTS["halves, N r = 1"], 3, padding=1)
+    x_BCHW = torch.randn(6, 4, 5, 5)
+    first_B, second_B = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 0])
+
+    (layer(layer(x_BCHW, Decision(first_B, None)), Decision(second_B, None)).square().sum()).backward()
+    reference = layer.weight.detach().clone().requires_grad_()
+    y = x_BCHW
+    for chosen_B in (first_B, second_B):
+        both = F.conv2d(y, reference, padding=1).unflatten(1, (2, 4))
+        y = both[torch.arange(6), chosen_B]
+    y.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, reference.grad)
+
+
+def test_an_attack_computes_no_weight_gradient() -> None:
+    # 10 images, 3 -> 4 channels, 3x3 taps, 6x6 places: forward and input gradient 2 * 10 * 4 * 3 * 9 * 36 FLOPs each
+    layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1).requires_grad_(False)
+    x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
+    forward, backward = convolution_flops(lambda x: layer(x, Decision(torch.arange(10) % 2, None)), x_BCHW)
+    assert forward == backward == 2 * 10 * 4 * 3 * 9 * 36
+    # first layer, weights only
+    layer.requires_grad_(True)
+    forward, backward = convolution_flops(lambda x: layer(x.detach(), Decision(torch.arange(10) % 2, None)), x_BCHW)
+    assert forward == backward == 2 * 10 * 4 * 3 * 9 * 36
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_in_memory_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv2d(5, LAYOUTS[name], 3, padding=1).double()
+    x_BCHW = torch.randn(9, 5, 6, 6, dtype=torch.float64)
+    chosen_B = torch.randint(LAYOUTS[name].num_experts, (9,))
+    toward_BCHW = torch.randn(9, layer.out_channels, 6, 6, dtype=torch.float64)
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer = layer.to(memory_format=memory_format)
+        x = x_BCHW.contiguous(memory_format=memory_format).requires_grad_()
+        y = layer(x, Decision(chosen_B, None))
+        found.append((y, *torch.autograd.grad(y, [x, layer.weight], toward_BCHW)))
+        assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(*found)
+
+
 def test_the_gradient_is_that_of_finite_differences() -> None:
     torch.manual_seed(0)
     layer = MoEConv2d(2, LAYOUTS["overlap, N r > 1"], 3, padding=1).double()
     x_BCHW = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    decision = Decision(torch.tensor([2, 0, 2, 1]), None, None)
+    decision = Decision(torch.tensor([2, 0, 2, 1]), None)
     assert torch.autograd.gradcheck(lambda x, _: layer(x, decision), (x_BCHW, layer.weight))
 
 
@@ -93,13 +203,13 @@ def test_outputs_come_back_in_batch_order(chosen: list[int]) -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.0, 1.0, 10.0, 10.0, 100.0, 100.0]).view(6, 1, 1, 1))
         x_BCHW = torch.arange(1.0, 6.0).view(5, 1, 1, 1)
-        y_BCHW = layer(x_BCHW, Decision(torch.tensor(chosen), None, None))
+        y_BCHW = layer(x_BCHW, Decision(torch.tensor(chosen), None))
     assert y_BCHW.flatten(1).tolist() == [[(b + 1) * 10.0**e] * 2 for b, e in enumerate(chosen)]
 
 
 def test_weights_of_an_expert_without_images_get_no_gradient() -> None:
     layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1)
-    layer(torch.rand(4, 3, 5, 5), Decision(torch.ones(4, dtype=torch.int64), None, None)).sum().backward()
+    layer(torch.rand(4, 3, 5, 5), Decision(torch.ones(4, dtype=torch.int64), None)).sum().backward()
     assert layer.weight.grad is not None
     assert not layer.weight.grad[:4].any()
     assert layer.weight.grad[4:].all()
@@ -107,7 +217,7 @@ def test_weights_of_an_expert_without_images_get_no_gradient() -> None:
 
 def test_an_empty_batch_is_no_error() -> None:
     layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1)
-    y_BCHW = layer(torch.empty(0, 3, 5, 5), Decision(torch.empty(0, dtype=torch.int64), None, None))
+    y_BCHW = layer(torch.empty(0, 3, 5, 5), Decision(torch.empty(0, dtype=torch.int64), None))
     assert y_BCHW.shape == (0, 4, 5, 5)
 
 
@@ -154,7 +264,7 @@ def test_only_the_chosen_expert_is_computed_in_training_too(num_experts: int) ->
     layer = MoEConv2d(3, ExpertLayout(num_channels=8, num_experts=num_experts, model_scale=0.5), 3, padding=1).train()
     x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
     chosen_B = torch.arange(10) % num_experts
-    forward, backward = convolution_flops(lambda x: layer(x, Decision(chosen_B, None, None)), x_BCHW)
+    forward, backward = convolution_flops(lambda x: layer(x, Decision(chosen_B, None)), x_BCHW)
     assert forward == 2 * 10 * 4 * 3 * 9 * 36
     assert backward == 2 * forward
 

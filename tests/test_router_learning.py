@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Centring, Router
-from advmoe.models.routing import Decision, gate, pass_gate
+from advmoe.models.routing import Decision, gate
 
 
 def pooled_relu_features(number: int = 256) -> Tensor:
@@ -70,8 +71,8 @@ def gradient_of_two_experts(router_gradient: str) -> list[float]:
     """Router gradient where expert 0 says 1 and is chosen, expert 1 would say 3, and the loss is (y - 4)^2 / 2."""
     logits_BN, index_B = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
     gate_B = gate(logits_BN, index_B, router_gradient)
-    decision = Decision(index_B, logits_BN, gate_B, against_mean=router_gradient == "advantage")
-    y = pass_gate(torch.tensor([[1.0]]), decision, lambda: torch.tensor([[2.0]]))
+    decision = Decision(index_B, logits_BN, gate_B, "mean" if router_gradient == "advantage" else "own")
+    y = select([torch.tensor([[1.0]]), torch.tensor([[3.0]])], decision)
     assert y.item() == 1.0
     ((y - 4.0).square() / 2).sum().backward()
     assert logits_BN.grad is not None

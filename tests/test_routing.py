@@ -174,10 +174,10 @@ def test_a_router_takes_the_first_of_equal_logits() -> None:
 
 def test_a_router_makes_a_gate_only_where_it_is_being_trained() -> None:
     router = Router(4, 3)
-    assert router.decide(torch.rand(2, 4, 2, 2)).gate_B is not None
+    assert router.decide(torch.rand(2, 4, 2, 2)).gate is not None
     with torch.no_grad():
-        assert router.decide(torch.rand(2, 4, 2, 2)).gate_B is None
-    assert router.eval().decide(torch.rand(2, 4, 2, 2, requires_grad=True)).gate_B is None
+        assert router.decide(torch.rand(2, 4, 2, 2)).gate is None
+    assert router.eval().decide(torch.rand(2, 4, 2, 2, requires_grad=True)).gate is None
 
 
 def test_each_layer_has_its_own_router_and_the_pathway_is_their_choices(

@@ -13,8 +13,9 @@ from advmoe.attacks.pgd import kl_objective, pgd, plain, starting_point
 from advmoe.config import AttackConfig, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
+from advmoe.models.modes import own_parameters, submodules
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.levels import make_levels
+from advmoe.training.levels import LevelName, make_levels
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
 from advmoe.training.steps import StepResult
@@ -218,3 +219,27 @@ def test_the_radius_holds_in_training(tiny_vgg: Callable[..., RoutedNetwork]) ->
         assert (images - part.images).abs().max() <= 0.01 + 1e-6
         assert images.min() >= 0
         assert images.max() <= 1
+
+
+def test_modules_and_parameters_are_listed_as_torch_lists_them(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg()
+    modules = submodules(model)
+    assert list(map(id, modules)) == list(map(id, model.modules()))
+    assert list(map(id, own_parameters(modules))) == list(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["routers", "experts", "all"])
+def test_a_level_trains_its_own_modules_and_parameters_only(
+    tiny_vgg: Callable[..., RoutedNetwork], name: LevelName
+) -> None:
+    model = tiny_vgg()
+    (level,) = make_levels([name], model, TrainConfig(dataset="digits"))
+    routers = set(map(id, model.routers.modules()))
+    of_routers = set(map(id, model.router_parameters()))
+    with level.training():
+        for module in model.modules():
+            assert module.training == (name == "all" or (id(module) in routers) == (name == "routers"))
+        for parameter in model.parameters():
+            assert parameter.requires_grad == (name == "all" or (id(parameter) in of_routers) == (name == "routers"))
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -61,7 +61,7 @@ class GatedTape(SeeingTape):
         if decision.logits_BN is None:
             return decision
         gate_B = gate(decision.logits_BN, decision.expert_index_B, self._router_gradient)
-        return decision._replace(gate_B=gate_B, against_mean=self._router_gradient == "advantage")
+        return decision._replace(gate=gate_B, signal="mean" if self._router_gradient == "advantage" else "own")
 
 
 class MixtureTape(SeeingTape):

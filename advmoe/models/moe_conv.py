@@ -1,39 +1,49 @@
 """The MoE convolution: every image is convolved with the filters of its own expert, and with no others.
 
-The batch is dispatched (grouped by expert), each group runs one ordinary convolution, the results are combined back
-into batch order. In training too the cost is that of one expert per image.
+The batch is dispatched (`advmoe.models.dispatch`), each expert's images go through one ordinary convolution, and the
+results come back into batch order. In training too the cost is that of one expert per image; a router that learns adds
+one more in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from advmoe.models.dispatch import Order, computes_all, is_channels_last, router_signal, row_products, select
 from advmoe.models.experts import ExpertLayout
-from advmoe.models.routing import Decision, pass_gate
+from advmoe.models.routing import Decision
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a weight bank that belong to each expert, in the order of its output slots; as many for each."""
 
 
-@lru_cache(maxsize=1024)
-def _selection(rows: tuple[int, ...], device: torch.device) -> slice | Tensor:
-    """What picks these rows out of a bank: a slice, which copies nothing, wherever they lie side by side."""
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    with torch.inference_mode(False):  # it outlives the pass that asked for it
-        return torch.tensor(rows, device=device)
+def _stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the stretches of neighbouring rows that make up a list of rows, in its order."""
+    starts = [place for place in range(len(rows)) if place == 0 or rows[place] != rows[place - 1] + 1]
+    stops = [*starts[1:], len(rows)]
+    return tuple((rows[start], rows[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True))
+
+
+_known_stretches = lru_cache(maxsize=1024)(_stretches)
+
+
+def stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """`_stretches`, remembered; a compiler traces through it instead."""
+    return _stretches(rows) if torch.compiler.is_compiling() else _known_stretches(rows)
 
 
 def expert_rows(bank: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The rows of a weight bank that an expert owns, in the order of its slots."""
-    chosen = _selection(rows, bank.device)
-    return bank[chosen] if isinstance(chosen, slice) else bank.index_select(0, chosen)
+    """The rows of a weight bank that an expert owns, in the order of its slots; no copy if they lie side by side."""
+    parts = [bank[start:stop] for start, stop in stretches(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def split_rows(rows: Sequence[int], size: int) -> Rows:
@@ -41,46 +51,180 @@ def split_rows(rows: Sequence[int], size: int) -> Rows:
     return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
-def dispatch(x: Tensor, expert_index_B: Tensor, num_experts: int, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Apply `compute(expert, sub_batch)` to the images of each expert that has any, and combine in batch order."""
-    counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
-    present = [expert for expert, count in enumerate(counts) if count]
-    if len(present) < 2:  # also for an empty batch, whose shape an expert knows
-        return compute(present[0] if present else 0, x)
-    order_B = expert_index_B.argsort(stable=True)
-    parts = x[order_B].split([counts[expert] for expert in present])
-    y = torch.cat([compute(expert, part) for expert, part in zip(present, parts, strict=True)])
-    inverse_B = torch.empty_like(order_B)
-    inverse_B[order_B] = torch.arange(len(order_B), device=order_B.device)
-    return y[inverse_B]
+class Form(NamedTuple):
+    """What the experts of a convolution share: whose rows of the bank are whose, and the geometry."""
+
+    rows: Rows
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
 
 
-def _moe_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    expert_index: Tensor,
-    rows: Rows,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    def convolve(expert: int, part: Tensor) -> Tensor:
-        own = expert_rows(weight, rows[expert])
-        own_bias = None if bias is None else expert_rows(bias, rows[expert])
-        return F.conv2d(part, own, own_bias, list(stride), list(padding), list(dilation), groups)
+class Convolution(NamedTuple):
+    """The experts of a convolution (`advmoe.models.dispatch.Experts`)."""
 
-    return dispatch(x, expert_index, len(rows), convolve)
+    weight: Tensor
+    bias: Tensor | None
+    form: Form
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return len(self.form.rows)
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """The filters and biases of one expert."""
+        rows = self.form.rows[expert]
+        return expert_rows(self.weight, rows), None if self.bias is None else expert_rows(self.bias, rows)
+
+    def output(self, expert: int, part: Tensor) -> Tensor:
+        """One expert's convolution."""
+        return self._convolve(part, *self.of(expert))
+
+    def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
+        """By convolutions with differences of filters; for two experts one, since theirs differ by the sign."""
+        banks = [self.of(expert) for expert in range(self.num_experts)]
+        mean = _mean(banks)
+        if self.num_experts == 2:
+            parts = order.split(row_products(gradient, self._convolve(x, *_distance(banks[0], mean))))
+            return torch.cat([-part if expert else part for expert, part in zip(order.present, parts, strict=True)])
+        products = []
+        for expert, part, part_gradient in zip(order.present, order.split(x), order.split(gradient), strict=True):
+            products.append(row_products(part_gradient, self._convolve(part, *_distance(banks[expert], mean))))
+        return torch.cat(products)
+
+    def all_outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """All experts' outputs for all images, where possible by one convolution."""
+        if self.form.groups > 1:  # the groups of a bank would be others than those of an expert
+            return [self.output(expert, x) for expert in range(self.num_experts)]
+        everyone = tuple(chain.from_iterable(self.form.rows))
+        bias = None if self.bias is None else expert_rows(self.bias, everyone)
+        return self._convolve(x, expert_rows(self.weight, everyone), bias).chunk(self.num_experts, dim=1)
+
+    def gradients(
+        self, expert: int, part: Tensor, gradient: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of one expert's convolution by its input, filters and bias, as far as wanted."""
+        (filters, _), form = self.of(expert), self.form
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            gradient,
+            part,
+            filters,
+            [len(filters)],
+            form.stride,
+            form.padding,
+            form.dilation,
+            False,
+            [0, 0],
+            form.groups,
+            list(wanted),
+        )
+        return found
+
+    def _convolve(self, part: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+        form = self.form
+        return F.conv2d(part, filters, bias, form.stride, form.padding, form.dilation, form.groups)
+
+
+def _mean(banks: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Filters and biases of the mean expert."""
+    biases = [bias for _, bias in banks if bias is not None]
+    return torch.stack([filters for filters, _ in banks]).mean(dim=0), torch.stack(biases).mean(0) if biases else None
+
+
+def _distance(of: tuple[Tensor, Tensor | None], mean: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Filters and biases of one expert, less those of the mean one."""
+    return of[0] - mean[0], None if of[1] is None or mean[1] is None else of[1] - mean[1]
+
+
+class _RoutedConvolution(torch.autograd.Function):
+    """The routed convolution as one node of autograd, which computes no gradient that nobody asks for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, decision: Decision, form: Form
+    ) -> Tensor:
+        experts = Convolution(weight, bias, form)
+        order = Order.of(decision.expert_index_B, experts.num_experts)
+        sorted_x = order.sort(x)
+        y = order.combine(
+            [experts.output(expert, part) for expert, part in zip(order.present, order.split(sorted_x), strict=True)]
+        )
+        ctx.order, ctx.decision, ctx.form = order, decision._replace(logits_BN=None, gate=None), form
+        _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
+        needs_x = of_weight or (of_gate and decision.signal != "own")
+        needs_y = of_gate and decision.signal in ("own", "sampled")
+        # without need for its values x serves as a tensor of the right form, which costs no memory
+        ctx.save_for_backward(sorted_x if needs_x else x, weight, bias, y if needs_y else None)
+        ctx.layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+        ctx.gate_dtype = None if gate is None else gate.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_gate = ctx.needs_input_grad[:4]
+        order, experts = ctx.order, Convolution(weight, bias, ctx.form)
+        gradient = gradient.contiguous(memory_format=ctx.layout)
+        sorted_gradient = order.sort(gradient)
+        of_x: list[Tensor] = []
+        of_weight: dict[int, Tensor] = {}
+        of_bias: dict[int, Tensor] = {}
+        if needs_x or needs_weight or needs_bias:
+            parts = zip(order.present, order.split(x), order.split(sorted_gradient), strict=True)
+            for expert, part, part_gradient in parts:
+                gradients = experts.gradients(expert, part, part_gradient, (needs_x, needs_weight, needs_bias))
+                of_x.append(gradients[0])
+                of_weight[expert], of_bias[expert] = gradients[1:]
+        of_gate = None
+        if needs_gate:
+            products_B = None if y is None else row_products(gradient, y)
+            of_gate = router_signal(ctx.decision, experts, order, x, products_B, sorted_gradient).to(ctx.gate_dtype)
+        return (
+            order.combine(of_x) if needs_x else None,
+            _bank_gradient(weight, ctx.form.rows, of_weight) if needs_weight else None,
+            _bank_gradient(bias, ctx.form.rows, of_bias) if needs_bias else None,
+            of_gate,
+            None,
+            None,
+        )
+
+
+def _bank_gradient(bank: Tensor, rows: Rows, of_experts: dict[int, Tensor]) -> Tensor:
+    """The gradient of a bank from those of the experts that had images."""
+    if stretches(tuple(chain.from_iterable(rows))) == ((0, len(bank)),):  # nothing is shared: one copy
+        size = len(rows[0])
+        return torch.cat([of_experts.get(e, bank.new_zeros(size, *bank.shape[1:])) for e in range(len(rows))])
+    gradient = torch.zeros_like(bank)
+    for expert, of_expert in of_experts.items():
+        place = 0
+        for start, stop in stretches(rows[expert]):
+            gradient[start:stop] += of_expert[place : place + stop - start]
+            place += stop - start
+    return gradient
+
+
+def _routed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, decision: Decision, form: Form) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # autograd sees these casts; it would not see those inside the node
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if computes_all(x, len(form.rows)):
+        experts = Convolution(weight, bias, form)
+        return select(experts.all_outputs(x), decision)
+    y: Tensor = _RoutedConvolution.apply(x, weight, bias, decision.gate, decision, form)
+    return y
 
 
 # The operator an exporter sees as one node. Its kernel is the function above; `moe_conv2d` below calls the function
-# itself while running eagerly, so that autograd differentiates through it. A schema has no list of lists: `rows` holds
+# itself while running eagerly, so that autograd sees its node. A schema has no list of lists: `rows` holds
 # the rows of all experts one after another, `size` of each.
 _operator = torch.library.custom_op(
     "advmoe::moe_conv2d",
-    lambda x, weight, bias, expert_index, rows, size, *geometry: _moe_conv2d(
-        x, weight, bias, expert_index, split_rows(rows, size), *geometry
+    lambda x, weight, bias, expert_index, rows, size, *geometry: _routed_convolution(
+        x, weight, bias, Decision(expert_index, None), Form(split_rows(rows, size), *geometry)
     ).clone(),
     mutates_args=(),
     schema=(
@@ -112,7 +256,7 @@ def moe_conv2d(
     x_BCHW: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    expert_index_B: Tensor,
+    decision: Decision | Tensor,
     *,
     rows: Rows,
     stride: int = 1,
@@ -120,13 +264,14 @@ def moe_conv2d(
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve image b with the filters of expert `expert_index_B[b]`.
+    """Convolve image b with the filters of the expert chosen for it.
 
     Args:
         x_BCHW: layer input.
         weight: weight bank [bank, C / groups, kh, kw]; expert e convolves with its rows rows[e].
         bias: bias bank [bank] or None, shared out in the same way.
-        expert_index_B: int64, one of range(len(rows)) per image.
+        decision: the experts chosen, with a gate where a router learns; or just the experts, int64 [B], each one of
+            range(len(rows)).
         rows: bank rows of each expert, in the order of its output channels.
         stride: as in `torch.nn.functional.conv2d`, the same in both directions; so are padding and dilation.
         padding: zeros added on each side.
@@ -136,14 +281,16 @@ def moe_conv2d(
     Returns:
         [B, len(rows[0]), H', W'], in batch order.
     """
-    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    if isinstance(decision, Tensor):
+        decision = Decision(decision, None)
+    form = Form(rows, [stride] * 2, [padding] * 2, [dilation] * 2, groups)
     if torch.compiler.is_exporting():
         flat = list(chain.from_iterable(rows))
         y_BCHW: Tensor = torch.ops.advmoe.moe_conv2d(
-            x_BCHW, weight, bias, expert_index_B, flat, len(rows[0]), *geometry
+            x_BCHW, weight, bias, decision.expert_index_B, flat, len(rows[0]), *form[1:]
         )
         return y_BCHW
-    return _moe_conv2d(x_BCHW, weight, bias, expert_index_B, rows, *geometry)
+    return _routed_convolution(x_BCHW, weight, bias, decision, form)
 
 
 class MoEConv2d(nn.Module):
@@ -170,21 +317,7 @@ class MoEConv2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor, decision: Decision) -> Tensor:
         """Output of each image's expert, [B, size, H', W'], in the expert's own (packed) channel order."""
-        y_BCHW = moe_conv2d(
-            x_BCHW,
-            self.weight,
-            None,
-            decision.expert_index_B,
-            rows=self.rows,
-            stride=self.stride,
-            padding=self.padding,
-        )
-        return pass_gate(y_BCHW, decision, lambda: self.mean_expert(x_BCHW))
-
-    def mean_expert(self, x_BCHW: Tensor) -> Tensor:
-        """Mean of all experts' outputs: one convolution with their mean filters."""
-        experts = [expert_rows(self.weight, rows) for rows in self.rows]
-        return F.conv2d(x_BCHW, torch.stack(experts).mean(dim=0), None, self.stride, self.padding)
+        return moe_conv2d(x_BCHW, self.weight, None, decision, rows=self.rows, stride=self.stride, padding=self.padding)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

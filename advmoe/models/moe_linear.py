@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.moe_conv import Rows, dispatch, expert_rows, split_rows
+from advmoe.models.dispatch import dispatch
+from advmoe.models.moe_conv import Rows, expert_rows, split_rows
 
 
 def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> Tensor:

@@ -62,6 +62,8 @@ class RoutedNetwork(nn.Module):
         else:
             tape = tape_type(self.routers, self.router_of_layer, None if pathways is None else self._as_rows(pathways))
         x_BCHW = (images - self.mean) / self.std
+        if not torch.compiler.is_exporting():  # an exported file says nothing of layouts
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)
         logits = self.run(x_BCHW, tape)

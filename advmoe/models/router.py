@@ -63,7 +63,7 @@ class Router(nn.Module):
         expert_index_B = logits_BN.argmax(dim=1)
         learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
         gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if learns else None
-        return Decision(expert_index_B, logits_BN, gate_B, against_mean=self.router_gradient == "advantage")
+        return Decision(expert_index_B, logits_BN, gate_B, "mean" if self.router_gradient == "advantage" else "own")
 
 
 class ImageRouter(Router):

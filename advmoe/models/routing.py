@@ -11,25 +11,35 @@ share one).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from advmoe.config import RouterGradient
 
+Signal = Literal["own", "mean", "all", "sampled"]
+"""What a decision's gate multiplies (`Decision.gate`)."""
+
 
 class Decision(NamedTuple):
-    """What one router decided for a batch.
-
-    `gate_B` is exactly 1 in value; it only carries the router's gradient, and is None where none is wanted.
-    """
+    """What one router decided for a batch. The layer's output is that of the expert chosen, whatever the gate says."""
 
     expert_index_B: Tensor
     logits_BN: Tensor | None
-    gate_B: Tensor | None
-    against_mean: bool = False
-    """The gate multiplies what sets the chosen expert apart from the mean one, not its whole output."""
+    gate: Tensor | None = None
+    """Carries the router's gradient; None where none is wanted. Its value does not matter. With g_b the gradient of
+    the loss by image b's output, y_e the output of expert e for that image and c the expert chosen, the gradient of the
+    gate is
+
+    - `own`, a gate [B]: <g_b, y_c>. It learns whether the loss wants the output scaled, which no choice can answer.
+    - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, how the loss changes along what sets the chosen expert apart.
+    - `all`, a gate [B, N]: <g_b, y_e> in column e, how the loss changes toward every expert. Costs N experts backward.
+    - `sampled`, a gate [B, N]: the same in columns c and `other_B[b]`, 0 elsewhere. Costs one expert backward.
+    """
+    signal: Signal = "own"
+    other_B: Tensor | None = None
+    """For `sampled`: another expert for each image, int64 in [0, N)."""
 
 
 class Routing(NamedTuple):
@@ -43,30 +53,13 @@ def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradi
     """A factor of value 1 that lets gradients through the argmax.
 
     `softmax` and `advantage`: p_e / stopgrad(p_e), whose gradient reaches all logits; they differ in what the gate
-    multiplies (`pass_gate`). `straight_through`: 1 + logit_e - stopgrad(logit_e), the gradient reaches the chosen logit
+    multiplies (`Decision`). `straight_through`: 1 + logit_e - stopgrad(logit_e), the gradient reaches the chosen logit
     only (as in the authors' released code). The softmax form is evaluated in log space, where nothing underflows.
     """
     score_BN = logits_BN if router_gradient == "straight_through" else logits_BN.log_softmax(dim=1)
     score_B = score_BN.gather(1, expert_index_B.unsqueeze(1)).squeeze(1)
     difference_B = score_B - score_B.detach()
     return 1.0 + difference_B if router_gradient == "straight_through" else difference_B.exp()
-
-
-def pass_gate(y: Tensor, decision: Decision, mean: Callable[[], Tensor]) -> Tensor:
-    """The chosen experts' output y [B, ...] unchanged, with the router's gradient attached.
-
-    A gate on the whole output learns whether the loss wants the output scaled, which no choice of expert can answer. A
-    gate on the distance from `mean()`, the mean of all experts' outputs, learns how the loss changes along it; for
-    N = 2 it is half the way from the other expert. That costs one more forward convolution while routers learn.
-    """
-    if decision.gate_B is None:
-        return y
-    gate = decision.gate_B.reshape(-1, *[1] * (y.ndim - 1))
-    if not decision.against_mean:
-        return y * gate
-    with torch.no_grad():
-        advantage = y - mean()
-    return y + (gate - 1.0) * advantage
 
 
 class RoutingTape:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelConfig, check
 from advmoe.models.channels import Channels
+from advmoe.models.dispatch import Order, route, row_products
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
-from advmoe.models.moe_conv import dispatch, split_rows
+from advmoe.models.moe_conv import split_rows
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, RoutingTape, pass_gate
+from advmoe.models.routing import Decision, RoutingTape
 
 DEPTH = 12
 HEADS = 6
@@ -112,18 +113,25 @@ class RoutedMLP(nn.Module):
         if torch.compiler.is_exporting():
             y_RTD: Tensor = self.reduce(F.gelu(self.expand(x_RTD, index_R)), index_R)
         else:  # both layers of an expert on its rows: one dispatch instead of two
-            y_RTD = dispatch(x_RTD, index_R, self.expand.num_experts, self.one_expert)
-        y_RTD = pass_gate(y_RTD, decision, lambda: self.mean_expert(x_RTD))
+            y_RTD = route(x_RTD, decision, self)
         return y_RTD.transpose(1, 2).unsqueeze(3)
 
-    def mean_expert(self, x_RTD: Tensor) -> Tensor:
-        """Mean of all experts' outputs, [R, T, D]."""
-        outputs = [self.one_expert(expert, x_RTD) for expert in range(self.expand.num_experts)]
-        return torch.stack(outputs).mean(dim=0)
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.expand.num_experts
 
-    def one_expert(self, expert: int, x_RTD: Tensor) -> Tensor:
-        """Output of one expert for all rows."""
-        return self.reduce.one_expert(expert, F.gelu(self.expand.one_expert(expert, x_RTD)))
+    def output(self, expert: int, part: Tensor) -> Tensor:
+        """Output of one expert for rows [b, T, D]."""
+        return self.reduce.one_expert(expert, F.gelu(self.expand.one_expert(expert, part)))
+
+    def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
+        """<gradient, own output - mean of all experts' outputs> of each row of a sorted batch."""
+        products = []
+        for expert, part, part_gradient in zip(order.present, order.split(x), order.split(gradient), strict=True):
+            outputs = torch.stack([self.output(each, part) for each in range(self.num_experts)])
+            products.append(row_products(part_gradient, outputs[expert] - outputs.mean(dim=0)))
+        return torch.cat(products)
 
 
 class Block(nn.Module):

@@ -18,12 +18,14 @@ filter that changes slots from expert to expert, as some must if N > 2, has no c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from advmoe.models.modes import submodules
 from advmoe.models.moe_conv import MoEConv2d, Rows
 from advmoe.models.moe_linear import MoELinear
 
@@ -42,43 +44,68 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
     return tuple(min(slots[row]) if len(slots[row]) == 1 else size + row for row in range(len(slots)))
 
 
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Which rows of a bank share a slot."""
+
+    slot_of_R: Tensor
+    """int64 [bank], the slot of each row."""
+    count_S: Tensor
+    """How many rows each slot has, at least 1."""
+    copies: int | None
+    """N, where row i fills slot i % (bank / N): experts lie one after another and share nothing."""
+
+    @classmethod
+    def of(cls, slots: Sequence[int], device: torch.device | None = None) -> Slots:
+        """From the slot of each row."""
+        slot_of_R = torch.tensor(slots, device=device)
+        size = max(slots) + 1
+        tiled = list(slots) == [row % size for row in range(len(slots))] and len(slots) % size == 0
+        return cls(slot_of_R, slot_of_R.bincount().clamp(min=1), len(slots) // size if tiled else None)
+
+
 @lru_cache(maxsize=256)
-def _shared_slots(rows: Rows, device: torch.device) -> Tensor | None:
-    """`slot_of_row` on a device, made once and not in every step; None if every slot has one filter only."""
+def _shared_slots(rows: Rows, device: torch.device) -> Slots | None:
+    """The slots of a bank on a device, made once and not in every step; None if every slot has one filter only."""
     slots = slot_of_row(rows)
-    return torch.tensor(slots, device=device) if len(set(slots)) < len(slots) else None
+    return Slots.of(slots, device) if len(set(slots)) < len(slots) else None
 
 
-def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Weight banks in which some slot has several filters, and the slot of each row, int64 [bank]."""
-    for module in model.modules():
+def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Slots]]:
+    """Weight banks in which some slot has several filters, and their slots."""
+    for module in submodules(model):
         if isinstance(module, MoEConv2d | MoELinear):
-            slots_R = _shared_slots(module.rows, module.weight.device)
-            if slots_R is not None:
+            slots = _shared_slots(module.rows, module.weight.device)
+            if slots is not None:
                 for bank in module.parameters():
-                    yield bank, slots_R
+                    yield bank, slots
 
 
 @torch.no_grad()
 def start_equal(model: nn.Module) -> None:
     """Give all filters of a slot the values of the first one."""
-    for weight, slots_R in expert_banks(model):
-        slots, positions_R = slots_R.unique(return_inverse=True)
-        rows_R = torch.arange(len(weight), device=weight.device)
-        first = torch.full_like(slots, len(weight)).scatter_reduce(0, positions_R, rows_R, "amin")
-        weight.copy_(weight[first[positions_R]])
+    for weight, slots in expert_banks(model):
+        first_of: dict[int, int] = {}
+        first = [first_of.setdefault(slot, row) for row, slot in enumerate(slots.slot_of_R.tolist())]
+        weight.copy_(weight[first])
 
 
 @torch.no_grad()
-def couple_gradients(model: nn.Module, specialisation: float) -> None:
-    """Replace the experts' gradients by the coupled ones, in place; banks without a gradient are left alone."""
-    for weight, slots_R in expert_banks(model):
+def couple_gradients(banks: Iterable[tuple[nn.Parameter, Slots]], specialisation: float) -> None:
+    """Replace gradients of expert banks by the coupled ones, in place; banks without a gradient are left alone."""
+    for weight, slots in banks:
         if weight.grad is not None:
-            weight.grad.copy_(coupled(weight.grad, slots_R, specialisation))
+            couple(weight.grad, slots, specialisation)
 
 
-def coupled(gradient: Tensor, slots_R: Tensor, specialisation: float) -> Tensor:
-    """The formula above for the gradient [R, ...] of a bank whose row i fills slot slots_R[i]."""
-    count = torch.bincount(slots_R).clamp(min=1).reshape(-1, *[1] * (gradient.ndim - 1))
-    total = gradient.new_zeros(len(count), *gradient.shape[1:]).index_add_(0, slots_R, gradient)
-    return total[slots_R] + specialisation * (gradient - (total / count)[slots_R])
+def couple(gradient: Tensor, slots: Slots, specialisation: float) -> None:
+    """Apply the formula above in place to the gradient [R, ...] of a bank."""
+    if slots.copies is not None:
+        of_expert = gradient.unflatten(0, (slots.copies, -1))
+        total = of_expert.sum(dim=0)
+        of_expert.mul_(specialisation).add_(total, alpha=1.0 - specialisation / slots.copies)
+        return
+    count = slots.count_S.reshape(-1, *[1] * (gradient.ndim - 1))
+    total = gradient.new_zeros(len(count), *gradient.shape[1:]).index_add_(0, slots.slot_of_R, gradient)
+    common = total - specialisation * (total / count)
+    gradient.mul_(specialisation).add_(common.index_select(0, slots.slot_of_R))

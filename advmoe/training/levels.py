@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import nn
 
 from advmoe.config import TrainConfig, check_together
+from advmoe.models.modes import set_training, submodules
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.coupling import couple_gradients, start_equal
+from advmoe.training.coupling import couple_gradients, expert_banks, start_equal
 
 LevelName = Literal["routers", "experts", "masks", "all"]
 
@@ -28,10 +30,10 @@ class Level:
     model: RoutedNetwork
     optimizer: torch.optim.Optimizer
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """What this level may change."""
-        fixed = {id(parameter) for parameter in self._fixed_parameters()}
+        fixed = {id(parameter) for parameter in self._fixed}
         known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         return [parameter for parameter in known if id(parameter) not in fixed]
 
@@ -47,22 +49,35 @@ class Level:
         normalise by the batch, and fixed routers decide on such features: not always as at inference. Taking the
         decisions of inference instead made the experts learn worse (docs/log.md).
         """
-        fixed = list(self._fixed_parameters())
-        for parameter in fixed:
+        routers, others = self._modules
+        for parameter in self._fixed:
             parameter.requires_grad_(False)
-        self.model.train(self.name != "routers")
-        self.model.routers.train(self.name != "experts")
+        set_training(others, self.name != "routers")
+        set_training(routers, self.name != "experts")
         try:
             yield
         finally:
-            self.model.train()
-            for parameter in fixed:
+            set_training(others, True)
+            set_training(routers, True)
+            for parameter in self._fixed:
                 parameter.requires_grad_(True)
 
-    def _fixed_parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameters in parts(self.model).items():
-            if self.name not in {name, "all"}:
-                yield from parameters
+    @cached_property
+    def _fixed(self) -> list[nn.Parameter]:
+        """What this level may not change. Listed once: a network's parameters stay the same objects for life."""
+        return [
+            parameter
+            for name, parameters in parts(self.model).items()
+            if self.name not in {name, "all"}
+            for parameter in parameters
+        ]
+
+    @cached_property
+    def _modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The modules of the routers, and all others."""
+        routers = submodules(self.model.routers)
+        known = set(map(id, routers))
+        return routers, [module for module in submodules(self.model) if id(module) not in known]
 
 
 def parts(model: RoutedNetwork) -> dict[LevelName, list[nn.Parameter]]:
@@ -89,6 +104,7 @@ def make_levels(
     specialisation = config.specialisation
     if fresh and specialisation is not None:
         start_equal(model)
+    banks = list(expert_banks(model)) if specialisation is not None else []
     levels = []
     for name in names:
         parameters = list(model.parameters()) if name == "all" else parts(model)[name]
@@ -96,6 +112,6 @@ def make_levels(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         if name in {"experts", "all"} and specialisation is not None:
-            optimizer.register_step_pre_hook(lambda *_: couple_gradients(model, specialisation))
+            optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialisation))
         levels.append(Level(name, model, optimizer))
     return levels

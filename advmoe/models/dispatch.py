@@ -1,0 +1,258 @@
+"""Dispatch and combine: each image goes to its own expert and comes back to its place; nothing is computed twice.
+
+Images are sorted by expert, every expert works on its stretch, and the results return to batch order. Backward, the
+inverse permutation takes the place of the zero-filled, accumulating scatter that autograd derives from indexing.
+
+What a router learns from is computed here too, in the backward pass alone (`router_signal`): how much the loss would
+change, to first order, if the layer's output moved toward another expert's.
+
+Shape suffixes: B images (or other rows that are routed as one), N experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from advmoe.models.routing import Decision
+
+PIECES = 1024
+"""A batch on a CPU is put together from up to this many pieces in one copy; from more, by an index in two."""
+
+
+class Experts(Protocol):
+    """The experts of one layer."""
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+
+    def output(self, expert: int, part: Tensor) -> Tensor:
+        """What an expert makes of rows [b, ...]."""
+
+    def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
+        """<gradient_b, y_c - mean of all y_e> for each row b of a sorted batch, c being its own expert; [B]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The images of a batch sorted by expert, and the way back."""
+
+    expert_index_B: Tensor
+    order_B: Tensor
+    """int64: the image at each place of the sorted batch."""
+    present: tuple[int, ...]
+    """Experts that have images, increasing; expert 0 alone for an empty batch."""
+    counts: tuple[int, ...]
+    """How many each of them has."""
+
+    @classmethod
+    def of(cls, expert_index_B: Tensor, num_experts: int) -> Order:
+        """The order of a batch; on a GPU the host has to wait for it, because it must know the counts."""
+        counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
+        present = tuple(expert for expert, count in enumerate(counts) if count) or (0,)
+        order_B = expert_index_B if len(present) == 1 else expert_index_B.argsort(stable=True)
+        return cls(expert_index_B, order_B, present, tuple(counts[expert] for expert in present))
+
+    @property
+    def alone(self) -> bool:
+        """Whether one expert has all images, so that nothing has to move."""
+        return len(self.present) == 1
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Rows of a tensor [B, ...] in the order of their experts."""
+        if self.alone:
+            return x
+        if is_channels_last(x):
+            return x.permute(0, 2, 3, 1).index_select(0, self.order_B).permute(0, 3, 1, 2)
+        return x.index_select(0, self.order_B)
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The stretches of a sorted tensor, one for each expert that is present."""
+        return (x,) if self.alone else x.split(self.counts)
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """Stretches, one for each expert that is present -> [B, ...] in batch order."""
+        if self.alone:
+            return parts[0]
+        if all(is_channels_last(part) for part in parts):
+            return self._combine([part.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
+        return self._combine(parts)
+
+    def _combine(self, parts: Sequence[Tensor]) -> Tensor:
+        if parts[0].is_cpu:
+            experts, lengths = torch.unique_consecutive(self.expert_index_B, return_counts=True)
+            if len(experts) <= PIECES:  # images of one expert that follow each other do so in its part
+                part_of, used = dict(zip(self.present, parts, strict=True)), dict.fromkeys(self.present, 0)
+                pieces = []
+                for expert, length in zip(experts.tolist(), lengths.tolist(), strict=True):
+                    pieces.append(part_of[expert].narrow(0, used[expert], length))
+                    used[expert] += length
+                return torch.cat(pieces)
+        inverse_B = torch.empty_like(self.order_B)
+        inverse_B[self.order_B] = torch.arange(len(self.order_B), device=self.order_B.device)
+        return torch.cat(list(parts)).index_select(0, inverse_B)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images lie in memory place by place, and not channel by channel (or it makes no difference)."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Sort(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return order.sort(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.order.combine(ctx.order.split(gradient)), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, order: Order, *parts: Tensor) -> Tensor:
+        ctx.order = order
+        return order.combine(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.order.split(ctx.order.sort(gradient))
+
+
+def dispatch(x: Tensor, expert_index_B: Tensor, num_experts: int, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Apply `compute(expert, sub_batch)` to the images of each expert that has any, and combine in batch order."""
+    order = Order.of(expert_index_B, num_experts)
+    if order.alone:  # also an empty batch, whose shape an expert knows
+        return compute(order.present[0], x)
+    parts = order.split(_Sort.apply(x, order))
+    y: Tensor = _Combine.apply(
+        order, *[compute(expert, part) for expert, part in zip(order.present, parts, strict=True)]
+    )
+    return y
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row of a [B, ...] with the same row of b, [B]."""
+    if is_channels_last(a):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
+
+
+def router_signal(
+    decision: Decision, experts: Experts, order: Order, x: Tensor, y_B: Tensor | None, gradient: Tensor
+) -> Tensor:
+    """The gradient of a decision's gate, from that of the layer's output (`advmoe.models.routing.Decision`).
+
+    Args:
+        decision: names the signal.
+        experts: of the layer.
+        order: of the batch.
+        x: the layer's input [B, ...], sorted.
+        y_B: inner products of the layer's output and its gradient, in batch order; for `own` and `sampled`.
+        gradient: of the loss by the layer's output, sorted.
+
+    Returns:
+        [B] for `own` and `mean`, [B, N] for `all` and `sampled`, in batch order.
+    """
+    if decision.signal == "own":
+        assert y_B is not None
+        return y_B
+    if decision.signal == "mean":
+        if experts.num_experts == 1:
+            return gradient.new_zeros(len(gradient))
+        return order.combine(order.split(experts.along_advantage(order, x, gradient)))
+    if decision.signal == "all":
+        columns = [row_products(gradient, experts.output(expert, x)) for expert in range(experts.num_experts)]
+        return order.combine(order.split(torch.stack(columns, dim=1)))
+    assert decision.other_B is not None
+    assert y_B is not None
+    others = Order.of(order.sort(decision.other_B), experts.num_experts)
+    parts = zip(others.present, others.split(others.sort(x)), others.split(others.sort(gradient)), strict=True)
+    other_B = others.combine([row_products(g, experts.output(expert, part)) for expert, part, g in parts])
+    signal_BN = gradient.new_zeros(len(gradient), experts.num_experts)
+    signal_BN.scatter_(1, decision.other_B[:, None], order.combine(order.split(other_B))[:, None])
+    return signal_BN.scatter_(1, decision.expert_index_B[:, None], y_B[:, None])
+
+
+class _Gate(torch.autograd.Function):
+    """The output as it is; in the backward pass, the gate's gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, x: Tensor, decision: Decision, experts: Experts) -> Tensor:
+        ctx.decision, ctx.experts, ctx.kind = decision._replace(logits_BN=None, gate=None), experts, gate.dtype
+        ctx.save_for_backward(x, y)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        order = Order.of(ctx.decision.expert_index_B, ctx.experts.num_experts)
+        of_gate = router_signal(
+            ctx.decision, ctx.experts, order, order.sort(x), row_products(gradient, y), order.sort(gradient)
+        )
+        return gradient, of_gate.to(ctx.kind), None, None, None
+
+
+def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
+    """Each row's output by its own expert, with the router's gradient attached.
+
+    Where a graph must not depend on the data (`computes_all`), all experts are computed and one is selected.
+    """
+    if computes_all(x, experts.num_experts):
+        return select([experts.output(expert, x) for expert in range(experts.num_experts)], decision)
+    y = dispatch(x, decision.expert_index_B, experts.num_experts, experts.output)
+    if decision.gate is None:
+        return y
+    gated: Tensor = _Gate.apply(y, decision.gate, x.detach(), decision, experts)
+    return gated
+
+
+def computes_all(x: Tensor, num_experts: int) -> bool:
+    """Whether all experts are computed and one is selected, instead of sorting the images by expert.
+
+    A compiled graph has no other way, and on a GPU two experts cost less than the host's wait for the counts.
+    """
+    return torch.compiler.is_compiling() or (x.is_cuda and num_experts <= 2)
+
+
+def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:
+    """The chosen one of all experts' outputs, each [B, ...]; value and gradients are those of `route`."""
+    y = _pick(outputs, decision.expert_index_B)
+    if decision.gate is None:
+        return y
+    change = (decision.gate - decision.gate.detach()).to(y.dtype)
+    if decision.signal == "own":
+        terms = [(change, y)]
+    elif decision.signal == "mean":
+        with torch.no_grad():
+            terms = [(change, y - torch.stack(list(outputs)).mean(dim=0))]
+    elif decision.signal == "all":
+        terms = list(zip(change.unbind(1), outputs, strict=True))
+    else:
+        assert decision.other_B is not None
+        chosen_B1, other_B1 = decision.expert_index_B[:, None], decision.other_B[:, None]
+        of_other_B1 = torch.where(other_B1 == chosen_B1, 0.0, change.gather(1, other_B1))
+        terms = [
+            (change.gather(1, chosen_B1), y),
+            (of_other_B1, _pick(outputs, decision.other_B)),
+        ]
+    return y + sum(factor.reshape(-1, *(1,) * (y.ndim - 1)) * output.detach() for factor, output in terms)
+
+
+def _pick(outputs: Sequence[Tensor], index_B: Tensor) -> Tensor:
+    """outputs[index_B[b]][b] for each b, exactly, even where another output is not finite."""
+    shape = (-1, *(1,) * (outputs[0].ndim - 1))
+    y = outputs[0]
+    for expert, output in enumerate(outputs[1:], start=1):
+        y = torch.where((index_B == expert).reshape(shape), output, y)
+    return y
