@@ -1,9 +1,11 @@
 """Data sets by name, image sets as values, the embedded digits, and validation splits."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from advmoe.data.digits import load_digits
+from advmoe.data.digits import ORIGINALS, load_digits
 from advmoe.data.sources import ImageSet, dataset_info, dataset_names, load_dataset
 from advmoe.data.splits import split_validation
 from advmoe.errors import ConfigError, DataError
@@ -84,6 +86,15 @@ def test_digits_are_complete_balanced_and_always_the_same() -> None:
     assert set(np.bincount(first.test.labels)) <= {35, 36, 37}
     np.testing.assert_array_equal(first.test.images, second.test.images)
     np.testing.assert_array_equal(first.train.labels, second.train.labels)
+
+
+def test_digits_need_nothing_but_the_package_and_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    originals = pytest.importorskip("sklearn.datasets").load_digits()
+    with np.load(ORIGINALS) as packed:
+        np.testing.assert_array_equal(packed["images"], originals.images)
+        np.testing.assert_array_equal(packed["labels"], originals.target)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # an import of it fails
+    assert len(load_digits().train) == 1437
 
 
 def test_digits_span_the_grey_levels_and_match_their_stated_statistics() -> None:
