@@ -1,15 +1,26 @@
-"""Files that are never seen half-written."""
+"""Files that are never seen half-written, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from advmoe.errors import ConfigError
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)`, then put the file in place of `path` in one move."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary_path)`, then put the file in place of `path` in one move.
+
+    Raises:
+        OSError: the file cannot be written; `path` is as it was, and the error names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -22,6 +33,69 @@ def write_atomically(path: Path, write: Any) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for a text, in UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed writes of these files left in a folder that nobody else writes to now."""
+    for name in names:
+        for pattern in (f".{name}.*", f"{name}.*.partial"):
+            for leftover in folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """The right to write to a folder, held by one process at a time.
+
+    The operating system releases the lock when its process ends, however it ends, so a stale lock does not exist.
+    A file beside it names the owner, for the message that others get.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / ".lock"
+        self._owner = folder / ".owner"
+        self._lock = FileLock(self._path, timeout=0, thread_local=False)
+
+    def acquire(self) -> None:
+        """Take the lock, unless this object holds it already.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout:
+            owner = self._owner.read_text().strip() if self._owner.exists() else "another process"
+            raise ConfigError(
+                f"{owner} is writing to {self._folder}; wait until it has ended, or choose another folder", "out"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk takes the name away, not the lock
+            self._owner.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+
+    def release(self) -> None:
+        """Let others write, and leave nothing behind."""
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,12 +1,14 @@
 """Small data and small networks that several test files share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import train
 from torch import Tensor, nn
 
 import advmoe
@@ -119,3 +121,11 @@ def small_moe() -> Callable[..., SmallMoE]:
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a complete run; not to be changed."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train(digits, path)
+    return path

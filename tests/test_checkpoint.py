@@ -8,7 +8,7 @@ import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -80,8 +80,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
 ) -> None:
     before = saved.read_bytes()
 
-    def interrupt(contents: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def interrupt(contents: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupt)

@@ -145,7 +145,7 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
             ["train", "digits", "--image-size", "64"],
             r"images of digits are 32 pixels wide and are not resized, got .* 64",
         ),
-        (["train", "digits", "--resume"], r"no checkpoint at .*last\.pt"),
+        (["train", "digits", "--resume"], r"holds no run to go on with; leave out --resume"),
         (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
         (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
         (["train", "cifar10", "--data-dir", "file"], r"file is a file; give the folder"),

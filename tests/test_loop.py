@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,123 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, resumed, scripted, train
 from torch import Tensor, nn
 
-from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
-from advmoe.evaluation.accuracy import Evaluation
 from advmoe.routing_log import RouteLog
 from advmoe.training import loop
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.loop import Trainer, cosine
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
-
-MODEL = ModelConfig(arch="vgg16", kind="moe", width=0.0625)
-# 16 images in batches of 8 are 2 steps an epoch, 4 in all; 10 validation images under a short attack.
-TRAIN = TrainConfig(
-    dataset="digits",
-    epochs=2,
-    batch_size=8,
-    limit_train=16,
-    val_limit=10,
-    val_attack=AttackConfig(eps=8 / 255, steps=1),
-    flip=False,
-)
-STANDARD = dataclasses.replace(TRAIN, method="standard")
-"""The same without attacks in training, where they do not matter."""
-
-
-class Observer:
-    """Notes what it is told; asks the trainer to stop, or fails, after a step."""
-
-    def __init__(self, *, stop_after: int | None = None, fail_after: int | None = None) -> None:
-        self.stop_after, self.fail_after = stop_after, fail_after
-        self.trainer: Trainer | None = None
-        self.steps: list[int] = []
-        self.records: list[dict[str, Any]] = []
-        self.warnings: list[str] = []
-
-    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
-        assert (epochs, steps_per_epoch) == (2, 2)
-
-    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
-        self.steps.append(step)
-        if step == self.fail_after:
-            raise MemoryError
-        if step == self.stop_after:
-            assert self.trainer is not None
-            self.trainer.request_stop()
-
-    def validated(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def warned(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-def train(
-    dataset: Dataset,
-    path: Path,
-    config: TrainConfig = TRAIN,
-    *,
-    model: ModelConfig = MODEL,
-    observer: Any = None,
-    resume: Checkpoint | None = None,
-    before: Callable[[Trainer], None] = lambda trainer: None,
-) -> bool:
-    observer = observer or Observer()
-    with RunFolder(path) as folder:
-        trainer = Trainer(model, config, dataset, folder, device=torch.device("cpu"), observer=observer, resume=resume)
-        observer.trainer = trainer
-        before(trainer)
-        return trainer.fit()
-
-
-def resumed(dataset: Dataset, path: Path, config: TrainConfig = TRAIN, **more: Any) -> bool:
-    return train(dataset, path, config, resume=load_checkpoint(path / "last.pt"), **more)
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Everything a run left that does not depend on the clock."""
-    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {"records": [{**record, "images_per_second": 0} for record in records]}
-    if (path / "routes.npz").exists():
-        found["routes"] = (path / "routes.npz").read_bytes()
-    for name in ("last", "best"):
-        checkpoint = load_checkpoint(path / f"{name}.pt")
-        metrics = {**checkpoint.metrics, "images_per_second": 0}
-        found[name] = dataclasses.replace(checkpoint, metrics=metrics)
-    return found
-
-
-def assert_identical(left: Any, right: Any, where: str = "") -> None:
-    """Equal to the last bit, whatever they are nested in."""
-    assert type(left) is type(right), where
-    if isinstance(left, Tensor):
-        assert left.dtype == right.dtype, where
-        assert torch.equal(left, right), where
-    elif dataclasses.is_dataclass(left):
-        for field in dataclasses.fields(left):
-            assert_identical(getattr(left, field.name), getattr(right, field.name), f"{where}.{field.name}")
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for name in left:
-            assert_identical(left[name], right[name], f"{where}.{name}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for position, pair in enumerate(zip(left, right, strict=True)):
-            assert_identical(*pair, f"{where}[{position}]")
-    else:
-        assert left == right, where
-
-
-@pytest.fixture(scope="module")
-def whole_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "run"
-    assert train(digits, path)
-    return path
 
 
 def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
@@ -261,17 +154,6 @@ def test_a_line_of_metrics_that_a_crash_cut_short_is_no_obstacle(
         file.write('{"epoch": 2, "val_s')
     assert resumed(digits, tmp_path / "run")
     assert_identical(contents(tmp_path / "run"), contents(whole_run))
-
-
-def scripted(*shares: float) -> Callable[..., Evaluation]:
-    """An evaluation of ten images that finds these RAs, one after the other."""
-    left = list(shares)
-
-    def evaluate(model: nn.Module, images: object, attack: AttackConfig, *, seed: int, **_: object) -> Evaluation:
-        nothing, number = np.zeros((10, 12), np.int64), np.arange(10)
-        return Evaluation(number < 9, number < 10 * left.pop(0), attack, seed, nothing, nothing)
-
-    return evaluate
 
 
 def test_the_best_checkpoint_is_the_first_of_the_highest_validation_ra(

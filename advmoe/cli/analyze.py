@@ -34,7 +34,7 @@ def analyze(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
-    from advmoe.files import write_atomically
+    from advmoe.files import write_text_atomically
     from advmoe.reports.figures import analysis_figures
     from advmoe.routing_log import RouteLog
     from advmoe.training.checkpoint import load_checkpoint
@@ -43,14 +43,10 @@ def analyze(
     model = model_of(card["advmoe"]["model"])
     sparse = None if mask is None else load_checkpoint(mask).build()
     found = analyse(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
-    text = json_text.dumps(found, indent=1) + "\n"
-    write_atomically(evaluation / ANALYSIS, lambda temporary: temporary.write_text(text))
+    write_text_atomically(evaluation / ANALYSIS, json_text.dumps(found, indent=1) + "\n")
     if figures:
         for name, svg in analysis_figures(found).items():
-            content = svg + "\n"
-            write_atomically(
-                evaluation / f"{name}.svg", lambda temporary, content=content: temporary.write_text(content)
-            )
+            write_text_atomically(evaluation / f"{name}.svg", svg + "\n")
     if json:
         console.emit_json(found)
         return

@@ -6,6 +6,7 @@ A command imports its libraries when it runs: help and mistaken arguments need n
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from advmoe.cli.predict import predict
 from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
 from advmoe.cli.reproduce import reproduce
+from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, handling, terminate
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError
 
@@ -46,11 +48,11 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 an error of the user's, 130 interrupted).
+    """Run the command line; returns the exit code (0 done, 1 an error of the user's, 130 interrupted, 143 terminated).
 
     A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the traceback is shown too.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), handling(signal.SIGTERM, terminate):
         warnings.showwarning = show_warning
         return run(arguments)
 
@@ -62,12 +64,12 @@ def run(arguments: Sequence[str] | None) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         console.fail("interrupted")
-        return 130
-    except KeyboardInterrupt:
-        console.fail("interrupted")
-        return 130
+        return INTERRUPTED
+    except Terminated:
+        console.fail("terminated")
+        return TERMINATED
     except BrokenPipeError:
         sys.stderr.close()
         return 1

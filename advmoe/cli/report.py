@@ -26,7 +26,7 @@ def report(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
-    from advmoe.files import write_atomically
+    from advmoe.files import write_text_atomically
     from advmoe.reports.html import render
     from advmoe.routing_log import RouteLog
     from advmoe.training.checkpoint import load_checkpoint
@@ -51,5 +51,5 @@ def report(
             )
         )
     html = render(cards, analyses)
-    write_atomically(out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    write_text_atomically(out, html)
     console.note(f"written to {out}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, terminal_interrupts_children
 from advmoe.config import one_of
 from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.recipes import Recipe
@@ -93,7 +95,7 @@ def reproduce(
     What is finished is not done again: after an interruption the same command goes on where it stopped. At the paper's
     settings most take GPU-days; --train and --evaluate make them smaller, and the result says so.
     """
-    from advmoe.files import write_atomically
+    from advmoe.files import write_text_atomically
 
     experiment = EXPERIMENTS[one_of("table or figure", name, EXPERIMENTS)]
     chosen = [
@@ -123,7 +125,7 @@ def reproduce(
         "runs": results,
     }
     text = jsonlib.dumps(table, indent=2) + "\n"
-    write_atomically(out / f"{name}.json", lambda temporary: temporary.write_text(text))
+    write_text_atomically(out / f"{name}.json", text)
     for dataset, title in reports(name, chosen).items():
         folders = [str(evaluated(recipe, name, runs)) for recipe in chosen if recipe.dataset == dataset]
         run("report", *folders, *mask, "--out", str(out / f"{title}.html"), json=False)
@@ -172,18 +174,42 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
 
     Raises:
         AdvMoEError: it failed; it has said why.
-        KeyboardInterrupt: it was interrupted.
+        KeyboardInterrupt: it was interrupted, or this process was.
+        Terminated: the same by SIGTERM.
     """
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))
     process = [sys.executable, "-m", "advmoe", command, *arguments, *(["--json"] if json else [])]
-    done = subprocess.run(process, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode == 130:
+    status, output = run_to_its_end(process)
+    if status == INTERRUPTED:
         raise KeyboardInterrupt
-    if done.returncode != 0:
+    if status == TERMINATED:
+        raise Terminated
+    if status != 0:
         raise AdvMoEError(f"'{shlex.join(line)}' failed (see above); mend it and give the same command again to go on")
-    result: dict[str, Any] = jsonlib.loads(done.stdout) if json else {}
+    result: dict[str, Any] = jsonlib.loads(output) if json else {}
     return result
+
+
+def run_to_its_end(process: Sequence[str]) -> tuple[int, str]:
+    """Exit status and output of a process. A signal is passed on, and what it ends is waited for."""
+    with subprocess.Popen(process, stdout=subprocess.PIPE, text=True) as child:
+        ended_by: BaseException | None = None
+        while True:
+            try:
+                output = "" if ended_by else child.communicate()[0]
+                status = child.wait()
+            except Terminated as error:
+                ended_by = error
+                child.send_signal(signal.SIGTERM)
+            except KeyboardInterrupt as error:
+                ended_by = error
+                if not terminal_interrupts_children():
+                    child.send_signal(signal.SIGINT)
+            else:
+                if ended_by is not None:
+                    raise ended_by
+                return status, output
 
 
 def shown(result: Mapping[str, Any], path: str) -> str:

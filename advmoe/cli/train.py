@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, option, resolve_device, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
+from advmoe.cli.signals import stopping
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.recipes import recipe as find_recipe
 from advmoe.settings import resolve, sort_settings
 
-if TYPE_CHECKING:
-    from advmoe.training.loop import Trainer
-
 RUN = "Run"
-
-
-@contextmanager
-def stopping_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C lets the step under way finish and saves; the second one interrupts at once."""
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        console.note("stopping after this step and saving (press Ctrl-C again to stop at once)")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        trainer.request_stop()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @takes_settings_of(ModelConfig, TrainConfig, TrainingAttack)
@@ -68,7 +46,7 @@ def train(
 
     Writes config.json, metrics.jsonl, TensorBoard events, routes.npz (who took which experts in the last two epochs),
     last.pt and best.pt (best validation RA) to the run folder.
-    Ctrl-C saves; the same command with --resume goes on.
+    Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
     """
     from advmoe.data.sources import dataset_info, load_dataset
     from advmoe.models.registry import build_model
@@ -107,6 +85,7 @@ def train(
     initial = None if init is None else load_checkpoint(init)
     path = out or Path("runs") / (recipe or f"{config.dataset}-{model.arch}-{model.kind}-{config.method}")
     with RunFolder(path) as folder:
+        check(not resume or folder.last.exists(), f"{path} holds no run to go on with; leave out --resume to begin one")
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:
             data = load_dataset(config.dataset, data_dir, progress=progress)
@@ -114,11 +93,11 @@ def train(
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
             )
-            with stopping_on_interrupt(trainer):
+            with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
         console.note(f"interrupted; go on with the same command and --resume --out {path}")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + signals[0])
     best = load_checkpoint(folder.best)
     if json:
         console.emit_json(

@@ -20,7 +20,7 @@ from advmoe.errors import DataError
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import trusted
 from advmoe.evaluation.results import SuiteResult
-from advmoe.files import write_atomically
+from advmoe.files import write_text_atomically
 
 PAPER = "https://arxiv.org/abs/2308.10110"
 AUTOATTACK = f"autoattack/{STANDARD[-1]}"
@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 def save_card(path: Path, card: dict[str, Any]) -> None:
     """Write a card, whole or not at all."""
     text = json.dumps(card, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text_atomically(path, text)
 
 
 def load_card(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import hashlib
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import IO, Any, cast
 
 import torch
 
@@ -87,7 +87,25 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     if path.suffix == SUFFIX:
         write_safetensors(path, contents)
     else:
-        write_atomically(path, lambda temporary: torch.save(contents, temporary))
+        write_atomically(path, lambda temporary: _write(contents, temporary))
+
+
+def _write(contents: dict[str, Any], path: Path) -> None:
+    """`torch.save`, with the operating system's error where it raises a RuntimeError of its own."""
+    with path.open("wb") as file:
+        refusals: list[OSError] = []
+
+        def write(data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                refusals.append(error)
+                raise
+
+        try:
+            torch.save(contents, cast(IO[bytes], SimpleNamespace(write=write, flush=file.flush)))
+        except RuntimeError as error:
+            raise (refusals[0] if refusals else error) from None
 
 
 def file_digest(path: Path) -> str:

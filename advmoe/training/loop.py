@@ -111,7 +111,7 @@ class Trainer:
         self._metrics: dict[str, Any] = {}
         self._stop = False
         if resume is None:
-            folder.start({"model": to_dict(model_config), "train": to_dict(config)})
+            folder.start({"model": to_dict(model_config), "train": to_dict(config)}, self._checkpoint())
         else:
             self._restore(resume)
             folder.resume(self.step // self.steps_per_epoch)
@@ -265,8 +265,7 @@ class Trainer:
         return cast(RoutedNetwork, self.average.module)
 
     def _save(self, *, best: bool) -> None:
-        self.routing.save(self.folder.routes)
-        self.folder.save(self._checkpoint(), best=best)
+        self.folder.save(self._checkpoint(), self.routing, best=best)
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

@@ -5,23 +5,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from advmoe.errors import ConfigError
-from advmoe.files import write_atomically
+from advmoe.errors import ConfigError, DataError, TrainingError
+from advmoe.files import FolderLock, remove_leftovers, write_text_atomically
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+from advmoe.training.routing_history import RoutingHistory
+from advmoe.training.scalars import ScalarLog
 
 
 class RunFolder:
-    """Writer of one run's folder. Use as a context manager, so that the TensorBoard file is closed."""
+    """Writer of one run's folder. Use as a context manager: one process at a time may hold a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer: SummaryWriter | None = None
+        self._lock = FolderLock(path)
+        self._scalars = ScalarLog(path, first_step=1)
+
+    @property
+    def config(self) -> Path:
+        """Settings of the model and its training."""
+        return self.path / "config.json"
 
     @property
     def last(self) -> Path:
@@ -30,7 +39,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """Checkpoint with the best validation RA."""
+        """Checkpoint of the best epoch."""
         return self.path / "best.pt"
 
     @property
@@ -43,56 +52,79 @@ class RunFolder:
         """Route log of the last two epochs of an MoE-CNN (see `advmoe.routing_log`)."""
         return self.path / "routes.npz"
 
-    def start(self, config: dict[str, Any]) -> None:
-        """Begin a new run.
+    def start(self, config: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """Begin a new run with a checkpoint of its step 0, so that it can go on wherever it stops.
+
+        A run that stopped before it had any checkpoint is begun anew.
 
         Raises:
-            ConfigError: the folder already holds a run.
+            ConfigError: the folder already holds a run, or another process writes to it.
         """
-        if self.last.exists() or self.metrics.exists():
+        if self.last.exists() or self.best.exists():
             raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2) + "\n"
-        write_atomically(self.path / "config.json", lambda temporary: temporary.write_text(text))
+        self._lock.acquire()
+        self._remove_leftovers()
+        for path in (self.metrics, self.routes):
+            path.unlink(missing_ok=True)
+        write_text_atomically(self.config, json.dumps(config, indent=2) + "\n")
+        save_checkpoint(self.last, checkpoint)
 
     def resume(self, epochs_done: int) -> None:
         """Go on after `epochs_done` epochs: what a crash left of later epochs, which no checkpoint has, is dropped."""
-        if self.metrics.exists():
-            text = "".join(self.metrics.read_text().splitlines(keepends=True)[:epochs_done])
-            write_atomically(self.metrics, lambda temporary: temporary.write_text(text))
+        self._lock.acquire()
+        self._remove_leftovers()
+        self._scalars = ScalarLog(self.path, first_step=epochs_done + 1)
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        if len(lines) > epochs_done:
+            write_text_atomically(self.metrics, "".join(lines[:epochs_done]))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append an epoch's record to the JSON lines and its scalars to TensorBoard."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self.path))
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["epoch"])
-            elif isinstance(value, list):
-                for index, element in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{index}", element, record["epoch"])
-        self._writer.flush()
+        """Append an epoch's record to the JSON lines and its numbers to TensorBoard.
 
-    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Write `last.pt`, and `best.pt` without the optimisers' state if these weights are the best so far."""
-        if best:
-            save_checkpoint(
-                self.best,
-                Checkpoint(
-                    model=checkpoint.model,
-                    weights=checkpoint.weights,
-                    class_names=checkpoint.class_names,
-                    train=checkpoint.train,
-                    metrics=checkpoint.metrics,
-                ),
-            )
-        save_checkpoint(self.last, checkpoint)
+        Raises:
+            TrainingError: the disk is full, or the folder cannot be written to any more.
+        """
+        with self._writing(self.metrics):
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self._scalars.add(record["epoch"], record)
+
+    def save(self, checkpoint: Checkpoint, routing: RoutingHistory, *, best: bool) -> None:
+        """Write `routes.npz`, `last.pt`, and `best.pt` without the optimizers' state if these weights are the best.
+
+        Raises:
+            TrainingError: the disk is full, or the folder cannot be written to any more.
+        """
+        with self._writing(self.last):
+            routing.save(self.routes)
+            if best:
+                save_checkpoint(
+                    self.best, dataclasses.replace(checkpoint, progress={}, optimizers=[], training_weights=None)
+                )
+            save_checkpoint(self.last, checkpoint)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, DataError) as error:
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"cannot write {error.filename or path}: {error.strerror}"
+            raise TrainingError(
+                f"{reason}; {self.last} holds the run up to its last checkpoint: make room, then resume it", "resume"
+            ) from error
+
+    def _remove_leftovers(self) -> None:
+        remove_leftovers(
+            self.path, (path.name for path in (self.config, self.metrics, self.routes, self.last, self.best))
+        )
 
     def __enter__(self) -> RunFolder:
+        if self.path.is_dir():
+            self._lock.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._lock.release()

@@ -1,0 +1,170 @@
+"""The folder of a run: never lost between two files, never shared, and whole on a full disk."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Observer, assert_identical, contents, resumed, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from advmoe.data.sources import Dataset
+from advmoe.errors import ConfigError, TrainingError
+from advmoe.files import FolderLock
+from advmoe.training import run_folder
+from advmoe.training.checkpoint import load_checkpoint, save_checkpoint
+from advmoe.training.run_folder import RunFolder
+
+
+def test_a_run_that_dies_in_its_first_step_can_go_on(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        train(digits, tmp_path / "run", observer=Observer(fail_after=1))
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
+    assert resumed(digits, tmp_path / "run")
+    assert_identical(contents(tmp_path / "run"), contents(whole_run))
+
+
+@pytest.mark.parametrize("dies_with", ["config.json", "metrics.jsonl"])
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(
+    digits: Dataset, whole_run: Path, tmp_path: Path, dies_with: str
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / dies_with).write_text('{"epoch": 1, "val_s')
+    assert train(digits, path)
+    assert_identical(contents(path), contents(whole_run))
+
+
+def test_leftovers_of_killed_writes_are_removed_when_a_run_goes_on(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert not train(digits, path, observer=Observer(stop_after=1))
+    leftovers = [
+        *(f".{name}.ab12_xyz" for name in ("last.pt", "best.pt", "config.json", "metrics.jsonl")),
+        "routes.npz.4711-0.partial",
+    ]
+    others = [".last.txt", ".gitignore", "notes.partial"]
+    for name in (*leftovers, *others):
+        (path / name).write_text("half")
+    assert resumed(digits, path)
+    names = {found.name for found in path.iterdir()}
+    assert not names & set(leftovers)
+    assert names >= set(others), "a user's files are nobody's leftovers"
+
+
+@contextmanager
+def full_disk(allowed: int) -> Iterator[None]:
+    """No file of this process may become larger than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("allowed", [0, 300, 100_000], ids=["nothing", "some figures", "half a checkpoint"])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+    digits: Dataset, whole_run: Path, tmp_path: Path, allowed: int
+) -> None:
+    path = tmp_path / "run"
+    assert not train(digits, path, observer=Observer(stop_after=3))
+    good = (path / "last.pt").read_bytes()
+    assert len(good) > 2 * 100_000
+    with full_disk(allowed), pytest.raises(TrainingError) as caught:
+        resumed(digits, path)
+    assert "\n" not in str(caught.value)
+    assert "File too large" in str(caught.value), "what the system calls this kind of full"
+    assert str(path / "last.pt") in str(caught.value)
+    assert (path / "last.pt").read_bytes() == good
+    assert not list(path.glob(".*")), "nothing half-written, and no lock"
+    assert resumed(digits, path)
+    assert_identical(contents(path), contents(whole_run))
+
+
+def test_a_folder_has_one_writer(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    refused = rf"process {os.getpid()} on host {socket.gethostname()} is writing to .*run; wait until it has ended"
+
+    class Intruder(Observer):
+        def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+            super().stepped(step, images, figures)
+            with pytest.raises(ConfigError, match=refused):
+                resumed(digits, path)
+            with pytest.raises(ConfigError, match=refused), RunFolder(path):
+                pass
+            assert json.loads((path / "config.json").read_text())["train"]["seed"] == 0
+
+    observer = Intruder(stop_after=1)
+    assert not train(digits, path, observer=observer)
+    assert observer.steps == [1], "the intruders were refused"
+    assert resumed(digits, path), "the lock is gone with its owner's work"
+    assert not list(path.glob(".*"))
+
+
+def test_two_new_runs_do_not_begin_in_one_folder(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    with FolderLock(path), pytest.raises(ConfigError, match="is writing to"):
+        train(digits, path)
+    assert not list(path.iterdir())
+
+
+def _hold(path: Path, held: Event) -> None:
+    lock = FolderLock(path)
+    lock.acquire()
+    held.set()
+    signal.pause()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    owner = context.Process(target=_hold, args=(tmp_path, held), daemon=True)
+    owner.start()
+    assert held.wait(60)
+    with pytest.raises(ConfigError, match=f"process {owner.pid} on host"):
+        FolderLock(tmp_path).acquire()
+    owner.kill()
+    owner.join()
+    with FolderLock(tmp_path):
+        assert (tmp_path / ".owner").read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def test_tensorboard_shows_each_epoch_once_after_a_run_went_back(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        observer = Observer()
+        observer.stepped = lambda step, *_: step == 4 and patch.setattr(run_folder, "save_checkpoint", no_space)  # type: ignore[method-assign]
+        with pytest.raises(TrainingError, match="cannot write x: No space left on device"):
+            train(digits, path, observer=observer)
+    assert resumed(digits, path), "epoch 2 is logged again"
+    events = EventAccumulator(str(path)).Reload()
+    assert [event.step for event in events.Scalars("val_sa")] == [1, 2]
+    loads = [events.Scalars(f"router_load/{layer}")[1].value for layer in range(12)]
+    assert loads == pytest.approx(contents(path)["records"][1]["router_load"])
+
+
+def test_an_error_of_torch_stays_what_it_is(tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no disk has to do with this")
+
+    checkpoint = load_checkpoint(whole_run / "last.pt")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="no disk has to do with this"):
+        save_checkpoint(tmp_path / "new.pt", checkpoint)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""Ctrl-C and SIGTERM: the work under way is saved, children come first, and the exit code says which it was."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import MODEL
+
+from advmoe.cli import app, reproduce
+from advmoe.cli.app import main
+from advmoe.cli.progress import TrainingProgress
+from advmoe.cli.signals import Terminated, handling, terminate
+from advmoe.evaluation import suite
+from advmoe.models.registry import build_model
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+TRAIN = ["train", "digits", "--arch", "vgg16", "--width", "0.0625", "--kind", "s_dense", "--method", "standard"]
+TRAIN += ["--epochs", "1", "--limit-train", "384", "--batch-size", "128", "--val-limit", "10"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_ignored() -> Iterator[None]:
+    """Whoever starts the tests in the background may have them ignore interrupts; and no test may leave a handler."""
+    with handling(signal.SIGINT, signal.default_int_handler):
+        yield
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_training_finishes_its_step_and_saves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    code: int,
+) -> None:
+    stepped = TrainingProgress.stepped
+
+    def signalled(self: TrainingProgress, step: int, *rest: Any) -> None:
+        stepped(self, step, *rest)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+            if signum == signal.SIGTERM:  # a scheduler that asks twice gets no less
+                os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(TrainingProgress, "stepped", signalled)
+    run = tmp_path / "run"
+    assert main([*TRAIN, "--out", str(run)]) == code
+    assert load_checkpoint(run / "last.pt").progress["step"] == 2
+    assert f"go on with the same command and --resume --out {run}" in capsys.readouterr().err.replace("\n", " ")
+    monkeypatch.undo()
+    assert main([*TRAIN, "--out", str(run), "--resume"]) == 0
+    assert load_checkpoint(run / "last.pt").progress["step"] == 3
+
+
+def test_a_second_interrupt_ends_training_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(self: TrainingProgress, step: int, *rest: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "stepped", signalled)
+    assert main([*TRAIN, "--out", str(tmp_path / "run")]) == 130
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, code: int
+) -> None:
+    torch.manual_seed(0)
+    config = {"dataset": "digits", "attack": {"eps": 0.1}}
+    names = tuple("0123456789")
+    contents = Checkpoint(model=MODEL, weights=build_model(MODEL).state_dict(), class_names=names, train=config)
+    save_checkpoint(tmp_path / "model.pt", contents)
+    command = ["evaluate", str(tmp_path / "model.pt"), "--limit-eval", "8", "--batch-size", "4", "--steps", "1"]
+    command += ["--diagnose", "0", "--no-latency", "--out", str(tmp_path / "card")]
+    begun: list[Any] = []
+    begin = suite.begin
+
+    def signalled(*arguments: Any) -> Any:
+        begun.append(arguments)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signum)
+        return begin(*arguments)
+
+    monkeypatch.setattr(suite, "begin", signalled)
+    assert main(command) == code
+    assert main(command) == 0
+    assert len(begun) == 3, "the first of two batches is not done again"
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def handle(signum, frame):
+    time.sleep(0.5)  # longer than subprocess.run would wait before it kills
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(128 + signum)
+signal.signal(signal.SIGTERM, handle)
+signal.signal(signal.SIGINT, handle)
+pathlib.Path(sys.argv[1]).write_text("ready")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_child_saves_before_its_parent_ends(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signum: signal.Signals,
+    error: type[BaseException],
+    terminal: bool,
+) -> None:
+    file = tmp_path / "file"
+    monkeypatch.setattr(reproduce, "terminal_interrupts_children", lambda: terminal)
+
+    def send() -> None:
+        wait_for(file)
+        if terminal and signum == signal.SIGINT:  # Ctrl-C: the terminal signals the child, too
+            (child,) = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(child), signum)
+        os.kill(os.getpid(), signum)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with handling(signal.SIGTERM, terminate), pytest.raises(error):
+        reproduce.run_to_its_end([sys.executable, "-c", CHILD, str(file)])
+    sender.join()
+    assert file.read_text() == "saved"
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(2000):
+        if file.exists() and file.read_text() == "ready":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{file} did not appear")
+
+
+@pytest.mark.parametrize(("status", "code"), [(143, 143), (130, 130), (1, 1)])
+def test_reproduce_ends_as_its_command_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
+    monkeypatch.setattr(reproduce, "run_to_its_end", lambda process: (status, ""))
+    assert main(["reproduce", "fig3", "--runs", str(tmp_path), "--out", str(tmp_path)]) == code
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_line_in_another_thread_handles_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    call: Callable[[], None] = lambda: codes.append(app.main(["recipes"]))  # noqa: E731
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert codes == [0]
