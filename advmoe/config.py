@@ -33,6 +33,7 @@ RouterGradient = Literal["advantage", "softmax", "straight_through"]
 ExpertFilters = Literal["windows", "separate"]
 MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
 Loss = Literal["trades", "pgd_at"]
+RouterStep = Literal["exact", "reuse"]
 AttackStart = Literal["uniform", "gaussian", "clean"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -372,6 +373,28 @@ class ObjectiveConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterStepConfig(Settings):
+    """How AdvMoE's lower level, the routers' step, is taken. The defaults are Algorithm 1; the others cost less."""
+
+    panel: ClassVar[str] = "Router step (method advmoe)"
+
+    router_step: Annotated[
+        RouterStep,
+        Setting(
+            "exact: routers have a batch and an attack of their own (Algorithm 1); reuse: they learn from the images "
+            "just attacked for the experts, which costs no attack.",
+            noun="router step",
+        ),
+    ] = "exact"
+    router_share: Annotated[
+        float, Setting("Share of the batch that the router step sees.", noun="the share", above=0.0, at_most=1.0)
+    ] = 1.0
+    router_every: Annotated[
+        int, Setting("Routers take a step in every k-th iteration only.", at_least=1, at_most=10**6)
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImagesConfig(Settings):
     """Which images a run sees, and how."""
 
@@ -408,7 +431,7 @@ class ImagesConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ImagesConfig, ObjectiveConfig, ScheduleConfig):
+class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfig):
     """One training run. The defaults are the paper's settings (Sec. 5.1, App. B) as far as they are known."""
 
     attack: Annotated[AttackConfig, Setting("The attack that training defends against.", option=False)] = (
@@ -436,6 +459,14 @@ class TrainConfig(ImagesConfig, ObjectiveConfig, ScheduleConfig):
             check(
                 not unused or value == field.default,
                 f"{field.name} {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
+                field.name,
+            )
+        for field in fields_of(RouterStepConfig):
+            value = getattr(self, field.name)
+            check(
+                self.method == "advmoe" or value == field.default,
+                f"{field.name} {value} has no effect on method {self.method}, which has no router step of its own; "
+                "leave it out or use method advmoe",
                 field.name,
             )
 

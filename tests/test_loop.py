@@ -102,7 +102,12 @@ def test_checkpoints_in_mid_epoch_are_made_by_the_clock(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "at", "ema": 0.9}, {"method": "standard"}, {"loss": "pgd_at", "awp": 0.005, "balance": 0.1}],
+    [
+        {"method": "at", "ema": 0.9},
+        {"method": "standard"},
+        {"loss": "pgd_at", "awp": 0.005, "balance": 0.1},
+        {"router_step": "reuse", "router_share": 0.5, "router_every": 2},
+    ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_way_of_training_resumes_bit_for_bit(digits: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:

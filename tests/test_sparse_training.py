@@ -37,7 +37,7 @@ def run(model: RoutedNetwork, method: str, progress: float, steps: int = 1, conf
         )
         phase = METHODS[method].phase
         active = levels if phase is None else phase(levels, progress)
-        METHODS[method].step(active, [batch], config, [generator])
+        METHODS[method].step(active, [batch], config, [generator], 0)
 
 
 def scores(model: RoutedNetwork) -> list[Tensor]:

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import kl_objective, pgd, plain, starting_point
-from advmoe.config import AttackConfig, TrainConfig
+from advmoe.config import AttackConfig, RouterStep, TrainConfig
 from advmoe.data.loader import Batch
-from advmoe.errors import TrainingError
+from advmoe.errors import ConfigError, TrainingError
 from advmoe.models.modes import own_parameters, submodules
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.levels import LevelName, make_levels
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
-from advmoe.training.steps import StepResult
+from advmoe.training.steps import StepResult, robust_update, training_attack
 
 CONFIG = TrainConfig(dataset="digits", batch_size=8)
 
@@ -30,11 +30,13 @@ def batch(seed: int) -> Batch:
     )
 
 
-def run(method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG) -> list[StepResult]:
+def run(
+    method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG, iteration: int = 0
+) -> list[StepResult | None]:
     """One step of a method with new optimisers; the noise of each level depends on its batch alone."""
     levels = make_levels(METHODS[method].levels, model, config, fresh=False)
     noise = [torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0]))) for part in batches]
-    return METHODS[method].step(levels, batches, config, noise)
+    return METHODS[method].step(levels, batches, config, noise, iteration)
 
 
 def state(model: RoutedNetwork, routers: bool) -> dict[str, Tensor]:
@@ -170,12 +172,13 @@ def test_steps_descend_on_a_batch_that_is_repeated(
     losses = []
     for step in range(10):
         noise = [torch.Generator().manual_seed(step)] * len(levels)
-        losses.append(METHODS[method].step(levels, [part] * len(levels), config, noise)[-1].loss.item())
+        losses.append(METHODS[method].step(levels, [part] * len(levels), config, noise, 0)[-1].loss.item())
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_results_count_their_batch(model: RoutedNetwork) -> None:
     for result in run("advmoe", model, batch(1), batch(2)):
+        assert result is not None
         assert result.images == 8
         assert 0 <= int(result.clean_correct) <= 8
         assert result.adversarial_correct is not None
@@ -184,12 +187,53 @@ def test_results_count_their_batch(model: RoutedNetwork) -> None:
         assert not result.loss.requires_grad
 
 
+def test_reused_images_are_those_attacked_for_the_experts(model: RoutedNetwork) -> None:
+    """The same as the experts' update, then a router's update on its images: no attack and no batch of its own."""
+    reference, experts_batch = copy.deepcopy(model), batch(2)
+    config = dataclasses.replace(CONFIG, router_step="reuse", router_share=0.5)
+    lower, _ = run("advmoe", model, batch(1), experts_batch, config=config)
+    levels = make_levels(("routers", "experts"), reference, CONFIG, fresh=False)
+    noise = torch.Generator().manual_seed(int(1000 * float(experts_batch.images[0, 0, 0, 0])))
+    attacked = training_attack(reference, experts_batch.images, experts_batch.labels, CONFIG, noise)
+    robust_update(levels[1], experts_batch, attacked, CONFIG)
+    half = Batch(*(part[:4] for part in experts_batch))
+    expected = robust_update(levels[0], half, attacked[:4], CONFIG)
+    assert same(dict(model.state_dict()), dict(reference.state_dict()))
+    assert lower is not None
+    assert (lower.images, lower.loss) == (4, expected.loss)
+
+
+def test_a_share_of_the_routers_batch_is_attacked_and_learned_from(model: RoutedNetwork) -> None:
+    reference, part = copy.deepcopy(model), batch(1)
+    config = dataclasses.replace(CONFIG, router_share=0.25)
+    run("advmoe", model, part, batch(2), config=config)
+    run("advmoe", reference, Batch(*(each[:2] for each in part)), batch(2))
+    assert same(dict(model.state_dict()), dict(reference.state_dict()))
+
+
+@pytest.mark.parametrize("router_step", ["exact", "reuse"])
+def test_routers_move_in_every_kth_iteration_only(model: RoutedNetwork, router_step: RouterStep) -> None:
+    config = dataclasses.replace(CONFIG, router_step=router_step, router_every=3)
+    for iteration in range(4):
+        before = state(model, True)
+        lower, upper = run("advmoe", model, batch(1), batch(2), config=config, iteration=iteration)
+        due = iteration in {0, 3}
+        assert (lower is not None) == due
+        assert same(state(model, True), before) != due
+        assert upper is not None
+
+
+def test_a_cheap_router_step_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="router_every 4 has no effect on method at"):
+        dataclasses.replace(CONFIG, method="at", router_every=4)
+
+
 @pytest.mark.parametrize("method", ["router_at", "expert_at", "at"])
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(model: RoutedNetwork, method: str) -> None:
     # beta = 1e300 is finite, its product with the divergence in float32 is not.
     parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     config = dataclasses.replace(CONFIG, trades_beta=1e300)
-    with pytest.raises(TrainingError, match=r"loss of the \w+ became (inf|nan); .*lower --lr"):
+    with pytest.raises(TrainingError, match=r"loss of the \w+ became (inf|nan); .*lower the learning rate"):
         run(method, model, batch(1), config=config)
     assert same({name: value.detach() for name, value in model.named_parameters()}, parameters)
     # The frozen level is thawed again, whatever happened.

@@ -38,9 +38,14 @@ class EpochSums:
         return int(self._sums["images"])
 
     def summary(self) -> dict[str, float]:
-        """Mean loss, training SA and RA (per cent), and the share of images whose pathway the attack changed."""
+        """Mean loss, training SA and RA (per cent), and the share of images whose pathway the attack changed.
+
+        Empty as long as no step was counted.
+        """
         sums = {name: value.item() for name, value in self._sums.items()}
-        images, attacked = max(sums["images"], 1.0), sums["attacked"]
+        images, attacked = sums["images"], sums["attacked"]
+        if not images:
+            return {}
         figures = {"loss": sums["loss"] / images, "sa": 100 * sums["clean_correct"] / images}
         if attacked:
             figures["ra"] = 100 * sums["adversarial_correct"] / attacked

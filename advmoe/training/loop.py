@@ -156,16 +156,19 @@ class Trainer:
                 group["lr"] = cosine(self.step, total, self.config.lr)
         try:
             levels = self.levels if self.method.phase is None else self.method.phase(self.levels, self.step / total)
-            results = self.method.step(levels, batches, self.config, noise)
+            results = self.method.step(levels, batches, self.config, noise, self.step)
         except TrainingError:
             self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
             raise
-        self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], results[-1])
+        of_last = results[-1]
+        assert of_last is not None
+        self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], of_last)
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
         for sums, result in zip(self.sums, results, strict=True):
-            sums.add(result)
+            if result is not None:
+                sums.add(result)
         self.observer.stepped(self.step, len(batches[-1].labels), self.sums[-1].summary())
 
     def _finish_epoch(self, images_per_second: float) -> None:

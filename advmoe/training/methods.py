@@ -11,9 +11,20 @@ from advmoe.config import KINDS, Kind, MethodName, ModelConfig, TrainConfig, che
 from advmoe.data.loader import Batch
 from advmoe.models.masked import close_masks, masks_open, open_masks
 from advmoe.training.levels import Level, LevelName
-from advmoe.training.steps import StepResult, adversarial_update, standard_update
+from advmoe.training.steps import (
+    StepResult,
+    adversarial_update,
+    leading,
+    robust_update,
+    standard_update,
+    training_attack,
+)
 
-StepFunction = Callable[[Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator]], list[StepResult]]
+StepFunction = Callable[
+    [Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator], int], Sequence[StepResult | None]
+]
+"""(levels, a batch and a generator of attack noise for each, config, number of the iteration in the run) -> what each
+level's update saw, or None where a level was not updated. The last level always is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +34,7 @@ class Method:
     levels: tuple[LevelName, ...]
     """What is optimised separately. The last one sets the length of an epoch."""
     step: StepFunction
-    """One iteration: as many batches and generators of attack noise as there are levels."""
+    """One iteration."""
     kinds: tuple[Kind, ...] = KINDS
     """Model kinds it is defined for."""
     phase: Callable[[Sequence[Level], float], Sequence[Level]] | None = None
@@ -41,25 +52,52 @@ class Method:
 
 
 def advmoe(
-    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
-) -> list[StepResult]:
-    """Algorithm 1: two different batches, two attacks; the experts are attacked through the routers just updated."""
+    levels: Sequence[Level],
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    noise: Sequence[torch.Generator],
+    iteration: int,
+) -> list[StepResult | None]:
+    """Algorithm 1: two different batches, two attacks; the experts are attacked through the routers just updated.
+
+    With `router_step` reuse the routers learn from the images that were attacked for the experts one step before. That
+    step directly precedes the routers' one, so the two are taken together, in the other order: the sequence of updates
+    is the same, and no images have to be kept from one iteration, or one checkpoint, to the next.
+    """
     routers, experts = levels
     batch_routers, batch_experts = batches
-    lower = adversarial_update(routers, batch_routers, config, noise[0])
-    upper = adversarial_update(experts, batch_experts, config, noise[1])
+    due = iteration % config.router_every == 0
+    lower: StepResult | None = None
+    if config.router_step == "exact":
+        if due:
+            lower = adversarial_update(routers, leading(batch_routers, config.router_share), config, noise[0])
+        upper = adversarial_update(experts, batch_experts, config, noise[1])
+    else:
+        attacked = training_attack(experts.model, batch_experts.images, batch_experts.labels, config, noise[1])
+        upper = robust_update(experts, batch_experts, attacked, config)
+        if due:
+            part = leading(batch_experts, config.router_share)
+            lower = robust_update(routers, part, attacked[: len(part.labels)], config)
     return [lower, upper]
 
 
 def adversarial_training(
-    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
+    levels: Sequence[Level],
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    noise: Sequence[torch.Generator],
+    iteration: int,
 ) -> list[StepResult]:
     """AT: the robust loss, by default TRADES, on the parameters of one level (eq. AT: on all of them jointly)."""
     return [adversarial_update(levels[0], batches[0], config, noise[0])]
 
 
 def standard(
-    levels: Sequence[Level], batches: Sequence[Batch], config: TrainConfig, noise: Sequence[torch.Generator]
+    levels: Sequence[Level],
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    noise: Sequence[torch.Generator],
+    iteration: int,
 ) -> list[StepResult]:
     """Cross-entropy on clean images."""
     return [standard_update(levels[0], batches[0])]

@@ -76,6 +76,11 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
 def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generator: torch.Generator) -> StepResult:
     """Attack the current model on this batch, then one descent step of the level on the robust loss."""
     adversarial = training_attack(level.model, batch.images, batch.labels, config, generator)
+    return robust_update(level, batch, adversarial, config)
+
+
+def robust_update(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> StepResult:
+    """One descent step of the level on the robust loss of a batch and its adversarial images."""
     with level.training():
         if config.awp:
             with perturbed_weights(
@@ -88,6 +93,12 @@ def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generato
             descend(level, loss)
         level.optimizer.step()
     return result
+
+
+def leading(batch: Batch, share: float) -> Batch:
+    """That share of a batch, two images at least: batches are shuffled, so the first ones are as good as any."""
+    number = max(2, round(share * len(batch.labels)))
+    return Batch(*(part[:number] for part in batch))
 
 
 def standard_update(level: Level, batch: Batch) -> StepResult:
