@@ -24,6 +24,7 @@ from advmoe.cli.predict import predict
 from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
 from advmoe.cli.reproduce import reproduce
+from advmoe.cli.serve import serve
 from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, handling, terminate
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 for command in (train, evaluate, analyze, report, export, predict, bench_onnx, info, recipes, reproduce):
     app.command()(command)
+# The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -24,7 +24,7 @@ def exporter() -> ModuleType:
         import advmoe_export
     except ImportError as error:
         raise ConfigError(
-            f"this command needs advmoe-export ({error}); install it with: pip install './export[cpu,images,export]'"
+            f"this command needs advmoe-export ({error}); install it with: pip install './export[cpu,export,serve]'"
         ) from error
     return advmoe_export
 

@@ -25,5 +25,9 @@ class InputError(ExportError):
     """Images of the wrong shape, type or range."""
 
 
+class TooManyPixelsError(InputError):
+    """An image file that unpacks to more pixels than are decoded."""
+
+
 class MissingPackageError(ExportError, ImportError):
     """A package that this part of `advmoe_export` needs is not installed."""

@@ -110,9 +110,9 @@ def export_model(
         path: the `.onnx` file to write.
         image_size: height and width of the images.
         labels: class names in the order of the logits.
-        resize: length to which the shorter side of an image was resized before its middle was taken, in the images the
-            module was evaluated on; by default the longer side of `image_size`, so that images of that size stay as
-            they are.
+        resize: length to which the shorter side of an image was resized before its middle was
+            taken, in the images the module was evaluated on; by default the longer side of
+            `image_size`, so that images of that size stay as they are.
         metadata: what else the file should say about the model, as JSON data.
         profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no
             control flow).

@@ -37,7 +37,9 @@ class ModelMetadata:
     image_size: tuple[Positive, Positive]
     """(height, width) in pixels."""
     resize: Positive
-    """Length of an image's shorter side before the middle `image_size` of it is taken: see `prepare`."""
+    """Length of an image's shorter side before the middle `image_size` of it is taken: see
+    `prepare`.
+    """
     input_type: InputType
     """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside
     the graph.

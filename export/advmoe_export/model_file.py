@@ -1,4 +1,5 @@
-"""An exported model on disk: the graph `NAME.onnx`, and `NAME.onnx.data` beside it with the weights.
+"""An exported model on disk: the graph `NAME.onnx`, and `NAME.onnx.data` beside it with the
+weights.
 
 The metadata is read from the graph without onnx, so that serving needs onnxruntime only.
 """

@@ -6,6 +6,7 @@ steers it. It shows before any label is known.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class LayerDrift:
     recorded: tuple[float, ...]
     """Share of images per expert at export."""
     served: tuple[float, ...]
-    """Share of images per expert since the monitor was made."""
+    """Share of the served images per expert."""
     distance: float
     """Half the sum of absolute differences: the share of images that would have to move, 0 ... 1.
     """
@@ -60,18 +61,26 @@ class RouteMonitor:
         log: where to keep every pathway besides, for example an
             `advmoe.rust_router.RouteLog(metadata.num_experts)`.
 
+        window: compare the last so many images, in whole batches; by default all since the monitor
+            was made.
+
     Raises:
         InputError: the file has no recorded load.
     """
 
-    def __init__(self, metadata: ModelMetadata, *, log: RouteSink | None = None) -> None:
+    def __init__(self, metadata: ModelMetadata, *, log: RouteSink | None = None, window: int | None = None) -> None:
         if metadata.expert_load is None:
             raise InputError("this file has no recorded expert load to compare with; export it again with images")
         self._layers = metadata.layers
         self._recorded = metadata.expert_load
         self._counts = [np.zeros(count, np.int64) for count in metadata.num_experts]
         self._log = log
+        self._window = window
+        self._recent: deque[tuple[int, list[npt.NDArray[np.int64]]]] = deque()
         self.images = 0
+        """Images recorded so far."""
+        self.compared = 0
+        """Images that `drift` compares."""
 
     def record(self, prediction: Prediction) -> None:
         """Count a prediction.
@@ -85,8 +94,15 @@ class RouteMonitor:
             raise InputError(
                 f"expected a pathway of {len(self._counts)} layers, got {given}; use predictions of this model"
             )
-        for column, counts in zip(pathway.T, self._counts, strict=True):
-            counts += np.bincount(column, minlength=len(counts))
+        batch = [
+            np.bincount(column, minlength=len(counts)) for column, counts in zip(pathway.T, self._counts, strict=True)
+        ]
+        for counts, added in zip(self._counts, batch, strict=True):
+            counts += added
+        self.compared += len(pathway)
+        if self._window is not None:
+            self._recent.append((len(pathway), batch))
+            self._forget(self._window)
         if self._log is not None:
             self._log.append(
                 CONDITION,
@@ -97,13 +113,21 @@ class RouteMonitor:
             )
         self.images += len(pathway)
 
+    def _forget(self, window: int) -> None:
+        """Take the oldest batches out of the counts while the others fill the window."""
+        while self.compared - self._recent[0][0] >= window:
+            images, batch = self._recent.popleft()
+            self.compared -= images
+            for counts, removed in zip(self._counts, batch, strict=True):
+                counts -= removed
+
     def drift(self) -> list[LayerDrift]:
         """All layers, the one that moved most first."""
         found = []
         for layer, recorded, counts in zip(self._layers, self._recorded, self._counts, strict=True):
-            expected, served = np.array(recorded), counts / max(self.images, 1)
+            expected, served = np.array(recorded), counts / max(self.compared, 1)
             # E|x - p| of a binomial share, by its normal approximation
-            spread = np.sqrt(2 / np.pi * expected * (1 - expected) / max(self.images, 1))
+            spread = np.sqrt(2 / np.pi * expected * (1 - expected) / max(self.compared, 1))
             found.append(
                 LayerDrift(
                     layer=layer,

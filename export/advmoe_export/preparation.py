@@ -1,15 +1,17 @@
-"""From an image of any size to the pixels a model reads, by the numbers in the metadata of its file."""
+"""From an image of any size to the pixels a model reads, by the numbers in the metadata of its
+file.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import InputError, MissingPackageError
+from advmoe_export.errors import InputError, MissingPackageError, TooManyPixelsError
 from advmoe_export.metadata import ModelMetadata
 
 if TYPE_CHECKING:
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
 def prepare(
     image: str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8], metadata: ModelMetadata
 ) -> npt.NDArray[np.uint8]:
-    """Resize an image and take its middle, as the images of the model's data set were prepared for its evaluation.
+    """Resize an image and take its middle, as the images of the model's data set were prepared for
+    its evaluation.
 
-    The shorter side becomes `metadata.resize` pixels long (bilinear, antialiased). Alpha and EXIF are ignored.
-    Needs Pillow. `advmoe predict` and `advmoe evaluate` resize in Rust: pixels differ from theirs by one level at most,
-    and by a few more in JPEG files, whose decoders round differently.
+    The shorter side becomes `metadata.resize` pixels long (bilinear, antialiased). Alpha and EXIF
+    are ignored. Needs Pillow. `advmoe predict` and `advmoe evaluate` resize in Rust: pixels differ
+    from theirs by one level at most, and by a few more in JPEG files, whose decoders round
+    differently.
 
     Args:
         image: an image file, a Pillow image, or uint8 RGB pixels [height, width, 3].
@@ -57,25 +61,42 @@ def prepare(
     return np.asarray(scaled.crop((shown[1], shown[0], shown[1] + width, shown[0] + height)))
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit: an image with more pixels than a photograph has is taken for an attack."""
+
+
+def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as RGB.
 
+    Args:
+        path: where the file lies, or the opened file.
+        max_pixels: most pixels to decode; the size is read first.
+
     Raises:
-        InputError: the file is missing, is no image, or unpacks to far more pixels than a photograph has.
+        InputError: the file is missing, is no image, or has too many pixels.
     """
     from PIL import Image
 
+    what = path if isinstance(path, str | os.PathLike) else "the upload"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
             with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    raise TooManyPixelsError(
+                        f"{what} has {image.width} x {image.height} pixels, at most {max_pixels} are decoded"
+                    )
                 return _rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no image file {path}") from error
+    except InputError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything in one of Pillow's many decoders
         reason = " ".join(str(error).split())
+        if isinstance(error, Image.DecompressionBombError):
+            raise TooManyPixelsError(f"{what} has far too many pixels ({reason})") from error
         raise InputError(
-            f"{path} cannot be decoded as an image ({reason}); expected a JPEG, PNG or the like"
+            f"{what} cannot be decoded as an image ({reason}); expected a JPEG, PNG or the like"
         ) from error
 
 

@@ -33,8 +33,8 @@ PROVIDER_NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 PROVIDER_OPTIONS = {
-    # Every new sub-batch size would start an exhaustive search among cuDNN's algorithms. TF32 rounds
-    # to ten bits, and a rounded router decides differently.
+    # Every new sub-batch size would start an exhaustive search among cuDNN's algorithms. TF32
+    # rounds to ten bits, and a rounded router decides differently.
     "CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"},
 }
 _ERROR, _FATAL, _WARNING = 3, 4, 2
@@ -116,7 +116,10 @@ class Session:
 
     def run_raw(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """All outputs of the file by name, for a batch as in `run`."""
-        prepared = self._checked(images)
+        return self.execute(self.check(images))
+
+    def execute(self, prepared: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs of the file by name, for a batch that `check` returned."""
         if self.provider == PROVIDER_NAMES["cpu"]:
             results = self._session.run(None, {"images": prepared})
         else:
@@ -170,14 +173,23 @@ class Session:
             raise InputError(f"{self._expectation()}, got a sequence with {type(image).__name__} in it")
         return prepare(image, self.metadata)
 
-    def _checked(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A batch as the file reads it."""
+    def check(self, images: npt.NDArray[Any], *, any_size: bool = False) -> npt.NDArray[Any]:
+        """A batch as the file reads it.
+
+        Args:
+            images: a batch as in `run`.
+            any_size: accept batches of any size for a file with a fixed batch size, as a part of
+                such a batch.
+
+        Raises:
+            InputError: wrong shape, type, size or range.
+        """
         meta, (height, width) = self.metadata, self.metadata.image_size
         nchw, nhwc = (3, height, width), (height, width, 3)
         given = f"got {images.dtype} {list(images.shape)}"
         if images.ndim != 4 or len(images) == 0:
             raise InputError(f"{self._expectation()}, {given}")
-        if meta.batch_size is not None and len(images) != meta.batch_size:
+        if meta.batch_size is not None and len(images) != meta.batch_size and not any_size:
             raise InputError(
                 f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches"
             )
@@ -280,7 +292,9 @@ def _onnxruntime() -> Any:
 
 @contextlib.contextmanager
 def _silence(ort: Any, *, quiet: bool) -> Iterator[io.StringIO]:
-    """Collect what onnxruntime prints, and keep its log quiet, while it tries a provider that may not start."""
+    """Collect what onnxruntime prints, and keep its log quiet, while it tries a provider that may
+    not start.
+    """
     said = io.StringIO()
     if not quiet:
         yield said

@@ -1,0 +1,194 @@
+"""Join the images of concurrent requests to batches, with bounds on how many may wait and how long.
+
+A batch starts as soon as a worker is free. While all workers are busy, requests wait and are joined, so batches grow
+with the load. `max_delay` lets a lone request wait for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Outputs = Mapping[str, npt.NDArray[Any]]
+Run = Callable[[npt.NDArray[Any]], Outputs]
+
+
+class OverloadedError(Exception):
+    """As many requests as allowed are waiting or running."""
+
+
+class StoppingError(Exception):
+    """The server is stopping and takes no new requests."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    images: npt.NDArray[Any]
+    result: asyncio.Future[Outputs]
+
+
+class Batcher:
+    """Runs batches of images of concurrent requests.
+
+    Args:
+        run: computes all outputs of a batch; called in threads.
+        max_batch: most images in a batch.
+        fixed_batch: the only batch size that `run` takes, if there is one; smaller batches are filled up.
+        max_delay: seconds that images may wait for others to join their batch.
+        max_requests: most requests between `admit` and its end.
+        workers: batches that run at the same time.
+        observe: called with the number of images, the seconds and the outputs of each batch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        max_batch: int,
+        fixed_batch: int | None = None,
+        max_delay: float = 0.0,
+        max_requests: int = 128,
+        workers: int = 1,
+        observe: Callable[[int, float, Outputs], None] = lambda images, seconds, outputs: None,
+    ) -> None:
+        self._run = run
+        self.max_batch = max_batch if fixed_batch is None else min(max_batch, fixed_batch)
+        self._fixed = fixed_batch
+        self._max_delay = max_delay
+        self._max_requests = max_requests
+        self._observe = observe
+        self._workers = workers
+        self._waiting: deque[_Waiting] = deque()
+        self._arrived = asyncio.Condition()
+        self._stopping = False
+        self.requests = 0
+        """Requests between `admit` and its end."""
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for a worker."""
+        return sum(len(entry.images) for entry in self._waiting)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether new requests are refused."""
+        return self._stopping
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count a request from before its body is read until its response is ready.
+
+        Raises:
+            OverloadedError: too many are counted already.
+            StoppingError: the server is stopping.
+        """
+        if self._stopping:
+            raise StoppingError
+        if self.requests >= self._max_requests:
+            raise OverloadedError
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    async def submit(self, images: npt.NDArray[Any]) -> Outputs:
+        """All outputs for images [n, ...], n at most `max_batch`.
+
+        If the caller is cancelled while the images wait, they are not computed.
+        """
+        assert 0 < len(images) <= self.max_batch
+        entry = _Waiting(images, asyncio.get_running_loop().create_future())
+        async with self._arrived:
+            self._waiting.append(entry)
+            self._arrived.notify()
+        return await entry.result
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Work on what is submitted; at the end, finish what waits."""
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="model") as pool:
+            tasks = [asyncio.create_task(self._work(pool)) for _ in range(self._workers)]
+            try:
+                yield
+            finally:
+                self._stopping = True
+                async with self._arrived:
+                    self._arrived.notify_all()
+                await asyncio.gather(*tasks)
+
+    def stop(self) -> None:
+        """Refuse new requests; those that wait are still finished."""
+        self._stopping = True
+
+    async def _work(self, pool: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        while entries := await self._next_batch():
+            images = np.concatenate([entry.images for entry in entries])
+            begin = loop.time()
+            try:
+                outputs = await loop.run_in_executor(pool, self._run_filled, images)
+            except Exception as error:
+                for entry in entries:
+                    if not entry.result.done():
+                        entry.result.set_exception(error)
+                continue
+            self._observe(len(images), loop.time() - begin, outputs)
+            start = 0
+            for entry in entries:
+                part = slice(start, start + len(entry.images))
+                if not entry.result.done():
+                    entry.result.set_result({name: values[part] for name, values in outputs.items()})
+                start = part.stop
+
+    async def _next_batch(self) -> list[_Waiting]:
+        """The next batch; empty when the batcher stops and nothing waits."""
+        async with self._arrived:
+            entries: list[_Waiting] = []
+            while True:
+                while not self._drop_cancelled():
+                    if self._stopping:
+                        return []
+                    await self._arrived.wait()
+                await self._wait_for_others()
+                if self._drop_cancelled():
+                    break
+            count = 0
+            while self._waiting and count + len(self._waiting[0].images) <= self.max_batch:
+                entry = self._waiting.popleft()
+                count += len(entry.images)
+                entries.append(entry)
+            if self._waiting:
+                self._arrived.notify()
+            return entries
+
+    async def _wait_for_others(self) -> None:
+        """Let images wait until their batch is full or `max_delay` is over."""
+        if not self._max_delay:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._max_delay):
+                while self.waiting < self.max_batch and not self._stopping:
+                    await self._arrived.wait()
+
+    def _drop_cancelled(self) -> bool:
+        """Forget requests that were given up; whether any is left."""
+        if any(entry.result.done() for entry in self._waiting):
+            self._waiting = deque(entry for entry in self._waiting if not entry.result.done())
+        return bool(self._waiting)
+
+    def _run_filled(self, images: npt.NDArray[Any]) -> Outputs:
+        """Run a batch; for a file with a fixed batch size, repeat the last image and drop its results."""
+        if self._fixed is None or len(images) == self._fixed:
+            return self._run(images)
+        filling = np.repeat(images[-1:], self._fixed - len(images), axis=0)
+        outputs = self._run(np.concatenate([images, filling]))
+        return {name: values[: len(images)] for name, values in outputs.items()}

@@ -1,0 +1,212 @@
+"""The Open Inference Protocol, version 2: requests and responses as JSON, and tensors as raw bytes behind it.
+
+KServe, Triton and their clients speak it. Extensions: `binary_tensor_data` (raw little-endian tensors behind the JSON,
+whose length the header Inference-Header-Content-Length gives) and `classification` (the k best classes of the logits).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from advmoe_export.errors import InputError
+from advmoe_export.metadata import ModelMetadata
+
+EXTENSIONS = ["binary_tensor_data", "classification"]
+HEADER = "inference-header-content-length"
+VERSION = "1"
+TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
+LOGITS = "logits"
+
+
+class _Parameters(msgspec.Struct):
+    binary_data_size: int | None = None
+    binary_data: bool | None = None
+    binary_data_output: bool | None = None
+    classification: int | None = None
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str | None = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+    outputs: list[_Output] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """An output as a request wants it."""
+
+    name: str
+    binary: bool
+    classes: int
+    """How many of the best classes to return instead of numbers; 0 for numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferRequest:
+    """A request to run the model."""
+
+    id: str | None
+    images: npt.NDArray[Any]
+    outputs: tuple[Wanted, ...]
+
+
+def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) -> InferRequest:
+    """Read the body of an infer request.
+
+    Args:
+        body: JSON, and the tensors behind it.
+        json_length: of the JSON, if there are tensors behind it.
+        metadata: of the model, for the names of its outputs.
+
+    Raises:
+        InputError: the body is not as the protocol has it.
+    """
+    if json_length is not None and not 0 < json_length <= len(body):
+        raise InputError(f"{HEADER} must be in 1 ... {len(body)}, the length of the body, got {json_length}")
+    rest = memoryview(body)[json_length:] if json_length is not None else memoryview(b"")
+    try:
+        request = msgspec.json.decode(memoryview(body)[:json_length], type=_Request)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"expected an infer request of the Open Inference Protocol: {error}") from error
+    if [entry.name for entry in request.inputs] != ["images"]:
+        given = ", ".join(entry.name for entry in request.inputs) or "none"
+        raise InputError(f"expected one input named 'images', got {given[:100]}")
+    images, used = _read_tensor(request.inputs[0], rest)
+    if used != len(rest):
+        raise InputError(f"expected {used} bytes of tensors behind the JSON, got {len(rest)}")
+    default = bool(request.parameters.binary_data_output)
+    wanted = [_Output(name) for name in metadata.outputs] if request.outputs is None else request.outputs
+    for entry in wanted:
+        if entry.name not in metadata.outputs:
+            raise InputError(f"unknown output '{entry.name[:100]}', expected one of: {', '.join(metadata.outputs)}")
+        classes = entry.parameters.classification
+        if classes is not None and (entry.name != LOGITS or classes < 0):
+            raise InputError(f"classification needs the output '{LOGITS}' and a number of classes, got {classes}")
+    return InferRequest(
+        id=request.id,
+        images=images,
+        outputs=tuple(
+            Wanted(
+                name=entry.name,
+                binary=default if entry.parameters.binary_data is None else entry.parameters.binary_data,
+                classes=min(entry.parameters.classification or 0, len(metadata.labels)),
+            )
+            for entry in wanted
+        ),
+    )
+
+
+def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int]:
+    """An input tensor, and how many of the bytes behind the JSON it takes."""
+    dtype = TYPES.get(entry.datatype)
+    if dtype is None or entry.datatype == "INT64":
+        raise InputError(f"expected images of datatype FP32 or UINT8, got '{entry.datatype[:100]}'")
+    if any(size < 0 for size in entry.shape):
+        raise InputError(f"expected a shape without negative sizes, got {entry.shape}")
+    count, size = math.prod(entry.shape), entry.parameters.binary_data_size
+    if size is not None:
+        if entry.data is not None or size != count * dtype.itemsize or size > len(rest):
+            raise InputError(
+                f"expected {count * dtype.itemsize} bytes behind the JSON for shape {entry.shape} of "
+                f"{entry.datatype} and no 'data', got binary_data_size {size} and {len(rest)} bytes"
+            )
+        return np.frombuffer(rest[:size], dtype).reshape(entry.shape), size
+    try:
+        values = np.array(entry.data)
+    except ValueError as error:
+        raise InputError("expected 'data' as a flat or regularly nested list of numbers") from error
+    if values.dtype.kind not in "iuf" or (dtype == np.uint8 and values.dtype.kind == "f"):
+        raise InputError(f"expected 'data' as a list of numbers of datatype {entry.datatype}")
+    if values.size != count:
+        raise InputError(f"expected {count} numbers for shape {entry.shape}, got {values.size}")
+    if dtype == np.uint8 and count and (values.min() < 0 or values.max() > 255):
+        raise InputError(f"expected UINT8 values in 0 ... 255, got {values.min()} to {values.max()}")
+    return values.reshape(entry.shape).astype(dtype), 0
+
+
+def write_response(
+    request: InferRequest, outputs: Mapping[str, npt.NDArray[Any]], *, model: str, labels: tuple[str, ...]
+) -> tuple[bytes, int | None]:
+    """The body of a response, and the length of its JSON if tensors follow it."""
+    entries: list[dict[str, Any]] = []
+    tensors: list[bytes] = []
+    for wanted in request.outputs:
+        values = outputs[wanted.name]
+        if wanted.classes:
+            entries.append(_classification(values, wanted, labels))
+            continue
+        datatype = "INT64" if values.dtype.kind == "i" else "FP32"
+        values = np.ascontiguousarray(values, TYPES[datatype])
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": list(values.shape)}
+        if wanted.binary:
+            tensors.append(values.tobytes())
+            entry["parameters"] = {"binary_data_size": len(tensors[-1])}
+        else:
+            entry["data"] = values.reshape(-1).tolist()
+        entries.append(entry)
+    document = {"model_name": model, "model_version": VERSION, "outputs": entries}
+    text = json.dumps(document if request.id is None else {"id": request.id, **document}).encode()
+    return text + b"".join(tensors), len(text) if tensors else None
+
+
+def _classification(logits: npt.NDArray[Any], wanted: Wanted, labels: tuple[str, ...]) -> dict[str, Any]:
+    """The best classes of each image as strings `logit:index:label`, best first."""
+    best = np.argsort(-logits, axis=1, kind="stable")[:, : wanted.classes]
+    data = [f"{row[i]:.6f}:{i}:{labels[i]}" for row, order in zip(logits, best, strict=True) for i in order]
+    return {"name": wanted.name, "datatype": "BYTES", "shape": list(best.shape), "data": data}
+
+
+def server_metadata(version: str) -> dict[str, Any]:
+    """What `GET /v2` returns."""
+    return {"name": "advmoe-export", "version": version, "extensions": EXTENSIONS}
+
+
+def model_metadata(metadata: ModelMetadata, name: str) -> dict[str, Any]:
+    """What `GET /v2/models/NAME` returns; -1 is any batch size."""
+    batch = -1 if metadata.batch_size is None else metadata.batch_size
+    height, width = metadata.image_size
+    nhwc = metadata.input_type == "uint8"
+    layers = len(metadata.layers)
+    shapes = {
+        LOGITS: ("FP32", len(metadata.labels)),
+        "expert_index": ("INT64", layers),
+        "router_margin": ("FP32", layers),
+    }
+    return {
+        "name": name,
+        "versions": [VERSION],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {
+                "name": "images",
+                "datatype": "UINT8" if nhwc else "FP32",
+                "shape": [batch, height, width, 3] if nhwc else [batch, 3, height, width],
+            }
+        ],
+        "outputs": [
+            {"name": output, "datatype": shapes[output][0], "shape": [batch, shapes[output][1]]}
+            for output in metadata.outputs
+        ],
+    }

@@ -1,0 +1,95 @@
+"""Run the application on uvicorn until SIGTERM or Ctrl-C, then finish the requests under way."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from advmoe_export.errors import ProviderError
+from advmoe_export.serve.app import ModelServer
+from advmoe_export.serve.config import ServeConfig
+from advmoe_export.session import Session
+
+
+class AddressError(ProviderError):
+    """An address that cannot be listened on."""
+
+
+def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line: None) -> None:
+    """Serve a model; returns after SIGTERM or SIGINT, when the requests under way are answered.
+
+    Args:
+        config: what to serve and how.
+        announce: called with a line for the person who started the server, once it listens.
+
+    Raises:
+        ModelFileError: the model file is missing, damaged or not ours.
+        ProviderError: none of the providers starts.
+        AddressError: the address is taken, or not one of this machine.
+    """
+    session = Session(config.model, providers=config.provider, threads=config.threads or None)
+    with _listen(config.host, config.port) as listener:
+        port = listener.getsockname()[1]
+        model = ModelServer(session, config)
+        server = _Server(
+            model,
+            uvicorn.Config(
+                model.app(),
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(config.grace)),
+            ),
+            lambda: announce(
+                f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{config.host}:{port}"
+            ),
+        )
+        # uvicorn handles signals while it runs, and raises them again at its end for the handlers before it.
+        before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that refuses new requests from the moment it is told to stop."""
+
+    def __init__(self, model: ModelServer, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._model, self._on_start = model, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests; a second signal does not wait for those under way."""
+        self._model.batcher.stop()
+        super().handle_exit(sig, frame)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise AddressError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port"
+        ) from error
+    return listener
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The signal has been handled."""

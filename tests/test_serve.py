@@ -1,0 +1,563 @@
+"""The server: its protocol, its page, its bounds, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from advmoe_export import ExportError, InputError, Session, export_model
+from PIL import Image
+from serving import server
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from advmoe_export.serve.app import ModelServer
+from advmoe_export.serve.batching import Batcher, OverloadedError, StoppingError
+from advmoe_export.serve.command import parse
+from advmoe_export.serve.config import ServeConfig
+
+from advmoe.cli.app import main
+
+LABELS = [f"class {i}" for i in range(10)]
+PIXELS = np.rint(255 * np.random.default_rng(0).random((16, 1, 1, 3)) * np.ones((16, 16, 16, 3))).astype(np.uint8)
+FLOATS = np.divide(PIXELS.transpose(0, 3, 1, 2), 255, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, small_moe: Callable[..., Any]) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "small.onnx"
+    export_model(small_moe(), path, image_size=16, labels=LABELS, images=FLOATS, profile="throughput", resize=18)
+    return path
+
+
+@pytest.fixture(scope="module")
+def session(path: Path) -> Session:
+    return Session(path, threads=1)
+
+
+def png(size: tuple[int, int] = (40, 30)) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+@asynccontextmanager
+async def client(session: Session, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ModelServer]]:
+    """A client of the application in this process."""
+    model = ModelServer(session, ServeConfig(model=session.path, **{"max_batch": 16} | settings))
+    app = model.app()
+    transport = httpx.ASGITransport(app)
+    async with model._lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http, model
+
+
+def ask(session: Session, method: str, url: str, *, settings: Mapping[str, Any] | None = None, **request: Any) -> Any:
+    """The response to one request."""
+
+    async def run() -> httpx.Response:
+        async with client(session, **(settings or {})) as (http, _):
+            return await http.request(method, url, **request)
+
+    return asyncio.run(run())
+
+
+def infer(images: np.ndarray, **more: Any) -> dict[str, Any]:
+    datatype = "UINT8" if images.dtype == np.uint8 else "FP32"
+    tensor = {"name": "images", "shape": list(images.shape), "datatype": datatype, "data": images.tolist()}
+    return {"inputs": [tensor], **more}
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+def test_health_and_metadata(session: Session) -> None:
+    assert ask(session, "GET", "/v2/health/live").json() == {"live": True}
+    for url in ("/v2/health/ready", "/v2/models/small/ready", "/v2/models/small/versions/1/ready"):
+        assert ask(session, "GET", url).status_code == 200
+    assert ask(session, "GET", "/v2").json()["extensions"] == ["binary_tensor_data", "classification"]
+    described = ask(session, "GET", "/v2/models/small").json()
+    assert described["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 16, 16]}]
+    assert described["outputs"] == [
+        {"name": "logits", "datatype": "FP32", "shape": [-1, 10]},
+        {"name": "expert_index", "datatype": "INT64", "shape": [-1, 4]},
+    ]
+
+
+@pytest.mark.parametrize("images", [FLOATS[:3], PIXELS[:3]])
+@pytest.mark.parametrize("nested", [True, False])
+def test_json_gives_what_a_session_gives(session: Session, images: np.ndarray, nested: bool) -> None:
+    request = infer(images, id="42")
+    if not nested:
+        request["inputs"][0]["data"] = images.reshape(-1).tolist()
+    answer = ask(session, "POST", "/v2/models/small/infer", json=request).json()
+    expected = session.run(images)
+    assert (answer["id"], answer["model_name"], answer["model_version"]) == ("42", "small", "1")
+    logits, experts = answer["outputs"]
+    assert (logits["name"], logits["datatype"], logits["shape"]) == ("logits", "FP32", [3, 10])
+    # Batches are joined, so sums may be in another order than in the session.
+    np.testing.assert_allclose(np.reshape(logits["data"], (3, 10)), expected.logits, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(np.reshape(experts["data"], (3, 4)), expected.pathway)
+
+
+def test_raw_tensors_behind_the_json_give_the_same(session: Session) -> None:
+    raw = FLOATS[:2].astype("<f4").tobytes()
+    tensor = {"name": "images", "shape": [2, 3, 16, 16], "datatype": "FP32"}
+    header = json.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}],
+            "outputs": [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "expert_index"}],
+        }
+    ).encode()
+    response = ask(
+        session,
+        "POST",
+        "/v2/models/small/versions/1/infer",
+        content=header + raw,
+        headers={"Inference-Header-Content-Length": str(len(header))},
+    )
+    length = int(response.headers["Inference-Header-Content-Length"])
+    logits, experts = json.loads(response.content[:length])["outputs"]
+    values = np.frombuffer(response.content[length:], "<f4")
+    assert logits["parameters"]["binary_data_size"] == 2 * 10 * 4 == len(response.content) - length
+    expected = session.run(FLOATS[:2])
+    np.testing.assert_allclose(values.reshape(2, 10), expected.logits, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(np.reshape(experts["data"], (2, 4)), expected.pathway)
+
+
+def test_tritons_classification_names_the_best_classes(session: Session) -> None:
+    outputs = [{"name": "logits", "parameters": {"classification": 2}}]
+    answer = ask(session, "POST", "/v2/models/small/infer", json=infer(FLOATS[:1], outputs=outputs)).json()
+    (entry,) = answer["outputs"]
+    assert (entry["datatype"], entry["shape"]) == ("BYTES", [1, 2])
+    order = np.argsort(-session.run(FLOATS[:1]).logits[0])[:2]
+    assert [text.split(":")[1:] for text in entry["data"]] == [[str(i), LABELS[i]] for i in order]
+
+
+def change(**fields: Any) -> dict[str, Any]:
+    request = infer(FLOATS[:1])
+    request["inputs"][0] |= fields
+    return request
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "expected an infer request"),
+        (b"{", "expected an infer request"),
+        (b"[" * 100_000, "expected an infer request"),
+        (b"{}", "missing required field `inputs`"),
+        (b'{"inputs": []}', "expected one input named 'images', got none"),
+        (change(name="x"), "expected one input named 'images', got x"),
+        (change(datatype="BYTES"), "expected images of datatype FP32 or UINT8, got 'BYTES'"),
+        (change(shape=[1, 3, 16]), "expected 48 numbers for shape"),
+        (change(shape=[-1, -3, 16, 16]), "without negative sizes"),
+        (change(shape="big"), "Expected `array`, got `str`"),
+        (change(data=None), "expected 'data' as a list of numbers"),
+        (change(data=[[1, 2], [3]]), "regularly nested list of numbers"),
+        (change(data=["a"] * 768), "expected 'data' as a list of numbers"),
+        (change(data=[2.0] * 768), "values from 2 to 2; divide 8-bit images by 255"),
+        (change(data=[300] * 768, datatype="UINT8", shape=[1, 16, 16, 3]), "UINT8 values in 0 ... 255, got 300"),
+        (change(shape=[1, 3, 8, 32]), r"got float32 [1, 3, 8, 32]"),
+        (change(data=[], shape=[0, 3, 16, 16]), "expected at least one image"),
+        (change(parameters={"binary_data_size": 4}), "expected 3072 bytes behind the JSON"),
+        (infer(FLOATS[:1], outputs=[{"name": "secret"}]), "unknown output 'secret', expected one of: logits"),
+        (
+            infer(FLOATS[:1], outputs=[{"name": "expert_index", "parameters": {"classification": 1}}]),
+            "classification needs the output 'logits'",
+        ),
+        (infer(np.repeat(FLOATS, 3, axis=0)), "expected at most 32 images in a request, got 48"),
+    ],
+)
+def test_a_mistaken_request_is_one_line(session: Session, body: bytes | dict[str, Any], message: str) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = ask(session, "POST", "/v2/models/small/infer", content=content, settings={"max_batch": 32})
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+    assert "\n" not in response.json()["error"]
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1" * 30])
+def test_a_wrong_length_of_the_json_is_one_line(session: Session, length: str) -> None:
+    response = ask(
+        session, "POST", "/v2/models/small/infer", content=b"{}", headers={"Inference-Header-Content-Length": length}
+    )
+    assert (response.status_code, response.json()["error"].split(" must be")[0]) == (
+        400,
+        "inference-header-content-length",
+    )
+
+
+def test_what_is_not_there_is_named(session: Session) -> None:
+    for url in ("/v2/models/other", "/v2/models/small/versions/2", "/v2/models/other/ready"):
+        response = ask(session, "GET", url)
+        assert response.status_code == 404
+        assert "this server has 'small', version 1" in response.json()["error"]
+    assert ask(session, "GET", "/nothing").json() == {"error": "GET /nothing: Not Found"}
+    assert ask(session, "DELETE", "/v2").status_code == 405
+
+
+def test_a_file_with_a_fixed_batch_size_serves_single_images(small_moe: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "three.onnx"
+    export_model(small_moe(), path, image_size=16, labels=LABELS, images=FLOATS, profile="static", batch_size=3)
+    session = Session(path, threads=1)
+    answer = ask(session, "POST", "/v2/models/three/infer", json=infer(FLOATS[:1])).json()
+    expected = session.run(FLOATS[[0, 0, 0]]).logits[:1]
+    np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (1, 10)), expected, rtol=1e-5)
+    assert "at most 3 images" in ask(session, "POST", "/v2/models/three/infer", json=infer(FLOATS[:4])).json()["error"]
+
+
+# --- people, and Prometheus -----------------------------------------------------------------------
+
+
+def test_an_image_file_is_classified_as_a_session_classifies_it(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(png())
+    expected = session.run(tmp_path / "photo.png")
+    answer = ask(session, "POST", "/classify", content=png()).json()
+    assert answer["label"] == expected.labels[0] == answer["top"][0]["label"]
+    assert expected.pathway is not None
+    assert answer["pathway"] == expected.pathway[0].tolist()
+    probabilities = [entry["probability"] for entry in answer["top"]]
+    assert probabilities == pytest.approx(sorted(expected.probabilities[0], reverse=True)[:5], rel=1e-4)
+
+
+def test_load_and_drift_are_those_of_the_images_served(session: Session) -> None:
+    async def run() -> tuple[dict[str, Any], dict[str, Any], str]:
+        async with client(session) as (http, _):
+            before = (await http.get("/load")).json()
+            for _ in range(4):
+                await http.post("/v2/models/small/infer", json=infer(FLOATS[:1]))
+            return before, (await http.get("/load")).json(), (await http.get("/metrics")).text
+
+    before, after, metrics = asyncio.run(run())
+    assert (before["images"], after["images"]) == (0, 4)
+    assert before["model"] == "small"
+    pathway = session.run(FLOATS[:1]).pathway
+    assert pathway is not None
+    for layer, expert, recorded in zip(after["layers"], pathway[0], session.metadata.expert_load or (), strict=True):
+        assert layer["exported"] == list(recorded)
+        assert layer["served"][expert] == 1.0
+        # all load is on one expert now, so what it had not before has moved
+        assert layer["drift"] == pytest.approx(1 - recorded[expert])
+        name = layer["layer"]
+        assert f'advmoe_expert_images_total{{expert="{expert}",layer="{name}"}} 4.0' in metrics
+        assert f'advmoe_expert_images_total{{expert="{1 - expert}",layer="{name}"}} 0.0' in metrics
+        assert f'advmoe_route_drift{{layer="{name}"}} {layer["drift"]}' in metrics
+    assert "advmoe_images_total 4.0" in metrics
+    assert 'advmoe_requests_total{endpoint="infer",status="200"} 4.0' in metrics
+    assert 'advmoe_request_seconds_count{endpoint="infer"} 4.0' in metrics
+    assert 'advmoe_batch_images_bucket{le="1.0"} 4.0' in metrics
+
+
+def test_drift_forgets_images_that_left_the_window(session: Session) -> None:
+    other = next(i for i in range(16) if (session.run(FLOATS[i]).pathway != session.run(FLOATS[0]).pathway).any())
+
+    async def run() -> dict[str, Any]:
+        async with client(session, drift_window=4) as (http, _):
+            for image in (0, 0, 0, other, other, other, other):
+                await http.post("/v2/models/small/infer", json=infer(FLOATS[image : image + 1]))
+            return dict((await http.get("/load")).json())
+
+    load = asyncio.run(run())
+    pathway = session.run(FLOATS[other]).pathway
+    assert pathway is not None
+    assert load["images"] == 4
+    assert all(layer["served"][e] == 1.0 for layer, e in zip(load["layers"], pathway[0], strict=True))
+
+
+def test_the_page_may_run_its_own_script_and_nothing_else(session: Session) -> None:
+    response = ask(session, "GET", "/")
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert policy.count("'sha256-") == 2
+    assert "http://" not in response.text.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
+    assert "https://" not in response.text
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that unpacks to 3 * width * height bytes of zeros."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + 3 * width)) for _ in range(min(height, 16))) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"", 400, "expected an image file as the body of the request, got nothing"),
+        (b"hello", 400, "the upload cannot be decoded as an image"),
+        (png()[:-40], 400, "the upload cannot be decoded as an image"),
+        (bytes(2**20 + 1), 413, "the body has 1048577 bytes, at most 1048576 are taken"),
+        (bomb(8000, 8000), 413, "the upload has 8000 x 8000 pixels, at most 40000000 are decoded"),
+        (bomb(60000, 60000), 413, "far too many pixels"),
+    ],
+)
+def test_an_upload_that_is_no_image_or_too_large_is_one_line(
+    session: Session, content: bytes, status: int, message: str
+) -> None:
+    response = ask(session, "POST", "/classify", content=content, settings={"max_upload_mb": 1.0})
+    assert response.status_code == status
+    assert message in response.json()["error"]
+    assert "\n" not in response.json()["error"]
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit(session: Session) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 2**16
+            yield bytes(2**16)
+
+    response = ask(session, "POST", "/classify", content=chunks(), settings={"max_upload_mb": 1.0})
+    assert (response.status_code, sent) == (413, 2**20 + 2**16)
+
+
+class Gate:
+    """A model that waits to be let through, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        self.batches.append(images.tolist())
+        assert self.open.wait(10)
+        return {"double": 2 * images}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not happen")
+
+
+def test_requests_that_wait_for_the_worker_are_joined_up_to_the_largest_batch() -> None:
+    async def run() -> tuple[list[list[int]], list[list[int]]]:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=4)
+        async with batcher.running():
+            first = asyncio.create_task(batcher.submit(np.array([0])))
+            await until(lambda: gate.batches == [[0]])
+            others = [asyncio.create_task(batcher.submit(np.array(part))) for part in ([1, 2], [3], [4, 5], [6])]
+            await until(lambda: batcher.waiting == 6)
+            gate.open.set()
+            results = [result["double"].tolist() for result in await asyncio.gather(first, *others)]
+        return gate.batches, results
+
+    batches, results = asyncio.run(run())
+    assert batches == [[0], [1, 2, 3], [4, 5, 6]]  # [1, 2, 3, 4, 5] would be more than 4
+    assert results == [[0], [2, 4], [6], [8, 10], [12]]
+
+
+def test_a_lone_request_waits_for_others_if_it_is_told_to() -> None:
+    async def run() -> list[list[int]]:
+        gate = Gate()
+        gate.open.set()
+        batcher = Batcher(gate, max_batch=2, max_delay=10)
+        async with batcher.running():
+            await asyncio.gather(*(batcher.submit(np.array([i])) for i in range(2)))  # full: does not wait 10 s
+        return gate.batches
+
+    assert asyncio.run(run()) == [[0, 1]]
+
+
+def test_a_request_that_was_given_up_is_not_computed() -> None:
+    async def run() -> list[list[int]]:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=1)
+        async with batcher.running():
+            first, second, third = (asyncio.create_task(batcher.submit(np.array([i]))) for i in range(3))
+            await until(lambda: gate.batches == [[0]] and batcher.waiting == 2)
+            second.cancel()
+            gate.open.set()
+            await asyncio.gather(first, third)
+        return gate.batches
+
+    assert asyncio.run(run()) == [[0], [2]]
+
+
+def test_a_failure_of_the_model_reaches_its_requests_and_leaves_the_worker_alive() -> None:
+    def model(images: np.ndarray) -> dict[str, np.ndarray]:
+        if images[0] == 13:
+            raise RuntimeError("out of memory")
+        return {"same": images}
+
+    async def run() -> int:
+        batcher = Batcher(model, max_batch=1)
+        async with batcher.running():
+            with pytest.raises(RuntimeError, match="out of memory"):
+                await batcher.submit(np.array([13]))
+            return int((await batcher.submit(np.array([7])))["same"][0])
+
+    assert asyncio.run(run()) == 7
+
+
+def test_admission_is_bounded_and_ends_with_the_stop() -> None:
+    batcher = Batcher(Gate(), max_batch=1, max_requests=2)
+    with batcher.admit(), batcher.admit():
+        with pytest.raises(OverloadedError), batcher.admit():
+            pass
+        assert batcher.requests == 2
+    assert batcher.requests == 0
+    batcher.stop()
+    with pytest.raises(StoppingError), batcher.admit():
+        pass
+
+
+def test_overload_is_429_time_outs_are_504_and_health_answers_meanwhile(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    execute = session.execute
+
+    def slow(images: np.ndarray) -> Any:
+        assert release.wait(10)
+        return execute(images)
+
+    async def run() -> tuple[list[httpx.Response], httpx.Response, httpx.Response]:
+        async with client(session, max_queue=2, timeout=0.5) as (http, model):
+            monkeypatch.setattr(model.batcher, "_run", slow)
+            waiting = [asyncio.create_task(http.post("/classify", content=png())) for _ in range(2)]
+            await until(lambda: model.batcher.requests == 2)
+            refused = await http.post("/classify", content=png())
+            health = await http.get("/v2/health/ready")
+            answers = [await task for task in waiting]
+            assert model.batcher.requests == 0
+            release.set()
+            return answers, refused, health
+
+    answers, refused, health = asyncio.run(run())
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert "2 requests are waiting already" in refused.json()["error"]
+    assert health.status_code == 200
+    assert [answer.status_code for answer in answers] == [504, 504]
+    assert answers[0].json()["error"] == "the model did not answer within 0.5 seconds"
+
+
+# --- a real server --------------------------------------------------------------------------------
+
+
+def receive(connection: socket.socket) -> str:
+    """A response whose body is a JSON object."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        part = connection.recv(65536)
+        assert part, answer
+        answer += part
+    return answer.decode()
+
+
+@pytest.fixture
+def slow_body(path: Path) -> Iterator[tuple[Any, httpx.Client, socket.socket]]:
+    """A server with a connection that has sent half of its body."""
+    with server(path, "--timeout", "5", "--max-queue", "1") as (process, http):
+        connection = socket.create_connection((http.base_url.host, http.base_url.port or 0))
+        body = png()
+        head = f"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        connection.sendall(head + body[:100])
+        while "advmoe_open_requests 1.0" not in http.get("/metrics").text:
+            time.sleep(0.01)
+        yield process, http, connection
+        connection.close()
+
+
+def test_sigterm_finishes_the_request_under_way_refuses_others_and_ends_with_0(
+    slow_body: tuple[Any, httpx.Client, socket.socket],
+) -> None:
+    process, http, connection = slow_body
+    assert http.post("/classify", content=png()).status_code == 429
+    process.send_signal(signal.SIGTERM)
+    connection.sendall(png()[100:])
+    answer = receive(connection)
+    assert answer.startswith("HTTP/1.1 200")
+    assert '"label":"class ' in answer
+    assert process.wait(20) == 0
+    with pytest.raises(httpx.HTTPError):
+        http.get("/v2/health/live")
+
+
+def test_a_body_that_never_comes_is_given_up(path: Path) -> None:
+    with server(path, "--timeout", "0.3") as (_, http):
+        connection = socket.create_connection((http.base_url.host, http.base_url.port or 0))
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nhalf")
+        answer = receive(connection)
+        connection.close()
+        assert answer.startswith("HTTP/1.1 408")
+        assert "the body did not arrive within 0.3 seconds" in answer
+        assert http.post("/classify", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "x"], "argument --port: invalid int value: 'x'"),
+        (["--prot", "80"], "unrecognized arguments: --prot 80; see 'advmoe serve --help'"),
+        (["--workers", "0"], "workers must be at least 1, got 0"),
+        (["--timeout", "nan"], "timeout must be positive and finite, got nan"),
+        (["--max-delay-ms", "inf"], "max_delay_ms must be at least 0, got inf"),
+        (["--port", "70000"], "port must be at most 65535, got 70000"),
+        (["--name", "a/b"], "name must not contain '/', got 'a/b'"),
+    ],
+)
+def test_a_mistaken_option_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="^" + message.replace("(", r"\(")):
+        parse(["model.onnx", *options], "advmoe serve")
+    assert main(["serve", "model.onnx", *options]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_an_address_in_use_and_a_missing_file_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(path), "--port", str(port)]) == 1
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+    assert main(["serve", "missing.onnx"]) == 1
+    assert "no model file 'missing.onnx'" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["m.onnx"], "x") == ServeConfig(model=Path("m.onnx"))
+    assert parse(["m.onnx", "--provider", "cuda", "--provider", "cpu"], "x").provider == ("cuda", "cpu")
+    with pytest.raises(SystemExit):
+        parse(["--help"], "x")
+    text = capsys.readouterr().out
+    for field in ServeConfig.__dataclass_fields__:
+        assert field == "model" or f"--{field.replace('_', '-')}" in text
+
+
+def test_without_its_packages_the_server_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from advmoe_export.serve.command import run
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "advmoe_export.serve.server", raising=False)
+    with pytest.raises(ExportError, match=r"needs the package 'uvicorn', .*advmoe-export\[cpu,serve\]"):
+        run(["model.onnx"], program="advmoe-serve")
