@@ -86,7 +86,7 @@ class BackboneConfig(Settings):
             "Channel multiplier of the backbone, before r; below 1 for small runs.",
             noun="the width multiplier",
             above=0.0,
-            at_most=64.0,
+            at_most=16.0,
             usual="1 is the full backbone",
         ),
     ] = 1.0
@@ -410,14 +410,17 @@ class ImagesConfig(Settings):
             below=1.0,
         ),
     ] = 0.1
-    val_limit: Annotated[int, Setting("Validation images attacked after each epoch, at most.", at_least=1)] = 1000
+    val_limit: Annotated[
+        int, Setting("Validation images attacked after each epoch, at most.", at_least=1, at_most=10**9)
+    ] = 1000
     flip: Annotated[
         bool,
         Setting("Mirror half of the training images.", default="on, but off where a mirrored image changes its class"),
     ] = True
-    limit_train: Annotated[int | None, Setting("Train on this many images only (a seeded choice).", default="all")] = (
-        None
-    )
+    limit_train: Annotated[
+        int | None,
+        Setting("Train on this many images only (a seeded choice).", at_least=1, at_most=10**9, default="all"),
+    ] = None
     skip_bad_images: Annotated[
         bool,
         Setting("Leave out images that cannot be decoded, and count them, instead of stopping at the first one."),

@@ -161,8 +161,7 @@ def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) ->
     if origin in {Union, types.UnionType}:
         if value is None and types.NoneType in arguments:
             return None
-        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
-        return conform(value, inner, noun, setting)
+        return _conform_union(value, [inner for inner in arguments if inner is not types.NoneType], noun, setting)
     if origin in {tuple, list}:
         return _conform_sequence(value, origin, arguments, noun, setting)
     if origin is dict:
@@ -178,6 +177,16 @@ def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) ->
     expected = {str: "a text", bool: "true or false"}.get(kind, f"a {kind.__name__}")
     _expect(isinstance(value, kind), noun, expected, value)
     return value
+
+
+def _conform_union(value: Any, kinds: list[Any], noun: str, setting: Setting | None) -> Any:
+    """`value` as the first of the types that it is."""
+    for kind in kinds[:-1]:
+        try:
+            return conform(value, kind, noun, setting)
+        except ConfigError:
+            continue
+    return conform(value, kinds[-1], noun, setting)
 
 
 def _conform_sequence(value: Any, origin: type, arguments: tuple[Any, ...], noun: str, setting: Setting | None) -> Any:

@@ -159,8 +159,11 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, help="rounds at batch 64; four times as many at batch 1 and 8")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.smoke:
+        options.arch, options.width, options.rounds = ["vgg16"], 0.0625, 1
     rounds = options.rounds or (3 if options.quick else 11)
     settings = {
         "num_experts": options.num_experts,
@@ -186,3 +189,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(json.dumps(results) if options.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

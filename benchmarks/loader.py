@@ -164,9 +164,9 @@ def on_each_thread(works: list[Callable[[], None]]) -> Callable[[], None]:
     return run
 
 
-def crop_flip(rounds: int) -> dict[str, float]:
-    source = cifar_like(16_384)
-    few = cifar_like(1024)
+def crop_flip(rounds: int, num_images: int) -> dict[str, float]:
+    source = cifar_like(num_images)
+    few = cifar_like(num_images // 16)
     fills = [fill_batches(source) for _ in range(2)]
     one, two = on_each_thread(fills[:1]), on_each_thread(fills)
     alone, shared = (
@@ -274,11 +274,14 @@ def share_of_train_step(rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the image loader")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.smoke:
+        options.rounds = 1
     results: dict[str, Any] = {
-        **crop_flip(options.rounds),
+        **crop_flip(options.rounds, 1024 if options.smoke else 16_384),
         **random_resized_crop(options.rounds),
         "share_of_train_step": share_of_train_step(options.rounds),
         "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",

@@ -96,13 +96,16 @@ def summary(log: RouteLog, channels: PathwayChannels, mask: np.ndarray[Any, np.d
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the pathway statistics")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     channels = halves()
     mask = np.random.default_rng(3).random(channels.num_channels) < 0.5
-    pathways = distinct_pathways(10_000)
+    if options.smoke:
+        options.rounds = 1
+    pathways = distinct_pathways(600 if options.smoke else 10_000)
     log = log_of(pathways, 0.1)
     masks = torch.from_numpy(np.concatenate([table[pathways[:, i]] for i, table in enumerate(channels.tables)], axis=1))
     rows = 500
@@ -114,7 +117,7 @@ def main() -> None:
         times.append((one, pairs, cpu(theirs) * len(pathways) / rows))
     del masks, theirs
 
-    many = log_of(many_samples(1_300_000), 0.05)
+    many = log_of(many_samples(1_300 if options.smoke else 1_300_000), 0.05)
     results: dict[str, Any] = {
         "one_vs_10k_ms": 1e3 * statistics.median(one for one, _, _ in times),
         "all_pairs_10k_s": statistics.median(pairs for _, pairs, _ in times),

@@ -15,11 +15,12 @@ import torch
 
 import advmoe
 from advmoe.config import ModelConfig, TrainConfig, to_dict
-from advmoe.errors import CheckpointError
+from advmoe.errors import CheckpointError, ConfigError
 from advmoe.files import write_atomically
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
+from advmoe.training.start import start_from
 
 MODEL = ModelConfig(arch="vgg16", width=0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
@@ -231,8 +232,21 @@ def test_fields_of_a_newer_program_are_refused(saved: Path) -> None:
         {"train": [1]},
         {"train": None},
         {"metrics": "good"},
+        {"metrics": {"val_ra": "good"}},
+        {"metrics": {5: 1.0}},
         {"progress": 5},
+        {"progress": {"step": "three"}},
+        {"progress": {"step": 3, "best_ra": 5.0, "sums": [{"loss": 1}]}},
         {"optimizers": {}},
+        {"optimizers": [5]},
+        {"class_names": [1, 2]},
+        {"class_names": ["cat", "dog"]},
+        {"train": {"dataset": 5}},
+        {"train": {"dataset": "digits", "attack": 5}},
+        {"train": {"dataset": "digits", "attack": {"eps": "big"}}},
+        {"training_weights": {"classifier.weight": 1}},
+        {"model": {"arch": "vgg16", "image_size": "32"}},
+        {"model": {"arch": "vgg16", "compact": "yes"}},
     ],
     ids=str,
 )
@@ -240,6 +254,90 @@ def test_incomplete_or_inconsistent_contents_are_refused(saved: Path, changes: d
     with pytest.raises(CheckpointError) as caught:
         advmoe.load(rewritten(saved, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_that_flips_anywhere_in_the_weights_or_the_description_is_noticed(saved: Path) -> None:
+    whole, rng = saved.read_bytes(), random.Random(1)
+    with zipfile.ZipFile(saved) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    for entry in (entries[0], *rng.sample(entries[1:], 10)):
+        with zipfile.ZipFile(saved) as archive, archive.open(entry) as file:
+            begin = file._orig_compress_start  # type: ignore[attr-defined]
+        damaged = bytearray(whole)
+        damaged[begin + rng.randrange(entry.file_size)] ^= 1 << rng.randrange(8)
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged: the checksum of .* is wrong"):
+            load_checkpoint(saved)
+        saved.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "mps"])
+def test_a_device_that_is_not_there_is_refused(saved: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{name}'"):
+        advmoe.load(saved, device=name)
+
+
+def test_weights_of_another_type_are_not_converted(saved: Path) -> None:
+    weights = dict(load_checkpoint(saved).weights)
+    weights["classifier.bias"] = weights["classifier.bias"].double()
+    with pytest.raises(
+        CheckpointError, match=r"classifier.bias must be torch.float32 \[10\], got torch.float64 \[10\]"
+    ):
+        advmoe.load(rewritten(saved, weights=weights))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "type"])
+def test_a_run_starts_from_exactly_its_own_weights(saved: Path, model: RoutedNetwork, change: str) -> None:
+    initial = load_checkpoint(saved)
+    if change == "missing":
+        del initial.weights["classifier.bias"]
+    elif change == "unexpected":
+        initial.weights["surplus"] = torch.ones(1)
+    elif change == "shape":
+        initial.weights["classifier.bias"] = torch.ones(1)  # would be broadcast
+    else:
+        initial.weights["classifier.bias"] = torch.ones(10, dtype=torch.float16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="the checkpoint to start from has other weights"):
+        start_from(model, initial)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_sparse_cnn_starts_from_the_weights_of_its_dense(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    dense, sparse = tiny_vgg(kind="dense"), tiny_vgg(seed=1, kind="sparse_cnn")
+    start_from(sparse, Checkpoint(model=dense.config, weights=dense.state_dict()))
+    assert all(torch.equal(value, sparse.state_dict()[name]) for name, value in dense.state_dict().items())
+    weights = dict(dense.state_dict())
+    del weights["classifier.bias"]
+    with pytest.raises(ConfigError, match=r"classifier\.bias is missing"):
+        start_from(sparse, Checkpoint(model=dense.config, weights=weights))
+
+
+@pytest.mark.parametrize("change", ["groups", "names", "parameters", "shape", "type", "buffer"])
+def test_the_state_of_another_optimizer_is_refused(change: str) -> None:
+    def stepped() -> torch.optim.SGD:
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        parameter.square().sum().backward()
+        optimizer.step()
+        return optimizer
+
+    state: Any = stepped().state_dict()
+    load_optimizer(stepped(), state)
+    if change == "groups":
+        state["param_groups"] = 5
+    elif change == "names":
+        del state["param_groups"][0]["momentum"]
+    elif change == "parameters":
+        state["param_groups"][0]["params"] = [0, 1]
+    elif change == "shape":
+        state["state"][0]["momentum_buffer"] = torch.ones(2)
+    elif change == "type":
+        state["param_groups"][0]["momentum"] = "much"
+    else:
+        state["state"][0]["momentum_buffer"] = "much"
+    with pytest.raises(CheckpointError, match="the optimizer's state does not fit the model"):
+        load_optimizer(stepped(), state)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])

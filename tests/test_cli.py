@@ -106,7 +106,7 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
         ),
         (["train", "digits", "--model-scale", "1.5"], r"scale r must be above 0 and at most 1, got 1.5"),
         (["train", "digits", "--model-scale", "0.001"], r"r = 0.001 leaves no channel of a layer with 64; use r >="),
-        (["train", "digits", "--width", "0"], r"width multiplier must be above 0 and at most 64, got 0"),
+        (["train", "digits", "--width", "0"], r"width multiplier must be above 0 and at most 16, got 0"),
         (["train", "digits", "--width", "inf"], r"width multiplier must be finite, above 0 .*, got inf"),
         (["train", "digits", "--eps", "8"], r"eps must be in \[0, 1\].*got 8; did you mean 8/255\?"),
         (["train", "digits", "--eps", "-0.1"], r"eps must be in \[0, 1\].*got -0.1"),
@@ -124,7 +124,7 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
             ["train", "digits", "--limit-train", "5"],
             r"limit_train must be at least one batch \(128\), got 5 \(--limit-train\)$",
         ),
-        (["train", "digits", "--val-limit", "0"], r"val_limit must be at least 1, got 0"),
+        (["train", "digits", "--val-limit", "0"], r"val_limit must be at least 1 .*, got 0"),
         (["train", "digits", "--device", "tpu"], r"unknown device 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["train", "digits", "--device", "cuda:99"], r"device 'cuda:99'.*this machine has \d+ CUDA"),
         (

@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import typer
@@ -27,7 +28,7 @@ from advmoe.cli.reproduce import reproduce
 from advmoe.cli.serve import serve
 from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, handling, terminate
 from advmoe.cli.train import train
-from advmoe.errors import AdvMoEError
+from advmoe.errors import AdvMoEError, ConfigError
 
 app = typer.Typer(
     name="advmoe",
@@ -62,8 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line, and turn whatever ends it into an exit code and a line on stderr."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        refuse_empty(given)
+        code = command_line()(args=given, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -88,8 +91,36 @@ def run(arguments: Sequence[str] | None) -> int:
     except AdvMoEError as error:
         if os.environ.get("ADVMOE_TRACEBACK"):
             console.err.print_exception()
-        console.fail(with_options(error, sys.argv[1:] if arguments is None else arguments))
+        console.fail(with_options(error, given))
         return 1
+
+
+@cache
+def command_line() -> Any:
+    """The commands with their parameters, made once: a run needs them for parsing and for its messages."""
+    return typer.main.get_command(app)
+
+
+def parameters_of(arguments: Sequence[str]) -> list[Any]:
+    """The parameters of the command that is called."""
+    commands: Mapping[str, Any] = command_line().commands
+    command = next((commands[argument] for argument in arguments if argument in commands), None)
+    return [] if command is None else command.params
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse empty values, as an unset variable of a shell script gives: a path would be the current folder.
+
+    Raises:
+        ConfigError: an argument, or an option that has no empty default, is empty.
+    """
+    may_be_empty = {
+        name for parameter in parameters_of(arguments) if parameter.default == "" for name in parameter.opts
+    }
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument[:-1] if argument.startswith("--") and argument.endswith("=") else previous
+        if (argument == "" or name != previous) and name not in may_be_empty:
+            raise ConfigError(f"{name if name.startswith('--') else 'an argument'} is empty; expected a value")
 
 
 def with_options(error: AdvMoEError, arguments: Sequence[str]) -> str:
@@ -97,9 +128,7 @@ def with_options(error: AdvMoEError, arguments: Sequence[str]) -> str:
 
     The library knows settings, not options; this is the one place where the one leads to the other.
     """
-    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
-    command = next((commands[argument] for argument in arguments if argument in commands), None)
-    known = {} if command is None else {parameter.name: parameter.opts[0] for parameter in command.params}
+    known = {parameter.name: parameter.opts[0] for parameter in parameters_of(arguments)}
     options = [known[name] for name in error.options if known.get(name, "").startswith("--")]
     missing = [option for option in options if option not in str(error)]
     return f"{error} ({', '.join(missing)})" if missing else str(error)

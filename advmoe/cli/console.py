@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,16 @@ def fail(message: str) -> None:
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, on one line."""
-    print(json.dumps(value))
+    """One JSON object on stdout, on one line; what is not finite, which JSON cannot say, is null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(element) for name, element in value.items()}
+    return [_finite(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

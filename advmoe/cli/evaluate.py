@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed, resolve_device
+from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.errors import CheckpointError, ConfigError
@@ -78,6 +78,7 @@ def evaluate(
     """
     from advmoe.attacks.autoattack import package
     from advmoe.data.views import in_memory
+    from advmoe.device import resolve_device
     from advmoe.evaluation.card import make_card, save_card
     from advmoe.evaluation.cost import hardware, measure_cost
     from advmoe.evaluation.dissection import route_log

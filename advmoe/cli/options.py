@@ -12,16 +12,13 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from advmoe.cli.console import number
 from advmoe.errors import ConfigError
 from advmoe.schema import Field, Settings, fields_of
-
-if TYPE_CHECKING:
-    import torch
 
 DataDir = Annotated[
     Path | None,
@@ -132,26 +129,3 @@ def _default(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device to compute on; `auto` is CUDA if there is one.
-
-    Raises:
-        ConfigError: the name is unknown, or the device is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device") from None
-    if device.type not in {"cpu", "cuda"}:
-        raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device '{name}' is not there: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device

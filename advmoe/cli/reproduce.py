@@ -109,9 +109,10 @@ def reproduce(
     common = ["--seed", str(seed), "--device", device, *([] if data_dir is None else ["--data-dir", str(data_dir)])]
     limit = [] if limit_eval is None else ["--limit-eval", str(limit_eval)]
     results: dict[str, dict[str, Any]] = {}
+    train_words, evaluate_words = words(train, "--train"), words(evaluate, "--evaluate")
     for recipe in chosen:
-        checkpoint = trained(recipe, runs, [*shlex.split(train), *common])
-        options = [*shlex.split(experiment.evaluate), *shlex.split(evaluate), *limit, *common]
+        checkpoint = trained(recipe, runs, [*train_words, *common])
+        options = [*shlex.split(experiment.evaluate), *evaluate_words, *limit, *common]
         results[recipe.name] = run("evaluate", str(checkpoint), "--out", str(evaluated(recipe, name, runs)), *options)
     mask = mask_option(experiment, chosen, runs)
     for recipe in chosen:
@@ -139,6 +140,18 @@ def reproduce(
         for recipe in chosen
     ]
     console.show_table(f"{experiment.shown_in} ({out / f'{name}.json'})", ("run", "method", *columns), rows)
+
+
+def words(text: str, name: str) -> list[str]:
+    """The options in a text, split as a shell does.
+
+    Raises:
+        ConfigError: a quotation that does not end.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be read: {str(error).lower()}, got {text}") from None
 
 
 def evaluated(recipe: Recipe, name: str, runs: Path) -> Path:

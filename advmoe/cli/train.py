@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.options import DataDir, Device, Json, option, resolve_device, takes_settings_of
+from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.signals import stopping
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check, to_dict
@@ -49,6 +49,7 @@ def train(
     Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
     """
     from advmoe.data.sources import dataset_info, load_dataset
+    from advmoe.device import resolve_device
     from advmoe.models.registry import build_model
     from advmoe.training.checkpoint import file_digest, load_checkpoint
     from advmoe.training.loop import Trainer

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from advmoe.config import ModelConfig
+from advmoe.errors import DataError
 from advmoe.models.layers import LayerFactory
 from advmoe.models.routing import Routing, RoutingTape
 
 TapeType = Callable[[nn.ModuleList, Sequence[int], Tensor | None], RoutingTape]
 """(routers, router of each layer, forced pathways) -> tape; `RoutingTape` itself is the ordinary one."""
+
+
+def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
+    """Refuse images that the arithmetic would accept, by broadcasting or as other numbers, but that are none.
+
+    Shape and type are checked always: that reads no pixel. In eval mode on the CPU, images that are not finite or lie
+    in 0..255 are refused too; this pass over the values costs a thousandth of the network. On a GPU it would wait for
+    the device in every call, and a graph that is compiled or exported cannot branch on values. Other values outside of
+    [0, 1] are let through: a diagnostic feeds normalized images on purpose.
+
+    Raises:
+        DataError: a wrong shape or type, values that are not finite, or pixels of 0..255.
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise DataError(f"expected images [B, 3, {size}, {size}], got {list(images.shape)}")
+    if not images.is_floating_point():
+        raise DataError(f"expected images of floating-point numbers in [0, 1], got {images.dtype}")
+    if in_training or torch.compiler.is_compiling() or type(images) is not Tensor or images.device.type != "cpu":
+        return
+    if len(images):
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not math.isfinite(high - low):
+            raise DataError("expected images in [0, 1], got values that are not finite (NaN or infinity)")
+        if low >= 0.0 and high > 2.0:
+            raise DataError(f"expected images in [0, 1], got values up to {high:g}; divide by 255?")
 
 
 class RoutedNetwork(nn.Module):
@@ -57,6 +84,7 @@ class RoutedNetwork(nn.Module):
                 routed, L counts the decisions of all MoE layers and tokens, layer by layer.
             tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
+        check_images(images, self.config.image_size, in_training=self.training)
         if not self.expert_layouts:
             tape = RoutingTape(self.routers, (), images.new_zeros((images.shape[0], 0), dtype=torch.int64))
         else:

@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace, UnionType
-from typing import IO, Any, cast
+from types import SimpleNamespace
+from typing import IO, Annotated, Any, cast, get_type_hints
 
 import torch
 
-from advmoe.config import ModelConfig, from_dict, to_dict
+from advmoe.config import ModelConfig, TrainConfig
+from advmoe.device import resolve_device
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.files import write_atomically
 from advmoe.models.masked import compact, masks_open
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.safetensors_file import SUFFIX, read_safetensors, write_safetensors
+from advmoe.schema import Setting, Settings, check, conform, from_dict, shown, to_dict
 
 FORMAT = "advmoe-checkpoint"
 VERSION = 1
-CONTENTS: dict[str, type | UnionType] = {
-    "model": dict,
-    "weights": dict,
-    "class_names": list,
-    "train": dict,
-    "metrics": dict,
-    "progress": dict,
-    "optimizers": list,
-    "training_weights": dict | None,
-}
-"""What a checkpoint file holds."""
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Settings):
+    """Position in a run."""
+
+    step: Annotated[int, Setting("Steps done.", at_least=0)]
+    best_ra: Annotated[float, Setting("Validation RA of `best.pt` in per cent; below 0 if there is none yet.")]
+    sums: Annotated[list[Weights], Setting("Sums of the epoch under way, one set per level.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The contents of a checkpoint file."""
+    """The contents of a checkpoint file. A file is checked against the types of these fields."""
 
     model: ModelConfig
-    weights: dict[str, torch.Tensor]
+    weights: Weights
     """State dict of the model as it was validated: the moving average of the weights where the run keeps one."""
     class_names: tuple[str, ...] = ()
     """Label of each output."""
@@ -51,20 +55,60 @@ class Checkpoint:
     """Position in the run, and sums of the epoch under way."""
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     """State of each level's optimiser."""
-    training_weights: dict[str, torch.Tensor] | None = None
+    training_weights: Weights | None = None
     """State dict that training goes on from, where `weights` is a moving average."""
 
     def build(self) -> RoutedNetwork:
         """The model, in eval mode; a Sparse-CNN whose masks are learned without the channels it dropped."""
         try:
             model = build_model(self.model)
-            model.load_state_dict(self.weights)
-        except (ConfigError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {reason}") from error
+            load_weights(model, self.weights)
+        except ConfigError as error:
+            raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {error}") from error
         if self.model.kind == "sparse_cnn" and not masks_open(model):
             model = compact(model)
         return model.eval()
+
+
+def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a model these weights, which must be its own in name, shape and type: nothing is filled in or converted.
+
+    Raises:
+        ConfigError: a difference; the message names the first one.
+    """
+    own = model.state_dict()
+    for name in (*own, *weights):
+        if name not in weights or name not in own:
+            raise ConfigError(f"{shown(name)} is {'missing' if name in own else 'not part of this model'}")
+        expected, found = own[name], weights[name]
+        if expected.shape != found.shape or expected.dtype != found.dtype:
+            raise ConfigError(
+                f"{name} must be {expected.dtype} {list(expected.shape)}, got {found.dtype} {list(found.shape)}"
+            )
+    model.load_state_dict(dict(weights))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on with a stored state of an optimizer.
+
+    Raises:
+        CheckpointError: the state is not one of this optimizer on these parameters.
+    """
+    try:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        settings = [{name: type(value) for name, value in group.items()} for group in state["param_groups"]]
+        own = [{name: type(value) for name, value in group.items()} for group in optimizer.state_dict()["param_groups"]]
+        for index, entries in state["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.shape not in {parameters[index].shape, torch.Size()}:
+                    raise ValueError(f"{name} of parameter {index} has another shape")
+                conform(value, torch.Tensor | None, name)
+        if settings != own:
+            raise ValueError("its settings are of other types")
+        optimizer.load_state_dict(state)
+    except (ConfigError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the optimizer's state does not fit the model: {reason}") from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -137,26 +181,46 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
             f"{path} has checkpoint version {contents.get('version')}, this program reads version {VERSION}; "
             "install the version of advmoe that wrote it"
         )
-    wrong = [name for name, kind in CONTENTS.items() if not isinstance(contents.get(name), kind)]
-    if wrong:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(wrong)} missing or of the wrong kind")
+    hints = get_type_hints(Checkpoint)
     try:
-        return Checkpoint(
-            model=from_dict(ModelConfig, contents["model"]),
-            weights=contents["weights"],
-            class_names=tuple(contents["class_names"]),
-            train=contents["train"],
-            metrics=contents["metrics"],
-            progress=contents["progress"],
-            optimizers=contents["optimizers"],
-            training_weights=contents["training_weights"],
-        )
+        missing = [name for name in hints if name not in contents]
+        check(not missing, f"it lacks {', '.join(missing)}")
+        checkpoint = Checkpoint(**{name: conform(contents[name], kind, name) for name, kind in hints.items()})
+        names, classes = checkpoint.class_names, checkpoint.model.num_classes
+        check(len(names) in {0, classes}, f"it has {len(names)} class names for {classes} classes")
+        for name, value in checkpoint.metrics.items():  # NaN is a figure, too
+            check(
+                isinstance(value, int | float | list), f"metrics[{shown(name)}] must be a number or a list of numbers"
+            )
+        if checkpoint.train:
+            from_dict(TrainConfig, checkpoint.train)
+        if checkpoint.progress:
+            from_dict(Progress, checkpoint.progress)
     except ConfigError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+    return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """Refuse an archive whose checksums are wrong. `torch.load` does not look at them.
+
+    Raises:
+        CheckpointError: bytes of the file have changed since it was written.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # no archive at all: reading it says so
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; take another copy of the file") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong; take another copy of the file")
 
 
 def _read_archive(path: Path, map_location: str | torch.device) -> Any:
     """What `torch.save` wrote, if it is plain data."""
+    _check_sums(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
             return torch.load(path, map_location=map_location, weights_only=True)
@@ -172,5 +236,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwo
 
     Raises:
         CheckpointError: see `load_checkpoint`.
+        ConfigError: there is no such device.
     """
-    return load_checkpoint(path).build().to(device)
+    place = resolve_device(device)
+    return load_checkpoint(path).build().to(place)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe.schema import check, shown
 from advmoe.training.steps import StepResult
 
 
@@ -58,6 +59,14 @@ class EpochSums:
         return {name: value.cpu() for name, value in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's sums."""
+        """Go on from a checkpoint's sums.
+
+        Raises:
+            ConfigError: they are not those of an epoch.
+        """
+        check(
+            set(state) == set(self._sums), f"the sums of an epoch are {', '.join(self._sums)}, got {shown(list(state))}"
+        )
         for name, value in self._sums.items():
+            check(state[name].shape == value.shape, f"the sum {name} must be one number")
             value.copy_(state[name])

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe.config import ModelConfig, TrainConfig, difference, from_dict, to_dict
+from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset
 from advmoe.data.views import training_transform
@@ -23,7 +23,7 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
-from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights
 from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import resolve_method
@@ -158,7 +158,9 @@ class Trainer:
             levels = self.levels if self.method.phase is None else self.method.phase(self.levels, self.step / total)
             results = self.method.step(levels, batches, self.config, noise, self.step)
         except TrainingError:
-            self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
+            last = self.folder.last
+            saved = f"{last} holds the run up to its last checkpoint" if last.exists() else "nothing was saved yet"
+            self.observer.warned(f"step {self.step} failed; {saved}")
             raise
         of_last = results[-1]
         assert of_last is not None
@@ -298,18 +300,26 @@ class Trainer:
                     f"cannot resume {self.folder.path}: it was started with {difference(stored, wanted)}; "
                     "repeat the original options"
                 )
-        self.step = checkpoint.progress["step"]
-        if self.average is None:
-            self.model.load_state_dict(checkpoint.weights)
-        else:
-            assert checkpoint.training_weights is not None
-            self.model.load_state_dict(checkpoint.training_weights)
-            self.average.module.load_state_dict(checkpoint.weights)
-            self.average.n_averaged.fill_(self.step)
+        progress = from_dict(Progress, checkpoint.progress)
+        try:
+            self._restore_weights(checkpoint, progress)
+            for sums, state in zip(self.sums, progress.sums, strict=True):
+                sums.load_state_dict(state)
+        except (ConfigError, ValueError) as error:
+            raise CheckpointError(f"{self.folder.last} does not fit the run it belongs to: {error}") from error
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
-            level.optimizer.load_state_dict(state)
-        self.best_ra = checkpoint.progress["best_ra"]
+            load_optimizer(level.optimizer, state)
+        self.step = progress.step
+        self.best_ra = progress.best_ra
         self._metrics = dict(checkpoint.metrics)
-        for sums, state in zip(self.sums, checkpoint.progress["sums"], strict=True):
-            sums.load_state_dict(state)
         self.routing.resume(self.folder.routes)
+
+    def _restore_weights(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        if self.average is None:
+            load_weights(self.model, checkpoint.weights)
+            return
+        check(checkpoint.training_weights is not None, "it has no weights to go on training from")
+        assert checkpoint.training_weights is not None
+        load_weights(self.model, checkpoint.training_weights)
+        load_weights(cast(RoutedNetwork, self.average.module), checkpoint.weights)
+        self.average.n_averaged.fill_(progress.step)

@@ -8,7 +8,7 @@ from advmoe.config import difference
 from advmoe.errors import ConfigError
 from advmoe.models.masked import close_masks
 from advmoe.models.network import RoutedNetwork
-from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.checkpoint import Checkpoint, load_weights
 
 
 def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
@@ -23,8 +23,16 @@ def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
         wanted = dataclasses.replace(wanted, kind="dense", model_scale=initial.model.model_scale)
     if initial.model != wanted:
         raise ConfigError(
-            f"the checkpoint to start from holds another model: {difference(initial.model, wanted)}; repeat its options"
+            f"the checkpoint to start from holds another model: {difference(initial.model, wanted)}; "
+            "repeat its options",
+            "init",
         )
-    model.load_state_dict(model.state_dict() | weights)
+    if from_dense:
+        masks = {name: value for name, value in model.state_dict().items() if name.startswith("masks.")}
+        weights = masks | weights
+    try:
+        load_weights(model, weights)
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint to start from has other weights: {error}", "init") from error
     if from_dense:
         close_masks(model)

@@ -1,0 +1,67 @@
+"""What a model is called with: images of its size, as floating-point numbers, finite and in [0, 1]."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from advmoe.errors import DataError
+from advmoe.models.network import RoutedNetwork
+
+
+@pytest.fixture(scope="module")
+def model(tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
+    return tiny_vgg(warm=True).eval()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 1, 32, 32), r"expected images \[B, 3, 32, 32\], got \[2, 1, 32, 32\]"),  # would be broadcast
+        (torch.rand(3, 32, 32), r"got \[3, 32, 32\]"),  # one image, without the batch
+        (torch.rand(2, 32, 32, 3), r"got \[2, 32, 32, 3\]"),  # channels last
+        (torch.rand(2, 3, 32, 64), r"got \[2, 3, 32, 64\]"),
+        (torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "floating-point numbers in .*, got torch.uint8"),
+        (torch.ones(2, 3, 32, 32, dtype=torch.int64), "got torch.int64"),
+    ],
+    ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else "",
+)
+def test_other_shapes_and_types_are_refused(
+    model: RoutedNetwork, images: torch.Tensor, message: str, training: bool
+) -> None:
+    model.train(training)
+    try:
+        with pytest.raises(DataError, match=message):
+            model(images)
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "not finite"),
+        (float("inf"), "not finite"),
+        (200.0, r"got values up to 200; divide by 255\?"),
+    ],
+)
+def test_images_that_are_not_finite_or_of_another_range_are_refused(
+    model: RoutedNetwork, value: float, message: str
+) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    images[1, 2, 3, 4] = value
+    with pytest.raises(DataError, match=message):
+        model(images)
+
+
+def test_an_exported_graph_has_no_check_of_values(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg(warm=True, kind="s_dense").eval()
+    batch = {"images": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(model, (torch.rand(4, 3, 32, 32),), dynamic_shapes=batch)
+    assert not [node for node in exported.graph.nodes if "aminmax" in str(node.target)]
+    assert exported.module()(torch.rand(5, 3, 32, 32)).shape == (5, 10)
+
+
+def test_no_image_is_a_batch(model: RoutedNetwork) -> None:
+    assert model(torch.rand(0, 3, 32, 32)).shape == (0, 10)
