@@ -20,6 +20,7 @@ from PIL import Image
 
 from advmoe.data.cifar import CIFAR10, CIFAR100, BatchFiles, Cifar, load_cifar
 from advmoe.data.sets import Dataset
+from advmoe.data.sources import dataset_names, load_dataset
 from advmoe.errors import DataError
 
 PER_BATCH = 4
@@ -174,11 +175,12 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_downloads_the_archive_and_keeps_it(
-    tmp_path: Path, site: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, site: tuple[Path, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, md5 = write_archive(site[0], CIFAR10.python)
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, md5, f"{site[1]}/{source.name}"))
     data_dir = tmp_path / "new" / "data"
+    monkeypatch.setenv("ADVMOE_DATA_DIR", str(data_dir))  # the default folder is made when it is needed
     assert_is_small_cifar(load_cifar(cifar, data_dir, download=True))
     source.unlink()  # the second time nothing is downloaded
     assert_is_small_cifar(load_cifar(cifar, data_dir, download=True))
@@ -186,16 +188,23 @@ def test_downloads_the_archive_and_keeps_it(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_download_reports_its_beginning_and_end(tmp_path: Path, site: tuple[Path, str]) -> None:
+def test_a_download_is_announced_and_reports_its_beginning_and_end(tmp_path: Path, site: tuple[Path, str]) -> None:
+    (tmp_path / "data").mkdir()
     source, md5 = write_archive(site[0], CIFAR10.python)
     url = f"{site[1]}/{source.name}"
     calls: list[tuple[str, int, int]] = []
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, md5, url))
-    load_cifar(cifar, tmp_path / "data", progress=lambda *call: calls.append(call))
+    told: list[str] = []
+    load_cifar(cifar, tmp_path / "data", progress=lambda *call: calls.append(call), announce=told.append)
+    (sentence,) = told
+    assert sentence.endswith(f"; downloading {url} (170 MB) to {tmp_path / 'data'}")
+    load_cifar(cifar, tmp_path / "data", announce=told.append)
+    assert len(told) == 1  # the second time it is there
     assert calls == [(f"downloading {url}", 0, 1), (f"downloading {url}", 1, 1)]
 
 
 def test_a_download_with_the_wrong_checksum_leaves_nothing_behind(tmp_path: Path, site: tuple[Path, str]) -> None:
+    (tmp_path / "data").mkdir()
     source, _ = write_archive(site[0], CIFAR10.python)
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, "0" * 32, f"{site[1]}/{source.name}"))
     with pytest.raises(DataError, match=r"not found in .*, and downloading http://.* failed: .*corrupted"):
@@ -206,12 +215,20 @@ def test_a_download_with_the_wrong_checksum_leaves_nothing_behind(tmp_path: Path
 def test_a_download_that_is_not_there_is_named(tmp_path: Path, site: tuple[Path, str]) -> None:
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, "0" * 32, f"{site[1]}/nowhere.tar.gz"))
     with pytest.raises(DataError, match=r"downloading http://.*nowhere\.tar\.gz into .* failed: .*404"):
-        load_cifar(cifar, tmp_path / "data")
+        load_cifar(cifar, tmp_path)
+
+
+def test_a_folder_that_does_not_exist_is_refused_and_not_made(tmp_path: Path) -> None:
+    for name in dataset_names():
+        if name != "digits":  # they come with the package
+            with pytest.raises(DataError, match=r"the data folder .*/typo does not exist; correct its name"):
+                load_dataset(name, tmp_path / "typo")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_says_what_was_looked_for_when_nothing_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cifar10 was not found in .*plain_text.*-batches-py.*allow the download"):
-        load(tmp_path / "missing")
+        load(tmp_path)
 
 
 def test_refuses_a_file_as_data_folder(tmp_path: Path) -> None:

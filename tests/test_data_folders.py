@@ -90,7 +90,10 @@ def test_the_validation_folder_may_have_other_names(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"val/cat/1.png": None}, r"has no folder val or validation or valid or test; expected an image folder \(--"),
+        (
+            {"val/cat/1.png": None},
+            r"has no folder val or validation or valid or test; expected an image folder with train",
+        ),
         ({name: None for name in PETS if name.startswith("train")}, "has no folder train"),
         ({"train/stray.png": b"x"}, r"train/stray\.png lies outside the class folders; move it to"),
         ({"val/cow/1.png": b"x"}, "val/cow is a class that the training images do not have"),
@@ -109,6 +112,70 @@ def test_refuses_folders_that_do_not_fit(tmp_path: Path, changed: dict[str, byte
     write(tmp_path, {name: content for name, content in {**PETS, **changed}.items() if content is not None})
     with pytest.raises(DataError, match=message):
         load_dataset("folder", tmp_path)
+
+
+def test_a_link_that_leads_back_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, PETS)
+    (tmp_path / "train/cat/all").symlink_to(tmp_path)  # train/cat/all/train/dog/1.JPG would be a cat
+    with pytest.raises(DataError, match=r"train/cat/all/train and .*/train are one folder, by a link; remove the link"):
+        load_dataset("folder", tmp_path)
+
+
+def test_a_folder_linked_twice_is_refused_and_once_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "data", PETS)
+    (tmp_path / "data/train/dog").rename(tmp_path / "elsewhere")
+    (tmp_path / "data/train/dog").symlink_to(tmp_path / "elsewhere")
+    assert load_dataset("folder", tmp_path / "data").train.labels.tolist() == [0, 1, 1]
+    (tmp_path / "data/train/cow").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"train/dog and .*/train/cow are one folder"):
+        load_dataset("folder", tmp_path / "data")
+
+
+def test_the_training_images_are_no_test_images(tmp_path: Path) -> None:
+    write(tmp_path, {name: content for name, content in PETS.items() if name.startswith("train")})
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(DataError, match="are one folder; test images must not be training images"):
+        load_dataset("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sides", "gpu", "expected"),
+    [
+        ([20, 20, 500], True, 32),  # no size enlarges images less
+        ([95, 95, 500], True, 64),
+        ([96, 96, 500], True, 96),
+        ([500, 500, 20], True, 224),
+        ([500, 500, 20], False, 64),
+        ([40, 40, 500], False, 32),
+    ],
+)
+def test_the_size_follows_the_median_image_and_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sides: list[int], gpu: bool, expected: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    files = {f"train/{'ab'[n % 2]}/{n}.png": encoded(side) for n, side in enumerate(sides)}
+    write(tmp_path, files | {"train/a/bad.png": b"not an image", "val/a/1.png": encoded()})
+    info = dataset_info("folder", tmp_path)
+    assert info.image_size == expected
+    assert f"the default image size is {expected}" in info.notes[0]
+    assert ("slow without a GPU" in info.notes[0]) == (expected < 224 and not gpu and sides[0] == 500)
+    info.check_image_size(123)  # any other may be asked for
+
+
+def test_few_and_unequal_images_are_pointed_out(tmp_path: Path) -> None:
+    image = encoded(8)
+
+    def notes(cats: int, dogs: int, tested: int) -> tuple[str, ...]:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        counts = {"train/cat": cats, "train/dog": dogs, "val/cat": tested}
+        write(tmp_path, {f"{place}/{n}.png": image for place, count in counts.items() for n in range(count)})
+        return dataset_info("folder", tmp_path).notes[1:]
+
+    few, unequal, tested = notes(9, 90, 25)
+    assert few.startswith("class cat has 9 training images")
+    assert unequal.startswith("class dog has 90 training images, class cat 9;")
+    assert tested == "accuracy on 25 test images has a standard error of up to 10.0 points"  # sqrt(0.5 * 0.5 / 25)
+    assert notes(100, 101, 200) == ()
 
 
 # Encoded sets
@@ -260,7 +327,7 @@ def test_refuses_imagenet_with_a_class_missing(tmp_path: Path) -> None:
 
 def test_says_where_imagenet_comes_from(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"imagenet was not found in .* get it from ILSVRC/imagenet-1k on the hub"):
-        load_dataset("imagenet", tmp_path / "nothing")
+        load_dataset("imagenet", tmp_path)
 
 
 # TinyImageNet

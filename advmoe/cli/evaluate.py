@@ -179,7 +179,7 @@ def _load(contents: Checkpoint, checkpoint: Path, dataset: str | None, data_dir:
     if name is None:
         raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
     with data_progress() as reading:
-        data = load_dataset(name, data_dir, progress=reading)
+        data = load_dataset(name, data_dir, progress=reading, announce=console.note)
     if contents.class_names and contents.class_names != data.info.class_names:
         raise CheckpointError(
             f"{checkpoint} tells {len(contents.class_names)} classes apart "

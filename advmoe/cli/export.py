@@ -193,7 +193,7 @@ def real_images(
     name = contents.train.get("dataset")
     check(name is not None, "the checkpoint does not say which data set it was trained on, so no images can be read")
     with data_progress() as progress:
-        data = load_dataset(str(name), data_dir, progress=progress)
+        data = load_dataset(str(name), data_dir, progress=progress, announce=console.note)
     size = contents.model.image_size
     rng = np.random.default_rng(seed)
     test = data.test.take(np.sort(rng.choice(len(data.test), min(number, len(data.test)), replace=False)))

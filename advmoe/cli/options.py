@@ -25,7 +25,7 @@ DataDir = Annotated[
     typer.Option(
         "--data-dir",
         help=(
-            "Folder with the data set, in any layout it is published in; what is missing is downloaded to it. "
+            "Existing folder with the data set, in any layout it is published in; a missing set is downloaded to it. "
             "Default: $ADVMOE_DATA_DIR, else a folder in the user's cache."
         ),
     ),

@@ -66,8 +66,9 @@ def train(
             f"--init runs/{named.starts_from}/best.pt"
         )
     model_settings, train_settings, attack_settings = sort_settings(settings)
+    info = dataset_info(chosen, data_dir)
     model, config = resolve(
-        dataset_info(chosen, data_dir),
+        info,
         {"arch": "vgg16"} | dict(named.model if named else {}) | model_settings,
         dict(named.train if named else {}) | train_settings | ({} if init is None else {"init": file_digest(init)}),
         **dict(named.attack if named else {}) | attack_settings,
@@ -81,6 +82,8 @@ def train(
     )
     if config.method == "standard" and {"steps", "step_size", "start"} & set(attack_settings):
         console.note("standard training does not attack: --steps, --step-size and --start have no effect")
+    for sentence in info.notes:
+        console.note(sentence)
     build_model(model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
     initial = None if init is None else load_checkpoint(init)
@@ -89,7 +92,7 @@ def train(
         check(not resume or folder.last.exists(), f"{path} holds no run to go on with; leave out --resume to begin one")
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:
-            data = load_dataset(config.dataset, data_dir, progress=progress)
+            data = load_dataset(config.dataset, data_dir, progress=progress, announce=console.note)
         with TrainingProgress() as observer:
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torchvision.datasets.utils import download_url
 
-from advmoe.data.sets import Progress
+from advmoe.data.sets import Announce, Progress
 from advmoe.errors import DataError
 
 
@@ -26,6 +26,7 @@ class Archive:
     file_name: str
     md5: str
     url: str
+    num_bytes: int
 
 
 def check_archive(path: Path, archive: Archive) -> None:
@@ -59,11 +60,19 @@ def read_tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
 
 
 def fetch_archive(
-    archive: Archive, folder: Path, *, not_found: str, download: bool, progress: Progress | None = None
+    archive: Archive,
+    folder: Path,
+    *,
+    not_found: str,
+    download: bool,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Path:
     """Download ``archive`` when that is allowed. Raises `DataError`, beginning with ``not_found``, otherwise."""
     if not download:
         raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
+    if announce is not None:
+        announce(f"{not_found}; downloading {archive.url} ({archive.num_bytes / 1e6:.0f} MB) to {folder}")
     try:
         return download_archive(archive, folder, progress=progress)
     except DataError as error:

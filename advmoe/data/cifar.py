@@ -13,7 +13,7 @@ from advmoe.data.archives import Archive, check_archive, fetch_archive, read_tar
 from advmoe.data.batch_pickle import load_batch
 from advmoe.data.locate import search_roots
 from advmoe.data.parquet import HubLayout, find_splits, read_image_set
-from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress, check_labels, complete_dataset
+from advmoe.data.sets import Announce, Dataset, DatasetInfo, ImageSet, Progress, check_labels, complete_dataset
 from advmoe.errors import DataError
 
 PIXELS = 3 * 32 * 32
@@ -49,7 +49,14 @@ class Cifar:
     binary: BatchFiles
 
 
-def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress: Progress | None = None) -> Dataset:
+def load_cifar(
+    cifar: Cifar,
+    data_dir: Path,
+    *,
+    download: bool = True,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Dataset:
     """Load the first complete layout found under ``data_dir``, else download the official Python archive into it.
 
     Looked for in this order: the hub's parquet files, the two folders of batches, the two archives. Archives are read
@@ -82,7 +89,9 @@ def load_cifar(cifar: Cifar, data_dir: Path, *, download: bool = True, progress:
         f" {cifar.binary.folder}, {cifar.python.archive.file_name} or {cifar.binary.archive.file_name}"
     )
     archive = cifar.python.archive
-    path = fetch_archive(archive, data_dir, not_found=not_found, download=download, progress=progress)
+    path = fetch_archive(
+        archive, data_dir, not_found=not_found, download=download, progress=progress, announce=announce
+    )
     return _from_archive(cifar, cifar.python, _decode_pickle, path)
 
 
@@ -155,8 +164,8 @@ def _image_set(cifar: Cifar, batches: Sequence[tuple[NDArray[np.uint8], NDArray[
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 
 
-def _official(name: str, md5: str) -> Archive:
-    return Archive(name, md5, _SITE + name)
+def _official(name: str, md5: str, num_bytes: int) -> Archive:
+    return Archive(name, md5, _SITE + name, num_bytes)
 
 
 CIFAR10 = Cifar(
@@ -185,13 +194,13 @@ CIFAR10 = Cifar(
         folder="cifar-10-batches-py",
         train=tuple(f"data_batch_{number}" for number in range(1, 6)),
         test=("test_batch",),
-        archive=_official("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+        archive=_official("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071),
     ),
     binary=BatchFiles(
         folder="cifar-10-batches-bin",
         train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
         test=("test_batch.bin",),
-        archive=_official("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        archive=_official("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 170_052_171),
     ),
 )
 
@@ -231,12 +240,12 @@ CIFAR100 = Cifar(
         folder="cifar-100-python",
         train=("train",),
         test=("test",),
-        archive=_official("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+        archive=_official("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", 169_001_437),
     ),
     binary=BatchFiles(
         folder="cifar-100-binary",
         train=("train.bin",),
         test=("test.bin",),
-        archive=_official("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+        archive=_official("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 168_513_733),
     ),
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from advmoe.data.locate import check_data_dir
 from advmoe.data.sets import Dataset, DatasetInfo, EncodedSet
 from advmoe.errors import DataError
 
@@ -28,29 +31,97 @@ FOLDER = DatasetInfo(
 """Any image folder; its classes are the names of the folders in ``train``."""
 
 
+IMAGE_SIZES = (32, 64, 96, 128, 160, 224)
+"""Sizes that the images of a folder are shown in by default."""
+CPU_SIZE = 64
+"""Largest of them on a machine without a GPU, where the time of a step grows with the square of the size."""
+SAMPLED = 200
+"""Images whose headers are read to choose a size."""
+FEW_PER_CLASS = 100
+FEW_TESTED = 200
+
+
 def folder_info(data_dir: Path) -> DatasetInfo:
-    """What is known of the image folder at ``data_dir``: its class names, besides the defaults of `FOLDER`."""
-    names = class_folders(find_split(data_dir, ("train",)))
-    if len(names) < 2:
-        raise DataError(f"{data_dir / 'train'} has the class folder {names[0]} only; expected at least 2 classes")
-    return replace(FOLDER, num_classes=len(names), class_names=names)
+    """The class names of the image folder at `data_dir`, a size that suits its images, and warnings.
+
+    Raises:
+        DataError: It is not an image folder.
+    """
+    return load_folder(data_dir).info
 
 
 def load_folder(data_dir: Path) -> Dataset:
-    """``train/<class>/*`` and ``val/<class>/*`` (or ``validation``, ``valid``, ``test``) under ``data_dir``.
+    """The images `train/<class>/*` and `val/<class>/*` (or `validation`, `valid`, `test`) under `data_dir`.
 
-    Classes are numbered by their sorted names. Nothing is decoded here.
+    Classes are numbered by their sorted names. Of the images only some headers are read.
 
-    Raises `DataError` for a missing split, a class without images, or images outside class folders.
+    Raises:
+        DataError: A split is missing, a class has no images, images lie outside class folders, or a folder is linked
+            into itself.
     """
-    info = folder_info(data_dir)
-    train, test = read_splits(data_dir, info.class_names)
+    check_data_dir(data_dir)
+    names = class_folders(find_split(data_dir, ("train",)))
+    if len(names) < 2:
+        raise DataError(f"{data_dir / 'train'} has the class folder {names[0]} only; expected at least 2 classes")
+    train, test = read_splits(data_dir, names)
+    size, reason = suggest_size(train)
+    info = replace(
+        FOLDER,
+        num_classes=len(names),
+        class_names=names,
+        image_size=size,
+        notes=(reason, *warnings_of(train, test)),
+    )
     return Dataset(info=info, train=train, test=test)
+
+
+def suggest_size(images: EncodedSet) -> tuple[int, str]:
+    """A size to show images in, and why: the largest of `IMAGE_SIZES` that does not enlarge the median image.
+
+    Images that cannot be read are left out here; they are reported when they are decoded.
+    """
+    sides = []
+    for row in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)).tolist():
+        with contextlib.suppress(DataError):
+            sides.append(min(images.source.size(row)))
+    if not sides:
+        return IMAGE_SIZES[0], "no image could be read to choose a size from"
+    median = round(float(np.median(sides)))
+    fitting = max((size for size in IMAGE_SIZES if size <= median), default=IMAGE_SIZES[0])
+    size = fitting if torch.cuda.is_available() else min(fitting, CPU_SIZE)
+    capped = f"; {fitting} would fit, but is slow without a GPU" if size < fitting else ""
+    return (
+        size,
+        f"the shorter side of the images has {median} pixels (median): the default image size is {size}{capped}",
+    )
+
+
+def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
+    """What to expect of so few, or so unequally divided, images."""
+    found = []
+    counts = np.bincount(train.labels, minlength=len(train.class_names))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[least] < FEW_PER_CLASS:
+        found.append(
+            f"class {train.class_names[least]} has {counts[least]} training images; adversarial training usually needs "
+            "hundreds per class, so expect low robust accuracy"
+        )
+    if counts[most] >= 10 * counts[least]:
+        found.append(
+            f"class {train.class_names[most]} has {counts[most]} training images, class {train.class_names[least]} "
+            f"{counts[least]}; accuracy over all images says little about the small class"
+        )
+    if len(test) < FEW_TESTED:
+        error = 50 / len(test) ** 0.5  # of a share of one half, where it is largest
+        found.append(f"accuracy on {len(test)} test images has a standard error of up to {error:.1f} points")
+    return tuple(found)
 
 
 def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet]:
     """The training and test images of the image folder at ``root``, labelled by the position of their class."""
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
+    if folder.samefile(test_folder):
+        raise DataError(f"{folder} and {test_folder} are one folder; test images must not be training images")
     train = image_folder(folder, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
@@ -81,10 +152,23 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def list_images(folder: Path) -> list[str]:
-    """The JPEG and PNG files below ``folder``, relative to it with ``/``, in an order that is always the same."""
-    names = []
+    """The JPEG and PNG files below `folder`, relative to it with `/`, in an order that is always the same.
+
+    Links to folders are followed.
+
+    Raises:
+        DataError: Links lead to one folder on two ways, so its images would count twice or be of two classes.
+    """
+    names: list[str] = []
+    reached: dict[tuple[int, int], str] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
+        state = Path(place).stat()
+        other = reached.setdefault((state.st_dev, state.st_ino), place)
+        if other != place:
+            raise DataError(
+                f"{place} and {other} are one folder, by a link; remove the link, so that images count once"
+            )
         below = Path(place).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
         names += [prefix + file for file in sorted(files) if is_image(file)]

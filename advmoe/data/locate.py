@@ -16,16 +16,25 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advmoe" / "data"
 
 
+def check_data_dir(data_dir: Path) -> None:
+    """Raise `DataError` unless `data_dir` is a folder. Only the default folder may be made when it is needed."""
+    if data_dir.is_dir():
+        return
+    if data_dir.exists():
+        raise DataError(f"the data folder {data_dir} is a file; give the folder it lies in", "data_dir")
+    if data_dir != default_data_dir():
+        raise DataError(f"the data folder {data_dir} does not exist; correct its name, or create it first", "data_dir")
+
+
 def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Path]:
     """Existing folders in which the layouts of data set ``name`` are looked for, nearest first.
 
     ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub, and the
     snapshots in a hub cache.
 
-    Raises `DataError` when ``data_dir`` is a file.
+    Raises `DataError` when ``data_dir`` is a file, or does not exist and is not the default folder.
     """
-    if data_dir.exists() and not data_dir.is_dir():
-        raise DataError(f"the data folder {data_dir} is a file; give the folder it lies in")
+    check_data_dir(data_dir)
     repository_name = hub_repository.rsplit("/", 1)[-1]
     candidates = [data_dir, data_dir / name, data_dir / repository_name, data_dir / hub_repository]
     snapshots = data_dir / f"datasets--{hub_repository.replace('/', '--')}" / "snapshots"

@@ -18,6 +18,10 @@ Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while something slow goes on; ``done == total`` ends it."""
 
 
+Announce = Callable[[str], None]
+"""Called with one sentence before something is done that the user should know of, such as a download."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images held in memory, with one label each."""
@@ -138,6 +142,8 @@ class DatasetInfo:
     """Images in the complete training set; ``None`` where only the files tell."""
     test_size: int | None = None
     """Images in the complete test set; ``None`` where only the files tell."""
+    notes: tuple[str, ...] = ()
+    """Sentences for whoever trains on it: how a size was chosen, and what so few images can show."""
 
     def check_image_size(self, size: int) -> None:
         """Raise `ConfigError` unless the images are, or can be made, ``size`` pixels wide."""

@@ -12,7 +12,7 @@ from advmoe.data.digits import DIGITS, load_digits
 from advmoe.data.folders import FOLDER, folder_info, load_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
 from advmoe.data.locate import default_data_dir
-from advmoe.data.sets import Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
+from advmoe.data.sets import Announce, Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from advmoe.data.views import evaluation_view
 from advmoe.errors import ConfigError
@@ -34,14 +34,16 @@ __all__ = [
 @dataclass(frozen=True)
 class _Source:
     info: DatasetInfo
-    load: Callable[[Path, bool, Progress | None], Dataset]
-    """``(data_dir, download, progress)`` → the data set."""
+    load: Callable[[Path, bool, Progress | None, Announce | None], Dataset]
+    """``(data_dir, download, progress, announce)`` → the data set."""
 
 
 def _cifar(cifar: Cifar) -> _Source:
     return _Source(
         cifar.info,
-        lambda data_dir, download, progress: load_cifar(cifar, data_dir, download=download, progress=progress),
+        lambda data_dir, download, progress, announce: load_cifar(
+            cifar, data_dir, download=download, progress=progress, announce=announce
+        ),
     )
 
 
@@ -52,15 +54,15 @@ _SOURCES = {
         _cifar(CIFAR100),
         _Source(
             TINY_IMAGENET.info,
-            lambda data_dir, download, progress: load_tiny_imagenet(
-                TINY_IMAGENET, data_dir, download=download, progress=progress
+            lambda data_dir, download, progress, announce: load_tiny_imagenet(
+                TINY_IMAGENET, data_dir, download=download, progress=progress, announce=announce
             ),
         ),
         _Source(
-            IMAGENET.info, lambda data_dir, download, progress: load_imagenet(IMAGENET, data_dir, progress=progress)
+            IMAGENET.info, lambda data_dir, download, progress, _: load_imagenet(IMAGENET, data_dir, progress=progress)
         ),
-        _Source(FOLDER, lambda data_dir, download, progress: load_folder(data_dir)),
-        _Source(DIGITS, lambda data_dir, download, progress: load_digits()),
+        _Source(FOLDER, lambda data_dir, *_: load_folder(data_dir)),
+        _Source(DIGITS, lambda *_: load_digits()),
     )
 }
 
@@ -90,17 +92,31 @@ def shorter_side(name: str | None, size: int) -> int:
 
 
 def load_dataset(
-    name: str, data_dir: Path | None = None, *, download: bool = True, progress: Progress | None = None
+    name: str,
+    data_dir: Path | None = None,
+    *,
+    download: bool = True,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Dataset:
-    """Load a data set from whatever layout lies under ``data_dir``, downloading it where it may be and must.
+    """Load a data set from any layout under `data_dir`, or download it. Existing files are never moved or changed.
 
-    ``data_dir`` is ``$ADVMOE_DATA_DIR`` or a folder in the user's cache when ``None``. Existing files are never moved
-    or changed. ``progress(what, done, total)`` is called while something slow goes on. The small sets come as
-    `ImageSet`, ``imagenet`` and ``folder`` as `EncodedSet`; ``.info`` has the class names the files tell.
+    Args:
+        name: One of `dataset_names`.
+        data_dir: An existing folder; by default `$ADVMOE_DATA_DIR` or a folder in the user's cache, which is made when
+            something is downloaded to it.
+        download: Whether a set that is missing may be downloaded.
+        progress: Called as `progress(what, done, total)` during slow work.
+        announce: Called with one sentence before a download: what, how much, from where, to which folder.
 
-    Raises `ConfigError` for an unknown name, `DataError` for data that is missing, incomplete or malformed.
+    Returns:
+        The images in memory (`ImageSet`); for `imagenet` and `folder`, their places in files (`EncodedSet`).
+
+    Raises:
+        ConfigError: No set has this name.
+        DataError: The data are missing, incomplete or malformed.
     """
-    return _source(name).load(_or_default(data_dir), download, progress)
+    return _source(name).load(_or_default(data_dir), download, progress, announce)
 
 
 def _or_default(data_dir: Path | None) -> Path:

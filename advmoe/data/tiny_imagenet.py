@@ -19,7 +19,7 @@ from advmoe.data.decode import decode_all
 from advmoe.data.folders import class_folders, is_image, label_by_folder, list_images
 from advmoe.data.locate import search_roots
 from advmoe.data.parquet import HubLayout, class_names, find_splits, read_image_set
-from advmoe.data.sets import Dataset, DatasetInfo, ImageSet, Progress, complete_dataset
+from advmoe.data.sets import Announce, Dataset, DatasetInfo, ImageSet, Progress, complete_dataset
 from advmoe.errors import DataError
 
 ANNOTATIONS = "val/val_annotations.txt"
@@ -36,7 +36,12 @@ class TinyImageNet:
 
 
 def load_tiny_imagenet(
-    tiny: TinyImageNet, data_dir: Path, *, download: bool = True, progress: Progress | None = None
+    tiny: TinyImageNet,
+    data_dir: Path,
+    *,
+    download: bool = True,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Dataset:
     """Load the first complete layout under ``data_dir``, else download the official zip into it; read in place.
 
@@ -63,7 +68,9 @@ def load_tiny_imagenet(
         f"{tiny.info.name} was not found in {data_dir} as {tiny.hub.folder}/*.parquet, {tiny.folder}"
         f" or {tiny.archive.file_name}"
     )
-    path = fetch_archive(tiny.archive, data_dir, not_found=not_found, download=download, progress=progress)
+    path = fetch_archive(
+        tiny.archive, data_dir, not_found=not_found, download=download, progress=progress, announce=announce
+    )
     return _from_zip(tiny, path, progress)
 
 
@@ -176,5 +183,6 @@ TINY_IMAGENET = TinyImageNet(
         "tiny-imagenet-200.zip",
         "90528d7ca1a48142e341f4ef8d21d0de",
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        248_100_043,
     ),
 )
