@@ -186,15 +186,15 @@ def crop_flip(rounds: int, num_images: int) -> dict[str, float]:
     walls: dict[str, list[float]] = {"crop_flip_f32_1t": [], "crop_flip_f32_2t": []}
     walls |= {"loader_f32_1t": [], "loader_f32_2t": []}
     cpus, ratios = [], []
-    for work in (one, two, lambda: list(alone), lambda: list(shared)):
+    for work in (one, two, lambda: list(alone.epoch(0)), lambda: list(shared.epoch(0))):
         work()
     for _ in range(rounds):
         walls["crop_flip_f32_1t"].append(wall(one) / 4)
         walls["crop_flip_f32_2t"].append(wall(two) / 8)
-        walls["loader_f32_1t"].append(wall(lambda: [None for _ in alone]))
-        walls["loader_f32_2t"].append(wall(lambda: [None for _ in shared]))
+        walls["loader_f32_1t"].append(wall(lambda: [None for _ in alone.epoch(0)]))
+        walls["loader_f32_2t"].append(wall(lambda: [None for _ in shared.epoch(0)]))
         cpus.append(cpu(fills[0]))
-        ours = cpu(lambda: [None for _ in alone]) / len(source.labels)
+        ours = cpu(lambda: [None for _ in alone.epoch(0)]) / len(source.labels)
         ratios.append(cpu(lambda: [None for _ in theirs]) / len(few.labels) / ours)
     n = len(source.labels)
     figures = {name: n / min(times) for name, times in walls.items()}
@@ -264,11 +264,8 @@ def share_of_train_step(rounds: int) -> float:
         optimizer.step()
 
     step()
-    shares = []
-    for _ in range(rounds):
-        loader.set_epoch(0)
-        shares.append(cpu(lambda: [None for _ in loader.epoch(0)]) / len(loader) / cpu(step))
-    return statistics.median(shares)
+    batches = len(loader)
+    return statistics.median(cpu(lambda: list(loader.epoch(0))) / batches / cpu(step) for _ in range(rounds))
 
 
 def main() -> None:
