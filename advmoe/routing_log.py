@@ -101,6 +101,17 @@ class ExpertLoad:
         entropy_LK: NDArray[np.float64] = -(share * logs).sum(axis=2) + 0.0
         return entropy_LK
 
+    @property
+    def evenness(self) -> NDArray[np.float64]:
+        """[L, K]: entropy relative to that of an even spread over N experts: 0 is a collapsed router, 1 is balance."""
+        evenness_LK: NDArray[np.float64] = self.entropy / np.log2(max(2, self.counts_LKN.shape[2]))
+        return evenness_LK
+
+    def merged(self, num_layers: int) -> ExpertLoad:
+        """The load of each MoE layer, where tokens are routed and a layer has a decision for each of them."""
+        counts_LTKN = self.counts_LKN.reshape(num_layers, -1, *self.counts_LKN.shape[1:])
+        return ExpertLoad(counts_LKN=counts_LTKN.sum(axis=1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dissection:

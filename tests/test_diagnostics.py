@@ -22,8 +22,8 @@ from advmoe.evaluation.diagnostics import (
     diagnose,
     routing_gap,
     routing_seen,
-    trusted,
 )
+from advmoe.evaluation.vocabulary import verdict_of
 from advmoe.models.network import RoutedNetwork
 
 ATTACK = AttackConfig(eps=24 / 255, steps=20, step_size=6 / 255)
@@ -91,7 +91,7 @@ def failures(diagnostics: dict[str, Diagnostic]) -> set[str]:
 def test_a_sound_model_passes_every_check(sound: Digits, data: tuple[Tensor, Tensor]) -> None:
     diagnostics = checked(sound, data)
     assert {diagnostic.status for diagnostic in diagnostics.values()} == {"passed"}, diagnostics
-    assert trusted(diagnostics.values())
+    assert verdict_of(check.status for check in diagnostics.values()) == "trusted"
     assert list(diagnostics) == [
         "finite",
         "logits",
@@ -187,7 +187,7 @@ def test_a_broken_defence_is_caught(
         model.labels = data[1][:40]
     diagnostics = checked(model, data)
     assert caught_by <= failures(diagnostics), diagnostics
-    assert not trusted(diagnostics.values())
+    assert verdict_of(check.status for check in diagnostics.values()) == "not to be trusted"
 
 
 def test_normalisation_outside_the_model_is_caught(data: tuple[Tensor, Tensor]) -> None:
@@ -256,4 +256,4 @@ def test_the_use_of_the_routers_is_told_without_a_verdict() -> None:
         "2 pathways in 4 images; entropy of the load 0.50, lowest layer 0.00; "
         "PGD changes the pathway of 25.0 % of images, 12.5 % of decisions"
     )
-    assert trusted([check])
+    assert verdict_of([check.status]) == "not checked"

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from advmoe.cli.app import main
+from advmoe.cli.models import remember_data
+from advmoe.data import sources
 from advmoe.data.sources import dataset_info
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
@@ -47,7 +49,13 @@ def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
     assert card["unreliable"] is True
     failed = {item["name"] for item in card["advmoe"]["diagnostics"] if item["status"] == "failed"}
     assert "zero_gradients" in failed
-    assert sorted(path.name for path in out.iterdir()) == ["card.json", "routes.npz", "state.npz"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "card.json",
+        "examples.npz",
+        "images.npz",
+        "routes.npz",
+        "state.npz",
+    ]
 
     assert main(["analyze", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -56,7 +64,7 @@ def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
 
     page = tmp_path / "report.html"
     assert main(["report", str(out), "--out", str(page)]) == 0
-    assert "not trusted" in page.read_text()
+    assert "not to be trusted" in page.read_text()
 
 
 def test_latency_is_shown_with_its_hardware(
@@ -116,3 +124,80 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytes
     assert "is not a result card" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "missing" / "r.html")]) == 1
     assert "does not exist; create it first" in capsys.readouterr().err
+
+
+def test_without_diagnostics_the_numbers_are_not_checked_anywhere(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "evaluation", tmp_path / "report.html"
+    assert evaluate(checkpoint, "--diagnose", "0", "--out", str(out)) == 0
+    assert "NOT CHECKED" in capsys.readouterr().err
+    card = json.loads((out / "card.json").read_text())
+    assert (card["unreliable"], card["advmoe"]["trusted"], card["advmoe"]["verdict"]) == (None, None, "not checked")
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    assert '<span class="verdict not-checked">not checked</span>' in page.read_text()
+
+
+def test_a_log_file_gets_a_line_for_each_attack_on_each_batch(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(checkpoint, "--diagnose", "0", "--batch-size", "10") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.endswith("PGD")] == ["0/20 images: PGD", "10/20 images: PGD"]
+
+
+def test_an_evaluation_that_fails_leaves_no_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["weights"]["classifier.bias"].fill_(torch.nan)
+    torch.save(contents, tmp_path / "nan.pt")
+    assert evaluate(tmp_path / "nan.pt", "--out", str(tmp_path / "evaluation")) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_run_folder_is_evaluated_on_the_data_it_was_trained_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember_data(checkpoint.parent, "digits", tmp_path)
+    asked: list[Path | None] = []
+    load = sources.load_dataset
+
+    def spy(name: str, data_dir: Path | None, **options: object) -> object:
+        asked.append(data_dir)
+        return load(name, data_dir, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sources, "load_dataset", spy)
+    assert evaluate(checkpoint.parent, "--diagnose", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(checkpoint)
+    assert evaluate(checkpoint.parent, "--diagnose", "0", "--data-dir", str(tmp_path / "other")) == 0
+    assert asked == [tmp_path, tmp_path / "other"]
+    assert evaluate(tmp_path) == 1
+    assert "is a folder without best.pt; give a run folder, or a checkpoint" in capsys.readouterr().err
+
+
+def test_models_are_compared_on_the_same_images_with_paired_errors(
+    checkpoint: Path, tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "evaluation", tmp_path / "other" / "best.pt"
+    model = tiny_vgg(seed=1, kind="s_dense")
+    digits = {"class_names": dataset_info("digits").class_names, "train": {"dataset": "digits"}}
+    save_checkpoint(other, Checkpoint(model=model.config, weights=model.state_dict(), **digits))  # type: ignore[arg-type]
+    assert evaluate(checkpoint, "--diagnose", "0", "--routing", "--control", "averaged", "--out", str(out)) == 0
+    assert (out / "control-averaged" / "card.json").is_file()
+    assert "control: averaged" in capsys.readouterr().out
+    assert evaluate(other, "--diagnose", "0", "--eps", "8/255", "--out", str(tmp_path / "second")) == 0
+    capsys.readouterr()
+    assert main(["compare", str(out), str(tmp_path / "second"), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["models"]
+    assert second["sa_difference"] == pytest.approx(second["sa"] - first["sa"])
+    assert second["sa_difference_error"] > 0
+    assert "sa_difference" not in first
+    small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
+    assert main(["compare", str(checkpoint.parent), str(other.parent), *small]) == 0
+    assert "points ± one paired standard error" in capsys.readouterr().out
+    assert main(["compare", str(out), str(other), "--steps", "3", "--limit-eval", "20", "--diagnose", "0"]) == 1
+    assert "got attack" in capsys.readouterr().err
+    assert main(["compare", str(out), str(other), "--steps", "2", "--limit-eval", "10", "--diagnose", "0"]) == 1
+    assert "got images 20 for run/best and 10 others for other/best" in capsys.readouterr().err

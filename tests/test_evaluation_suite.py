@@ -16,8 +16,9 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.card import figures
 from advmoe.evaluation.dissection import dissection, route_log
 from advmoe.evaluation.precision import full_precision
-from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.results import PGD, ROUTE, WORST, SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
+from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.network import RoutedNetwork
 
 ATTACK = AttackConfig(eps=8 / 255, steps=10, step_size=2 / 255)
@@ -86,19 +87,12 @@ def test_the_routers_are_judged_by_images_that_were_all_attacked(tiny_vgg: Calla
     for condition in ("pgd", "worst"):
         changed = (result.arrays["pathway/clean"] != result.arrays[f"pathway/{condition}"]).any(axis=1)
         assert changed[:8].any(), condition
-    assert dissection(route_log(result, model), "worst")["moe_robustness"] == 100 * result.ra("worst")
+    assert dissection(route_log(result, model), "worst")["moe_robustness"] == 100 * result.ra(WORST)
 
 
 def test_diagnostics_look_at_what_all_attacks_left(result: SuiteResult) -> None:
-    assert result.white_box == [
-        "pgd",
-        "route",
-        "view/advantage",
-        "view/mixture@1",
-        "view/mixture@10",
-        "view/softmax",
-        "view/straight_through",
-    ]
+    views = ["advantage", "mixture@1", "mixture@10", "softmax", "straight_through"]
+    assert sorted(result.white_box) == [PGD, ROUTE, *(Attack("view", name) for name in views)]
     checked = run_suite(TwoRooms(), rooms(124, 110, 110, 140), dataclasses.replace(ROUTING, diagnosed=4))
     found = {check.name: check for check in checked.diagnostics}
     # Square breaks the image that PGD cannot (see test_diagnostics), but the attacks on the routing had it already.
@@ -135,36 +129,43 @@ def test_without_routing_the_suite_is_sa_and_ra(tiny_vgg: Callable[..., RoutedNe
     attack = AttackConfig(eps=1 / 255, steps=2, step_size=1 / 255)
     plain = evaluate(model, images, attack, batch_size=5)
     result = run_suite(model, images, SuiteConfig(attack=attack, diagnosed=0, eps_sweep=(0.0, 4 / 255)), batch_size=5)
-    assert (result.sa, result.ra("pgd")) == (plain.sa, plain.ra)
-    assert result.attacks == ["eps/0", "eps/0.0156863", "pgd", "worst"]
-    assert result.ra("eps/0") == result.sa
-    assert result.ra("eps/0.0156863") <= result.ra("pgd")
+    assert (result.sa, result.ra(PGD)) == (plain.sa, plain.ra)
+    assert result.attacks == (PGD, Attack("eps", "0"), Attack("eps", "0.0156863"), WORST)
+    assert result.ra(Attack("eps", "0")) == result.sa
+    assert result.ra(Attack("eps", "0.0156863")) <= result.ra(PGD)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_with_the_attack_that_was_interrupted(tmp_path: Path) -> None:
     model, images, path = TwoRooms(), rooms(124, 110, 123, 140, 110), tmp_path / "state.npz"
     whole = run_suite(model, images, ROUTING, batch_size=2)
-    seen: list[float] = []
+    seen: list[tuple[float, str]] = []
 
     def interrupted(done: float, total: int, what: str) -> None:
-        seen.append(done)
-        if done >= 3:
+        if done > 2 and what == "route attack":  # of the second batch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=interrupted)
-    assert [name.name for name in tmp_path.iterdir()] == ["state.npz"]
-    seen.clear()
-    resumed = run_suite(
-        model, images, ROUTING, batch_size=2, state_path=path, progress=lambda done, *_: seen.append(done)
-    )
-    assert min(seen) == 2
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["state-batch.npz", "state.npz"]
+
+    def watched(done: float, total: int, what: str) -> None:
+        seen.append((done, what))
+
+    resumed = run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=watched)
+    assert [what for done, what in seen if done < 4] == [
+        "",
+        "route attack",
+        "experts alone",
+        "routers alone",
+        "every pathway",
+    ]
     assert resumed.arrays.keys() == whole.arrays.keys()
     for name, array in whole.arrays.items():
         np.testing.assert_array_equal(resumed.arrays[name], array)
+    assert [name.name for name in tmp_path.iterdir()] == ["state.npz"]
     seen.clear()
-    run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=lambda done, *_: seen.append(done))
-    assert set(seen) == {5}
+    run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=watched)
+    assert {done for done, _ in seen} == {5}
 
 
 def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Analysis of route logs, figures, and the HTML report: what is shown is what was measured, and nothing is fetched."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -16,7 +17,7 @@ from advmoe.config import AttackConfig, ModelConfig
 from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.analysis import analyse, histogram
-from advmoe.evaluation.card import figures, load_card, make_card, pixels, save_card, standard_error
+from advmoe.evaluation.card import CardNumbers, figures, load_card, make_card, pixels, save_card, standard_error
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
@@ -26,7 +27,10 @@ from advmoe.models.masked import mask_pathway
 from advmoe.reports.figures import analysis_figures, scale_curves
 from advmoe.reports.html import render
 from advmoe.routing_log import RouteLog
+from advmoe.schema import fields_of
 
+OPTIONAL = {field.name for field in fields_of(CardNumbers) if field.default is not dataclasses.MISSING}
+"""Figures that are absent from a card where they were not measured."""
 HOSTILE = "<script>alert('x')</script> & \"co\""
 
 
@@ -63,17 +67,50 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
         "reported": "33.33",
         "autoattack_acc": None,
         "eps": "8/255",
-        "unreliable": False,
+        "unreliable": None,  # no diagnostics were run
     }
     assert card["advmoe"]["ra_by_eps"] == {"2/255": 66.67, "16/255": 66.67}
-    assert card["advmoe"]["trusted"] is True
+    assert card["advmoe"]["trusted"] is None
+    assert card["advmoe"]["verdict"] == "not checked"
     assert card["advmoe"]["latency_ms_per_image"] == {"1": 2.346, "64": 0.25}
     path = tmp_path / "card.json"
     save_card(path, card)
     assert load_card(path) == json.loads(json.dumps(card))
-    path.write_text("{}")
-    with pytest.raises(DataError, match="is not a result card"):
-        load_card(path)
+    for text, reason in (("{}", "it has no 'advmoe'"), ("[]", ""), ('{"advmoe": 3}', ""), ("not JSON", "")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=f"is not a result card: .*{reason}"):
+            load_card(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": None}, "method must be a text"),
+        ({"verdict": "fine"}, "unknown verdict 'fine'"),
+        ({"gflops": "cheap"}, "gflops must be a number"),
+        ({"sa": 101.0}, "sa must be"),
+        ({"ra_pgd4": "high"}, "RA under PGD must be a number"),
+        ({"diagnostics": [{"name": "finite"}]}, "needs a value for status"),
+        ({"model": {"arch": "vgg16", "depth": "deep"}}, "depth must be"),
+        ({"images": 0}, "images must be"),
+        ({"nonsense": 1}, "has no field nonsense"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_description_is_refused_with_the_reason(
+    result: SuiteResult, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    card = card_of(result, "rooms")
+    for name in (*card["advmoe"], None):
+        path, numbers = tmp_path / "card.json", dict(card["advmoe"])
+        if name is None:
+            numbers |= change
+        elif name in OPTIONAL:
+            continue
+        else:
+            del numbers[name]
+        save_card(path, card | {"advmoe": numbers})
+        with pytest.raises(DataError, match=r"is not a result card: " + (".*" if name else f".*{reason}")):
+            load_card(path)
 
 
 def test_a_failed_diagnostic_marks_card_and_report(result: SuiteResult) -> None:
@@ -83,7 +120,7 @@ def test_a_failed_diagnostic_marks_card_and_report(result: SuiteResult) -> None:
     assert card["unreliable"] is True
     assert card["advmoe"]["trusted"] is False
     page = render([card], {})
-    assert "not trusted" in page
+    assert "not to be trusted" in page
     assert "not finite: router logits" in page
 
 
@@ -206,6 +243,7 @@ def sweep(result: SuiteResult) -> list[dict[str, Any]]:
     for kind, experts, scale in [*settings, ("s_dense", 2, 0.5), ("dense", 2, 0.5)]:
         card = card_of(result, f"{kind}-n{experts}-r{scale}")
         card["advmoe"]["model"] |= {"kind": kind, "num_experts": experts, "model_scale": scale}
+        card["advmoe"] |= {"trusted": True, "verdict": "trusted"}
         card["advmoe"]["diagnostics"] = [{"name": "finite", "status": "passed", "value": "", "expected": ""}]
         cards.append(card)
     return cards
@@ -221,7 +259,7 @@ def test_a_sweep_over_r_is_drawn_as_a_line_for_each_number_of_experts(result: Su
 
 def test_many_models_stand_in_rows_and_only_their_failures_at_length(result: SuiteResult) -> None:
     cards = sweep(result)
-    cards[3]["advmoe"]["trusted"] = False
+    cards[3]["advmoe"] |= {"trusted": False, "verdict": "not to be trusted"}
     cards[3]["advmoe"]["diagnostics"][0] |= {"status": "failed", "value": "NaN"}
     page = render(cards, {})
     assert page.count("<tr><td>moe-n4-r0.8</td>") == 2  # accuracies, settings

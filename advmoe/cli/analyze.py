@@ -10,6 +10,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, ROUTES
+from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import Json
 from advmoe.config import ModelConfig, from_dict
 
@@ -23,7 +24,8 @@ ANALYSIS = "analysis.json"
 def analyze(
     evaluation: Annotated[Path, typer.Argument(help="A folder written by 'advmoe evaluate --out'.")],
     mask: Annotated[
-        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+        Path | None,
+        typer.Option(help="Run or checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6)."),
     ] = None,
     figures: Annotated[bool, typer.Option(help="Draw figures (SVG) into the folder.")] = True,
     json: Json = False,
@@ -34,6 +36,7 @@ def analyze(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
+    from advmoe.evaluation.vocabulary import FATES, ROBUSTNESS
     from advmoe.files import write_text_atomically
     from advmoe.reports.figures import analysis_figures
     from advmoe.routing_log import RouteLog
@@ -41,7 +44,7 @@ def analyze(
 
     card = load_card(evaluation / CARD)
     model = model_of(card["advmoe"]["model"])
-    sparse = None if mask is None else load_checkpoint(mask).build()
+    sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
     found = analyse(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
     write_text_atomically(evaluation / ANALYSIS, json_text.dumps(found, indent=1) + "\n")
     if figures:
@@ -52,16 +55,9 @@ def analyze(
         return
     columns = ("", *found["conditions"])
     rows = [("distinct pathways", *(values["pathways"] for values in found["conditions"].values()))]
-    for name, label in (
-        ("router_survives_right", "1: router survives, right"),
-        ("router_fooled_right", "2: router fooled, right"),
-        ("router_survives_wrong", "3: router survives, wrong"),
-        ("router_fooled_wrong", "4: both fooled"),
-        ("router_robustness", "router robustness, 1 + 3"),
-        ("moe_robustness", "MoE robustness, 1 + 2"),
-    ):
-        parts = [values.get("dissection", {}).get(name) for values in found["conditions"].values()]
-        rows.append((label, *("" if part is None else f"{part:.2f} %" for part in parts)))
+    for fate in (*FATES, *ROBUSTNESS):
+        parts = [values.get("dissection", {}).get(fate.key) for values in found["conditions"].values()]
+        rows.append((fate.label, *("" if part is None else f"{part:.2f} %" for part in parts)))
     similar = found.get("similarity", {"overlap": {}, "diversity": {}})
     for label, values in (
         ("IoU with the mask pathway", found.get("mask", {})),

@@ -18,6 +18,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.analyze import analyze
 from advmoe.cli.bench_onnx import bench_onnx
+from advmoe.cli.compare import compare
 from advmoe.cli.evaluate import evaluate
 from advmoe.cli.export import export
 from advmoe.cli.info import info
@@ -40,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, analyze, report, export, predict, bench_onnx, info, recipes, reproduce):
+for command in (train, evaluate, compare, analyze, report, export, predict, bench_onnx, info, recipes, reproduce):
     app.command()(command)
 # The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

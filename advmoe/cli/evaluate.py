@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import json as json_text
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from advmoe.cli import console
+from advmoe.cli.models import checkpoint_of, data_dir_of
 from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
 from advmoe.cli.progress import data_progress, suite_progress
-from advmoe.config import AttackConfig, check, check_eps
+from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
 
     from advmoe.data.sets import Dataset, Images, ImageSet
+    from advmoe.evaluation.results import SuiteConfig, SuiteResult
     from advmoe.models.network import RoutedNetwork
     from advmoe.routing_log import PathwayChannels
     from advmoe.training.checkpoint import Checkpoint
 
-CARD, STATE, ROUTES = "card.json", "state.npz", "routes.npz"
+CARD, STATE, ROUTES, OUTCOMES, EXAMPLES = "card.json", "state.npz", "routes.npz", "images.npz", "examples.npz"
 """What `--out` holds."""
 SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
 """Radii of the whole suite's sweep, relative to eps."""
@@ -32,7 +37,7 @@ UNTRUSTED = 2
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, e.g. runs/NAME/best.pt.")],
+    model: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/NAME, or a checkpoint.")],
     dataset: Annotated[
         str | None, typer.Option(help="Data set to test on. Default: the one it was trained on.")
     ] = None,
@@ -52,9 +57,20 @@ def evaluate(
     suite: Annotated[
         bool, typer.Option("--suite", help="Everything: --routing, --autoattack and a sweep from eps/4 to 2 eps.")
     ] = False,
-    diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0 leaves them out.")] = 64,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Evaluate the MoE-CNN with parts replaced, too: random (routers at random weights), averaged (experts "
+            "averaged into one), inverted (routers take their last choice). Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    diagnose: Annotated[
+        int, typer.Option(help="Images that the diagnostics look at; with 0 the numbers count as not checked.")
+    ] = 64,
     mask: Annotated[
-        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+        Path | None,
+        typer.Option(help="Run or checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6)."),
     ] = None,
     latency: Annotated[bool, typer.Option(help="Time single images and whole batches, for a few seconds.")] = True,
     strict: Annotated[
@@ -62,7 +78,7 @@ def evaluate(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the result card, the route log and the state from which to go on."),
+        typer.Option(help="Folder for the card, the results image by image and the state from which to go on."),
     ] = None,
     limit_eval: LimitEval = None,
     batch_size: Annotated[int, typer.Option(help="Images attacked at a time; changes nothing but memory.")] = 256,
@@ -73,27 +89,22 @@ def evaluate(
 ) -> None:
     """Measure standard accuracy (SA) and robust accuracy (RA) on the test images, and whether RA can be trusted.
 
-    The checkpoint carries everything needed: architecture, classes, normalisation, the radius it was trained for.
-    With --out, an interrupted evaluation goes on where it stopped when the same command is given again.
+    The run holds everything needed: architecture, classes, normalization, data folder, radius of the attack.
+    With --out, every finished attack on a batch is kept: after an interruption the same command goes on from there.
     """
-    from advmoe.attacks.autoattack import package
-    from advmoe.data.views import in_memory
-    from advmoe.device import resolve_device
-    from advmoe.evaluation.card import make_card, save_card
-    from advmoe.evaluation.cost import hardware, measure_cost
-    from advmoe.evaluation.dissection import route_log
-    from advmoe.evaluation.pathways import mask_similarity
+    from advmoe.evaluation.controls import CONTROLS, controlled
     from advmoe.evaluation.results import SuiteConfig
-    from advmoe.evaluation.suite import run_suite
-    from advmoe.training.checkpoint import load_checkpoint
 
     check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
     check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
-    contents = load_checkpoint(checkpoint)
-    model = contents.build().to(resolve_device(device))
-    channels, masked = (None, None) if mask is None else _comparable(model, mask)
-    radius = _radius(contents, eps)
+    check(out is None or not out.is_file(), f"{out} is a file; give --out a folder")
+    controls = list(dict.fromkeys(one_of("control", name, CONTROLS, "control") for name in control or []))
+    subject = Subject.load(checkpoint_of(model), device=device)
+    changed = {name: controlled(subject.model, name, seed) for name in CONTROLS if name in controls}
+    masked = None if mask is None else _comparable(subject.model, checkpoint_of(mask))
+    radius = training_radius(subject.contents) if eps is None else console.number(eps, "--eps")
+    check_eps(radius)
     length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
     sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
     if suite and not sweep:
@@ -105,45 +116,153 @@ def evaluate(
         eps_sweep=sweep,
         diagnosed=diagnose,
     )
-    if config.autoattack:
-        package()
-    data = _load(contents, checkpoint, dataset, data_dir)
-    images = in_memory(_chosen(data.test, limit_eval, seed), contents.model.image_size)
+    data, images = subject.test_images(dataset, data_dir, limit_eval, seed)
+    measuring = Measuring(config, data.info.name, images, batch_size, seed, latency)
+    card, result = measuring.card_of(subject, out, masked=masked)
+    for name, other in changed.items():
+        variant = Subject(subject.path, subject.contents, other, control=name)
+        folder = None if out is None else out / f"control-{name}"
+        of_control, _ = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(variant, folder)
+        shared = ("sa", "ra", "ra_worst", "verdict")
+        card["advmoe"]["controls"][name] = {key: of_control["advmoe"][key] for key in shared}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    with suite_progress(len(images)) as progress:
-        result = run_suite(
-            model,
-            images,
-            config,
-            batch_size=batch_size,
-            seed=seed,
-            state_path=None if out is None else out / STATE,
-            progress=progress,
-        )
-    card = make_card(
-        result,
-        name=f"{checkpoint.parent.name}/{checkpoint.stem}",
-        dataset=data.info.name,
-        model=contents.model,
-        train=contents.train,
-        cost=measure_cost(model, contents.model.image_size),
-        device=hardware(next(model.parameters()).device),
-        latency=_latency(model, images, batch_size) if latency else None,
-    )
-    log = route_log(result, model)
-    if channels is not None and masked is not None:
-        similar = mask_similarity(log, [name for name, _ in log.conditions], channels, masked)
-        card["advmoe"]["mask_iou"] = {each.condition: round(float(each.iou.mean()), 4) for each in similar}
-    if out is not None:
-        save_card(out / CARD, card)
-        log.save(out / ROUTES)
+        _save(out, card, result, subject, images)
     if json:
-        console.emit_json({"checkpoint": str(checkpoint), "dataset": data.info.name} | card["advmoe"])
+        console.emit_json({"checkpoint": str(subject.path), "dataset": data.info.name} | card["advmoe"])
     else:
-        show(f"{checkpoint} on {data.info.name} (test)", card)
-    if strict and not card["advmoe"]["trusted"]:
+        show(f"{subject.path} on {data.info.name} (test)", card)
+    if strict and card["advmoe"]["verdict"] != "trusted":
         raise typer.Exit(UNTRUSTED)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and the model that is evaluated: its own, or that under a control."""
+
+    path: Path
+    contents: Checkpoint
+    model: RoutedNetwork
+    control: str | None = None
+
+    @classmethod
+    def load(cls, path: Path, *, device: str) -> Subject:
+        """Read a checkpoint."""
+        from advmoe.device import resolve_device
+        from advmoe.training.checkpoint import load_checkpoint
+
+        contents = load_checkpoint(path)
+        return cls(path, contents, contents.build().to(resolve_device(device)))
+
+    @property
+    def name(self) -> str:
+        """What to call it in a card."""
+        ending = "" if self.control is None else f", {self.control} control"
+        return f"{self.path.resolve().parent.name}/{self.path.stem}{ending}"
+
+    def test_images(
+        self, dataset: str | None, data_dir: Path | None, limit: int | None, seed: int
+    ) -> tuple[Dataset, ImageSet]:
+        """The data set and its test images, all or a seeded choice, decoded.
+
+        Raises:
+            ConfigError: the checkpoint does not name a data set, and none was given.
+            CheckpointError: it tells other classes apart.
+        """
+        from advmoe.data.sources import load_dataset
+        from advmoe.data.views import in_memory
+
+        name = dataset or self.contents.train.get("dataset")
+        if name is None:
+            raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
+        with data_progress() as reading:
+            data = load_dataset(name, data_dir_of(self.path, name, data_dir), progress=reading, announce=console.note)
+        known = self.contents.class_names
+        if known and known != data.info.class_names:
+            raise CheckpointError(
+                f"{self.path} tells {len(known)} classes apart ({', '.join(known[:3])}, ...), "
+                f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
+                "evaluate it on the data set it was trained on"
+            )
+        return data, in_memory(_chosen(data.test, limit, seed), self.contents.model.image_size)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured, and on which images."""
+
+    config: SuiteConfig
+    dataset: str
+    images: ImageSet
+    batch_size: int
+    seed: int
+    latency: bool
+
+    def card_of(
+        self, subject: Subject, out: Path | None, *, masked: tuple[PathwayChannels, NDArray[np.bool_]] | None = None
+    ) -> tuple[dict[str, Any], SuiteResult]:
+        """Evaluate a model; what is in `out` of an earlier attempt is not done again."""
+        from advmoe.attacks.autoattack import package
+        from advmoe.evaluation.card import make_card
+        from advmoe.evaluation.cost import hardware, measure_cost
+        from advmoe.evaluation.dissection import route_log
+        from advmoe.evaluation.pathways import mask_similarity
+        from advmoe.evaluation.suite import run_suite
+
+        if self.config.autoattack:
+            package()
+        with suite_progress(len(self.images)) as progress:
+            result = run_suite(
+                subject.model,
+                self.images,
+                self.config,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                state_path=None if out is None else out / STATE,
+                progress=progress,
+            )
+        card = make_card(
+            result,
+            name=subject.name,
+            dataset=self.dataset,
+            model=subject.contents.model,
+            train=subject.contents.train,
+            cost=measure_cost(subject.model, subject.contents.model.image_size),
+            device=hardware(next(subject.model.parameters()).device),
+            latency=self._latency(subject.model) if self.latency else None,
+            training_seconds=_training_seconds(subject.path.parent),
+            recipe=_recipe_of(subject.path.resolve().parent.name),
+            control=subject.control,
+        )
+        if masked is not None:
+            channels, mask = masked
+            log = route_log(result, subject.model)
+            similar = mask_similarity(log, [name for name, _ in log.conditions], channels, mask)
+            card["advmoe"]["mask_iou"] = {each.condition: round(float(each.iou.mean()), 4) for each in similar}
+        if subject.control is not None and out is not None:
+            _save(out, card, result, subject, self.images)
+        return card, result
+
+    def _latency(self, model: RoutedNetwork) -> dict[int, float]:
+        """Of single images and of batches as they were evaluated, in fp32 as everything else."""
+        from advmoe.data.loader import BatchLoader
+        from advmoe.evaluation.cost import measure_latency
+        from advmoe.evaluation.precision import full_precision
+
+        batch = next(iter(BatchLoader(self.images, batch_size=self.batch_size).epoch(0)))
+        with full_precision(model):
+            return measure_latency(model, batch.images, (1, len(batch.images)))
+
+
+def _save(out: Path, card: dict[str, Any], result: SuiteResult, subject: Subject, images: ImageSet) -> None:
+    from advmoe.evaluation.card import save_card
+    from advmoe.evaluation.dissection import route_log
+    from advmoe.evaluation.examples import save_examples
+    from advmoe.evaluation.paired import save_outcomes
+
+    save_examples(out / EXAMPLES, subject.model, images, result)
+    save_outcomes(out / OUTCOMES, result)
+    route_log(result, subject.model).save(out / ROUTES)
+    save_card(out / CARD, card)
 
 
 def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDArray[np.bool_]]:
@@ -160,34 +279,16 @@ def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDAr
     return channels, mask_of(load_checkpoint(mask).build(), channels)
 
 
-def _radius(contents: Checkpoint, eps: str | None) -> float:
-    if eps is not None:
-        radius = console.number(eps, "--eps")
-    else:
-        trained = contents.train.get("attack", {}).get("eps")
-        if trained is None:
-            raise ConfigError("the checkpoint does not say which radius it was trained for; give --eps, e.g. 8/255")
-        radius = float(trained)
-    check_eps(radius)
-    return radius
+def training_radius(contents: Checkpoint) -> float:
+    """The radius that a model was trained for.
 
-
-def _load(contents: Checkpoint, checkpoint: Path, dataset: str | None, data_dir: Path | None) -> Dataset:
-    from advmoe.data.sources import load_dataset
-
-    name = dataset or contents.train.get("dataset")
-    if name is None:
-        raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
-    with data_progress() as reading:
-        data = load_dataset(name, data_dir, progress=reading, announce=console.note)
-    if contents.class_names and contents.class_names != data.info.class_names:
-        raise CheckpointError(
-            f"{checkpoint} tells {len(contents.class_names)} classes apart "
-            f"({', '.join(contents.class_names[:3])}, ...), "
-            f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
-            "evaluate it on the data set it was trained on"
-        )
-    return data
+    Raises:
+        ConfigError: its checkpoint does not say.
+    """
+    trained = contents.train.get("attack", {}).get("eps")
+    if trained is None:
+        raise ConfigError("the checkpoint does not say which radius it was trained for; give --eps, e.g. 8/255")
+    return float(trained)
 
 
 def _chosen(images: Images, limit: int | None, seed: int) -> Images:
@@ -199,60 +300,70 @@ def _chosen(images: Images, limit: int | None, seed: int) -> Images:
     return images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False)))
 
 
-def _latency(model: nn.Module, images: ImageSet, batch_size: int) -> dict[int, float]:
-    """Of single images and of batches as they were evaluated, in fp32 as everything else."""
-    from advmoe.data.loader import BatchLoader
-    from advmoe.evaluation.cost import measure_latency
-    from advmoe.evaluation.precision import full_precision
+def _recipe_of(run: str) -> str | None:
+    """The recipe that a run folder is named after."""
+    from advmoe.recipes import recipes
 
-    batch = next(iter(BatchLoader(images, batch_size=batch_size).epoch(0)))
-    with full_precision(model):
-        return measure_latency(model, batch.images, (1, len(batch.images)))
+    return run if run in recipes() else None
 
 
-def show(title: str, card: dict[str, Any]) -> None:
+def _training_seconds(run: Path) -> float | None:
+    """How long a run's training steps took, from the speed that its log holds for each epoch; None without a log."""
+    try:
+        config = json_text.loads((run / "config.json").read_text())["train"]
+        records = [json_text.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [0, *(record["step"] for record in records)]
+        images = [config["batch_size"] * (after - before) for before, after in itertools.pairwise(steps)]
+        speeds = [record["images_per_second"] for record in records]
+        return round(float(sum(count / speed for count, speed in zip(images, speeds, strict=True))), 1)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def show(title: str, card: Mapping[str, Any]) -> None:
     """Figures and diagnostics as tables."""
     from advmoe.evaluation.card import latencies, pixels
+    from advmoe.evaluation.vocabulary import FIGURES, FOOLED, RA_PGD, failed_readings, measured
 
     numbers = card["advmoe"]
     attack = numbers["attack"]
-    pgd = f"ra_pgd{attack['steps']}"
-    rows: dict[str, Any] = {
-        "SA": f"{numbers['sa']:.2f} %",
-        f"RA (PGD-{attack['steps']}, eps {pixels(attack['eps'])})": f"{numbers[pgd]:.2f} %",
-    }
-    for view, ra in numbers.get("ra_views", {}).items():
-        rows[f"  routing seen as {view}"] = f"{ra:.2f} %"
-    names = {
-        "ra_union": "RA, union of all views of the routing",
-        "ra_route": f"RA, and the route attack ({'exact' if numbers.get('routes_exact') else 'sampled, greedy'})",
-        "ra_aa": "RA (AutoAttack, standard)",
-        "ra_worst": "RA, worst of everything run",
-        "ra_experts": "RA-E, experts attacked with the routing frozen",
-        "ra_routers": "RA-R, only routers attacked",
-        "every_pathway": "right on every pathway in use",
-        "ra_every_pathway": "the same under attack",
-    }
-    rows |= {text: f"{numbers[name]:.2f} %" for name, text in names.items() if name in numbers}
+    rows: dict[str, Any] = {}
+    for figure in measured([numbers], FIGURES):
+        ending = f" (PGD-{attack['steps']}, eps {pixels(attack['eps'])})" if figure is RA_PGD else ""
+        label = "RA" if figure is RA_PGD else figure.long
+        rows[f"{label}{ending}"] = f"{figure.of(numbers):.2f} %"
+        if figure is RA_PGD:
+            views = numbers.get("ra_views", {})
+            rows |= {f"  routing seen as {view}": f"{ra:.2f} %" for view, ra in views.items()}
+    if "routes_exact" in numbers:
+        rows["pathways of the route attack"] = "all" if numbers["routes_exact"] else "sampled, then the nearest flips"
     rows |= {f"RA at eps {eps}": f"{ra:.2f} %" for eps, ra in numbers.get("ra_by_eps", {}).items()}
-    if "routers_fooled" in numbers:
-        rows["pathways changed by PGD"] = f"{numbers['routers_fooled']:.2f} %"
+    if (fooled := FOOLED.of(numbers)) is not None:
+        rows[FOOLED.long] = f"{fooled:.2f} %"
         rows["distinct pathways, clean"] = numbers["pathways"]
     if "mask_iou" in numbers:
         rows["IoU with the mask pathway"] = ", ".join(f"{iou:.3f} {name}" for name, iou in numbers["mask_iou"].items())
+    for name, values in numbers["controls"].items():
+        rows[f"control: {name}"] = f"SA {values['sa']:.2f} %, RA {values['ra']:.2f} %"
     rows |= {
         "attack": f"step {255 * attack['step_size']:.3g}/255, {attack['restarts']} restart(s), start {attack['start']}",
         "images": f"{numbers['images']} (standard error of RA {numbers['standard_error']:.2f} points), "
         f"seed {numbers['seed']}",
         "parameters, GFLOPs per image": f"{numbers['parameters']:,}, {numbers['gflops']:.4g}",
     }
+    if numbers["training_seconds"] is not None:
+        rows["time of training"] = f"{numbers['training_seconds'] / 60:.1f} minutes"
     if latency := latencies(numbers):
         rows["latency"] = f"{latency} on {numbers['device']}"
     console.show_facts(title, rows)
+    verdict = numbers["verdict"]
     if numbers["diagnostics"]:
-        verdict = "trusted" if numbers["trusted"] else "NOT TO BE TRUSTED"
         console.show_table(
-            f"Diagnostics: these numbers are {verdict}",
+            f"Diagnostics: these numbers are {verdict.upper() if verdict != 'trusted' else verdict}",
             ("check", "status", "seen"),
             [(item["name"], item["status"], item["value"]) for item in numbers["diagnostics"]],
         )
+        for name, reading in failed_readings(numbers["diagnostics"]):
+            console.note(f"{name}: {reading.meaning} {reading.next_step}")
+    else:
+        console.note("No diagnostics were run: these numbers are NOT CHECKED.")

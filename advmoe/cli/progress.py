@@ -102,7 +102,7 @@ class TrainingProgress:
 
 @contextmanager
 def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
-    """A bar over images, with what is being done to them and the time left."""
+    """A bar over images, with what is being done to them and the time left; in a log file, a line for each stage."""
     with Progress(
         TextColumn("evaluating"),
         BarColumn(),
@@ -117,6 +117,8 @@ def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
 
         def update(done: float, total: int, what: str) -> None:
             progress.update(task, completed=done, what=what)
+            if what and not console.err.is_terminal:
+                console.note(f"{done:.0f}/{total} images: {what}")
 
         yield update
 

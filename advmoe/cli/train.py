@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from advmoe.cli import console
+from advmoe.cli.models import remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.signals import stopping
@@ -97,6 +98,7 @@ def train(
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
             )
+            remember_data(path, config.dataset, data_dir)
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:

@@ -11,7 +11,7 @@ from advmoe.errors import ConfigError
 from advmoe.evaluation.dissection import dissection
 from advmoe.evaluation.pathways import BINS, diversity, mask_of, mask_similarity, pathway_channels
 from advmoe.models.network import RoutedNetwork
-from advmoe.routing_log import RouteLog
+from advmoe.routing_log import ExpertLoad, RouteLog
 
 CLEAN = "clean"
 FREQUENT = 10
@@ -65,18 +65,14 @@ def analyse(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
 
 def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     """What the routers did under one condition: load [layers][experts], by class [layers][classes][experts]."""
-    counts_LKN = log.expert_load(name, num_classes=model.config.num_classes).counts_LKN.astype(np.float64)
-    tokens = model.rows_per_image
-    counts_LKN = counts_LKN.reshape(-1, tokens, *counts_LKN.shape[1:]).sum(axis=1)
-    load_LN = shares(counts_LKN.sum(axis=1))
+    by_class = log.expert_load(name, num_classes=model.config.num_classes).merged(len(model.expert_layouts))
+    load = ExpertLoad(counts_LKN=by_class.counts_LKN.sum(axis=1, keepdims=True))
     pathways, frequency = log.unique_pathways(name)
-    experts = load_LN.shape[1]
-    logs = np.log(load_LN, where=load_LN > 0, out=np.zeros_like(load_LN))
-    entropy_L = -(load_LN * logs).sum(axis=1) / np.log(experts) if experts > 1 else np.zeros(len(load_LN))
     return {
-        "load": load_LN.round(4).tolist(),
-        "load_by_class": shares(counts_LKN).round(4).tolist(),
-        "entropy": (entropy_L + 0.0).round(4).tolist(),
+        "load": load.share[:, 0].round(4).tolist(),
+        "load_by_class": by_class.share.round(4).tolist(),
+        "entropy": load.evenness[:, 0].round(4).tolist(),
+        "flow": flow(log.routes(name).experts_NL, model),
         "pathways": len(pathways),
         "frequent": [
             {"pathway": "".join(map(str, pathway.tolist())), "images": int(count)}
@@ -85,10 +81,18 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     }
 
 
-def shares(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Counts over the last axis as shares; 0 where there are none."""
-    divided: NDArray[np.float64] = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
-    return divided
+def flow(experts_NL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[float]]]:
+    """How images move from layer to layer: the share of images that take expert i and then expert j.
+
+    Returns:
+        [layers - 1][experts][experts]; empty where tokens are routed, since the tokens of an image part.
+    """
+    if model.rows_per_image > 1:
+        return []
+    experts = model.config.num_experts
+    pairs = experts_NL[:, :-1].astype(np.int64) * experts + experts_NL[:, 1:]
+    counts = [np.bincount(column, minlength=experts**2).reshape(experts, experts) for column in pairs.T]
+    return [(count / max(len(experts_NL), 1)).round(4).tolist() for count in counts]
 
 
 def histogram(values: NDArray[np.float64]) -> dict[str, Any]:

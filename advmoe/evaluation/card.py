@@ -6,25 +6,35 @@ import json
 import math
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from advmoe.attacks.autoattack import STANDARD
-from advmoe.config import ModelConfig, to_dict
-from advmoe.errors import DataError
+from advmoe.attacks.relaxations import DETACHED
+from advmoe.config import AttackConfig, ModelConfig, to_dict
+from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.cost import Cost
-from advmoe.evaluation.diagnostics import trusted
-from advmoe.evaluation.results import SuiteResult
+from advmoe.evaluation.results import (
+    EVERY_PATHWAY,
+    EVERY_PATHWAY_CLEAN,
+    EXPERTS,
+    PGD,
+    ROUTE,
+    ROUTERS,
+    WORST,
+    SuiteResult,
+)
+from advmoe.evaluation.vocabulary import Attack, Status, Verdict, pgd_key, verdict_of
 from advmoe.files import write_text_atomically
+from advmoe.schema import Setting, Settings, from_dict, shown
 
 PAPER = "https://arxiv.org/abs/2308.10110"
-AUTOATTACK = f"autoattack/{STANDARD[-1]}"
-"""Column of what is left after all of AutoAttack."""
+PERCENT = Setting("In per cent.", at_least=0.0, at_most=100.0)
 
 
 def percent(share: float) -> float:
@@ -46,38 +56,113 @@ def pixels(eps: float) -> str:
 
 def figures(result: SuiteResult) -> dict[str, Any]:
     """All figures in per cent; those of attacks that were not run are absent."""
-    attacks = result.attacks
-    ran: dict[str, Any] = {"sa": percent(result.sa)}
-    ran[f"ra_pgd{result.config.attack.steps}"] = percent(result.ra("pgd"))
-    if views := [name for name in attacks if name.startswith("view/")]:
-        ran["ra_views"] = {"detached": percent(result.ra("pgd"))} | {
-            name.removeprefix("view/"): percent(result.ra(name)) for name in views
-        }
-        ran["ra_union"] = percent(result.ra_union)
-        ran["ra_route"] = percent(result.ra("route"))
+
+    def ra(*attacks: Attack) -> float:
+        return percent(result.ra(*attacks))
+
+    ran: dict[str, Any] = {"sa": percent(result.sa), "ra": ra(*result.table)}
+    ran[f"ra_pgd{result.config.attack.steps}"] = ra(PGD)
+    if views := result.ran("view"):
+        ran["ra_views"] = {DETACHED: ra(PGD)} | {view.detail: ra(view) for view in views}
+        ran["ra_union"] = ra(PGD, *views)
+        ran["ra_route"] = ra(ROUTE)
         ran["routes_exact"] = result.exact_routes
-        ran["ra_experts"] = percent(result.ra("experts"))
-        ran["ra_routers"] = percent(result.ra("routers"))
-        ran["every_pathway"] = percent(result.ra("every_pathway/clean"))
-        ran["ra_every_pathway"] = percent(result.ra("every_pathway"))
+        ran["ra_experts"] = ra(EXPERTS)
+        ran["ra_routers"] = ra(ROUTERS)
+        ran["every_pathway"] = ra(EVERY_PATHWAY_CLEAN)
+        ran["ra_every_pathway"] = ra(EVERY_PATHWAY)
         radius = result.arrays["flip_radius"]
         ran["routers_flipped_within"] = {
             pixels(eps): percent(float((radius <= eps).mean()))
             for eps in np.unique(radius[np.isfinite(radius)]).tolist()
         }
-    if AUTOATTACK in attacks:
-        ran["ra_aa"] = percent(result.ra(AUTOATTACK))
-        ran["ra_aa_after"] = {attack: percent(result.ra(f"autoattack/{attack}")) for attack in STANDARD}
-    ran["ra_worst"] = percent(result.ra("worst"))
-    sweep = {name.removeprefix("eps/"): percent(result.ra(name)) for name in attacks if name.startswith("eps/")}
-    if sweep:
-        ran["ra_by_eps"] = {pixels(float(eps)): ra for eps, ra in sweep.items()}
+    if after := result.ran("autoattack"):
+        ran["ra_aa"] = ra(after[-1])
+        ran["ra_aa_after"] = {attack.detail: ra(attack) for attack in after}
+    ran["ra_worst"] = ra(WORST)
+    if sweep := result.ran("eps"):
+        ran["ra_by_eps"] = {pixels(float(attack.detail)): ra(attack) for attack in sweep}
     if result.arrays["pathway/clean"].shape[1]:
         changed = (result.arrays["pathway/clean"] != result.arrays["pathway/pgd"]).any(axis=1)
         ran["routers_fooled"] = percent(float(changed.mean()))
         ran["pathways"] = result.pathways_used
-    ran["standard_error"] = round(standard_error(100 * result.ra("worst"), result.images), 2)
+    ran["standard_error"] = round(standard_error(100 * result.ra(WORST), result.images), 2)
     return ran
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticEntry(Settings):
+    """A diagnostic in a card."""
+
+    name: str
+    status: Status
+    value: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardNumbers(Settings):
+    """What stands under `advmoe` in a card, apart from `ra_pgdK`, whose key names the attack's steps K."""
+
+    images: Annotated[int, Setting("Images evaluated.", at_least=1)]
+    seed: int
+    attack: AttackConfig
+    verdict: Verdict
+    diagnostics: list[DiagnosticEntry]
+    parameters: int
+    gflops: float
+    latency_ms_per_image: dict[str, float]
+    model: ModelConfig
+    method: str
+    epochs: int | None
+    device: str
+    versions: dict[str, str]
+    sa: Annotated[float, PERCENT]
+    ra: Annotated[float, PERCENT]
+    ra_worst: Annotated[float, PERCENT]
+    standard_error: float
+    trusted: bool | None
+    training_seconds: float | None = None
+    control: str | None = None
+    recipe: str | None = None
+    controls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ra_views: dict[str, float] = field(default_factory=dict)
+    ra_union: Annotated[float | None, PERCENT] = None
+    ra_route: Annotated[float | None, PERCENT] = None
+    routes_exact: bool | None = None
+    ra_experts: Annotated[float | None, PERCENT] = None
+    ra_routers: Annotated[float | None, PERCENT] = None
+    every_pathway: Annotated[float | None, PERCENT] = None
+    ra_every_pathway: Annotated[float | None, PERCENT] = None
+    routers_flipped_within: dict[str, float] = field(default_factory=dict)
+    ra_aa: Annotated[float | None, PERCENT] = None
+    ra_aa_after: dict[str, float] = field(default_factory=dict)
+    ra_by_eps: dict[str, float] = field(default_factory=dict)
+    routers_fooled: Annotated[float | None, PERCENT] = None
+    pathways: int | None = None
+    mask_iou: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFile(Settings):
+    """What a card file holds: RobustBench's vocabulary, and ours."""
+
+    name: str
+    dataset: str
+    architecture: str
+    eps: str
+    clean_acc: str
+    reported: str
+    autoattack_acc: str | None
+    unreliable: bool | None
+    link: str
+    authors: str
+    additional_data: bool
+    number_forward_passes: int
+    venue: str
+    advmoe: CardNumbers
+    external: str = ""
+    footnote: str = ""
 
 
 def make_card(
@@ -90,6 +175,9 @@ def make_card(
     cost: Cost,
     device: str,
     latency: Mapping[int, float] | None = None,
+    training_seconds: float | None = None,
+    recipe: str | None = None,
+    control: str | None = None,
 ) -> dict[str, Any]:
     """The card of an evaluated checkpoint.
 
@@ -102,11 +190,16 @@ def make_card(
         cost: what it costs.
         device: hardware the evaluation ran on.
         latency: milliseconds per image by batch size on that hardware, if measured.
+        training_seconds: how long its training took, if that is known.
+        recipe: the run of the paper that it is, if it is one.
+        control: which control of the model it is (`advmoe.evaluation.controls`), if it is one.
     """
     numbers = figures(result)
+    verdict = verdict_of(diagnostic.status for diagnostic in result.diagnostics)
+    trusted = None if verdict == "not checked" else verdict == "trusted"
     kind = {"moe": "MoE", "s_dense": "S-Dense", "sparse_cnn": "Sparse-CNN", "dense": "Dense"}[model.kind]
     card: dict[str, Any] = {
-        "link": PAPER if model.kind == "moe" else "",
+        "link": PAPER if recipe else "",
         "name": name,
         "authors": "",
         "additional_data": False,
@@ -118,7 +211,7 @@ def make_card(
         "clean_acc": f"{numbers['sa']:.2f}",
         "reported": f"{numbers['ra_worst']:.2f}",
         "autoattack_acc": f"{numbers['ra_aa']:.2f}" if "ra_aa" in numbers else None,
-        "unreliable": not trusted(result.diagnostics),
+        "unreliable": None if trusted is None else not trusted,
     }
     if "ra_aa" in numbers and numbers["ra_worst"] < numbers["ra_aa"]:
         card["external"] = card["reported"]
@@ -127,7 +220,8 @@ def make_card(
         "images": result.images,
         "seed": result.seed,
         "attack": to_dict(result.config.attack),
-        "trusted": trusted(result.diagnostics),
+        "verdict": verdict,
+        "trusted": trusted,
         "diagnostics": [to_dict(diagnostic) for diagnostic in result.diagnostics],
         "parameters": cost.parameters,
         "gflops": round(cost.gflops, 4),
@@ -135,6 +229,10 @@ def make_card(
         "model": to_dict(model),
         "method": train.get("method", ""),
         "epochs": train.get("epochs"),
+        "training_seconds": training_seconds,
+        "recipe": recipe,
+        "control": control,
+        "controls": {},
         "device": device,
         "versions": versions(),
     }
@@ -165,14 +263,21 @@ def save_card(path: Path, card: dict[str, Any]) -> None:
 
 
 def load_card(path: Path) -> dict[str, Any]:
-    """Read a card.
+    """Read a card, checked against `CardFile`.
 
     Raises:
         DataError: the file is missing or no card of this project.
     """
     try:
         card = json.loads(path.read_text())
-        card["advmoe"]["sa"], card["dataset"], card["advmoe"]["diagnostics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a result card; expected the card of an evaluation") from error
+        numbers = dict(card["advmoe"])
+        value = numbers.pop(pgd_key(numbers))
+        if not isinstance(value, int | float):
+            raise ConfigError(f"RA under PGD must be a number, got {shown(value)}")
+        from_dict(CardFile, card | {"advmoe": numbers})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{path} is not a result card: {reason}; expected a file written by 'advmoe evaluate --out'"
+        ) from error
     return dict(card)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -35,10 +33,10 @@ from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
+from advmoe.evaluation.vocabulary import Status
 from advmoe.models.modes import evaluating
+from advmoe.routing_log import ExpertLoad
 from advmoe.seeding import seeded
-
-Status = Literal["passed", "failed", "info", "not run"]
 
 TOLERANCE = 0.02
 """Share of images by which a stronger attack, or another way to run the model, may differ before a check fails: what
@@ -59,11 +57,6 @@ class Diagnostic:
     """What was seen."""
     expected: str
     """What a sound evaluation shows, and what a failure points to."""
-
-
-def trusted(diagnostics: Iterable[Diagnostic]) -> bool:
-    """Whether no check failed."""
-    return all(diagnostic.status != "failed" for diagnostic in diagnostics)
 
 
 def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries: int = 500) -> list[Diagnostic]:
@@ -323,14 +316,14 @@ def routing_seen(clean_NL: NDArray[np.uint8], attacked_NL: NDArray[np.uint8], nu
         attacked_NL: the same where PGD ended.
         num_experts: N.
     """
-    load_LN = np.stack([(clean_NL == expert).mean(axis=0) for expert in range(num_experts)], axis=1)
-    entropy_L = -(load_LN * np.log(np.maximum(load_LN, 1e-12))).sum(axis=1) / np.log(num_experts) + 0.0
+    counts_LN = np.stack([(clean_NL == expert).sum(axis=0) for expert in range(num_experts)], axis=1)
+    evenness_L = ExpertLoad(counts_LKN=counts_LN[:, None].astype(np.uint64)).evenness[:, 0]
     changed = clean_NL != attacked_NL
     return Diagnostic(
         "routing",
         "info",
         f"{len(np.unique(clean_NL, axis=0))} pathways in {len(clean_NL)} images; entropy of the load "
-        f"{entropy_L.mean():.2f}, lowest layer {entropy_L.min():.2f}; PGD changes the pathway of "
+        f"{evenness_L.mean():.2f}, lowest layer {evenness_L.min():.2f}; PGD changes the pathway of "
         f"{_percent(float(changed.any(axis=1).mean()))} of images, {_percent(float(changed.mean()))} of decisions",
         "entropy 1 where all experts are used alike, 0 where a layer always takes the same one",
     )

@@ -1,29 +1,45 @@
-"""What an evaluation measures, and what comes out of it: one row per image, from which all figures are computed.
+"""What an evaluation measures, and its outcome: one row per image, from which all figures are computed.
 
-Attacks by name, each a column `robust/NAME`, true where the image is classified correctly, when clean and attacked:
+Attacks by family (`advmoe.evaluation.vocabulary.Attack`). Each gives one bool per image, true where the image is
+classified correctly both clean and attacked:
 
-- `pgd`: untargeted PGD on the model as it is (RA);
-- `view/V`: the same through each gradient of the routing (`advmoe.attacks.relaxations`);
-- `route`: pathways searched for what the above left (`advmoe.attacks.pathways`);
-- `experts` (RA-E): the clean pathway frozen; `routers` (RA-R): only the routers attacked;
-- `every_pathway/clean`, `every_pathway`: right on each of the pathways in use, without and with an attack on each;
-- `autoattack/A`: after each of AutoAttack's four;
-- `eps/E`: PGD at other radii;
-- `worst`: everything that was found on the model itself at the full radius, together.
+- `pgd`: untargeted PGD on the unmodified model;
+- `view`: the same through each gradient of the routing (`advmoe.attacks.relaxations`);
+- `route`: a search over pathways for the images that the above left (`advmoe.attacks.pathways`);
+- `experts` (RA-E): PGD with the clean pathway frozen; `routers` (RA-R): an attack on the routers only;
+- `every_pathway`: right on each of the pathways in use, without (`clean`) and with an attack on each;
+- `autoattack`: after each of AutoAttack's four attacks;
+- `eps`: PGD at other radii;
+- `worst`: every success on the model itself at the full radius, together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
+from advmoe.attacks.autoattack import STANDARD
 from advmoe.attacks.pathways import RouteAttackConfig
-from advmoe.attacks.relaxations import TEMPERATURES
+from advmoe.attacks.relaxations import DETACHED, TEMPERATURES, is_routed, routing_views
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.state import Arrays
+from advmoe.evaluation.vocabulary import Attack, Family
+
+PGD = Attack("pgd")
+ROUTE = Attack("route")
+EXPERTS = Attack("experts")
+ROUTERS = Attack("routers")
+EVERY_PATHWAY_CLEAN = Attack("every_pathway", "clean")
+EVERY_PATHWAY = Attack("every_pathway", "attacked")
+WORST = Attack("worst")
+CONDITIONS = ("clean", "pgd", "worst")
+"""Under which predictions and pathways are kept: clean, after the last step of PGD, and where the worst case ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +47,7 @@ class SuiteConfig:
     """What is measured."""
 
     attack: AttackConfig
-    """The PGD attack of RA; its radius, steps and start are those of all attacks here."""
+    """The PGD attack of RA. All attacks here use its radius, steps and start."""
     routing: bool = True
     """Attack the routing too, where there is one."""
     autoattack: bool = False
@@ -43,7 +59,7 @@ class SuiteConfig:
     route: RouteAttackConfig = dataclasses.field(default_factory=RouteAttackConfig)
     """How far the route attack searches."""
     pathways: int = 8
-    """Most frequent clean pathways on which every image has to be right for `every_pathway`."""
+    """Number of most frequent clean pathways on which an image has to be right for `every_pathway`."""
     diagnosed: int = 100
     """Images that the diagnostics look at; 0 leaves them out."""
     square_queries: int = 500
@@ -56,15 +72,28 @@ class SuiteConfig:
         check(self.pathways >= 1, f"the number of pathways must be at least 1, got {self.pathways}")
 
 
+def planned(config: SuiteConfig, model: nn.Module) -> tuple[Attack, ...]:
+    """The attacks of an evaluation of this model, in their order."""
+    attacks = [PGD]
+    if config.routing and is_routed(model):
+        attacks += [Attack("view", name) for name in routing_views(model, config.temperatures) if name != DETACHED]
+        attacks += [ROUTE, EXPERTS, ROUTERS, EVERY_PATHWAY_CLEAN, EVERY_PATHWAY]
+    if config.autoattack:
+        attacks += [Attack("autoattack", name) for name in STANDARD]
+    return (*attacks, *(Attack("eps", f"{eps:.6g}") for eps in config.eps_sweep), WORST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
     """Outcome of a suite."""
 
     config: SuiteConfig
     seed: int
+    attacks: tuple[Attack, ...]
+    """What was run, see `planned`."""
     arrays: Arrays
-    """One row per image: `index`, `label`, `right`, `prediction/C`, `pathway/C` [L] for conditions C (`clean`, `pgd`,
-    `worst`), `robust/NAME`, `flip_radius`."""
+    """One row per image: `index`, `label`, `right`, `prediction/C` and `pathway/C` [L] for `CONDITIONS`, `flip_radius`,
+    and a column for each attack."""
     diagnostics: tuple[Diagnostic, ...]
     exact_routes: bool
     """Whether the route attack tried every pathway there is."""
@@ -76,22 +105,23 @@ class SuiteResult:
         """Images evaluated."""
         return len(self.arrays["index"])
 
-    @property
-    def attacks(self) -> list[str]:
-        """Names of what was run."""
-        return [name.removeprefix("robust/") for name in self.arrays if name.startswith("robust/")]
+    def ran(self, *families: Family) -> list[Attack]:
+        """The attacks of these families."""
+        return [attack for attack in self.attacks if attack.family in families]
 
     @property
-    def white_box(self) -> list[str]:
-        """Names of the attacks on the model itself that see its gradient, at the full radius; AutoAttack's together."""
-        return [
-            name for name in self.attacks if name in {"pgd", "route", "autoattack/fab-t"} or name.startswith("view/")
-        ]
+    def table(self) -> list[Attack]:
+        """The attacks behind the RA of a table: every model gets PGD, a routed one the attacks on its routing too."""
+        return self.ran("pgd", "view", "route")
 
-    def robust(self, *names: str) -> np.ndarray:
-        """Images that withstand all the attacks named, bool [n]."""
-        masks = [self.arrays[f"robust/{name}"] for name in names]
-        together: np.ndarray = np.logical_and.reduce(masks)
+    @property
+    def white_box(self) -> list[Attack]:
+        """Attacks on the model itself that see its gradient, at the full radius; AutoAttack's together."""
+        return [*self.table, *(attack for attack in self.ran("autoattack") if attack.detail == STANDARD[-2])]
+
+    def robust(self, attacks: Iterable[Attack]) -> NDArray[np.bool_]:
+        """Images that withstand all of these attacks, [n]."""
+        together: NDArray[np.bool_] = np.logical_and.reduce([self.arrays[attack.column] for attack in attacks])
         return together
 
     @property
@@ -99,11 +129,6 @@ class SuiteResult:
         """Share of clean images classified correctly."""
         return float(self.arrays["right"].mean())
 
-    def ra(self, *names: str) -> float:
-        """Share of images that withstand all the attacks named."""
-        return float(self.robust(*names).mean())
-
-    @property
-    def ra_union(self) -> float:
-        """Share that withstands PGD through every view of the routing."""
-        return self.ra("pgd", *(name for name in self.attacks if name.startswith("view/")))
+    def ra(self, *attacks: Attack) -> float:
+        """Share of images that withstand all of these attacks."""
+        return float(self.robust(attacks).mean())

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,23 @@ from torch import Tensor, nn
 from advmoe.attacks.autoattack import STANDARD, autoattack
 from advmoe.attacks.pathways import attack_every_pathway, attack_routers, flip_radius, route_attack
 from advmoe.attacks.pgd import cross_entropy_objective, forced, pgd, plain
-from advmoe.attacks.relaxations import DETACHED, is_routed, routing_views
+from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.evaluation.accuracy import check_finite
-from advmoe.evaluation.results import SuiteConfig
+from advmoe.evaluation.results import (
+    EVERY_PATHWAY,
+    EVERY_PATHWAY_CLEAN,
+    EXPERTS,
+    PGD,
+    ROUTE,
+    ROUTERS,
+    WORST,
+    SuiteConfig,
+    planned,
+)
 from advmoe.evaluation.state import Arrays
+from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 
@@ -38,6 +50,10 @@ def predict(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         routing = Routing(torch.zeros((len(images), 0), dtype=torch.int64, device=images.device), None)
     check_finite(logits, routing)
     return logits, routing.expert_index_BL
+
+
+UNDER_WAY = ("worst", "broken", "attacked")
+"""Fields of `BatchRun` that a batch under way is kept with, beside its arrays."""
 
 
 @dataclass
@@ -62,11 +78,11 @@ class BatchRun:
         """The images that are right when clean."""
         return self.batch.take(self.right)
 
-    def record(self, name: str, robust_V: Tensor, found: Tensor | None = None) -> None:
+    def record(self, attack: Attack, robust_V: Tensor, found: Tensor | None = None) -> None:
         """Note which victims withstood an attack, and keep the versions that broke the model itself."""
         robust = torch.zeros_like(self.right)
         robust[self.right] = robust_V
-        self.arrays[f"robust/{name}"] = robust.cpu().numpy()
+        self.arrays[attack.column] = robust.cpu().numpy()
         if found is None:
             return
         wrong_V = ~self.victims.right(found)
@@ -74,6 +90,10 @@ class BatchRun:
         new = rows[~self.broken[rows]]
         self.worst[new] = found[wrong_V][~self.broken[rows]]
         self.broken[rows] = True
+
+    def withstood(self, attack: Attack) -> Tensor:
+        """The victims that an attack recorded before did not break, [V] bool."""
+        return torch.from_numpy(self.arrays[attack.column]).to(self.right.device)[self.right]
 
     def observe(self, condition: str, images: Tensor) -> None:
         """Note predictions and pathways under a condition."""
@@ -87,11 +107,22 @@ class BatchRun:
         Images that survived, or were wrong when clean, are replaced by their attacked version where that does not
         change the verdict. So the router statistics cover attacked images only.
         """
-        self.record("worst", ~self.broken[self.right])
+        self.record(WORST, ~self.broken[self.right])
         still = predict(self.batch.model, self.attacked)[0].argmax(dim=1) == self.batch.labels
         shown = (still == self.right) & ~self.broken
         self.worst[shown] = self.attacked[shown]
         self.observe("worst", self.worst)
+
+    def unfinished(self) -> Arrays:
+        """Everything needed to go on with this batch."""
+        return self.arrays | {f"batch/{name}": getattr(self, name).cpu().numpy() for name in UNDER_WAY}
+
+    def restore(self, kept: Arrays) -> None:
+        """Go on from `unfinished`."""
+        kept = dict(kept)
+        for name in UNDER_WAY:
+            setattr(self, name, torch.from_numpy(kept.pop(f"batch/{name}")).to(self.right.device))
+        self.arrays = kept
 
 
 def begin(batch: Victims, config: SuiteConfig) -> BatchRun:
@@ -108,26 +139,47 @@ def begin(batch: Victims, config: SuiteConfig) -> BatchRun:
     return run
 
 
-def stages(run: BatchRun, common_ML: Tensor) -> list[tuple[str, Callable[[], None]]]:
-    """The attacks to run on a batch, in order, each with a name for the person watching."""
-    config = run.config
-    chosen: list[tuple[str, Callable[[], None]]] = [("PGD", lambda: _pgd(run))]
-    if config.routing and is_routed(run.batch.model):
-        chosen += [
-            ("routing views", lambda: _views(run)),
-            ("route attack", lambda: _route(run, common_ML)),
-            ("experts and routers alone", lambda: _parts(run)),
-            ("every pathway", lambda: _every_pathway(run, common_ML)),
-        ]
-    if config.autoattack:
-        chosen.append(("AutoAttack", lambda: _autoattack(run)))
-    chosen += [(f"eps {255 * eps:.3g}/255", partial(_radius, run, eps)) for eps in config.eps_sweep]
+class Stage(NamedTuple):
+    """One step of the evaluation of a batch."""
+
+    title: str
+    """For the person watching."""
+    gives: str
+    """An array that the batch has once the stage is done."""
+    work: Callable[[], None]
+
+
+def stages(run: BatchRun, common_ML: Tensor) -> list[Stage]:
+    """What to do with a batch, in order."""
+    chosen: list[Stage] = []
+    radii = iter(run.config.eps_sweep)
+    for attack in planned(run.config, run.batch.model):
+        match attack.family:
+            case "pgd":
+                chosen.append(Stage("PGD", "pathway/pgd", partial(_pgd, run)))
+            case "view":
+                work = partial(_view, run, attack)
+                chosen.append(Stage(f"PGD, routing seen as {attack.detail}", attack.column, work))
+            case "route":
+                chosen.append(Stage("route attack", attack.column, partial(_route, run, common_ML)))
+            case "experts":
+                chosen.append(Stage("experts alone", attack.column, partial(_experts, run)))
+            case "routers":
+                chosen.append(Stage("routers alone", "flip_radius", partial(_routers, run)))
+            case "every_pathway" if attack == EVERY_PATHWAY:
+                chosen.append(Stage("every pathway", attack.column, partial(_every_pathway, run, common_ML)))
+            case "autoattack":
+                work = partial(_autoattack, run, attack)
+                chosen.append(Stage(f"AutoAttack: {attack.detail}", attack.column, work))
+            case "eps":
+                eps = next(radii)
+                chosen.append(Stage(f"eps {255 * eps:.3g}/255", attack.column, partial(_radius, run, attack, eps)))
     return chosen
 
 
 def _pgd(run: BatchRun) -> None:
     found, robust = untargeted(run.victims)
-    run.record("pgd", robust, found)
+    run.record(PGD, robust, found)
     batch = run.batch
     if is_routed(batch.model):
         objective = cross_entropy_objective(batch.labels)
@@ -138,13 +190,11 @@ def _pgd(run: BatchRun) -> None:
     run.observe("pgd", run.attacked)
 
 
-def _views(run: BatchRun) -> None:
-    views = routing_views(run.batch.model, run.config.temperatures)
-    for name, forward in views.items():
-        if name != DETACHED:
-            found, robust = untargeted(run.victims, forward)
-            robust |= run.victims.right(found)  # a view rounds differently; the model itself decides
-            run.record(f"view/{name}", robust, found)
+def _view(run: BatchRun, attack: Attack) -> None:
+    forward = routing_views(run.batch.model, run.config.temperatures)[attack.detail]
+    found, robust = untargeted(run.victims, forward)
+    robust |= run.victims.right(found)  # a view rounds differently; the model itself decides
+    run.record(attack, robust, found)
 
 
 def _route(run: BatchRun, common_ML: Tensor) -> None:
@@ -158,40 +208,50 @@ def _route(run: BatchRun, common_ML: Tensor) -> None:
             nearby=run.attacked[run.right][open_V],
             config=run.config.route,
         )
-    run.record("route", robust_V, found)
+    run.record(ROUTE, robust_V, found)
 
 
-def _parts(run: BatchRun) -> None:
-    victims = run.victims
-    pathways = torch.from_numpy(run.arrays["pathway/clean"]).to(victims.images.device, torch.int64)
-    found, robust = untargeted(victims, forced(victims.model, pathways[run.right]))
-    run.record("experts", robust, found)
-    found, robust = attack_routers(victims, pathways[run.right])
-    run.record("routers", robust, found)
-    eps = victims.attack.eps
+def _clean_pathways(run: BatchRun) -> Tensor:
+    return torch.from_numpy(run.arrays["pathway/clean"]).to(run.right.device, torch.int64)
+
+
+def _experts(run: BatchRun) -> None:
+    found, robust = untargeted(run.victims, forced(run.batch.model, _clean_pathways(run)[run.right]))
+    run.record(EXPERTS, robust, found)
+
+
+def _routers(run: BatchRun) -> None:
+    pathways = _clean_pathways(run)
+    found, robust = attack_routers(run.victims, pathways[run.right])
+    run.record(ROUTERS, robust, found)
+    eps = run.batch.attack.eps
     radii = [share * eps for share in FLIP_SHARES if eps]
     run.arrays["flip_radius"] = flip_radius(run.batch, pathways, radii).cpu().numpy()
 
 
 def _every_pathway(run: BatchRun, common_ML: Tensor) -> None:
     clean, robust = attack_every_pathway(run.victims, common_ML[: run.config.pathways])
-    run.record("every_pathway/clean", clean)
-    run.record("every_pathway", robust)
+    run.record(EVERY_PATHWAY_CLEAN, clean)
+    run.record(EVERY_PATHWAY, robust)
 
 
-def _autoattack(run: BatchRun) -> None:
+def _autoattack(run: BatchRun, attack: Attack) -> None:
+    """One of the four attacks, on what those before it left. Its random numbers are an image's own, so this is the same
+    as running all four at once."""
+    number = STANDARD.index(attack.detail)
     victims = run.victims
-    if not len(victims):
-        for attack in STANDARD:
-            run.record(f"autoattack/{attack}", torch.zeros(0, dtype=torch.bool, device=run.right.device))
-        return
-    result = autoattack(victims)
-    for attack, robust in result.robust_after.items():
-        run.record(f"autoattack/{attack}", robust, result.adversarial if attack == STANDARD[-1] else None)
+    left = torch.ones_like(run.right[run.right])
+    if number:
+        left = run.withstood(Attack("autoattack", STANDARD[number - 1]))
+    robust, found = left.clone(), victims.images.clone()
+    if left.any():
+        result = autoattack(victims.take(left), attacks=(attack.detail,))
+        robust[left], found[left] = result.robust_after[attack.detail], result.adversarial
+    run.record(attack, robust, found)
 
 
-def _radius(run: BatchRun, eps: float) -> None:
-    attack = run.config.attack
-    length = attack.step_size * eps / attack.eps if attack.eps else eps / 4
-    scaled = dataclasses.replace(attack, eps=eps, step_size=length)
-    run.record(f"eps/{eps:.6g}", untargeted(run.victims.under(scaled))[1])
+def _radius(run: BatchRun, attack: Attack, eps: float) -> None:
+    usual = run.config.attack
+    length = usual.step_size * eps / usual.eps if usual.eps else eps / 4
+    scaled = dataclasses.replace(usual, eps=eps, step_size=length)
+    run.record(attack, untargeted(run.victims.under(scaled))[1])

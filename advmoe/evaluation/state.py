@@ -1,4 +1,4 @@
-"""Arrays that grow batch by batch and survive an interruption."""
+"""Arrays that grow batch by batch, and within a batch attack by attack, and survive an interruption."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 from advmoe.errors import CheckpointError
 from advmoe.files import write_atomically
 
-IDENTITY = "identity"
-"""Name of the array that holds what the state belongs to, as JSON."""
+IDENTITY, DONE = "identity", "images done"
+"""Names of the arrays that hold what the state belongs to, as JSON, and how many images were done before a batch."""
 
 Arrays = dict[str, NDArray[Any]]
 """One row per image in every array."""
 
 
 class EvaluationState:
-    """Results of the batches done so far.
+    """Results of the batches done so far, and of the batch under way.
 
     Args:
-        path: file to keep them in, written whole after each batch; None to keep them in memory only.
+        path: file to keep the finished batches in, written whole after each; the batch under way lies beside it. None
+            to keep them in memory only.
         identity: what the results belong to: model, images, settings. Plain values.
 
     Raises:
@@ -35,33 +36,57 @@ class EvaluationState:
         self._path = path
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._batches: list[Arrays] = []
+        self._under_way: Arrays = {}
         if path is not None and path.exists():
             self._batches.append(self._read(path))
+        if self._partial is not None and self._partial.exists():
+            found = self._read(self._partial)
+            if int(found.pop(DONE)) == self.images_done:
+                self._under_way = found
 
     @property
     def images_done(self) -> int:
-        """Rows collected."""
+        """Rows of finished batches."""
         return sum(len(next(iter(batch.values()))) for batch in self._batches)
 
     @property
     def arrays(self) -> Arrays:
-        """Everything collected, one row per image."""
+        """The finished batches, one row per image."""
         if not self._batches:
             return {}
         return {name: np.concatenate([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
+    @property
+    def under_way(self) -> Arrays:
+        """What was kept of the batch under way; empty if nothing was."""
+        return self._under_way
+
+    def keep(self, batch: Arrays) -> None:
+        """Save the batch under way as it is now."""
+        self._under_way = batch
+        if self._partial is not None:
+            self._write(self._partial, batch | {DONE: np.array(self.images_done)})
+
     def add(self, batch: Arrays) -> None:
-        """Append a batch and save."""
-        self._batches.append(batch)
-        if self._path is not None:
-            arrays = self.arrays | {IDENTITY: np.array(json.dumps(self._identity))}
-            self._batches = [{name: array for name, array in arrays.items() if name != IDENTITY}]
+        """Append a finished batch and save."""
+        self._batches = [*self._batches, batch]
+        self._batches, self._under_way = [self.arrays], {}
+        if self._path is not None and self._partial is not None:
+            self._write(self._path, self.arrays)
+            self._partial.unlink(missing_ok=True)
 
-            def write(temporary: Path) -> None:
-                with temporary.open("wb") as file:
-                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    @property
+    def _partial(self) -> Path | None:
+        return None if self._path is None else self._path.with_name(f"{self._path.stem}-batch.npz")
 
-            write_atomically(self._path, write)
+    def _write(self, path: Path, arrays: Arrays) -> None:
+        contents = arrays | {IDENTITY: np.array(json.dumps(self._identity))}
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, **contents)  # type: ignore[arg-type]
+
+        write_atomically(path, write)
 
     def _read(self, path: Path) -> Arrays:
         try:

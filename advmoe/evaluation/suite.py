@@ -27,16 +27,17 @@ from advmoe.evaluation.diagnostics import (
     routing_seen,
 )
 from advmoe.evaluation.precision import full_precision
-from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, predict, stages
 from advmoe.evaluation.state import EvaluationState
+from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
-STATE_LAYOUT = 2
+STATE_LAYOUT = 3
 """Raised when an array of the state changes its meaning, so that an evaluation never goes on from the old one."""
 Progress = Callable[[float, int, str], None]
-"""(images done, images in all, what is going on)."""
+"""(images done, images in all, the attack that begins; empty before the first one)."""
 
 
 def run_suite(
@@ -57,7 +58,8 @@ def run_suite(
         config: what to measure.
         batch_size: images attacked at a time; changes nothing but memory and the rounding of convolutions.
         seed: of everything random.
-        state_path: where to keep the results of each batch; an interrupted evaluation goes on from there.
+        state_path: where to keep the results of each batch and, of the batch under way, of each attack. An interrupted
+            evaluation goes on from there.
         progress: called as work goes on.
 
     Raises:
@@ -71,7 +73,7 @@ def run_suite(
     device = torch.device("cpu") if parameter is None else parameter.device
     total = len(images)
     with evaluating(model), full_precision(model):
-        tell(state.images_done, total, "clean images")
+        tell(state.images_done, total, "")
         common_ML, counts = common_pathways(model, images, batch_size, device)
         first_batch, rest = divmod(state.images_done, batch_size)
         if rest:
@@ -87,15 +89,20 @@ def run_suite(
                 seed=seed,
             )
             run = begin(victims, config)
-            attacks = stages(run, common_ML)
-            for number, (what, attack) in enumerate(attacks):
-                tell(done + len(run.batch) * number / len(attacks), total, what)
-                attack()
+            if state.under_way:
+                run.restore(state.under_way)
+            todo = stages(run, common_ML)
+            for number, stage in enumerate(todo):
+                if stage.gives not in run.arrays:
+                    tell(done + len(victims) * number / len(todo), total, stage.title)
+                    stage.work()
+                    state.keep(run.unfinished())
             run.conclude()
             state.add({name: run.arrays[name] for name in sorted(run.arrays)})
         result = SuiteResult(
             config=config,
             seed=seed,
+            attacks=planned(config, model),
             arrays=state.arrays,
             diagnostics=(),
             exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
@@ -153,7 +160,7 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
         return ()
     chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
-    withstood = result.robust(*result.white_box)
+    withstood = result.robust(result.white_box)
     sample = Victims(
         model=model,
         images=batch.images.to(device),
@@ -163,9 +170,9 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
         seed=result.seed,
     )
     kept = torch.from_numpy(withstood[chosen]).to(device)
-    square = f"autoattack/{STANDARD[-1]}"
+    square = Attack("autoattack", STANDARD[-1])
     if square in result.attacks:  # more queries, and on all images
-        alone = int((withstood & ~result.robust(square)).sum())
+        alone = int((withstood & ~result.robust([square])).sum())
         found = diagnose(sample, withstood=kept, square_queries=0)
         found = [black_box(alone, total, SQUARE_QUERIES) if check.name == "black_box" else check for check in found]
     else:
@@ -173,6 +180,6 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     if is_routed(model):
         clean, attacked = (result.arrays[f"pathway/{condition}"] for condition in ("clean", "pgd"))
         found.append(routing_seen(clean, attacked, model.config.num_experts))
-        gap = routing_gap(result.ra("pgd"), result.ra("route"), total) if config.routing else check_routing(sample)
+        gap = routing_gap(result.ra(PGD), result.ra(ROUTE), total) if config.routing else check_routing(sample)
         found.append(gap)
     return tuple(found)

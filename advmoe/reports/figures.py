@@ -14,6 +14,7 @@ from typing import Any
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import standard_error
+from advmoe.evaluation.vocabulary import FATES, Figure, measured, pgd_key
 
 COLOURS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
 """One per model; neighbours differ in lightness, for grey print, and to the colour-blind (after Okabe & Ito)."""
@@ -22,13 +23,8 @@ MANY = len(COLOURS)
 """Models beyond which a colour for each tells nobody anything."""
 WIDTH = 4.6
 """Inches."""
-CLASSES = (
-    ("router_survives_right", "1: router survives, right", "#1b6ca8", ""),
-    ("router_fooled_right", "2: router fooled, right", "#8fc1e3", "//"),
-    ("router_survives_wrong", "3: router survives, wrong", "#f0a6a0", ".."),
-    ("router_fooled_wrong", "4: both fooled", "#a4343a", "xx"),
-)
-"""The four fates of an adversarial example (paper, Figs. 4 and 5), with colours and hatches."""
+FATE_STYLES = (("#1b6ca8", ""), ("#8fc1e3", "//"), ("#f0a6a0", ".."), ("#a4343a", "xx"))
+"""Color and hatch of each of `FATES`."""
 
 Card = Mapping[str, Any]
 Analysis = Mapping[str, Any]
@@ -65,19 +61,8 @@ def _axes(height: float) -> Iterator[tuple[Any, list[str]]]:
 
 def accuracies(cards: Sequence[Card]) -> str:
     """SA, RA under each attack that was run: bars for a few models, a line of marks for each of many."""
-    names = {
-        "sa": "SA",
-        "pgd": "RA, PGD",
-        "ra_union": "RA, union of routing views",
-        "ra_route": "RA, and route attack",
-        "ra_aa": "RA, AutoAttack",
-        "ra_worst": "RA, worst of all",
-        "ra_experts": "RA-E, experts only",
-        "ra_routers": "RA-R, routers only",
-        "ra_every_pathway": "RA, on every pathway",
-    }
-    values = [dict(card["advmoe"], pgd=pgd_accuracy(card)) for card in cards]
-    rows = {name: label for name, label in names.items() if any(name in numbers for numbers in values)}
+    values = [card["advmoe"] for card in cards]
+    rows = measured(values)
     few = len(cards) <= MANY
     height = 0.3 * len(rows) * max(1.0, 0.6 * len(cards)) + 0.2 * len(cards) if few else 0.2 * (len(cards) + len(rows))
     with _axes(0.8 + height) as (axes, finished):
@@ -93,12 +78,13 @@ def accuracies(cards: Sequence[Card]) -> str:
     return finished[0]
 
 
-def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mapping[str, str]) -> None:
+def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequence[Figure]) -> None:
     """A row for each accuracy, in it a bar for each model."""
     thickness = 0.8 / len(cards)
     for model, (card, numbers) in enumerate(zip(cards, values, strict=True)):
-        places = [row + (model - (len(cards) - 1) / 2) * thickness for row, name in enumerate(rows) if name in numbers]
-        lengths = [numbers[name] for name in rows if name in numbers]
+        known = [(row, length) for row, of in enumerate(rows) if (length := of.of(numbers)) is not None]
+        places = [row + (model - (len(cards) - 1) / 2) * thickness for row, _ in known]
+        lengths = [length for _, length in known]
         bars = axes.barh(
             places,
             lengths,
@@ -109,13 +95,13 @@ def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mappin
             label=card["name"],
         )
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), rows.values())
+    axes.set_yticks(range(len(rows)), [row.short for row in rows])
 
 
-def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mapping[str, str]) -> None:
+def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequence[Figure]) -> None:
     """A row for each model, in it a mark for each accuracy."""
-    for number, (name, label) in enumerate(rows.items()):
-        known = [(numbers[name], model) for model, numbers in enumerate(values) if name in numbers]
+    for number, row in enumerate(rows):
+        known = [(share, model) for model, numbers in enumerate(values) if (share := row.of(numbers)) is not None]
         axes.errorbar(
             *zip(*known, strict=True),
             xerr=[standard_error(accuracy, values[model]["images"]) for accuracy, model in known],
@@ -123,7 +109,7 @@ def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Mappi
             marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
             color=COLOURS[number % len(COLOURS)],
-            label=label,
+            label=row.short,
         )
     axes.set_yticks(range(len(cards)), [card["name"] for card in cards], fontsize=7)
     axes.set_ylim(-0.7, len(cards) - 0.3)
@@ -177,7 +163,7 @@ def scale_of(card: Card) -> float:
 
 def pgd_accuracy(card: Card) -> float:
     """RA under PGD in per cent."""
-    accuracy: float = card["advmoe"][f"ra_pgd{card['advmoe']['attack']['steps']}"]
+    accuracy: float = card["advmoe"][pgd_key(card["advmoe"])]
     return accuracy
 
 
@@ -223,7 +209,7 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
     ]
     with _axes(1.5 + 0.42 * len(bars)) as (axes, finished):
         left = [0.0] * len(bars)
-        for key, label, colour, hatch in CLASSES:
+        for (key, label), (colour, hatch) in zip(FATES, FATE_STYLES, strict=True):
             lengths = [parts[key] for _, parts in bars]
             drawn = axes.barh(
                 range(len(bars)),

@@ -8,24 +8,11 @@ from typing import Any
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import latencies, standard_error
+from advmoe.evaluation.vocabulary import FIGURES, FOOLED, Figure, measured
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
-ACCURACIES = {
-    "sa": "SA",
-    "pgd": "RA under PGD",
-    "ra_union": "RA, union of all views of the routing",
-    "ra_route": "RA, and the route attack",
-    "ra_aa": "RA under AutoAttack (standard)",
-    "ra_worst": "RA, worst of everything run",
-    "ra_experts": "RA-E: experts attacked, routing frozen",
-    "ra_routers": "RA-R: only the routers attacked",
-    "every_pathway": "right on every pathway in use",
-    "ra_every_pathway": "the same under attack",
-    "routers_fooled": "pathway changed by PGD",
-}
-"""Rows of the main table, by the card's names."""
 
 
 def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
@@ -58,15 +45,11 @@ def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
         cards=cards,
         many=figures.MANY,
         rows=[
-            *(
-                _row(text, name, cards)
-                for name, text in ACCURACIES.items()
-                if any(_value(card, name) for card in cards)
-            ),
+            *(_row(figure, cards) for figure in measured([card["advmoe"] for card in cards], (*FIGURES, FOOLED))),
             {
                 "name": "verdict of the diagnostics",
                 "verdict": True,
-                "cells": ["trusted" if card["advmoe"]["trusted"] else "not trusted" for card in cards],
+                "cells": [card["advmoe"]["verdict"] for card in cards],
             },
         ],
         passed=_passed(cards),
@@ -76,16 +59,14 @@ def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
     )
 
 
-def _value(card: Card, name: str) -> str:
-    numbers = card["advmoe"]
-    key = f"ra_pgd{numbers['attack']['steps']}" if name == "pgd" else name
-    if key not in numbers:
-        return ""
-    return f"{numbers[key]:.2f}{NO_BREAK}±{NO_BREAK}{standard_error(numbers[key], numbers['images']):.1f}"
+def _row(figure: Figure, cards: Sequence[Card]) -> dict[str, Any]:
+    def cell(numbers: Mapping[str, Any]) -> str:
+        share = figure.of(numbers)
+        if share is None:
+            return "-"
+        return f"{share:.2f}{NO_BREAK}±{NO_BREAK}{standard_error(share, numbers['images']):.1f}"
 
-
-def _row(text: str, name: str, cards: Sequence[Card]) -> dict[str, Any]:
-    return {"name": text, "verdict": False, "cells": [_value(card, name) or "-" for card in cards]}
+    return {"name": figure.long, "verdict": False, "cells": [cell(card["advmoe"]) for card in cards]}
 
 
 def _passed(cards: Sequence[Card]) -> list[str]:

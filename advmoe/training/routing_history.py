@@ -14,7 +14,7 @@ import numpy as np
 from advmoe.data.loader import Batch
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
-from advmoe.routing_log import ExpertLoad, RouteLog
+from advmoe.routing_log import RouteLog
 from advmoe.training.steps import StepResult
 
 CLEAN, ATTACKED = "clean", "pgd"
@@ -60,14 +60,10 @@ class RoutingHistory:
         """
         if not self._num_layers:
             return {}
-        counts_LKN = self._log.expert_load((CLEAN, epoch)).counts_LKN
-        # where tokens are routed, a layer has several decisions per image, side by side
-        counts_LTN = counts_LKN.reshape(self._num_layers, -1, counts_LKN.shape[2])
-        load = ExpertLoad(counts_LKN=counts_LTN.sum(axis=1, keepdims=True))
-        bits = math.log2(max(2, counts_LKN.shape[2]))
+        load = self._log.expert_load((CLEAN, epoch)).merged(self._num_layers)
         found: dict[str, Any] = {
             "router_load": load.share.max(axis=(1, 2)).round(4).tolist(),
-            "router_entropy": (load.entropy[:, 0] / bits).round(4).tolist(),
+            "router_entropy": load.evenness[:, 0].round(4).tolist(),
         }
         if (CLEAN, epoch - 1) in self._log.conditions:
             change = self._log.compare((CLEAN, epoch - 1), (CLEAN, epoch))

@@ -1,0 +1,125 @@
+"""`advmoe compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from advmoe.cli import console
+from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, training_radius
+from advmoe.cli.models import checkpoint_of
+from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
+from advmoe.config import AttackConfig, check
+from advmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from advmoe.evaluation.state import Arrays
+
+
+def compare(
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, checkpoints, or evaluation folders. The first one is the reference."),
+    ],
+    steps: Annotated[int, typer.Option(help="PGD steps, for runs and checkpoints.")] = 50,
+    eps: Annotated[
+        str | None, typer.Option(help="Radius of the attack, e.g. 8/255. Default: that of the first model's training.")
+    ] = None,
+    autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack, too.")] = False,
+    diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0: not checked.")] = 64,
+    limit_eval: LimitEval = None,
+    batch_size: Annotated[int, typer.Option(help="Images attacked at a time; changes nothing but memory.")] = 256,
+    data_dir: DataDir = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Compare models on the same images: SA, RA, and their differences from the first model with paired errors.
+
+    RA is what withstands all attacks that a model can be given: PGD, and for a routed model every view of its routing
+    and the route attack. Runs and checkpoints are evaluated now; evaluation folders are compared as they are.
+    """
+    from advmoe.evaluation.card import load_card, standard_error
+    from advmoe.evaluation.paired import COMPARED, load_outcomes, outcomes, paired_difference
+    from advmoe.evaluation.results import SuiteConfig
+
+    check(len(models) >= 2, "compare needs two models or more")
+    check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
+    radius = None if eps is None else console.number(eps, "--eps")
+    cards: list[dict[str, Any]] = []
+    found: list[Arrays] = []
+    for path in models:
+        if (path / CARD).is_file():
+            card, right = load_card(path / CARD), load_outcomes(path / OUTCOMES)
+            radius = card["advmoe"]["attack"]["eps"] if radius is None else radius
+        else:
+            subject = Subject.load(checkpoint_of(path), device=device)
+            radius = training_radius(subject.contents) if radius is None else radius
+            attack = AttackConfig(eps=radius, steps=steps, step_size=radius / 4)
+            config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
+            data, images = subject.test_images(None, data_dir, limit_eval, seed)
+            card, result = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(subject, None)
+            right = outcomes(result)
+        if card["name"] in {other["name"] for other in cards}:
+            card["name"] = str(path)
+        cards.append(card)
+        found.append(right)
+    check_same_images(cards, found)
+    kept = [figure for figure in COMPARED if all(figure.key in right for right in found)]
+    rows = []
+    for card, right in zip(cards, found, strict=True):
+        row: dict[str, Any] = {"name": card["name"], "verdict": card["advmoe"]["verdict"]}
+        row |= {name: card["advmoe"][name] for name in ("gflops", "parameters", "training_seconds")}
+        for figure in kept:
+            share = 100 * float(right[figure.key].mean())
+            row[figure.key] = round(share, 2)
+            row[f"{figure.key}_error"] = round(standard_error(share, len(right["index"])), 2)
+            if right is not found[0]:
+                difference = paired_difference(right[figure.key], found[0][figure.key])
+                row[f"{figure.key}_difference"] = round(difference.points, 2)
+                row[f"{figure.key}_difference_error"] = round(difference.error, 2)
+        rows.append(row)
+    if json:
+        console.emit_json({"dataset": cards[0]["dataset"], "images": len(found[0]["index"]), "models": rows})
+        return
+    table = []
+    for row in rows:
+        minutes = "-" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f}"
+        shares = (f"{row[figure.key]:.2f} ± {row[f'{figure.key}_error']:.2f}" for figure in kept)
+        table.append((row["name"], *shares, f"{row['gflops']:.4g}", minutes, row["verdict"]))
+    title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent"
+    console.show_table(title, ("", *(figure.short for figure in kept), "GFLOPs", "training, min", "verdict"), table)
+    differences = [
+        (
+            row["name"],
+            *(f"{row[f'{f.key}_difference']:+.2f} ± {row[f'{f.key}_difference_error']:.2f}" for f in kept),
+        )
+        for row in rows[1:]
+    ]
+    title = f"Difference from {rows[0]['name']} on the same images, points ± one paired standard error"
+    console.show_table(title, ("", *(figure.short for figure in kept)), differences)
+
+
+def check_same_images(cards: list[dict[str, Any]], found: list[Arrays]) -> None:
+    """Refuse models that were not evaluated on the same images by the same PGD.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    from advmoe.evaluation.paired import IMAGES
+
+    first, images = cards[0], found[0]
+    for card, right in zip(cards[1:], found[1:], strict=True):
+        same = all((right[name].shape == images[name].shape) and (right[name] == images[name]).all() for name in IMAGES)
+        for what, ours, theirs in (
+            ("data set", first["dataset"], card["dataset"]),
+            ("images", f"{len(images['index'])}", f"{len(right['index'])}" + ("" if same else " others")),
+            ("attack", first["advmoe"]["attack"], card["advmoe"]["attack"]),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"models are compared on the same images under the same attack, got {what} {ours} for "
+                    f"{first['name']} and {theirs} for {card['name']}; evaluate them with the same options"
+                )

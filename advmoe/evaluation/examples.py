@@ -1,0 +1,73 @@
+"""A few test images beside their attacked versions, for people to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
+from advmoe.data.loader import BatchLoader
+from advmoe.data.sets import ImageSet
+from advmoe.evaluation.precision import full_precision
+from advmoe.evaluation.results import PGD, SuiteResult
+from advmoe.evaluation.state import Arrays
+from advmoe.files import write_atomically
+from advmoe.models.modes import evaluating
+
+SHOWN = 6
+"""Images kept: half of them broken by PGD, half of them not, as far as there are such."""
+
+
+def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
+    """Clean images that the model gets right, and what PGD makes of them.
+
+    Returns:
+        `clean` and `attacked` [n, H, W, 3] uint8, `difference` [n, H, W, 3] in levels of 255, `label`, and
+        `before` and `after`, the predictions.
+    """
+    right, robust = result.arrays["right"], result.robust([PGD])
+    broken, kept = (right & ~robust).nonzero()[0], (right & robust).nonzero()[0]
+    rows = np.sort(np.concatenate([broken[: SHOWN - min(len(kept), SHOWN // 2)], kept])[:SHOWN])
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if not len(rows):
+        return {}
+    (batch,) = BatchLoader(images, batch_size=len(rows), indices=rows).epoch(0)
+    with evaluating(model), full_precision(model):
+        victims = Victims(
+            model=model,
+            images=batch.images.to(device),
+            labels=batch.labels.to(device),
+            indices=batch.indices,
+            attack=result.config.attack,
+            seed=result.seed,
+        )
+        found, _ = untargeted(victims)
+        with torch.no_grad():
+            after = model(found).argmax(dim=1)
+    clean = (255 * victims.images).permute(0, 2, 3, 1).cpu()
+    attacked = (255 * found).permute(0, 2, 3, 1).cpu()
+    return {
+        "clean": clean.round().byte().numpy(),
+        "attacked": attacked.round().byte().numpy(),
+        "difference": (attacked - clean).numpy().astype(np.float32),
+        "label": batch.labels.numpy(),
+        "before": result.arrays["prediction/clean"][rows],
+        "after": after.cpu().numpy(),
+        "class_names": np.array(images.class_names),
+    }
+
+
+def save_examples(path: Path, model: nn.Module, images: ImageSet, result: SuiteResult) -> None:
+    """Write the examples as `.npz`, whole or not at all."""
+    arrays = examples(model, images, result)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
