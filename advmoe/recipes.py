@@ -5,13 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from advmoe.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 BACKBONES = ("resnet18", "wrn28_10", "vgg16", "densenet")
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet")
@@ -43,6 +39,11 @@ class Recipe:
     """`eps`, `steps` or `step_size` of the attack in training, as `resolve` takes them."""
     starts_from: str | None = None
     """Recipe whose best checkpoint this run goes on from."""
+
+
+def shown_in(recipe: Recipe) -> list[str]:
+    """Tables and figures of a run, by the names that `advmoe reproduce` has for them: `table1`, `fig2`, `appc`."""
+    return [place.lower().replace(".", "").replace(" ", "") for place in recipe.shown_in.split(", ")]
 
 
 def recipe(name: str) -> Recipe:

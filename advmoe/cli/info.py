@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +12,40 @@ import typer
 
 import advmoe
 from advmoe.cli import console
+from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import Json
 from advmoe.config import KINDS, to_dict
 
 if TYPE_CHECKING:
     from advmoe_export import ModelMetadata
 
+LONGEST = 50
+"""Characters of a value in the summary; `--all` shows it in full."""
+SUMMARY = (
+    "arch",
+    "kind",
+    "num_experts",
+    "model_scale",
+    "width",
+    "image_size",
+    "parameters",
+    "gflops",
+    "moe_layers",
+    "classes",
+    "train.dataset",
+    "train.method",
+    "train.epochs",
+    "metrics.epoch",
+    "metrics.val_sa",
+)
+"""What of a checkpoint is shown without `--all`, with RA on the validation images."""
+
 
 def info(
-    file: Annotated[Path | None, typer.Argument(help="A checkpoint (.pt) or an exported model (.onnx).")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A run folder, a checkpoint (.pt) or an exported model (.onnx).")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting and figure.")] = False,
     json: Json = False,
 ) -> None:
     """Show what a checkpoint or an exported model is; without a file, what this installation can do."""
@@ -31,11 +57,26 @@ def info(
         session = open_session(file, ["cpu"])
         title, facts = str(file), model_file_facts(session.metadata)
     else:
-        title, facts = str(file), checkpoint_facts(file)
+        checkpoint = checkpoint_of(file)
+        title, facts = str(checkpoint), checkpoint_facts(checkpoint)
     if json:
         console.emit_json(facts)
-    else:
+    elif everything or file is None:
         console.show_facts(title, facts)
+    else:
+        console.show_facts(title, summary(facts))
+        console.note("--all shows every setting and figure")
+
+
+def summary(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that matter most, long ones cut."""
+    chosen = {
+        name: value
+        for name, value in facts.items()
+        if name in SUMMARY or name.startswith("metrics.val_ra") or not any(known in facts for known in SUMMARY[6:9])
+    }
+    texts = {name: " ".join(str(value).split()) for name, value in chosen.items()}
+    return {name: text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for name, text in texts.items()}
 
 
 def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:

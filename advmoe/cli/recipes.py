@@ -9,40 +9,38 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.options import Json
 from advmoe.config import check, to_dict
-from advmoe.recipes import Recipe
+from advmoe.recipes import Recipe, shown_in
 from advmoe.recipes import recipes as all_recipes
 
 
 def recipes(
-    search: Annotated[str | None, typer.Argument(help="Show only recipes with this in their name or figure.")] = None,
+    search: Annotated[
+        str | None,
+        typer.Argument(help="Show only runs of this table or figure (table1, fig2), or with this in the name."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """List the paper's runs by name: what each row of its tables and figures trains."""
+    """List the paper's runs by name: what each row of its tables and figures trains, one run a line."""
+    known = all_recipes().values()
     found = [
-        recipe
-        for recipe in all_recipes().values()
-        if search is None or search.lower() in f"{recipe.name} {recipe.shown_in}".lower()
+        recipe for recipe in known if search is None or search in shown_in(recipe) or search.lower() in recipe.name
     ]
     check(bool(found), f"no recipe matches '{search}'; 'advmoe recipes' lists them all")
     if json:
         console.emit_json({recipe.name: to_dict(recipe) for recipe in found})
         return
-    rows = [
-        (
-            recipe.name,
-            recipe.shown_in,
-            recipe.dataset,
-            settings(recipe),
-            recipe.starts_from or "-",
-        )
-        for recipe in found
-    ]
-    console.show_table("Recipes", ("name", "shown in", "data set", "settings", "starts from"), rows)
+    width = max(len(recipe.name) for recipe in found)
+    for group, members in grouped(found).items():
+        console.out.print(group, style="bold", highlight=False)
+        for recipe in members:
+            start = "" if recipe.starts_from is None else f" (after {recipe.starts_from})"
+            console.out.print(f"  {recipe.name:<{width}}  {recipe.summary}{start}", highlight=False, markup=False)
 
 
-def settings(recipe: Recipe) -> str:
-    """What a recipe changes, in words; lengths in levels of 255."""
-    levels = {name: f"{255 * value:g}/255" for name, value in recipe.attack.items() if name in {"eps", "step_size"}}
-    return ", ".join(
-        f"{name} {value}" for name, value in {**recipe.model, **recipe.train, **recipe.attack, **levels}.items()
-    )
+def grouped(found: list[Recipe]) -> dict[str, list[Recipe]]:
+    """The recipes under headings: the table or figure, the data set and the backbone."""
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in found:
+        place = recipe.shown_in.split(", ")[0]
+        groups.setdefault(f"{place}: {recipe.dataset}, {recipe.model['arch']}", []).append(recipe)
+    return groups
