@@ -122,9 +122,14 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with stand-ins turned into arrays and byte strings of Python 2 into text."""
+    """``value`` with stand-ins turned into arrays and byte strings of Python 2 into text.
+
+    Lists of lists are refused: a pickle of 100 bytes can hold a list of lists with 10^9 items.
+    """
     if isinstance(value, _ArrayStandIn):
         return value.resolve()
     if isinstance(value, list):
+        if any(isinstance(item, (list, tuple, dict)) for item in value):
+            raise pickle.UnpicklingError("it holds a list of lists, which no CIFAR batch needs")
         return [_plain(item) for item in value]
     return _text(value) if isinstance(value, bytes) else value

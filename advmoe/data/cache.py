@@ -80,7 +80,7 @@ def _open(pack: Path, origin: str, info: DatasetInfo) -> EncodedSet | None:
 def _make(
     pack: Path, shards: Shards, hub: HubLayout, info: DatasetInfo, origin: str, progress: Progress | None
 ) -> None:
-    total = count_rows(shards)
+    total = count_rows(shards, info)
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

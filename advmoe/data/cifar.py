@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from advmoe.data.archives import Archive, check_archive, fetch_archive, read_tar_members
 from advmoe.data.batch_pickle import load_batch
-from advmoe.data.locate import search_roots
+from advmoe.data.locate import read_bytes, search_roots
 from advmoe.data.parquet import HubLayout, find_splits, read_image_set
 from advmoe.data.sets import Announce, Dataset, DatasetInfo, ImageSet, Progress, check_labels, complete_dataset
 from advmoe.errors import DataError
@@ -131,7 +131,7 @@ def _from_archive(cifar: Cifar, files: BatchFiles, decode: Decode, path: Path) -
 
 
 def _from_batches(cifar: Cifar, files: BatchFiles, decode: Decode, paths: Iterator[Path], folder: Path) -> Dataset:
-    return _from_contents(cifar, files, decode, ((str(path), path.read_bytes()) for path in paths), folder)
+    return _from_contents(cifar, files, decode, ((str(path), read_bytes(path)) for path in paths), folder)
 
 
 def _from_contents(

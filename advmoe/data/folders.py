@@ -161,7 +161,11 @@ def list_images(folder: Path) -> list[str]:
     """
     names: list[str] = []
     reached: dict[tuple[int, int], str] = {}
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         folders.sort()
         state = Path(place).stat()
         other = reached.setdefault((state.st_dev, state.st_ino), place)

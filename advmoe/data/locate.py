@@ -42,3 +42,11 @@ def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Pat
     for candidate in dict.fromkeys(candidates):
         if candidate.is_dir():
             yield candidate
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises `DataError` when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error

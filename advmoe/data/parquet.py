@@ -20,6 +20,9 @@ Shards = tuple[Path, ...]
 
 ROWS_AT_ONCE = 1000
 
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file; names of columns may be no text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubLayout:
@@ -75,7 +78,7 @@ def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progres
 
     Raises `DataError` as `read_encoded` does, and for an image that cannot be decoded or has another size.
     """
-    labels = np.empty(count_rows(shards), np.int64)
+    labels = np.empty(count_rows(shards, info), np.int64)
 
     def encoded() -> Iterator[tuple[str, bytes]]:
         for row, (name, content, label) in enumerate(read_encoded(shards, hub, info)):
@@ -86,11 +89,18 @@ def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progres
     return ImageSet(images=images, labels=labels, class_names=info.class_names)
 
 
-def count_rows(shards: Shards) -> int:
-    """Number of images in ``shards``. Raises `DataError` when a file is truncated, is not parquet, or has none."""
+def count_rows(shards: Shards, info: DatasetInfo) -> int:
+    """Number of images in ``shards``, as their metadata say.
+
+    Raises `DataError` when a file is truncated, is not parquet, has no images, or claims more than the data set has: a
+    few bytes can claim more than fit in memory.
+    """
     counts = [_open(path).metadata.num_rows for path in shards]
     if 0 in counts:
         raise DataError(f"{shards[counts.index(0)]} holds no images")
+    most = max(info.train_size or 0, info.test_size or 0)
+    if most and sum(counts) > most:
+        raise DataError(f"{shards[0]} and its series claim {sum(counts):,} images; {info.name} has {most:,} at most")
     return sum(counts)
 
 
@@ -102,6 +112,7 @@ def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[
     """
     for path in shards:
         row = 0
+        expected = _open(path).metadata.num_rows
         for batch in _batches(path, hub, info):
             labels = batch[hub.label_column]
             if labels.null_count:
@@ -116,22 +127,24 @@ def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[
                     raise DataError(f"{path}, row {row}: the image is missing")
                 yield f"{path}, row {row}", encoded, label
                 row += 1
+        if row != expected:
+            raise DataError(f"{path} is damaged: it holds {row:,} images and claims {expected:,}; download it again")
 
 
 def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
     """The names of the labels, as the hub writes them into the metadata of its files; empty when it did not."""
-    metadata = _open(path).schema_arrow.metadata or {}
     try:
+        metadata = _open(path).schema_arrow.metadata or {}
         names = json.loads(metadata[b"huggingface"])["info"]["features"][hub.label_column]["names"]
     except (KeyError, TypeError, ValueError):
         return ()
-    return tuple(str(name) for name in names)
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -140,20 +153,30 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is truncated or not a parquet file; download it again ({reason})")
 
 
+def _holds_bytes(image_type: pa.DataType) -> bool:
+    if not pa.types.is_struct(image_type) or image_type.get_field_index("bytes") < 0:
+        return False
+    kind = image_type.field("bytes").type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind))
+
+
 def _batches(path: Path, hub: HubLayout, info: DatasetInfo) -> Iterator[pa.RecordBatch]:
     file = _open(path)
-    schema = file.schema_arrow
+    try:
+        schema = file.schema_arrow
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
     for name in (hub.image_column, hub.label_column):
         if name not in schema.names:
             raise DataError(
                 f"{path} has no column {name!r}: it has {', '.join(schema.names)}; is this really {info.name}?"
             )
     image_type, label_type = schema.field(hub.image_column).type, schema.field(hub.label_column).type
-    if not pa.types.is_struct(image_type) or image_type.get_field_index("bytes") < 0:
+    if not _holds_bytes(image_type):
         raise DataError(f"{path}: column {hub.image_column!r} holds {image_type}, not images as struct<bytes, path>")
     if not pa.types.is_integer(label_type):
         raise DataError(f"{path}: column {hub.label_column!r} holds {label_type}, not integers")
     try:
         yield from file.iter_batches(ROWS_AT_ONCE, columns=[hub.image_column, hub.label_column])
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error

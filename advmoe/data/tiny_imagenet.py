@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from advmoe.data.archives import Archive, check_archive, fetch_archive
 from advmoe.data.decode import decode_all
 from advmoe.data.folders import class_folders, is_image, label_by_folder, list_images
-from advmoe.data.locate import search_roots
+from advmoe.data.locate import read_bytes, search_roots
 from advmoe.data.parquet import HubLayout, class_names, find_splits, read_image_set
 from advmoe.data.sets import Announce, Dataset, DatasetInfo, ImageSet, Progress, complete_dataset
 from advmoe.errors import DataError
@@ -79,7 +79,7 @@ Read = Callable[[str], bytes]
 
 def _from_folder(tiny: TinyImageNet, folder: Path, progress: Progress | None) -> Dataset:
     def read(name: str) -> bytes:
-        return (folder / name).read_bytes()
+        return read_bytes(folder / name)
 
     if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         raise DataError(f"{folder} is incomplete: expected {folder}/train and {folder}/val")

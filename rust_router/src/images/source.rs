@@ -143,7 +143,7 @@ impl Encoded {
         let path = &self.files[span.file as usize];
         let read = |bytes: &mut Vec<u8>| match self.handles.get(span.file as usize) {
             Some(handle) => read_span(keep_open(handle, path)?, span, bytes),
-            None => read_span(&File::open(path)?, span, bytes),
+            None => read_span(&open_regular(path)?, span, bytes),
         };
         read(bytes).map_err(|e| self.sample(row, span, e.to_string()))?;
         Ok(span)
@@ -197,9 +197,18 @@ fn keep_open<'a>(handle: &'a OnceLock<File>, path: &Path) -> io::Result<&'a File
     match handle.get() {
         Some(file) => Ok(file),
         None => {
-            let file = File::open(path)?;
+            let file = open_regular(path)?;
             Ok(handle.get_or_init(|| file))
         }
+    }
+}
+
+/// Opens a file that has an end. Opening a named pipe would wait for a writer, and a device may never end.
+fn open_regular(path: &Path) -> io::Result<File> {
+    if std::fs::metadata(path)?.is_file() {
+        File::open(path)
+    } else {
+        Err(io::Error::other("it is not a regular file"))
     }
 }
 

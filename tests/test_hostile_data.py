@@ -1,0 +1,134 @@
+"""Damaged and hostile data sets: whatever their bytes are, they are read or refused by one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from advmoe.data.batch_pickle import load_batch
+from advmoe.data.cifar import CIFAR10
+from advmoe.data.folders import image_folder, list_images
+from advmoe.data.loader import BatchLoader
+from advmoe.data.locate import read_bytes
+from advmoe.data.parquet import class_names, count_rows, read_image_set
+from advmoe.errors import DataError
+
+HUB, INFO = CIFAR10.hub, CIFAR10.info
+rng = np.random.default_rng(0)
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def mutants(seed: bytes, count: int, *, ends: int) -> list[bytes]:
+    """Copies with one to four bytes changed, most of them in the first or last `ends` bytes."""
+    found = []
+    for _ in range(count):
+        content = bytearray(seed)
+        for _ in range(rng.integers(1, 5)):
+            place = int(rng.integers(0, len(content) if rng.random() < 0.2 else ends))
+            content[place if rng.random() < 0.2 else -1 - place] = int(rng.integers(0, 256))
+        found.append(bytes(content))
+    return found
+
+
+def test_mutated_parquet_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000-of-00001.parquet"
+    names = b'{"info":{"features":{"label":{"names":["a","b"]}}}}'
+    table = pa.table({"img": [{"bytes": png(), "path": ""} for _ in range(4)], "label": [0, 1, 2, 3]})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": names}), path, row_group_size=2)
+    assert class_names(path, HUB) == ("a", "b")
+    refused: list[str] = []
+    for content in mutants(path.read_bytes(), 300, ends=1500):
+        path.write_bytes(content)
+        try:
+            assert len(read_image_set((path,), HUB, INFO)) == 4
+            class_names(path, HUB)
+        except DataError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 300
+    assert not any("\n" in message for message in refused)
+
+
+def test_parquet_cannot_claim_more_images_than_the_set_has(tmp_path: Path) -> None:
+    # 60,001 times the same image and label: a file of some kB that would be 184 MB of pixels, or any number more.
+    path = tmp_path / "train-00000-of-00001.parquet"
+    rows = pa.array([0] * 60_001, pa.int64())
+    images = pa.StructArray.from_arrays([pa.array([b"x"] * 60_001), pa.array([""] * 60_001)], ["bytes", "path"])
+    pq.write_table(pa.table({"img": images, "label": rows}), path)
+    with pytest.raises(DataError, match=r"claim 60,001 images; cifar10 has 50,000 at most"):
+        count_rows((path,), INFO)
+
+
+def test_a_column_that_holds_no_bytes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"img": [{"bytes": "text", "path": ""}], "label": [0]}), path)
+    with pytest.raises(DataError, match=r"column 'img' holds struct<bytes: string, .*not images"):
+        read_image_set((path,), HUB, INFO)
+
+
+def test_class_names_that_are_no_list_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    for names in (b"5", b'"text"', b"null"):
+        metadata = {b"huggingface": b'{"info":{"features":{"label":{"names":' + names + b"}}}}"}
+        pq.write_table(pa.table({"label": [0]}).replace_schema_metadata(metadata), path)
+        assert class_names(path, HUB) == ()
+
+
+def test_mutated_batches_are_read_or_refused() -> None:
+    batch = {b"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8), b"labels": [0, 1], b"filenames": [b"a", b"b"]}
+    refused: list[str] = []
+    for protocol in (2, 4, 5):
+        for content in mutants(pickle.dumps(batch, protocol=protocol), 300, ends=200):
+            try:
+                load_batch(content, where="batch")
+            except DataError as error:
+                refused.append(str(error))
+    assert 0 < len(refused) < 900
+    assert all(message.startswith("batch is not a readable CIFAR batch") for message in refused)
+
+
+def test_a_batch_of_nested_lists_is_refused_before_it_unfolds() -> None:
+    laughs: list[object] = [b"ha"] * 10
+    for _ in range(30):
+        laughs = [laughs] * 10  # 10^31 items in a kB
+    with pytest.raises(DataError, match="it holds a list of lists, which no CIFAR batch needs"):
+        load_batch(pickle.dumps({b"labels": laughs}, protocol=2), where="batch")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_no_image_and_nothing_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    os.mkfifo(tmp_path / "class" / "pipe.png")
+    with pytest.raises(DataError, match=r"image 0 \(.*pipe.png at byte 0\): it is not a regular file"):
+        next(BatchLoader(image_folder(tmp_path), batch_size=1).epoch(0))
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "class" / "locked").mkdir(parents=True)
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"the folder .*locked cannot be read: Permission denied"):
+        list_images(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
+        read_bytes(tmp_path)
