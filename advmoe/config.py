@@ -8,6 +8,7 @@ bounds and help are what the library checks, what checkpoints store and what the
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -29,11 +30,12 @@ __all__ = [
 
 Kind = Literal["dense", "s_dense", "sparse_cnn", "moe"]
 Granularity = Literal["layer", "block", "stage", "image", "token"]
-RouterGradient = Literal["advantage", "softmax", "straight_through"]
+RouterGradient = Literal["advantage", "softmax", "straight_through", "dense", "sampled", "value"]
 ExpertFilters = Literal["windows", "separate"]
 MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
 Loss = Literal["trades", "pgd_at"]
 RouterStep = Literal["exact", "reuse"]
+AttackRouting = Literal["fixed", "mixture", "margin"]
 AttackStart = Literal["uniform", "gaussian", "clean"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -47,6 +49,21 @@ def check_eps(eps: float) -> None:
     if not 0.0 <= eps <= 1.0:
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
         check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", "eps")
+
+
+def routed_part(routed: str) -> tuple[str, int] | None:
+    """("stage" or "block", number of the last ones that are routed), or None for all of the backbone.
+
+    Raises:
+        ConfigError: not `all`, `last-N-stages` or `last-N-blocks`.
+    """
+    if routed == "all":
+        return None
+    match = re.fullmatch(r"last-([1-9]\d{0,3})-(stage|block)s", routed)
+    if match is None:
+        check(False, f"the routed part must be all, last-N-stages or last-N-blocks, got '{routed}'", "routed")
+    assert match is not None
+    return match[2], int(match[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +165,26 @@ class ExpertsConfig(Settings):
             noun="kind of expert filters",
         ),
     ] = "windows"
+    shared: Annotated[
+        float,
+        Setting(
+            "Share of a pathway's filters that all experts of a layer have in common (a shared expert).",
+            noun="the shared part of an expert",
+            at_least=0.0,
+            at_most=1.0,
+        ),
+    ] = 0.0
+    expert_affine: Annotated[
+        bool,
+        Setting("Give every expert a scale and a shift of its own for each filter; they cost nothing in the end."),
+    ] = False
+    routed: Annotated[
+        str,
+        Setting(
+            "Which part of the backbone has MoE layers: all, last-N-stages or last-N-blocks; the rest is S-Dense's.",
+            noun="the routed part",
+        ),
+    ] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +203,11 @@ class RoutersConfig(Settings):
     router_gradient: Annotated[
         RouterGradient,
         Setting(
-            "How gradients pass the argmax: by a softmax gate on what sets the chosen expert apart from the mean "
-            "expert (advantage), by a gate on its whole output (softmax), or straight_through to the chosen logit "
-            "(released code).",
+            "What routers compare the chosen expert with: the best other one (dense), another in turn (sampled), the "
+            "mean (advantage), nothing (softmax, straight_through). Or value: outputs are scaled as in Switch.",
             noun="router gradient",
         ),
-    ] = "advantage"
+    ] = "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +229,18 @@ class ModelConfig(RoutersConfig, ExpertsConfig, BackboneConfig):
                 f"{name} {getattr(self, name)} is an option of {' and '.join(archs)}, not of {self.arch}",
                 name,
             )
+
+        check(
+            not self.expert_affine or self.arch != "vit",
+            "expert_affine is an option of the CNNs, not of vit, whose experts have output weights of their own",
+            "expert_affine",
+        )
+        routed_part(self.routed)
+        check(
+            self.shared < 1.0 or self.expert_affine or self.num_experts == 1 or self.arch == "vit",
+            "shared 1 leaves nothing that sets the experts apart; share less, or set expert_affine",
+            "shared",
+        )
 
     @property
     def several_experts(self) -> bool:
@@ -335,6 +383,14 @@ class ScheduleConfig(Settings):
             usual="the default is 0.25",
         ),
     ] = 0.25
+    reinitialize: Annotated[
+        float,
+        Setting(
+            "Share of every expert's own filters that are drawn anew where experts start from a model without them.",
+            at_least=0.0,
+            at_most=1.0,
+        ),
+    ] = 0.0
     init: Annotated[
         str | None,
         Setting("SHA-256 of the checkpoint the run starts from (as router-only AT does).", option=False),
@@ -352,6 +408,13 @@ class ObjectiveConfig(Settings):
         Setting("Robust objective: trades (paper) or pgd_at, cross-entropy of adversarial images (Madry et al.)."),
     ] = "trades"
     trades_beta: Annotated[float, Setting("1/lambda, weight of the KL term of TRADES.", at_least=0.0)] = 6.0
+    attack_routing: Annotated[
+        AttackRouting,
+        Setting(
+            "What the attack in training sees of the routing: nothing (fixed), the experts mixed by the routers' "
+            "probabilities (mixture), or the routers' margins, which it lowers too (margin).",
+        ),
+    ] = "fixed"
     balance: Annotated[
         float,
         Setting(
@@ -456,6 +519,12 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             f"limit_train must be at least one batch ({self.batch_size}), got {self.limit_train}",
             "limit_train",
         )
+        check(
+            self.reinitialize == 0 or self.init is not None,
+            f"reinitialize {self.reinitialize:g} has no effect on fresh weights; leave it out, or start from a "
+            "checkpoint of S-Dense, Dense or Sparse-CNN",
+            "reinitialize",
+        )
         for field in fields_of(ObjectiveConfig):
             value = getattr(self, field.name)
             unused = self.method == "standard" or (field.name == "trades_beta" and self.loss != "trades")
@@ -476,6 +545,12 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
 
 def check_together(model: ModelConfig, train: TrainConfig) -> None:
     """Raise ConfigError where a training asks for what the model has not."""
+    check(
+        model.several_experts or train.attack_routing == "fixed",
+        f"attack_routing {train.attack_routing} needs routers with a choice; leave it out or use kind moe with 2 "
+        "experts or more",
+        "attack_routing",
+    )
     check(
         model.several_experts or train.balance == 0,
         f"balance {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",

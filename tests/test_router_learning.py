@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Centring, Router
-from advmoe.models.routing import Decision, gate
+from advmoe.models.routing import Decision, compared, gate
+from advmoe.training.coupling import expert_banks
 
 
 def pooled_relu_features(number: int = 256) -> Tensor:
@@ -85,3 +87,85 @@ def test_the_advantage_moves_a_router_to_the_better_expert() -> None:
     assert gradient_of_two_experts("advantage") == [1.5, -1.5]
     # a gate on the whole output only asks for a larger output, -3 * 1, and so for more of the worse expert
     assert gradient_of_two_experts("softmax") == [-1.5, 1.5]
+
+
+def gradient_of_four_experts(router_gradient: str) -> list[float]:
+    """The same where experts say 2, 0, 0 and 3 and the first is chosen: better than the mean, but not the best."""
+    outputs = [torch.tensor([[value]]) for value in (2.0, 0.0, 0.0, 3.0)]
+    logits_BN, index_B = torch.zeros(1, 4, requires_grad=True), torch.tensor([0])
+    if router_gradient == "dense":
+        decision = compared(Decision(index_B, logits_BN), logits_BN, sampled=False)
+    else:
+        decision = Decision(index_B, logits_BN, gate(logits_BN, index_B, router_gradient), "mean")
+    y = select(outputs, decision)
+    assert y.item() == 2.0
+    ((y - 4.0).square() / 2).sum().backward()
+    assert logits_BN.grad is not None
+    return logits_BN.grad.flatten().tolist()
+
+
+def test_the_comparison_ends_a_choice_that_is_good_but_not_the_best() -> None:
+    # d loss / dy = -2, so v = -4, 0, 0, -6: the last is best. At equal logits both of two get 1/2, whose derivative is
+    # 1/4: 1/4 * (-6 + 4) = -1/2 for the logit of the best, 1/2 for the one chosen. The others are not concerned.
+    assert gradient_of_four_experts("dense") == [0.5, 0.0, 0.0, -0.5]
+    # The mean expert says 5/4, so the advantage is -2 * 3/4 = -3/2, times (1, 0, 0, 0) - 1/4: a step raises the logit
+    # chosen, and lowers that of the best.
+    assert gradient_of_four_experts("advantage") == [-1.125, 0.375, 0.375, 0.375]
+
+
+def test_the_turn_takes_every_other_expert_once() -> None:
+    logits_BN = torch.zeros(6, 4, requires_grad=True)
+    decision = compared(Decision(torch.tensor([0, 0, 0, 2, 2, 2]), logits_BN), logits_BN, sampled=True)
+    assert decision.other_B is not None
+    assert decision.other_B.tolist() == [1, 2, 3, 3, 0, 1]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_with_two_experts_the_comparison_is_the_gradient_of_the_mixture(sampled: bool) -> None:
+    torch.manual_seed(0)
+    logits_BN, outputs = torch.randn(5, 2, requires_grad=True), [torch.randn(5, 3) for _ in range(2)]
+    wanted_BD, chosen_B = torch.randn(5, 3), logits_BN.argmax(dim=1)
+    y = select(outputs, compared(Decision(chosen_B, logits_BN), logits_BN, sampled=sampled))
+    (ours,) = torch.autograd.grad((wanted_BD * y).sum(), logits_BN)
+    mixture = (logits_BN.softmax(dim=1).T[:, :, None] * torch.stack(outputs)).sum(dim=0)
+    (theirs,) = torch.autograd.grad((wanted_BD * mixture).sum(), logits_BN)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("router_gradient", ["dense", "sampled"])
+def test_of_four_experts_the_logit_of_the_truly_better_one_rises(
+    tiny_vgg: Callable[..., RoutedNetwork], router_gradient: str
+) -> None:
+    """Against the losses that the last layer's other experts really give; they differ little, as coupled ones do."""
+    model = tiny_vgg(warm=True, num_experts=4, router_gradient=router_gradient).eval().double()
+    with torch.no_grad():
+        for weight, _ in expert_banks(model):
+            experts = weight.unflatten(0, (4, -1))
+            experts.copy_(experts.mean(dim=0) + 0.01 * (experts - experts.mean(dim=0)))
+    x = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(2)).double()
+    labels = torch.arange(32) % 10
+    pathway = model.forward_with_routing(x)[1].expert_index_BL
+    losses = []
+    for expert in range(4):
+        pathway_of = pathway.clone()
+        pathway_of[:, -1] = expert
+        losses.append(F.cross_entropy(model(x, pathway_of), labels, reduction="none"))
+    loss_BN, chosen_B1 = torch.stack(losses, dim=1).detach(), pathway[:, -1:]
+    model.routers.train()
+    found: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], logits_BN: Tensor) -> None:
+        logits_BN.register_hook(found.append)
+
+    model.routers[-1].register_forward_hook(watch)
+    F.cross_entropy(model(x), labels, reduction="sum").backward()
+    (gradient_BN,) = found
+    compared_BN = gradient_BN != 0  # the one chosen and another
+    assert (compared_BN.sum(dim=1) == 2).all()
+    other_B1 = (compared_BN & (torch.arange(4) != chosen_B1)).int().argmax(dim=1, keepdim=True)
+    change_B = (loss_BN.gather(1, other_B1) - loss_BN.gather(1, chosen_B1)).squeeze(1)
+    rises_B = gradient_BN.gather(1, other_B1).squeeze(1) < 0
+    assert (rises_B == (change_B < 0)).double().mean() > 0.9
+    if router_gradient == "dense":
+        others_BN = loss_BN.scatter(1, chosen_B1, torch.inf)
+        assert (others_BN.argmin(dim=1, keepdim=True) == other_B1).double().mean() > 0.9

@@ -18,7 +18,7 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.training.levels import LevelName, make_levels
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
-from advmoe.training.steps import StepResult, robust_update, training_attack
+from advmoe.training.steps import StepResult, adversarial_update, robust_update, training_attack
 
 CONFIG = TrainConfig(dataset="digits", batch_size=8)
 
@@ -30,12 +30,16 @@ def batch(seed: int) -> Batch:
     )
 
 
+def noise_of(part: Batch) -> torch.Generator:
+    return torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0])))
+
+
 def run(
     method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG, iteration: int = 0
 ) -> list[StepResult | None]:
     """One step of a method with new optimisers; the noise of each level depends on its batch alone."""
     levels = make_levels(METHODS[method].levels, model, config, fresh=False)
-    noise = [torch.Generator().manual_seed(int(1000 * float(part.images[0, 0, 0, 0]))) for part in batches]
+    noise = [noise_of(part) for part in batches]
     return METHODS[method].step(levels, batches, config, noise, iteration)
 
 
@@ -75,7 +79,11 @@ def test_the_expert_step_leaves_phi_bit_identical(model: RoutedNetwork) -> None:
 def test_advmoe_is_a_router_step_and_then_an_expert_step_on_another_batch(model: RoutedNetwork) -> None:
     apart, swapped = copy.deepcopy(model), copy.deepcopy(model)
     results = run("advmoe", model, batch(1), batch(2))
-    results_apart = run("router_at", apart, batch(1)) + run("expert_at", apart, batch(2))
+    levels = make_levels(["routers", "experts"], apart, CONFIG, fresh=False)
+    results_apart = [
+        adversarial_update(level, part, CONFIG, noise_of(part))
+        for level, part in zip(levels, (batch(1), batch(2)), strict=True)
+    ]
     assert [result.loss for result in results] == [result.loss for result in results_apart]
     assert same(dict(model.state_dict()), dict(apart.state_dict()))
     run("advmoe", swapped, batch(2), batch(1))
@@ -287,3 +295,40 @@ def test_a_level_trains_its_own_modules_and_parameters_only(
             assert parameter.requires_grad == (name == "all" or (id(parameter) in of_routers) == (name == "routers"))
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_routers_learn_on_features_normalized_as_the_experts_update_does(
+    tiny_vgg: Callable[..., RoutedNetwork],
+) -> None:
+    """In a run's first steps the stored statistics are still far from those of any batch."""
+    model = tiny_vgg()  # statistics as initialised, mean 0 and variance 1
+    seen: list[Tensor] = []
+    hook = model.routers[3].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    routers, experts = make_levels(["routers", "experts"], model, CONFIG)
+    (alone,) = make_levels(["routers"], model, CONFIG)
+    images = batch(1).images
+    before = state(model, False)
+    for level in (routers, alone, experts):
+        assert same(state(model, False), before)
+        with level.training(), torch.no_grad():
+            level.model(images)
+    hook.remove()
+    torch.testing.assert_close(seen[0], seen[2])
+    assert not torch.allclose(seen[1], seen[2])  # where the experts do not move, their statistics are true
+
+
+@pytest.mark.parametrize("loss", ["trades", "pgd_at"])
+@pytest.mark.parametrize("attack_routing", ["mixture", "margin"])
+def test_an_attack_that_sees_the_routing_moves_more_decisions(
+    tiny_vgg: Callable[..., RoutedNetwork], attack_routing: str, loss: str
+) -> None:
+    model, images = tiny_vgg(warm=True), torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(32) % 10
+    clean = model.eval().forward_with_routing(images)[1].expert_index_BL
+    flips = {}
+    for seen in ("fixed", attack_routing):
+        config = dataclasses.replace(CONFIG, attack_routing=seen, loss=loss)  # type: ignore[arg-type]
+        found = training_attack(model, images, labels, config, torch.Generator().manual_seed(0))
+        assert (found - images).abs().max() <= config.attack.eps + 1e-6
+        flips[seen] = (model.forward_with_routing(found)[1].expert_index_BL != clean).double().mean().item()
+    assert flips[attack_routing] > 1.02 * flips["fixed"]

@@ -96,6 +96,16 @@ def disturbed_view(model: RoutedNetwork, pathways_BL: Tensor) -> Forward:
     return forward
 
 
+def disturbing(objective: Objective, num_classes: int) -> Objective:
+    """An objective of the logits, less the margins by which routers still keep to their clean choice."""
+
+    def both(outputs: Tensor, rows: Tensor) -> Tensor:
+        kept = F.relu(SAFETY + outputs[:, num_classes:]).sum(dim=1)
+        return objective(outputs[:, :num_classes], rows) - kept
+
+    return both
+
+
 def steering_objective(labels_B: Tensor, num_classes: int) -> Objective:
     """CE on the target pathway, less the margins that routers still lack for it."""
 

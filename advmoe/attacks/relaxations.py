@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Forward, plain
-from advmoe.config import ROUTER_GRADIENTS, RouterGradient
+from advmoe.config import RouterGradient
 from advmoe.models.network import RoutedNetwork, TapeType
 from advmoe.models.routing import Decision, Routing, RoutingTape, gate
 
+GATES: tuple[RouterGradient, ...] = ("advantage", "softmax", "straight_through")
+"""Surrogate gradients of the argmax that cost one expert."""
 TEMPERATURES = (1.0, 10.0)
 """Temperatures of the softmax relaxation; the higher, the more an attack sees of experts far from being chosen."""
 
@@ -88,15 +90,14 @@ class MixtureTape(SeeingTape):
         if logits_BN is None or not logits_BN.requires_grad:
             return compute(x_BCHW, decision)
         weight_BN = (logits_BN / self._temperature).softmax(dim=1)
-        outputs = [
-            compute(x_BCHW, Decision(torch.full_like(decision.expert_index_B, expert), None, None))
-            for expert in range(logits_BN.shape[1])
-        ]
+        chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
+        alone = [decision._replace(expert_index_B=torch.full_like(chosen_B, e), gate=None) for e in range(number)]
+        outputs = [compute(x_BCHW, taken) for taken in alone]
         output_NB = torch.stack(outputs)
         places = (1,) * (output_NB.ndim - 2)
         mixture_B = (weight_BN.T.reshape(*weight_BN.T.shape, *places) * output_NB).sum(dim=0)
-        chosen_B = output_NB[decision.expert_index_B, torch.arange(len(x_BCHW), device=x_BCHW.device)].detach()
-        return chosen_B + (mixture_B - mixture_B.detach())
+        own_B = output_NB[chosen_B, torch.arange(len(x_BCHW), device=x_BCHW.device)].detach()
+        return own_B + (mixture_B - mixture_B.detach())
 
 
 class SteeredTape(SeeingTape):
@@ -113,7 +114,7 @@ class SteeredTape(SeeingTape):
         if router not in self._decisions:
             logits_BN, given_B = self._routers[router](x_BCHW), self._forced_BL[:, layer]
             expert_index_B = torch.where(given_B < 0, logits_BN.argmax(dim=1), given_B)
-            self._decisions[router] = Decision(expert_index_B, logits_BN, None)
+            self._decisions[router] = Decision(expert_index_B, logits_BN, scales=self._scales)
         return self._decisions[router]
 
     def read(self) -> Routing:
@@ -130,6 +131,11 @@ def view(model: RoutedNetwork, tape_type: TapeType) -> Forward:
     return lambda images, _: model.forward_with_routing(images, tape_type=tape_type)[0]
 
 
+def mixture_view(model: RoutedNetwork, temperature: float = TEMPERATURES[0]) -> Forward:
+    """The model's logits, with the gradient of the experts' mixture."""
+    return view(model, partial(MixtureTape, temperature=temperature))
+
+
 def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
     """All the views of a model that an attack should follow, by name. Every view has the model's own outputs.
 
@@ -138,7 +144,7 @@ def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES
     """
     if not is_routed(model):
         return {"own": plain(model)}
-    tapes: dict[str, TapeType] = {name: partial(GatedTape, router_gradient=name) for name in ROUTER_GRADIENTS}
+    tapes: dict[str, TapeType] = {name: partial(GatedTape, router_gradient=name) for name in GATES}
     tapes |= {f"mixture@{temperature:g}": partial(MixtureTape, temperature=temperature) for temperature in temperatures}
     return {DETACHED: plain(model)} | {name: view(model, tape) for name, tape in tapes.items()}
 

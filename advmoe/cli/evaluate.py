@@ -275,8 +275,7 @@ def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDAr
     from advmoe.training.checkpoint import load_checkpoint
 
     check(bool(model.expert_layouts), f"--mask is for an MoE-CNN, this is a {model.config.kind}; leave it out")
-    channels = pathway_channels(model)
-    return channels, mask_of(load_checkpoint(mask).build(), channels)
+    return pathway_channels(model), mask_of(load_checkpoint(mask).build(), model)
 
 
 def training_radius(contents: Checkpoint) -> float:

@@ -29,7 +29,10 @@ def train(
         str | None, option(RUN, "A run of the paper by name (see 'advmoe recipes'); other options override it.")
     ] = None,
     init: Annotated[
-        Path | None, option(RUN, "Checkpoint to start from: for router_at, expert_at, mask_at, or fine-tuning.")
+        Path | None,
+        option(
+            RUN, "Checkpoint to start from: for router_at, expert_at, mask_at, fine-tuning, or to turn into experts."
+        ),
     ] = None,
     data_dir: DataDir = None,
     out: Annotated[

@@ -55,7 +55,7 @@ def analyse(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
             "diversity": {name: spread(log, name, model) for name in names},
         }
         if sparse is not None:
-            mask = mask_of(sparse, channels)
+            mask = mask_of(sparse, model)
             found["mask"] = {
                 similar.condition: histogram(similar.iou) | {"cosine": round(float(similar.cosine.mean()), 4)}
                 for similar in mask_similarity(log, names, channels, mask)

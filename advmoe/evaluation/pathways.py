@@ -37,15 +37,17 @@ def pathway_channels(model: RoutedNetwork) -> PathwayChannels:
     )
 
 
-def mask_of(model: RoutedNetwork, like: PathwayChannels) -> NDArray[np.bool_]:
-    """The mask pathway of a Sparse-CNN as one mask over the channels of all MoE layers, [C].
+def mask_of(model: RoutedNetwork, routed: RoutedNetwork) -> NDArray[np.bool_]:
+    """The mask pathway of a Sparse-CNN as one mask over the channels of all MoE layers of a routed network, [C].
 
     Raises:
-        ConfigError: not a Sparse-CNN, or `like` is not of channels of its backbone.
+        ConfigError: not a Sparse-CNN, or the experts are not channels of its backbone.
     """
-    kept = mask_pathway(model)
-    widths = [table.shape[1] for table in like.tables]
-    full = [channels.full for channels in model.routable]
+    every, at = mask_pathway(model), routed.routed_places
+    widths = [table.shape[1] for table in pathway_channels(routed).tables]
+    there = at if len(model.routable) == len(routed.routable) else range(len(every))
+    kept = [every[place] for place in there]
+    full = [model.routable[place].full for place in there]
     if full != widths:
         raise ConfigError(
             f"the Sparse-CNN prunes {len(full)} layers with {sum(full)} channels, the MoE-CNN's experts share out "

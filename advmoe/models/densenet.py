@@ -83,7 +83,7 @@ class DenseNet(RoutedNetwork):
         large = config.image_size >= IMAGENET_SIZE
         growth = config.growth or (32 if large else 12)
         blocks = dense_blocks(config)
-        layers = LayerFactory(config)
+        layers = LayerFactory(config, stages=len(blocks), blocks=sum(blocks))
         super().__init__(config, layers)
         full = 2 * growth
         stream = layers.channels(full)

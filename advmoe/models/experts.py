@@ -35,7 +35,7 @@ class ExpertLayout:
 
     Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1,
     overlapping above. `separate` gives every expert filters of its own instead, as the authors' released code does; at
-    N = 2, r = 0.5 the two agree.
+    N = 2, r = 0.5 the two agree. What is `shared` comes first and is the same in all; the windows share out the rest.
 
     An expert's output is packed: it fills r * C slots, which the next layer reads whoever wrote them. A channel of
     several experts sits in the same slot in all of them, so that at r = 1 every pathway is the full backbone (paper,
@@ -47,6 +47,8 @@ class ExpertLayout:
     num_experts: int
     model_scale: float
     separate: bool = False
+    shared: float = 0.0
+    """Share of every expert's filters that are the same ones: the layer's first channels, in the first slots."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -57,6 +59,11 @@ class ExpertLayout:
     def size(self) -> int:
         """Channels of one expert."""
         return scaled_channels(self.num_channels, self.model_scale)
+
+    @property
+    def shared_size(self) -> int:
+        """Channels that all experts have in common."""
+        return int(self.shared * self.size + 0.5)
 
     def channels(self, expert: int) -> tuple[int, ...]:
         """Backbone channels of one expert, in the order of its output slots."""
@@ -85,10 +92,12 @@ class ExpertLayout:
 
     def _window(self, expert: int) -> Iterator[int]:
         """Backbone channels of one expert, from the start of its window on."""
-        if self.separate:
-            return iter(range(expert * self.size, (expert + 1) * self.size))
-        start = int(expert * self.num_channels / self.num_experts + 0.5)
-        return ((start + step) % self.num_channels for step in range(self.size))
+        common = self.shared_size
+        own, rest = self.size - common, self.num_channels - common
+        yield from range(common)
+        start = expert * own if self.separate else int(expert * rest / self.num_experts + 0.5)
+        for step in range(own):
+            yield common + (start + step if self.separate else (start + step) % rest)
 
     @property
     def disjoint(self) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.config import ModelConfig
+from advmoe.config import ModelConfig, check, routed_part
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
 from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.router import ImageRouter, Router
-from advmoe.models.routing import RoutingTape
+from advmoe.models.routing import Decision, RoutingTape, scaled
 
 IMAGENET_SIZE = 128
 """Images at least this wide get a backbone's ImageNet form; smaller ones (CIFAR 32, TinyImageNet 64) its CIFAR form."""
@@ -70,14 +70,27 @@ class RoutedConv2d(MoEConv2d):
     """An MoE convolution that asks the tape for its decision."""
 
     def __init__(
-        self, layer: int, in_channels: int, layout: ExpertLayout, kernel_size: int, *, stride: int, padding: int
+        self,
+        layer: int,
+        in_channels: int,
+        layout: ExpertLayout,
+        kernel_size: int,
+        *,
+        stride: int,
+        padding: int,
+        affine: bool = False,
     ) -> None:
-        super().__init__(in_channels, layout, kernel_size, stride=stride, padding=padding)
+        super().__init__(in_channels, layout, kernel_size, stride=stride, padding=padding, affine=affine)
         self.layer = layer
 
-    def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:  # type: ignore[override]
-        """Route, then convolve each image with its expert."""
-        return tape.apply(self.layer, x_BCHW, super().forward)
+    def forward(self, x_BCHW: Tensor, tape: RoutingTape, norm: nn.Module | None = None) -> Tensor:  # type: ignore[override]
+        """Route, convolve each image with its expert, and normalize; a router that scales does so last."""
+
+        def compute(x_BCHW: Tensor, decision: Decision) -> Tensor:
+            y_BCHW = super(RoutedConv2d, self).forward(x_BCHW, decision)
+            return scaled(y_BCHW if norm is None else norm(y_BCHW), decision)
+
+        return tape.apply(self.layer, x_BCHW, compute)
 
 
 class LayerFactory:
@@ -87,14 +100,36 @@ class LayerFactory:
     `begin("stage")`), so that routers can be shared within them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, stages: int, blocks: int) -> None:
         self.config = config
         self.routers = nn.ModuleList()
         self.router_of_layer: list[int] = []
         self.layouts: list[ExpertLayout] = []
         self.masks = nn.ModuleList()
         self.routable: list[Channels] = []
+        self.routed_places: list[int] = []
         self._open = False
+        self._begun = {"stage": 0, "block": 0}
+        self._unrouted = self._count_unrouted({"stage": stages, "block": blocks})
+
+    def _count_unrouted(self, parts: dict[str, int]) -> tuple[str, int]:
+        """How many of which parts come before the first routed one."""
+        wanted = routed_part(self.config.routed)
+        if wanted is None:
+            return "stage", -1
+        part, number = wanted
+        check(
+            number <= parts[part],
+            f"{self.config.arch} has {parts[part]} {part}s here, so its last {number} cannot be routed",
+            "routed",
+        )
+        return part, parts[part] - number
+
+    @property
+    def routes(self) -> bool:
+        """Whether what is made now is routed in an MoE network."""
+        part, before = self._unrouted
+        return self.config.kind == "moe" and self._begun[part] > before
 
     @property
     def image(self) -> Channels:
@@ -121,6 +156,7 @@ class LayerFactory:
 
     def begin(self, part: str) -> None:
         """A new block or stage of the backbone begins here."""
+        self._begun[part] += 1
         if part == self.config.granularity:
             self._open = False
 
@@ -129,10 +165,19 @@ class LayerFactory:
     ) -> nn.Module:
         """A convolution without bias that is routed in MoE-CNN."""
         self.routable.append(writes)
-        if self.config.kind != "moe":
+        if not self.routes:
             return self.plain_conv(reads, writes, kernel_size, stride=stride, padding=padding)
+        self.routed_places.append(len(self.routable) - 1)
         layer = self.routed(reads.size, writes.full)
-        return RoutedConv2d(layer, reads.size, self.layouts[layer], kernel_size, stride=stride, padding=padding)
+        return RoutedConv2d(
+            layer,
+            reads.size,
+            self.layouts[layer],
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            affine=self.config.expert_affine,
+        )
 
     def routed(self, in_channels: int, full: int) -> int:
         """Number of a new MoE layer whose `full` channels are shared out among the experts.
@@ -146,6 +191,7 @@ class LayerFactory:
                 num_experts=config.num_experts,
                 model_scale=config.model_scale,
                 separate=config.expert_filters == "separate",
+                shared=config.shared,
             )
         )
         if not self._open:
@@ -175,6 +221,8 @@ class ConvNorm(nn.Module):
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W'], without an activation."""
+        if isinstance(self.conv, RoutedConv2d):
+            return self.conv(x_BCHW, tape, self.norm)  # type: ignore[no-any-return]
         y_BCHW: Tensor = self.norm(self.conv(x_BCHW, tape))
         return y_BCHW
 

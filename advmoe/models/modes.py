@@ -9,6 +9,19 @@ from torch import nn
 
 
 @contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm in eval mode normalize by the batch at hand; its stored statistics stay as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and not module.training]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every submodule into eval mode and its parameters out of autograd's sight; afterwards all is as it was."""
     modules = submodules(model)

@@ -293,6 +293,15 @@ def moe_conv2d(
     return _routed_convolution(x_BCHW, weight, bias, decision, form)
 
 
+class ExpertAffine(nn.Module):
+    """A scale and a shift for each expert and filter, as differences from 1 and 0: at the start experts are equal."""
+
+    def __init__(self, num_experts: int, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(num_experts, size))
+        self.shift = nn.Parameter(torch.zeros(num_experts, size))
+
+
 class MoEConv2d(nn.Module):
     """A convolution whose filters are shared out among experts (paper, Sec. 3); the decision comes from outside."""
 
@@ -304,6 +313,7 @@ class MoEConv2d(nn.Module):
         *,
         stride: int = 1,
         padding: int = 0,
+        affine: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -314,10 +324,27 @@ class MoEConv2d(nn.Module):
         self.rows = layout.rows
         self.weight = nn.Parameter(torch.empty(len(layout.bank_channels), in_channels, kernel_size, kernel_size))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        self.bias: nn.Parameter | None = None
+        self.affine = ExpertAffine(layout.num_experts, layout.size) if affine else None
+
+    def bank(self) -> tuple[Tensor, Tensor | None, Rows]:
+        """Filters and biases of all experts, and who has which: as they are, or scaled and shifted for each expert."""
+        if self.affine is None:
+            return self.weight, self.bias, self.rows
+        every = torch.cat([expert_rows(self.weight, rows) for rows in self.rows])
+        weight = every * (1.0 + self.affine.scale.flatten())[:, None, None, None]
+        return weight, self.affine.shift.flatten(), split_rows(range(len(every)), self.out_channels)
+
+    def fold_affine(self) -> None:
+        """Give every expert filters of its own that compute what the shared ones do with its scale and shift."""
+        weight, bias, self.rows = self.bank()
+        if self.affine is not None and bias is not None:
+            self.weight, self.bias, self.affine = nn.Parameter(weight.detach()), nn.Parameter(bias.detach()), None
 
     def forward(self, x_BCHW: Tensor, decision: Decision) -> Tensor:
         """Output of each image's expert, [B, size, H', W'], in the expert's own (packed) channel order."""
-        return moe_conv2d(x_BCHW, self.weight, None, decision, rows=self.rows, stride=self.stride, padding=self.padding)
+        weight, bias, rows = self.bank()
+        return moe_conv2d(x_BCHW, weight, bias, decision, rows=rows, stride=self.stride, padding=self.padding)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

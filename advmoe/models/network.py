@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from advmoe.config import ModelConfig
 from advmoe.errors import DataError
 from advmoe.models.layers import LayerFactory
+from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.routing import Routing, RoutingTape
 
 TapeType = Callable[[nn.ModuleList, Sequence[int], Tensor | None], RoutingTape]
@@ -62,6 +64,7 @@ class RoutedNetwork(nn.Module):
         self.expert_layouts = layers.layouts
         self.masks = layers.masks
         self.routable = layers.routable
+        self.routed_places = layers.routed_places
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
 
@@ -111,6 +114,16 @@ class RoutedNetwork(nn.Module):
             for of_rows in routing
         ]
         return Routing(*by_image)  # type: ignore[arg-type]
+
+    def folded(self) -> RoutedNetwork:
+        """This network, or an equal one in which what only training needs is folded into the experts' filters."""
+        if not self.config.expert_affine:
+            return self
+        network = copy.deepcopy(self)
+        for module in network.modules():
+            if isinstance(module, MoEConv2d):
+                module.fold_affine()
+        return network
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """phi."""

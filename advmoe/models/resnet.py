@@ -39,7 +39,7 @@ class ResNet18(RoutedNetwork):
     """ResNet-18: 16 routed 3x3 convolutions; stem, shortcuts and classifier are not routed."""
 
     def __init__(self, config: ModelConfig) -> None:
-        layers = LayerFactory(config)
+        layers = LayerFactory(config, stages=len(STAGES), blocks=len(STAGES) * BLOCKS_PER_STAGE)
         super().__init__(config, layers)
         stream = layers.channels(STAGES[0])
         self.stem = Stem(layers, stream)

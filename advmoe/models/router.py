@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.config import RouterGradient
-from advmoe.models.routing import Decision, gate
+from advmoe.models.routing import Decision, compared, gate
 
 
 class Centring(nn.BatchNorm1d):
@@ -46,9 +46,10 @@ class Router(nn.Module):
     every logit then has mean zero over the data, and no expert can win everywhere.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: RouterGradient = "advantage") -> None:
+    def __init__(self, in_channels: int, num_experts: int, *, router_gradient: RouterGradient = "dense") -> None:
         super().__init__()
         self.router_gradient = router_gradient
+        self.scales = router_gradient == "value"
         self.centre = Centring(in_channels)
         self.linear = nn.Linear(in_channels, num_experts, bias=False)
 
@@ -62,14 +63,21 @@ class Router(nn.Module):
         logits_BN = self(x_BCHW)
         expert_index_B = logits_BN.argmax(dim=1)
         learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
-        gate_B = gate(logits_BN, expert_index_B, self.router_gradient) if learns else None
-        return Decision(expert_index_B, logits_BN, gate_B, "mean" if self.router_gradient == "advantage" else "own")
+        decision = Decision(expert_index_B, logits_BN, scales=self.scales)
+        if not learns or self.scales:
+            return decision
+        if logits_BN.shape[1] == 1:  # nothing to compare with
+            return decision._replace(gate=gate(logits_BN, expert_index_B, "softmax"))
+        if self.router_gradient in {"dense", "sampled"}:
+            return compared(decision, logits_BN, sampled=self.router_gradient == "sampled")
+        gate_B = gate(logits_BN, expert_index_B, self.router_gradient)
+        return decision._replace(gate=gate_B, signal="mean" if self.router_gradient == "advantage" else "own")
 
 
 class ImageRouter(Router):
     """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
 
-    def __init__(self, num_experts: int, *, router_gradient: RouterGradient = "advantage") -> None:
+    def __init__(self, num_experts: int, *, router_gradient: RouterGradient = "dense") -> None:
         super().__init__(64, num_experts, router_gradient=router_gradient)
         self.features = nn.Sequential()
         for in_channels, out_channels in ((3, 16), (16, 32), (32, 64)):

@@ -11,10 +11,11 @@ share one).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from advmoe.config import RouterGradient
 
@@ -40,6 +41,8 @@ class Decision(NamedTuple):
     signal: Signal = "own"
     other_B: Tensor | None = None
     """For `sampled`: another expert for each image, int64 in [0, N)."""
+    scales: bool = False
+    """Whether the router's probability for the expert chosen multiplies the layer's output (`scaled`)."""
 
 
 class Routing(NamedTuple):
@@ -62,6 +65,58 @@ def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradi
     return 1.0 + difference_B if router_gradient == "straight_through" else difference_B.exp()
 
 
+class _Comparison(torch.autograd.Function):
+    """The logits as a gate, whose gradient v_e = <dL/dy, y_e> says where the loss falls; see `compared`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits_BN, chosen_B1, other_B1)
+        return logits_BN.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, value_BN: Tensor) -> tuple[Tensor, None, None]:
+        logits_BN, chosen_B1, other_B1 = ctx.saved_tensors
+        if other_B1 is None:
+            other_B1 = value_BN.scatter(1, chosen_B1, torch.inf).argmin(dim=1, keepdim=True)
+        probability_B1 = (logits_BN.gather(1, other_B1) - logits_BN.gather(1, chosen_B1)).sigmoid()
+        push_B1 = (
+            probability_B1 * (1.0 - probability_B1) * (value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1))
+        )
+        return torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1), None, None
+
+
+def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool) -> Decision:
+    """A decision whose router learns by comparing the expert chosen, c, with another one, o.
+
+    With v_e = <dL/dy, y_e>, the loss changes to first order by v_o - v_c if o takes over. The router's gradient is that
+    of the expected loss if it chose between these two with the probabilities that its logits give them,
+    sigmoid(l_o - l_c) * (v_o - v_c): of the two, the logit of the better one rises and the other falls. o is the best
+    of the others, or one of them for each image in turn (`sampled`), whose values cost one expert instead of N. At
+    N = 2 both are the gradient of the softmax mixture.
+
+    The softmax mixture of more experts would compare with the mean instead. Then the logit chosen rises wherever its
+    expert is better than the mean, also where another one is better still: that never ends a wrong choice.
+    """
+    chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
+    if not sampled and number > 2:
+        gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None)
+        return decision._replace(gate=gate_BN, signal="all")
+    turn_B = torch.arange(len(chosen_B), device=chosen_B.device) % (number - 1)  # batches are shuffled
+    other_B = (chosen_B + 1 + turn_B) % number
+    gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None])
+    return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)
+
+
+def scaled(y: Tensor, decision: Decision) -> Tensor:
+    """The output y [B, ...] times the probability of the expert decided for, if the router says so (`value`)."""
+    if not decision.scales:
+        return y
+    assert decision.logits_BN is not None
+    probability_B1 = decision.logits_BN.softmax(dim=1).gather(1, decision.expert_index_B.unsqueeze(1))
+    return y * probability_B1.reshape(-1, *[1] * (y.ndim - 1))
+
+
 class RoutingTape:
     """Collects the routing decisions of one forward pass, or replays a given pathway.
 
@@ -76,24 +131,31 @@ class RoutingTape:
         self._routers = routers
         self._router_of_layer = router_of_layer
         self._forced_BL = forced_BL
+        self._scales = any(router.scales for router in routers)
         self._decisions: dict[int, Decision] = {}
 
     def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
         """The decision for MoE layer number `layer`, whose input is x."""
-        if self._forced_BL is not None:
+        if self._forced_BL is not None and not self._scales:
             return Decision(self._forced_BL[:, layer], None, None)
         router = self._router_of_layer[layer]
         if router not in self._decisions:
-            self._decisions[router] = self._routers[router].decide(self.seen(x_BCHW))  # type: ignore[operator]
+            if self._forced_BL is None:
+                decision = self._routers[router].decide(self.seen(x_BCHW))  # type: ignore[operator]
+            else:
+                logits_BN = self._routers[router](self.seen(x_BCHW))
+                decision = Decision(self._forced_BL[:, layer], logits_BN, scales=True)
+            self._decisions[router] = decision
         return self._decisions[router]
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
         """What a router reads: the layer's input, as a constant.
 
         Routers learn from features and do not shape them. Away from its boundaries the argmax has derivative zero; what
-        a gate would add to the gradient of the experts, or of an attack, is not a derivative of what is computed.
+        a gate would add to the gradient of the experts, or of an attack, is not a derivative of what is computed. A
+        probability that scales the output is computed, and has a derivative.
         """
-        return x_BCHW.detach()
+        return x_BCHW if self._scales else x_BCHW.detach()
 
     def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
         """Output of MoE layer number `layer`: decide, then `compute(input, decision)` with the experts decided for.

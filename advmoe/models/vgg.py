@@ -26,7 +26,7 @@ class VGG16(RoutedNetwork):
     def __init__(self, config: ModelConfig) -> None:
         size = config.image_size
         check(size >= 32, f"vgg16 halves the image five times: it needs at least 32 pixels, got {size}")
-        layers = LayerFactory(config)
+        layers = LayerFactory(config, stages=len(STAGES), blocks=sum(map(len, STAGES)))
         super().__init__(config, layers)
         self.stages = nn.ModuleList()
         reads = layers.image

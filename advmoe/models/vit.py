@@ -20,7 +20,7 @@ from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
 from advmoe.models.moe_conv import split_rows
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.routing import Decision, RoutingTape
+from advmoe.models.routing import Decision, RoutingTape, scaled
 
 DEPTH = 12
 HEADS = 6
@@ -114,6 +114,7 @@ class RoutedMLP(nn.Module):
             y_RTD: Tensor = self.reduce(F.gelu(self.expand(x_RTD, index_R)), index_R)
         else:  # both layers of an expert on its rows: one dispatch instead of two
             y_RTD = route(x_RTD, decision, self)
+        y_RTD = scaled(y_RTD, decision)
         return y_RTD.transpose(1, 2).unsqueeze(3)
 
     @property
@@ -144,7 +145,7 @@ class Block(nn.Module):
         self.attention = Attention(dim)
         self.norm2 = nn.LayerNorm(dim.size, eps=NORM_EPS)
         hidden = layers.channels(MLP_RATIO * dim.full / layers.config.width)
-        if layers.config.kind == "moe":
+        if layers.routes:
             layer = layers.routed(dim.size, hidden.full)
             per_token = layers.config.granularity == "token"
             self.mlp: nn.Module = RoutedMLP(layer, dim.size, layers.layouts[layer], per_token=per_token)
@@ -172,7 +173,7 @@ class ViT(RoutedNetwork):
         check(
             size % patch == 0, f"vit cuts images into patches of {patch} pixels, got {size}; the nearest is {nearest}"
         )
-        layers = LayerFactory(config)
+        layers = LayerFactory(config, stages=1, blocks=config.depth or DEPTH)
         super().__init__(config, layers)
         number = HEADS * max(1, int(HEAD_DIM * config.width + 0.5))
         dim = Channels(number, number)

@@ -42,7 +42,7 @@ class WRN28x10(RoutedNetwork):
     """WRN-28-10 without dropout: 24 routed 3x3 convolutions; stem, shortcuts and classifier are not routed."""
 
     def __init__(self, config: ModelConfig) -> None:
-        layers = LayerFactory(config)
+        layers = LayerFactory(config, stages=len(STAGES), blocks=len(STAGES) * BLOCKS_PER_STAGE)
         super().__init__(config, layers)
         stream = layers.channels(STEM / config.width)
         self.stem = Stem(layers, stream, norm=config.image_size >= IMAGENET_SIZE)

@@ -77,7 +77,7 @@ def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Slots]]:
         if isinstance(module, MoEConv2d | MoELinear):
             slots = _shared_slots(module.rows, module.weight.device)
             if slots is not None:
-                for bank in module.parameters():
+                for bank in module.parameters(recurse=False):
                     yield bank, slots
 
 

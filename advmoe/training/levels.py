@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from advmoe.config import TrainConfig, check_together
-from advmoe.models.modes import set_training, submodules
+from advmoe.models.modes import batch_statistics, set_training, submodules
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.coupling import couple_gradients, expert_banks, start_equal
 
@@ -29,6 +29,8 @@ class Level:
     name: LevelName
     model: RoutedNetwork
     optimizer: torch.optim.Optimizer
+    experts_move: bool = False
+    """Whether another level changes the experts, so that their stored statistics lag behind their weights."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -45,17 +47,21 @@ class Level:
     def training(self) -> Iterator[None]:
         """Put this level into training mode and hold the others fixed: no gradients, no change of their statistics.
 
-        A fixed level runs as it does at inference, its BatchNorm on stored statistics. But experts in training
-        normalise by the batch, and fixed routers decide on such features: not always as at inference. Taking the
-        decisions of inference instead made the experts learn worse (docs/log.md).
+        Fixed experts run as at inference, BatchNorm on stored statistics, unless another level moves them: then the
+        routers' update normalizes by the batch, as the experts' update does. In a run's first steps stored statistics
+        lag so far behind the weights that routers were torn away from where they started (docs/log.md). Experts in
+        training normalize by the batch, and fixed routers decide on such features: not always as at inference. Taking
+        the decisions of inference instead made the experts learn worse (docs/log.md).
         """
         routers, others = self._modules
         for parameter in self._fixed:
             parameter.requires_grad_(False)
         set_training(others, self.name != "routers")
         set_training(routers, self.name != "experts")
+        moving = self.name == "routers" and self.experts_move
         try:
-            yield
+            with batch_statistics(self.model) if moving else nullcontext():
+                yield
         finally:
             set_training(others, True)
             set_training(routers, True)
@@ -113,5 +119,5 @@ def make_levels(
         )
         if name in {"experts", "all"} and specialisation is not None:
             optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialisation))
-        levels.append(Level(name, model, optimizer))
+        levels.append(Level(name, model, optimizer, experts_move=bool({"experts", "all"} & set(names) - {name})))
     return levels

@@ -93,7 +93,7 @@ class Trainer:
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
         if initial is not None:
-            start_from(self.model, initial)
+            start_from(self.model, initial, reinitialize=config.reinitialize, seed=config.seed)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self.average = self._new_average()
         self.loaders = [self._loader(stream) for stream in range(len(self.levels))]

@@ -4,29 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 
-from advmoe.config import difference
+import torch
+from torch import Tensor
+
+from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, difference
 from advmoe.errors import ConfigError
-from advmoe.models.masked import close_masks
+from advmoe.models.masked import close_masks, compact
+from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+from advmoe.models.vit import RoutedMLP
+from advmoe.schema import fields_of
+from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, load_weights
+from advmoe.training.coupling import expert_banks
 
 
-def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
-    """Give a fresh model the weights of a checkpoint of the same model; a Sparse-CNN may also start from its Dense.
+def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float = 0.0, seed: int = 0) -> None:
+    """Give a fresh model the weights of a checkpoint.
+
+    It holds the same model, or what becomes experts (upcycling): an S-Dense, a Sparse-CNN or a Dense of the backbone.
+    Every expert then starts as a copy of that pathway; routers start fresh. A Dense is first cut down to the channels
+    with the largest weights, as AT (Sparse) begins; in ViT each expert gets its own window of the hidden units.
+    A Sparse-CNN may also start from its Dense.
+
+    Args:
+        model: to be changed.
+        initial: the checkpoint.
+        reinitialize: share of every expert's own filters that are drawn anew from the normal distribution with the
+            bank's mean and deviation, so that experts differ from the start (Drop-Upcycling, Nakamura et al., 2025).
+        seed: of that choice.
 
     Raises:
-        ConfigError: the checkpoint holds another model.
+        ConfigError: the checkpoint holds another model, or one that has experts already is to be drawn anew.
     """
-    wanted, weights = model.config, initial.weights
-    from_dense = wanted.kind == "sparse_cnn" and initial.model.kind == "dense"
-    if from_dense:
-        wanted = dataclasses.replace(wanted, kind="dense", model_scale=initial.model.model_scale)
-    if initial.model != wanted:
+    wanted, kind = model.config, initial.model.kind
+    from_dense = wanted.kind == "sparse_cnn" and kind == "dense"
+    upcycled = wanted.kind == "moe" and kind != "moe"
+    if reinitialize and not upcycled:
         raise ConfigError(
-            f"the checkpoint to start from holds another model: {difference(initial.model, wanted)}; "
-            "repeat its options",
+            f"reinitialize {reinitialize:g} is for experts that start from S-Dense, Dense or Sparse-CNN; this "
+            f"checkpoint holds kind {kind} and the model to train is of kind {wanted.kind}; leave it out",
+            "reinitialize",
+        )
+    held = initial.model
+    if from_dense or upcycled:
+        scale = held.model_scale if kind == "dense" else wanted.model_scale
+        wanted = dataclasses.replace(wanted, kind=kind, model_scale=scale, compact=held.compact)
+    if upcycled:  # the one has none of these settings, the other may have stored some that mean nothing
+        wanted, held = _without_experts(wanted), _without_experts(held)
+    if held != wanted:
+        raise ConfigError(
+            f"the checkpoint to start from holds another model: {difference(held, wanted)}; repeat its options",
             "init",
         )
+    if upcycled:
+        _copy_into_experts(model, initial)
+        _draw_anew(model, reinitialize, generator_for(seed))
+        return
+    weights = initial.weights
     if from_dense:
         masks = {name: value for name, value in model.state_dict().items() if name.startswith("masks.")}
         weights = masks | weights
@@ -36,3 +72,57 @@ def start_from(model: RoutedNetwork, initial: Checkpoint) -> None:
         raise ConfigError(f"the checkpoint to start from has other weights: {error}", "init") from error
     if from_dense:
         close_masks(model)
+
+
+def _without_experts(config: ModelConfig) -> ModelConfig:
+    defaults = {field.name: field.default for cls in (ExpertsConfig, RoutersConfig) for field in fields_of(cls)}
+    return dataclasses.replace(config, **defaults)
+
+
+@torch.no_grad()
+def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
+    """Give every expert the weights of a network without experts, and all other layers theirs."""
+    built = initial.build()  # of a Sparse-CNN the kept channels alone
+    cut = initial.model.kind == "dense" and model.config.arch != "vit"
+    source = _largest_channels(model.config, built) if cut else built.state_dict()
+    target = model.state_dict()
+    routed: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MoEConv2d):
+            for rows in module.rows:
+                target[f"{name}.weight"][list(rows)] = source[f"{name}.weight"]
+            routed.add(f"{name}.weight")
+        elif isinstance(module, RoutedMLP):
+            layout = model.expert_layouts[module.layer]
+            expand, reduce = (
+                [source[f"{name}.{layer}.{what}"] for what in ("weight", "bias")] for layer in ("expand", "reduce")
+            )
+            for expert, (own, out) in enumerate(zip(module.expand.rows, module.reduce.rows, strict=True)):
+                every = layout.channels(expert) if initial.model.kind == "dense" else range(layout.size)
+                units = [unit % len(expand[1]) for unit in every]
+                for what, values in zip(("weight", "bias"), expand, strict=True):
+                    target[f"{name}.expand.{what}"][list(own)] = values[units]
+                target[f"{name}.reduce.weight"][list(out)] = reduce[0][:, units]
+                target[f"{name}.reduce.bias"][list(out)] = reduce[1]
+            routed |= {f"{name}.{layer}.{what}" for layer in ("expand", "reduce") for what in ("weight", "bias")}
+    plain = {name: value for name, value in source.items() if name in target and name not in routed}
+    model.load_state_dict(target | plain)
+
+
+def _largest_channels(wanted: ModelConfig, dense: RoutedNetwork) -> dict[str, Tensor]:
+    """The weights of a Dense that has been cut down to the size of one pathway."""
+    with seeded(0):
+        network = build_model(dataclasses.replace(_without_experts(wanted), kind="sparse_cnn"))
+    network.load_state_dict(network.state_dict() | dense.state_dict())
+    close_masks(network)
+    return compact(network).state_dict()
+
+
+@torch.no_grad()
+def _draw_anew(model: RoutedNetwork, share: float, generator: torch.Generator) -> None:
+    """Draw a share of the rows of each expert's bank anew; rows that all experts have stay."""
+    for bank, slots in expert_banks(model):
+        own = slots.count_S[slots.slot_of_R] > 1
+        chosen = own & (torch.rand(len(bank), generator=generator).to(bank.device) < share)
+        drawn = torch.randn(bank.shape, generator=generator).to(bank.device) * bank.std() + bank.mean()
+        bank[chosen] = drawn[chosen]

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advmoe.attacks.pathways import disturbed_view, disturbing
 from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain, starting_point
+from advmoe.attacks.relaxations import mixture_view
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import TrainingError
@@ -39,7 +41,8 @@ def training_attack(
 ) -> Tensor:
     """K-step PGD on the loss's own inner objective, against the model as it is now, BatchNorm in eval mode.
 
-    TRADES increases KL(f(x) || f(x')), PGD-AT the cross-entropy.
+    TRADES increases KL(f(x) || f(x')), PGD-AT the cross-entropy. `attack_routing` says what it sees of the routing; it
+    always takes place on the model's own outputs.
     """
     with evaluating(model):
         if config.loss == "trades":
@@ -47,8 +50,16 @@ def training_attack(
                 objective = kl_objective(model(images))
         else:
             objective = cross_entropy_objective(labels)
+        forward = plain(model)
+        if config.attack_routing == "mixture":
+            forward = mixture_view(model)
+        elif config.attack_routing == "margin":
+            with torch.no_grad():
+                clean = model.forward_with_routing(images)[1]
+            forward = disturbed_view(model, clean.expert_index_BL)
+            objective = disturbing(objective, model.config.num_classes)
         start = starting_point(images, config.attack, generator)
-        return pgd(plain(model), images, objective, config.attack, start=start)
+        return pgd(forward, images, objective, config.attack, start=start)
 
 
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:

@@ -40,7 +40,8 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
     """Trace a module in evaluation mode for any batch size at a fixed image size.
 
     Args:
-        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes].
+        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes]. If it has a method
+            `folded`, that gives the module to trace, equal to this one.
         image_size: (H, W).
         opset: version of the standard operators, at least 18.
 
@@ -51,10 +52,11 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
 
     example = torch.linspace(0, 1, 2 * 3 * image_size[0] * image_size[1]).reshape(2, 3, *image_size)
     training = model.training
+    network = model.folded() if hasattr(model, "folded") else model
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
-                model.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},), strict=False
+                network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},), strict=False
             )
             exported = torch.onnx.export(
                 program,

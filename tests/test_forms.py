@@ -1,0 +1,201 @@
+"""Forms of the MoE layer beyond the paper's: each trains, costs what it should, survives checkpoint and export."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from advmoe_export import export_model
+from grid import Cell
+from test_grid import CLOSED_FORM, Ledger
+from torch import Tensor
+
+import advmoe
+from advmoe.attacks.relaxations import routing_views
+from advmoe.config import ModelConfig
+from advmoe.errors import ConfigError
+from advmoe.evaluation.cost import measure_cost
+from advmoe.evaluation.pathways import mask_of
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.masked import close_masks
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Decision
+from advmoe.training.checkpoint import Checkpoint, load, save_checkpoint
+from advmoe.training.coupling import expert_banks, start_equal
+from advmoe.training.levels import make_levels
+from advmoe.training.start import start_from
+
+MakeNetwork = Callable[..., RoutedNetwork]
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("vgg16", {"routed": "last-2-stages", "router_gradient": "value"}),
+    ("vgg16", {"shared": 0.5, "num_experts": 3, "router_gradient": "dense"}),
+    ("resnet18", {"shared": 1.0, "expert_affine": True, "granularity": "block", "router_gradient": "value"}),
+    ("wrn28_10", {"routed": "last-3-blocks", "expert_affine": True, "router_gradient": "sampled"}),
+    ("densenet", {"routed": "last-1-stages", "shared": 0.25, "router_gradient": "value"}),
+    ("vit", {"routed": "last-1-blocks", "shared": 0.5, "granularity": "token", "router_gradient": "value"}),
+]
+
+
+@pytest.mark.parametrize(("arch", "form"), FORMS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_form_trains_costs_what_it_should_and_survives_checkpoint_and_export(
+    arch: str, form: dict[str, Any], tmp_path: Path
+) -> None:
+    cell = Cell(arch, "moe", 32)
+    model, images = cell.build(**form), cell.images()
+    for parameter in model.parameters():
+        if not parameter.any():  # scales and shifts start at zero, where a mistake would not show
+            torch.nn.init.normal_(parameter, std=0.3)
+    F.cross_entropy(model(images), torch.tensor([0, 1])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    model.eval()
+
+    # A pathway costs what S-Dense costs, and each router a linear layer. Scaling and shifting cost nothing.
+    options = {"depth": cell.config().depth} if cell.config().depth else {}
+    reference = Ledger(Cell(arch, "s_dense", 32).config(**options))
+    CLOSED_FORM[arch](reference)
+    rows = model.rows_per_image if model.config.granularity == "token" else 1
+    of_routers = sum(rows * router.linear.weight.numel() for router in model.routers)  # type: ignore[union-attr, operator]
+    assert measure_cost(model, 32).gflops == pytest.approx((reference.macs + of_routers) / 1e9, rel=1e-12)
+
+    with torch.no_grad():
+        logits, routing = model.forward_with_routing(images)
+        # what an attack looks at has the model's own outputs, and so has its pathway when it is given
+        for name, forward in routing_views(model).items():
+            torch.testing.assert_close(forward(images, torch.arange(2)), logits, msg=name)
+        torch.testing.assert_close(model(images, routing.expert_index_BL), logits)
+        torch.testing.assert_close(model.folded()(images), logits, atol=1e-5, rtol=1e-4)
+    save_checkpoint(tmp_path / "model.pt", Checkpoint(model=model.config, weights=model.state_dict()))
+    loaded = load(tmp_path / "model.pt")
+    assert torch.equal(loaded(images), model(images))
+    report = export_model(loaded, tmp_path / "model.onnx", image_size=32, labels=("a", "b", "c", "d", "e"))
+    assert report.verification.difference < 1e-5
+
+
+def test_the_last_stages_are_routed_and_the_others_are_s_dense(tiny_vgg: MakeNetwork) -> None:
+    model = tiny_vgg(routed="last-2-stages")
+    assert len(model.expert_layouts) == 6  # VGG-16 ends with two stages of three convolutions
+    assert model.routed_places == [6, 7, 8, 9, 10, 11]
+    assert len(tiny_vgg(routed="last-4-blocks").expert_layouts) == 4
+    s_dense = dict(tiny_vgg(kind="s_dense").named_parameters())
+    kept = {name: value.shape for name, value in model.named_parameters() if name.startswith("stages.2")}
+    assert kept == {name: s_dense[name].shape for name in kept}
+
+
+def test_a_mask_is_compared_with_the_layers_that_are_routed(tiny_vgg: MakeNetwork) -> None:
+    sparse = tiny_vgg(kind="sparse_cnn")
+    close_masks(sparse)
+    whole, part = (mask_of(sparse, tiny_vgg(routed=routed)) for routed in ("all", "last-1-stages"))
+    assert part.tolist() == whole[-3 * 32 :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("routed", "message"),
+    [
+        ("last-6-stages", "vgg16 has 5 stages here, so its last 6 cannot be routed"),
+        ("first-2-stages", "the routed part must be all, last-N-stages or last-N-blocks, got 'first-2-stages'"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(routed: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        advmoe.create_model("vgg16", routed=routed)
+
+
+def test_shared_filters_come_first_in_every_expert_and_windows_share_out_the_rest() -> None:
+    # r C = 4 slots, of which 2 are common; the other 6 channels are shared out in windows of 2 from 0, 2 and 4 on
+    layout = ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5, shared=0.5)
+    assert [layout.channels(expert) for expert in range(3)] == [(0, 1, 2, 3), (0, 1, 4, 5), (0, 1, 6, 7)]
+    separate = ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5, shared=0.5, separate=True)
+    assert separate.bank_channels == tuple(range(8))
+
+
+def test_experts_that_share_all_filters_differ_by_scale_and_shift_alone(tiny_vgg: MakeNetwork, images: Tensor) -> None:
+    model = tiny_vgg(warm=True, shared=1.0, expert_affine=True).eval()
+    assert not list(expert_banks(model))  # nothing to couple
+    last = next(module for module in reversed(list(model.modules())) if isinstance(module, MoEConv2d))
+    assert last.affine is not None
+    first, second = (torch.full((8, 12), expert) for expert in (0, 1))
+    torch.testing.assert_close(model(images, first), model(images, second))
+    x = torch.rand(2, last.in_channels, 4, 4)
+    plain, index = F.conv2d(x, last.weight, padding=1), torch.tensor([0, 1])
+    with torch.no_grad():
+        last.affine.scale[1], last.affine.shift[1] = 0.5, 3.0
+        y = MoEConv2d.forward(last, x, Decision(index, None))
+    torch.testing.assert_close(y[0], plain[0])
+    torch.testing.assert_close(y[1], 1.5 * plain[1] + 3.0)
+
+
+def test_sharing_everything_needs_something_that_differs() -> None:
+    with pytest.raises(ConfigError, match=r"shared 1 leaves nothing that sets the experts apart"):
+        ModelConfig(arch="vgg16", shared=1.0)
+    with pytest.raises(ConfigError, match="expert_affine is an option of the CNNs, not of vit"):
+        ModelConfig(arch="vit", expert_affine=True)
+
+
+def test_a_value_gate_scales_the_output_and_has_its_true_derivative(tiny_vgg: MakeNetwork, images: Tensor) -> None:
+    model = tiny_vgg(warm=True, router_gradient="value").eval().double()
+    x = images.double().requires_grad_()
+    logits, routing = model.forward_with_routing(x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    step = 1e-6
+    with torch.no_grad():  # along the pathway taken, whose probabilities change with the image
+        ahead, behind = (model(x + sign * step * direction, routing.expert_index_BL).sum() for sign in (1, -1))
+    assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "densenet", "vit"])
+@pytest.mark.parametrize("kind", ["s_dense", "sparse_cnn", "dense"])
+def test_experts_start_from_a_network_without_experts(arch: str, kind: str) -> None:
+    if (arch, kind) == ("vit", "sparse_cnn"):
+        return
+    source, images = Cell(arch, kind, 32).build(), Cell(arch, kind, 32).images(8)
+    source(images)
+    if kind == "sparse_cnn":
+        close_masks(source)
+    initial = Checkpoint(model=source.config, weights=source.state_dict())
+    model = Cell(arch, "moe", 32).build(num_experts=3, expert_filters="separate")
+    start_from(model, initial)
+    model.eval()
+    if kind == "dense":  # one pathway of it, not the whole
+        if arch == "vit":
+            mlp, own = source.blocks[0].mlp, model.blocks[0].mlp  # type: ignore[index, union-attr]
+            assert torch.equal(
+                own.expand.weight[: len(mlp.expand.weight) // 2], mlp.expand.weight[: len(mlp.expand.weight) // 2]
+            )
+        return
+    torch.testing.assert_close(model(images), initial.build()(images))
+
+
+def test_a_share_of_each_experts_filters_is_drawn_anew(tiny_vgg: MakeNetwork) -> None:
+    source = tiny_vgg(kind="s_dense", width=0.25)
+    initial = Checkpoint(model=source.config, weights=source.state_dict())
+    model = tiny_vgg(width=0.25, shared=0.25)
+    start_from(model, initial, reinitialize=0.5)
+    bank, slots = list(expert_banks(model))[-1]
+    copy = source.state_dict()["stages.4.2.conv.weight"]
+    changed = torch.tensor([not torch.equal(row, copy[slot]) for row, slot in zip(bank, slots.slot_of_R, strict=True)])
+    own = slots.count_S[slots.slot_of_R] > 1
+    assert 0.35 < changed[own].double().mean() < 0.65
+    assert not changed[~own].any()
+    again = tiny_vgg(width=0.25, shared=0.25)
+    start_from(again, initial, reinitialize=0.5)
+    assert torch.equal(list(expert_banks(again))[-1][0], bank)
+    start_equal(again)  # an MoE network is not drawn anew
+    with pytest.raises(ConfigError, match=r"reinitialize 0.5 is for experts that start from S-Dense"):
+        start_from(again, Checkpoint(model=again.config, weights=again.state_dict()), reinitialize=0.5)
+
+
+def test_upcycled_experts_are_trained_as_they_are(tiny_vgg: MakeNetwork) -> None:
+    config = advmoe.config.TrainConfig(dataset="digits", init="0" * 64, reinitialize=0.5)
+    model = tiny_vgg()
+    before = [weight.clone() for weight, _ in expert_banks(model)]
+    make_levels(["routers", "experts"], model, config, fresh=False)
+    assert all(torch.equal(weight, old) for (weight, _), old in zip(expert_banks(model), before, strict=True))
+    with pytest.raises(ConfigError, match=r"reinitialize 0.5 has no effect on fresh weights"):
+        advmoe.config.TrainConfig(dataset="digits", reinitialize=0.5)
