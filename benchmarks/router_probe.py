@@ -1,0 +1,263 @@
+"""Do routers learn the right thing? Compares their gradients with what really happens when a decision is changed.
+
+    python benchmarks/router_probe.py --json
+    python benchmarks/router_probe.py --dataset cifar10 --data-dir DATA --num-experts 2 4 --json
+
+For every router, image and expert, `exact` is the TRADES loss of that image if this router, and no other, took that
+expert (routers after it decide anew). It costs N passes per router, so it is a yardstick and no way of training. Clean
+and attacked versions of an image are decisions of their own. One AdvMoE run per router gradient is probed as it goes:
+
+- `better`: share of decisions in which another expert would give a smaller loss
+- `gain`: how much smaller, mean over all decisions, relative to the loss
+- `raises_chosen`: among those, share in which a descent step would raise the logit of the expert chosen all the same
+- `finds_best`: among those, share in which the step raises the logit of the really best expert most
+- `cosine`: between the gradient of the routers' weights and the one that the exact losses give
+- `to_start`: cosine of the routers' weights with those they started from
+- `loss`, `router_loss`: of the last interval of training, at the experts' and at the routers' update
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advmoe.attacks.relaxations import SteeredTape
+from advmoe.config import ROUTER_GRADIENTS, ModelConfig, TrainConfig
+from advmoe.data.loader import Batch, BatchLoader
+from advmoe.data.sources import dataset_info, load_dataset
+from advmoe.data.views import training_transform
+from advmoe.evaluation.cost import hardware
+from advmoe.models.modes import evaluating
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+from advmoe.models.routing import RoutingTape
+from advmoe.seeding import generator_for, seeded
+from advmoe.settings import resolve
+from advmoe.training.levels import Level, make_levels
+from advmoe.training.loop import cosine as schedule
+from advmoe.training.methods import METHODS
+from advmoe.training.steps import training_attack
+
+EQUAL = 1e-6
+"""Losses closer than this are the same."""
+
+
+def trades_of_each(clean: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """The loss of each image, [B]."""
+    kl = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
+    return F.cross_entropy(clean, labels, reduction="none") + beta * kl
+
+
+@torch.no_grad()
+def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> Tensor:
+    """[views, B, R, N]: loss of an image if one router took a given expert for that view (clean, attacked) of it."""
+    own = [model(view) for view in views]
+    layers = torch.tensor(model.router_of_layer)
+    losses = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
+    for number, view in enumerate(views):
+        for router in range(losses.shape[2]):
+            for expert in range(losses.shape[3]):
+                forced_BL = torch.where(layers == router, expert, -1).expand(len(view), -1)
+                logits = list(own)
+                logits[number] = model.forward_with_routing(view, forced_BL, tape_type=SteeredTape)[0]
+                losses[number, :, router, expert] = trades_of_each(logits[0], logits[1], labels, beta)
+    return losses
+
+
+def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """What the lower level sees: logits and their gradients, each [views, B, R, N]; nothing of the model changes."""
+    level = dataclasses.replace(level, model=copy.deepcopy(level.model))
+    tapes: list[RoutingTape] = []
+
+    def remembered(routers: nn.ModuleList, of_layer: Sequence[int], forced_BL: Tensor | None) -> RoutingTape:
+        tapes.append(RoutingTape(routers, of_layer, forced_BL))
+        return tapes[-1]
+
+    with level.training():
+        adversarial = level.model.forward_with_routing(views[1], tape_type=remembered)[0]
+        clean = level.model.forward_with_routing(views[0], tape_type=remembered)[0]
+        loss = trades_of_each(clean, adversarial, labels, beta).sum()
+        logits = [decision.logits_BN for tape in reversed(tapes) for _, decision in sorted(tape._decisions.items())]
+        gradients = torch.autograd.grad(loss, logits)
+    routers = len(level.model.routers)
+    shaped = [torch.stack(tensors).unflatten(0, (2, routers)).transpose(1, 2) for tensors in (logits, gradients)]
+    return shaped[0].detach(), shaped[1]
+
+
+def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: Tensor) -> list[Tensor]:
+    """Gradients of the routers' weights from those of their logits."""
+    found = [torch.zeros_like(router.linear.weight) for router in model.routers]
+    for number, view in enumerate(views):
+        features: dict[nn.Module, Tensor] = {}
+
+        def note(linear: nn.Module, inputs: tuple[Tensor], _: Tensor, kept: dict[nn.Module, Tensor] = features) -> None:
+            kept[linear] = inputs[0].detach()
+
+        hooks = [router.linear.register_forward_hook(note) for router in model.routers]
+        with torch.no_grad():
+            model(view)
+        for hook in hooks:
+            hook.remove()
+        for at, router in enumerate(model.routers):
+            found[at] += of_logits[number, :, at].T @ features[router.linear]
+    return found
+
+
+def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[str]) -> dict[str, Any]:
+    """The figures above for the model as it is."""
+    model, labels = levels[0].model, batch.labels
+    adversarial = training_attack(model, batch.images, labels, config, generator_for(config.seed, 0))
+    views = (batch.images, adversarial)
+    with evaluating(model):
+        exact = exact_losses(model, views, labels, config.trades_beta)
+        chosen = torch.stack([model.forward_with_routing(view)[1].expert_index_BL for view in views])
+        first = [model.router_of_layer.index(router) for router in range(len(model.routers))]
+        chosen = chosen[:, :, first]
+        base = exact.gather(3, chosen[..., None]).squeeze(3)
+    best_loss, best = exact.min(dim=3)
+    better = best_loss < base - EQUAL
+    figures: dict[str, Any] = {
+        "better": float(better.double().mean()),
+        "gain": float((base - best_loss).mean() / base.mean()),
+        "estimators": {},
+    }
+    for form in forms:
+        own = [router.router_gradient for router in model.routers]
+        for router in model.routers:
+            router.router_gradient = form
+        logits, gradient = router_gradients(levels[0], views, labels, config.trades_beta)
+        for router, name in zip(model.routers, own, strict=True):
+            router.router_gradient = name
+        p = logits.softmax(dim=3)
+        true_gradient = p * (exact - (p * exact).sum(dim=3, keepdim=True))
+        with evaluating(model):
+            ours, theirs = (weight_gradients(model, views, of) for of in (gradient, true_gradient))
+        cosines = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(ours, theirs, strict=True)]
+        of_chosen = gradient.gather(3, chosen[..., None]).squeeze(3)
+        figures["estimators"][form] = {
+            "raises_chosen": float((of_chosen < 0)[better].double().mean()),
+            "finds_best": float((gradient.argmin(dim=3) == best)[better].double().mean()),
+            "cosine": float(torch.stack(cosines).mean()),
+        }
+    return figures
+
+
+def direction(model: RoutedNetwork) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.router_parameters()])
+
+
+def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train by AdvMoE with one router gradient and probe along the way."""
+    settings = {"arch": options.arch, "width": options.width, "granularity": options.granularity}
+    settings |= {"num_experts": num_experts, "model_scale": options.model_scale, "router_gradient": form}
+    info = dataset_info(options.dataset, options.data_dir)
+    model_config, config = resolve(info, settings, {"seed": options.seed, "batch_size": options.batch_size})
+    data = load_dataset(options.dataset, options.data_dir)
+    with seeded(options.seed):
+        model = build_model(model_config)
+    method = METHODS["advmoe"]
+    levels = make_levels(method.levels, model, config)
+    streams = [iter(endless(data.train, model_config, config, stream)) for stream in range(len(levels))]
+    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=range(options.images)).epoch(0)
+    start, records, losses = direction(model), [], []
+    for step in range(options.steps + 1):
+        if step % options.every == 0:
+            figures = {"step": step, **probe(levels, probed, config, options.forms)}
+            figures["to_start"] = float(F.cosine_similarity(start, direction(model), dim=0))
+            if losses:
+                router_loss, loss = torch.tensor(losses).mean(dim=0).tolist()
+                figures |= {"router_loss": router_loss, "loss": loss, "worst_router_loss": max(losses)[0]}
+            records.append(figures)
+            losses = []
+        if step < options.steps:
+            for level in levels:
+                for group in level.optimizer.param_groups:
+                    group["lr"] = schedule(step, options.steps, config.lr)
+            noise = [generator_for(options.seed, step, level) for level in range(len(levels))]
+            results = method.step(levels, [next(stream) for stream in streams], config, noise)
+            losses.append([float(result.loss) for result in results])
+    return records
+
+
+def endless(images: Any, model: ModelConfig, config: TrainConfig, stream: int) -> Any:
+    """Batches of one stream, epoch after epoch."""
+    loader = BatchLoader(
+        images,
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        seed=config.seed,
+        stream=stream,
+        augment=training_transform(images, model.image_size, flip=config.flip),
+    )
+    for epoch in range(1_000_000):
+        yield from loader.epoch(epoch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--arch", default="vgg16")
+    parser.add_argument("--width", type=float, default=0.125)
+    parser.add_argument("--granularity", default="layer")
+    parser.add_argument("--num-experts", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--model-scale", type=float, default=0.5)
+    parser.add_argument("--forms", nargs="+", default=list(ROUTER_GRADIENTS), choices=ROUTER_GRADIENTS)
+    parser.add_argument("--train", nargs="+", help="router gradients to train with (default: all of --forms)")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--every", type=int, default=25, help="steps between probes")
+    parser.add_argument("--images", type=int, default=128, help="images probed")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.smoke:
+        options.steps, options.every, options.images, options.batch_size, options.width = 2, 2, 16, 16, 0.0625
+    torch.set_num_threads(1)
+    results = []
+    for num_experts in options.num_experts:
+        for form in options.train or options.forms:
+            began = time.process_time()
+            records = run(form, num_experts, options)
+            results.append(
+                {
+                    "num_experts": num_experts,
+                    "trained_with": form,
+                    "seconds": time.process_time() - began,
+                    "probes": records,
+                }
+            )
+            if not options.json:
+                show(results[-1])
+    if options.json:
+        known = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        known.pop("data_dir")
+        print(json.dumps({"settings": known, "hardware": hardware(torch.device("cpu")), "runs": results}, indent=1))
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"N = {result['num_experts']}, trained with {result['trained_with']}, {result['seconds']:.0f} s", flush=True)
+    for record in result["probes"]:
+        rest = {k: round(v, 3) for k, v in record.items() if k != "estimators"}
+        print("  ", rest)
+        for form, figures in record["estimators"].items():
+            print("      ", form, {k: round(v, 3) for k, v in figures.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
