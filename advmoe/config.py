@@ -343,7 +343,13 @@ class ScheduleConfig(Settings):
         ),
     ] = "advmoe"
     epochs: Annotated[
-        int, Setting("Passes over the training images (of the experts' stream).", at_least=1, at_most=10**6)
+        int,
+        Setting(
+            "Passes over the training images (of the experts' stream). AT (Sparse) takes so many for Dense and for the "
+            "kept weights, and a fifth for the masks.",
+            at_least=1,
+            at_most=10**6,
+        ),
     ] = 100
     batch_size: Annotated[
         int,

@@ -236,7 +236,7 @@ def test_fields_of_a_newer_program_are_refused(saved: Path) -> None:
         {"metrics": {5: 1.0}},
         {"progress": 5},
         {"progress": {"step": "three"}},
-        {"progress": {"step": 3, "best_ra": 5.0, "sums": [{"loss": 1}]}},
+        {"progress": {"step": 3, "selection": {}, "sums": [{"loss": 1}]}},
         {"optimizers": {}},
         {"optimizers": [5]},
         {"class_names": [1, 2]},

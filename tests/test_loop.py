@@ -17,7 +17,7 @@ from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.routing_log import RouteLog
 from advmoe.training import loop
 from advmoe.training.checkpoint import load_checkpoint
-from advmoe.training.loop import Trainer, cosine
+from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
 
@@ -161,15 +161,21 @@ def test_a_line_of_metrics_that_a_crash_cut_short_is_no_obstacle(
     assert_identical(contents(tmp_path / "run"), contents(whole_run))
 
 
-def test_the_best_checkpoint_is_the_first_of_the_highest_validation_ra(
+def test_the_best_checkpoint_is_the_latest_that_is_not_clearly_worse(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, shares, best in (("falls", (0.5, 0.2), 1), ("rises", (0.2, 0.5), 2), ("stays", (0.5, 0.5), 1)):
+    # Ten images. From 5 robust ones to 2, three are lost and none gained: 3 > sqrt(3). One lost image is no reason.
+    for name, shares, best in (
+        ("falls", (0.5, 0.2), 1),
+        ("rises", (0.2, 0.5), 2),
+        ("stays", (0.5, 0.5), 2),
+        ("one", (0.5, 0.4), 2),
+    ):
         monkeypatch.setattr(loop, "evaluate", scripted(*shares))
         train(digits, tmp_path / name, STANDARD)
         checkpoint = load_checkpoint(tmp_path / name / "best.pt")
         assert checkpoint.metrics["epoch"] == best
-        assert checkpoint.metrics["val_ra_pgd1"] == 100 * max(shares)
+        assert checkpoint.metrics["val_ra_pgd1"] == 100 * shares[best - 1]
         last = load_checkpoint(tmp_path / name / "last.pt")
         same = torch.equal(checkpoint.weights["classifier.weight"], last.weights["classifier.weight"])
         assert same == (best == 2)
@@ -178,23 +184,20 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_validation_ra(
 def test_the_dense_network_that_a_sparse_one_begins_as_is_never_its_best(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two epochs: after the first the masks are not settled yet, which they are after 120 of 220 parts of the run.
-    monkeypatch.setattr(loop, "evaluate", scripted(0.5, 0.2))
-    config = dataclasses.replace(TRAIN, method="at_sparse")
-    train(digits, tmp_path / "run", config, model=dataclasses.replace(MODEL, kind="sparse_cnn"))
-    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 2
+    class Sparse(Observer):
+        def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+            assert epochs == 3, "one for each phase"
+
+    monkeypatch.setattr(loop, "evaluate", scripted(0.9, 0.5, 0.2))
+    config = dataclasses.replace(TRAIN, method="at_sparse", epochs=1)
+    train(digits, tmp_path / "run", config, model=dataclasses.replace(MODEL, kind="sparse_cnn"), observer=Sparse())
+    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 3
 
 
 def test_a_resumed_run_remembers_the_best(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "evaluate", scripted(0.5, 0.2))
     assert not train(digits, tmp_path / "run", STANDARD, observer=Observer(stop_after=2))
     assert resumed(digits, tmp_path / "run", STANDARD)
-    assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 1
-
-
-def test_a_best_ra_of_zero_is_kept_too(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "evaluate", scripted(0.0, 0.0))
-    train(digits, tmp_path / "run", STANDARD)
     assert load_checkpoint(tmp_path / "run" / "best.pt").metrics["epoch"] == 1
 
 
@@ -231,13 +234,6 @@ def test_limits_choose_among_the_images_of_their_own_half(digits: Dataset) -> No
     assert len(split(limit_train=10**6).train_indices) == len(whole.train_indices)
 
 
-def test_the_learning_rate_falls_along_a_cosine() -> None:
-    assert cosine(0, 8, 0.1) == pytest.approx(0.1)
-    assert cosine(2, 8, 0.1) == pytest.approx(0.1 * (1 + 2**-0.5) / 2)
-    assert cosine(4, 8, 0.1) == pytest.approx(0.05)
-    assert cosine(8, 8, 0.1) == pytest.approx(0.0)
-
-
 def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, tmp_path: Path) -> None:
     class Sabotage(Observer):
         def validated(self, record: dict[str, Any]) -> None:
@@ -259,8 +255,9 @@ def test_collapsed_routers_are_pointed_out_after_each_epoch(
     monkeypatch.setattr(loop, "COLLAPSED_LOAD", threshold)
     observer = Observer()
     train(digits, tmp_path / "run", STANDARD, observer=observer)
-    assert len(observer.warnings) == warnings
-    for warning in observer.warnings:
+    found = [warning for warning in observer.warnings if "MoE layers" in warning]
+    assert len(found) == warnings
+    for warning in found:
         assert "MoE layers 0, 1, 2" in warning
         assert "nearly every image to one expert" in warning
 

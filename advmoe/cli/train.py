@@ -49,7 +49,7 @@ def train(
     """Train a model. The default is the paper's: an MoE-CNN with N = 2 experts at r = 0.5, trained by AdvMoE.
 
     Writes config.json, metrics.jsonl, TensorBoard events, routes.npz (who took which experts in the last two epochs),
-    last.pt and best.pt (best validation RA) to the run folder.
+    last.pt and best.pt (the latest epoch whose validation RA is not clearly below the highest) to the run folder.
     Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
     """
     from advmoe.data.sources import dataset_info, load_dataset
@@ -107,11 +107,11 @@ def train(
     if not complete:
         console.note(f"interrupted; go on with the same command and --resume --out {path}")
         raise typer.Exit(128 + signals[0])
-    best = load_checkpoint(folder.best)
+    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
     if json:
-        console.emit_json(
-            {"run": str(path), "checkpoint": str(folder.best), "metrics": best.metrics, "config": to_dict(config)}
-        )
+        figures = {"metrics": best.metrics, "last_metrics": last.metrics}
+        console.emit_json({"run": str(path), "checkpoint": str(folder.best)} | figures | {"config": to_dict(config)})
     else:
-        shown = {name: value for name, value in best.metrics.items() if name.startswith("val_") or name == "epoch"}
-        console.show_facts(f"Best checkpoint: {folder.best}", shown)
+        shown = [name for name in best.metrics if name == "epoch" or name.startswith("val_")]
+        rows = [(name, best.metrics[name], last.metrics[name]) for name in shown]
+        console.show_table(f"Best checkpoint: {folder.best}", ("", "best", "last"), rows)

@@ -34,7 +34,7 @@ class Progress(Settings):
     """Position in a run."""
 
     step: Annotated[int, Setting("Steps done.", at_least=0)]
-    best_ra: Annotated[float, Setting("Validation RA of `best.pt` in per cent; below 0 if there is none yet.")]
+    selection: Annotated[Weights, Setting("Outcomes on the validation images that later epochs are compared with.")]
     sums: Annotated[list[Weights], Setting("Sums of the epoch under way, one set per level.")]
 
 

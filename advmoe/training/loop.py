@@ -6,7 +6,6 @@ here. A run that is stopped after any step and resumed goes on bit for bit as if
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -25,11 +24,13 @@ from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights
 from advmoe.training.epoch_sums import EpochSums
-from advmoe.training.levels import make_levels
+from advmoe.training.levels import Level, make_levels
 from advmoe.training.methods import resolve_method
 from advmoe.training.observer import Observer
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
+from advmoe.training.schedule import Schedule
+from advmoe.training.selection import FEW_IMAGES, Selection, standard_error_at_half
 from advmoe.training.split import split_dataset
 from advmoe.training.start import start_from
 
@@ -42,11 +43,6 @@ COLLAPSED_LOAD = 0.99
 def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
     """A model's state dict on the CPU."""
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-
-
-def cosine(step: int, total: int, peak: float) -> float:
-    """Learning rate of a step: from `peak` at 0 down to 0 at `total`."""
-    return 0.5 * peak * (1.0 + math.cos(math.pi * step / total))
 
 
 class Trainer:
@@ -105,7 +101,8 @@ class Trainer:
                 "batch_size",
             )
         self.step = 0
-        self.best_ra = -1.0
+        self.schedule = Schedule(self.method.phases, config.epochs, self.steps_per_epoch)
+        self.selection = Selection()
         self.sums = self._new_sums()
         self.routing = RoutingHistory(self.model, len(self.split.train_indices))
         self._metrics: dict[str, Any] = {}
@@ -115,6 +112,12 @@ class Trainer:
         else:
             self._restore(resume)
             folder.resume(self.step // self.steps_per_epoch)
+        if (images := len(self.split.validation)) < FEW_IMAGES:
+            observer.warned(
+                f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "
+                f"{standard_error_at_half(images):.1f} points; "
+                "best.pt is a late epoch unless an earlier one is clearly better"
+            )
 
     def request_stop(self) -> None:
         """Ask a running `fit` to save and return after the step under way (safe to call from a signal handler)."""
@@ -130,12 +133,11 @@ class Trainer:
             TrainingError: a loss is not finite.
             DataError: an image cannot be decoded, and the config does not say to skip such.
         """
-        total = self.config.epochs * self.steps_per_epoch
-        self.observer.started(self.config.epochs, self.steps_per_epoch, self.step)
+        self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
         saved = began = time.monotonic()
         images_before = self.sums[-1].images
         for batches in self._batches():
-            self._run_step(batches, total)
+            self._run_step(batches)
             if self.step % self.steps_per_epoch == 0:
                 seconds = time.monotonic() - began
                 self._finish_epoch((self.sums[-1].images - images_before) / seconds)
@@ -143,24 +145,22 @@ class Trainer:
             elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save(best=False)
                 saved = time.monotonic()
-            if self._stop and self.step < total:
+            if self._stop and self.step < self.schedule.steps:
                 return False
         return True
 
-    def _run_step(self, batches: list[Batch], total: int) -> None:
+    def _run_step(self, batches: list[Batch]) -> None:
+        levels = self._levels()
         noise = [
             generator_for(self.config.seed, self.step, level, device=self.device) for level in range(len(self.levels))
         ]
         for level in self.levels:
             for group in level.optimizer.param_groups:
-                group["lr"] = cosine(self.step, total, self.config.lr)
+                group["lr"] = self.schedule.rate(self.step, self.config.lr)
         try:
-            levels = self.levels if self.method.phase is None else self.method.phase(self.levels, self.step / total)
             results = self.method.step(levels, batches, self.config, noise, self.step)
         except TrainingError:
-            last = self.folder.last
-            saved = f"{last} holds the run up to its last checkpoint" if last.exists() else "nothing was saved yet"
-            self.observer.warned(f"step {self.step} failed; {saved}")
+            self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
             raise
         of_last = results[-1]
         assert of_last is not None
@@ -172,6 +172,17 @@ class Trainer:
             if result is not None:
                 sums.add(result)
         self.observer.stepped(self.step, len(batches[-1].labels), self.sums[-1].summary())
+
+    def _levels(self) -> list[Level]:
+        """The levels as the phase of this step changes them; in its first step, the phase begins."""
+        span = self.schedule.span(self.step)
+        if self.step == span.first:
+            for level in self.levels:
+                level.optimizer.state.clear()
+            if span.phase.begin is not None:
+                span.phase.begin(self.model)
+        part = span.phase.part
+        return self.levels if part is None else [level.restricted(part) for level in self.levels]
 
     def _finish_epoch(self, images_per_second: float) -> None:
         epoch = self.step // self.steps_per_epoch
@@ -196,10 +207,8 @@ class Trainer:
                 f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
                 "send nearly every image to one expert"
             )
-        settled = self.step > self.method.settled * self.config.epochs * self.steps_per_epoch
-        best = settled and 100 * validation.ra > self.best_ra
-        if best:
-            self.best_ra = 100 * validation.ra
+        final = self.schedule.is_final(self.step)
+        best = final and self.selection.better(validation.right_N, validation.robust_N)
         self._metrics = record
         self.folder.log(record)
         self.sums = self._new_sums()
@@ -225,7 +234,7 @@ class Trainer:
 
     def _remaining_batches(self) -> Iterator[list[Batch]]:
         first, start = divmod(self.step, self.steps_per_epoch)
-        for epoch in range(first, self.config.epochs):
+        for epoch in range(first, self.schedule.epochs):
             streams = [loader.epoch(epoch, start_batch=start) for loader in self.loaders]
             done = start
             for batches in zip(*streams, strict=False):
@@ -282,7 +291,7 @@ class Trainer:
             metrics=self._metrics,
             progress={
                 "step": self.step,
-                "best_ra": self.best_ra,
+                "selection": self.selection.state_dict(),
                 "sums": [sums.state_dict() for sums in self.sums],
             },
             optimizers=[level.optimizer.state_dict() for level in self.levels],
@@ -305,12 +314,12 @@ class Trainer:
             self._restore_weights(checkpoint, progress)
             for sums, state in zip(self.sums, progress.sums, strict=True):
                 sums.load_state_dict(state)
-        except (ConfigError, ValueError) as error:
+            self.selection.load_state_dict(progress.selection)
+        except (ConfigError, CheckpointError, ValueError) as error:
             raise CheckpointError(f"{self.folder.last} does not fit the run it belongs to: {error}") from error
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
             load_optimizer(level.optimizer, state)
         self.step = progress.step
-        self.best_ra = progress.best_ra
         self._metrics = dict(checkpoint.metrics)
         self.routing.resume(self.folder.routes)
 

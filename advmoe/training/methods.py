@@ -9,8 +9,9 @@ import torch
 
 from advmoe.config import KINDS, Kind, MethodName, ModelConfig, TrainConfig, check
 from advmoe.data.loader import Batch
-from advmoe.models.masked import close_masks, masks_open, open_masks
+from advmoe.models.masked import close_masks, open_masks
 from advmoe.training.levels import Level, LevelName
+from advmoe.training.schedule import Phase
 from advmoe.training.steps import (
     StepResult,
     adversarial_update,
@@ -37,10 +38,8 @@ class Method:
     """One iteration."""
     kinds: tuple[Kind, ...] = KINDS
     """Model kinds it is defined for."""
-    phase: Callable[[Sequence[Level], float], Sequence[Level]] | None = None
-    """(levels, share of the run that is done) -> levels as this phase of the run changes them; None: as they are."""
-    settled: float = 0.0
-    """Share of the run before which no checkpoint counts as its best, because the network is still another one."""
+    phases: tuple[Phase, ...] = (Phase(),)
+    """Trainings one after the other. A run's best checkpoint is one of the last: before, the network is another."""
     starts_from_checkpoint: bool = False
     """Whether it only makes sense on top of an earlier run."""
     summary: str
@@ -103,20 +102,15 @@ def standard(
     return [standard_update(levels[0], batches[0])]
 
 
-PRETRAINED, PRUNED = 100 / 220, 120 / 220
-"""Shares of a run at which AT (Sparse) closes and fixes its masks: 100, 20 and 100 epochs in HYDRA."""
+HYDRA = (
+    Phase(part="experts", begin=open_masks),
+    Phase(part="masks", length=0.2, begin=close_masks),
+    Phase(part="experts", peak=0.1),
+)
+"""AT (Sparse): all weights of Dense, then the masks alone, then the kept weights under fixed masks.
 
-
-def sparse_phase(levels: Sequence[Level], progress: float) -> list[Level]:
-    """AT (Sparse) in three phases: all weights of Dense, then the masks alone, then the weights under fixed masks."""
-    (level,) = levels
-    if progress < PRETRAINED:
-        open_masks(level.model)
-        return [level.restricted("experts")]
-    if masks_open(level.model):
-        close_masks(level.model)
-    return [level.restricted("masks" if progress < PRUNED else "experts")]
-
+HYDRA (Sehwag et al., 2020) trains them for 100, 20 and 100 epochs from the rates 0.1, 0.1 and 0.01.
+"""
 
 METHODS: dict[MethodName, Method] = {
     "advmoe": Method(
@@ -131,8 +125,7 @@ METHODS: dict[MethodName, Method] = {
     "at_sparse": Method(
         levels=("all",),
         step=adversarial_training,
-        phase=sparse_phase,
-        settled=PRUNED,
+        phases=HYDRA,
         kinds=("sparse_cnn",),
         summary="AT (Sparse): AT of Dense, then of its channel masks, then of the kept weights",
     ),

@@ -1,0 +1,72 @@
+"""The phases of a run, each with a learning-rate schedule of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.levels import LevelName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A training of its own on what the phase before left: the rate starts at its peak, momentum at zero."""
+
+    length: float = 1.0
+    """Epochs, as a multiple of those asked for; at least one."""
+    peak: float = 1.0
+    """Peak learning rate, as a multiple of the one asked for."""
+    part: LevelName | None = None
+    """The only part of the network that is changed; None: all that the method's levels change."""
+    begin: Callable[[RoutedNetwork], None] | None = None
+    """What is done to the network before the first step."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase and its place in the run."""
+
+    phase: Phase
+    first: int
+    """Its first step."""
+    steps: int
+
+
+class Schedule:
+    """Which phase and which learning rate each step of a run has.
+
+    Args:
+        phases: in their order.
+        epochs: what was asked for.
+        steps_per_epoch: iterations of an epoch.
+    """
+
+    def __init__(self, phases: Sequence[Phase], epochs: int, steps_per_epoch: int) -> None:
+        lengths = [max(1, round(phase.length * epochs)) for phase in phases]
+        self.epochs = sum(lengths)
+        self.steps = self.epochs * steps_per_epoch
+        self._spans: list[Span] = []
+        first = 0
+        for phase, length in zip(phases, lengths, strict=True):
+            self._spans.append(Span(phase, first, length * steps_per_epoch))
+            first += length * steps_per_epoch
+
+    def span(self, step: int) -> Span:
+        """The phase that a step belongs to."""
+        return next(span for span in reversed(self._spans) if span.first <= step)
+
+    def rate(self, step: int, peak: float) -> float:
+        """The learning rate of a step, where `peak` is the one asked for."""
+        span = self.span(step)
+        return cosine(step - span.first, span.steps, span.phase.peak * peak)
+
+    def is_final(self, step: int) -> bool:
+        """Whether the network after this many steps is of the kind that the run is for."""
+        return step > self._spans[-1].first
+
+
+def cosine(step: int, total: int, peak: float) -> float:
+    """Learning rate of a step: from `peak` at 0 down to 0 at `total`."""
+    return 0.5 * peak * (1.0 + math.cos(math.pi * step / total))
