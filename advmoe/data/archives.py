@@ -1,4 +1,4 @@
-"""Official archives: checked before a byte of them is believed, read in place, downloaded whole or not at all."""
+"""Official archives: verified before they are read, read in place, and downloaded completely or not at all."""
 
 from __future__ import annotations
 

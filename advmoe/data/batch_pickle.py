@@ -1,7 +1,7 @@
-"""Read the pickled batches of CIFAR without running anything a pickle may ask for.
+"""Read the pickled batches of CIFAR without running code from the pickle.
 
 A pickle is a program: ``pickle.load`` imports and calls whatever it names. Here it can name only the parts of a NumPy
-array, and even those are replaced by inert stand-ins, so no foreign byte reaches NumPy's own unpickling code.
+array, and even those are replaced by inert stand-ins, so NumPy's own unpickling code sees none of its bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parquet files of encoded images, copied once into a pack that the loader reads at random.
 
-A pack remembers the name, size and time of change of the files it came from: opened again, it is used if they are the
-same and made anew if not. Its layout is described in `rust_router/src/images/pack.rs`.
+A pack remembers the name, size and time of change of the files it came from. It is used again while they are the same,
+and made anew otherwise. Its layout is described in `rust_router/src/images/pack.rs`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def decode_all(
 ) -> NDArray[np.uint8]:
     """Decode ``count`` pairs ``(name for messages, JPEG or PNG bytes)`` to uint8 ``[count, size, size, 3]``.
 
-    ``size`` is ``info.image_size``. Grey images become RGB; EXIF orientation is ignored. PNG is exact; JPEG differs
+    ``size`` is ``info.image_size``. Gray images become RGB; EXIF orientation is ignored. PNG is exact; JPEG differs
     from libjpeg by a few levels at most.
 
     Raises `DataError`, naming the image, for one that cannot be decoded or has another size.

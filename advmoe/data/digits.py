@@ -35,16 +35,16 @@ DIGITS = DatasetInfo(
 def load_digits() -> Dataset:
     """Load the digits as 32x32 RGB with a fixed, stratified split of 1,437 training and 360 test images.
 
-    The originals are 8x8 with 17 grey levels 0..16 (white ink on black). Levels are spread over 0..255, the side is
-    enlarged four times by Pillow's bilinear filter, and the grey plane is repeated for red, green and blue.
+    The originals are 8x8 with 17 gray levels 0..16 (white ink on black). Levels are spread over 0..255, the side is
+    enlarged four times by Pillow's bilinear filter, and the gray plane is repeated for red, green and blue.
     The originals do not say who wrote them, so a writer may appear in both splits.
     """
     with np.load(ORIGINALS) as originals:
         levels, labels = np.round(originals["images"] * (255 / 16)).astype(np.uint8), originals["labels"]
     size = (DIGITS.image_size, DIGITS.image_size)
-    grey = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in levels])
+    gray = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in levels])
     everything = ImageSet(
-        images=np.repeat(grey[..., None], 3, axis=-1),
+        images=np.repeat(gray[..., None], 3, axis=-1),
         labels=labels.astype(np.int64),
         class_names=DIGITS.class_names,
     )

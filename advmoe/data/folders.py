@@ -118,7 +118,7 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
 
 
 def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet]:
-    """The training and test images of the image folder at ``root``, labelled by the position of their class."""
+    """The training and test images of the image folder at ``root``, labeled by the position of their class."""
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
     if folder.samefile(test_folder):
         raise DataError(f"{folder} and {test_folder} are one folder; test images must not be training images")
@@ -199,7 +199,7 @@ def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: 
 
 
 def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | None = None) -> EncodedSet:
-    """The images ``<class>/*`` in ``folder``, labelled by the position of their class in ``class_names``.
+    """The images ``<class>/*`` in ``folder``, labeled by the position of their class in ``class_names``.
 
     By default the classes are the sorted names of the folders in ``folder``.
 

@@ -1,4 +1,4 @@
-"""What a data set is once it has been found: images with labels, and the facts that go with its name."""
+"""Data sets as values: images with labels, and the facts that go with a name."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class EncodedSet:
 
     @cached_property
     def source(self) -> rust_router.EncodedSource:
-        """The images for the Rust loader; kept, since a million paths are handed over in a second, not in none."""
+        """The images for the Rust loader. The object is kept, because handing over a million paths takes a second."""
         return rust_router.EncodedSource(
             self.files,
             self.file_index.astype(np.uint32),
@@ -120,7 +120,7 @@ Images = ImageSet | EncodedSet
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What is known of a data set from its name alone."""
+    """The facts of a data set, known before its images are read."""
 
     name: str
     num_classes: int
@@ -131,9 +131,9 @@ class DatasetInfo:
     resized: bool = False
     """Whether the images have sizes of their own and are cut to `image_size`, or to any other that is asked for."""
     mean: tuple[float, float, float]
-    """Mean of each colour over the training set, in pixel units of [0, 1]."""
+    """Mean of each color over the training set, in pixel units of [0, 1]."""
     std: tuple[float, float, float]
-    """Standard deviation of each colour over the training set, in pixel units of [0, 1]."""
+    """Standard deviation of each color over the training set, in pixel units of [0, 1]."""
     eps: float
     """Radius of the L∞ threat model in pixel units of [0, 1] (section 5 of the paper for the sets it uses)."""
     flip: bool = True

@@ -1,4 +1,4 @@
-"""What the loader does to every image, as values. Random decisions are the loader's: pure functions of its seed."""
+"""Transforms of images, as values. The loader carries them out; its seed determines every random choice."""
 
 from __future__ import annotations
 

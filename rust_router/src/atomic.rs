@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all.
+//! Files that are written completely or not at all.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::FileError;
 
-/// Files begun by this process: two writers of one path do not share what is not complete.
+/// Number of files begun by this process, so that two writers of one path have different temporary files.
 static CREATED: AtomicU64 = AtomicU64::new(0);
 
-/// A file that is written beside its target and takes its name when it is complete; dropped before, it leaves nothing.
+/// A file that is written beside its target and gets the target's name when it is complete. If it is dropped before,
+/// nothing is left.
 #[derive(Debug)]
 pub struct NewFile {
     /// Where its content goes; it may be written in any order.
@@ -20,7 +21,7 @@ pub struct NewFile {
 }
 
 impl NewFile {
-    /// Begins a file that will be `path`.
+    /// Begins a file that gets the name `path` when it is complete.
     ///
     /// # Errors
     /// A folder that cannot be written to.
@@ -46,7 +47,7 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        // Gone already if it was committed; and a rest that cannot be removed has no better place to be reported.
+        // After a commit there is nothing to remove. A failure to remove the rest cannot be reported from here.
         drop(fs::remove_file(&self.partial));
     }
 }

@@ -72,7 +72,7 @@ fn hostile_jpeg_is_decoded_or_refused() {
     let seeds = [
         &include_bytes!("seeds/baseline.jpg")[..],
         include_bytes!("seeds/progressive.jpg"),
-        include_bytes!("seeds/grey.jpg"),
+        include_bytes!("seeds/gray.jpg"),
         include_bytes!("seeds/cmyk.jpg"),
     ];
     survive(checks::jpeg, &seeds.map(<[u8]>::to_vec));

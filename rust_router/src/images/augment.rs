@@ -36,7 +36,7 @@ impl Transform {
     /// How image `index`, of size `image`, fills a batch of images of size `out` in `epoch`.
     ///
     /// # Errors
-    /// A size that this transform cannot bring to that of the batch.
+    /// This transform cannot turn an image of this size into one of the batch's size.
     pub fn view(self, stream: Stream, epoch: u64, index: u64, image: Size, out: Size) -> Result<View> {
         let upright = Window::default();
         match self {
@@ -74,7 +74,7 @@ impl Transform {
     }
 }
 
-/// The coin that mirrors image `index` in `epoch`: the highest bit of its word.
+/// Whether image `index` is mirrored in `epoch`: the highest bit of its random word.
 #[must_use]
 pub fn mirrored(stream: Stream, epoch: u64, index: u64) -> bool {
     stream.block(Purpose::Flip, epoch, index, 0)[0] >> 63 == 1

@@ -1,4 +1,4 @@
-//! Writing images into a batch: what bytes become, and in which order the axes lie.
+//! Writing images into a batch: the value of each byte and the order of the axes.
 
 use crate::images::geometry::{ImageView, Window};
 
@@ -11,7 +11,7 @@ pub enum Layout {
     Interleaved,
 }
 
-/// What each byte of each channel becomes in the batch.
+/// The value in the batch of each byte of each channel.
 pub type Levels<T> = [[T; 256]; 3];
 
 /// Bytes as they are.
@@ -107,7 +107,7 @@ fn clip(offset: isize, len: usize, limit: usize) -> std::ops::Range<usize> {
     start..end
 }
 
-/// Zeroes a row outside `inside` and returns what is within.
+/// Zeroes a row outside `inside` and returns the part inside.
 fn frame<'a, T: Copy>(row: &'a mut [T], inside: &std::ops::Range<usize>, zero: T) -> &'a mut [T] {
     row[..inside.start].fill(zero);
     row[inside.end..].fill(zero);

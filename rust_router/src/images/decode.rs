@@ -1,8 +1,8 @@
 //! JPEG and PNG to RGB bytes, told apart by their first bytes, never by a file's name.
 //!
-//! Grey, CMYK, palette, 16-bit and interlaced images become 8-bit RGB; an alpha channel is dropped and EXIF is not read,
-//! as Pillow's `convert("RGB")` does. JPEG differs from libjpeg-turbo by a few levels at most: its inverse cosine
-//! transform rounds otherwise.
+//! Gray, CMYK, palette, 16-bit and interlaced images become 8-bit RGB; an alpha channel is dropped and EXIF is not read,
+//! as Pillow's `convert("RGB")` does. JPEG differs from libjpeg-turbo by a few levels at most, because its inverse
+//! cosine transform rounds differently.
 
 mod jpeg;
 mod png;
@@ -43,9 +43,10 @@ pub fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     }
 }
 
-/// Decodes the first `rows` rows of an image, or more of it where that is no more work, and returns how many these are
-/// and its width. Their pixels are those of the whole image; what is damaged below them may not be noticed. `bytes` are
-/// those of a shorter image afterwards.
+/// Decodes at least the first `rows` rows of an image, and returns the number of decoded rows and the width.
+///
+/// The pixels equal those of the whole image. Damage below these rows may go unnoticed. Afterwards, `bytes` may describe
+/// a shorter image.
 ///
 /// # Errors
 /// As [`decode`].

@@ -47,14 +47,14 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // The threads of a pool do not exist in a forked child, where telling them to end could wait for ever.
+        // The threads of a pool do not exist in a forked child, where telling them to end could wait forever.
         if self.process != std::process::id() {
             std::mem::forget(self.pool.take());
         }
     }
 }
 
-/// What is done with every image, whatever the batch.
+/// How every image is processed, in any batch.
 #[derive(Debug)]
 pub struct Recipe<T> {
     /// Random numbers.
@@ -65,7 +65,7 @@ pub struct Recipe<T> {
     pub levels: Box<Levels<T>>,
     /// Order of the batch's axes.
     pub layout: Layout,
-    /// Leave out images that cannot be read or decoded, instead of giving up the batch.
+    /// Leave out images that cannot be read or decoded, instead of failing the batch.
     pub skip_bad: bool,
 }
 
@@ -89,7 +89,7 @@ pub struct Request<'a> {
     pub height: usize,
     /// Width of the batch's images.
     pub width: usize,
-    /// Asked before every image: once it says so, the rest of the batch is not made.
+    /// Called before every image; once it returns true, the rest of the batch is not made.
     pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
@@ -97,12 +97,12 @@ thread_local! {
     static SCRATCH: RefCell<(Scratch, Resizer)> = RefCell::default();
 }
 
-/// Fills `out`, `rows.len()` images of `height * width * 3` elements, and returns the images that had to be left out, in
-/// the batch's order. The result depends on the recipe, the rows and the epoch alone.
+/// Fills `out` with `rows.len()` images of `height * width * 3` elements, and returns the skipped images in the order of
+/// the batch. The result depends on the recipe, the rows and the epoch alone.
 ///
 /// # Errors
-/// A buffer of another size, a row the source does not have, an image of a size that cannot be brought to the batch's,
-/// being stopped, and, unless they are skipped, images that cannot be read or decoded.
+/// The buffer has another size, the source does not have a row, an image has a size that the transform cannot change to
+/// the batch's, the caller stopped the batch, or an image cannot be read or decoded and is not to be skipped.
 pub fn fill<T: Copy + Send + Sync>(
     workers: &Workers,
     source: &dyn Source,

@@ -1,4 +1,4 @@
-//! Packs: many encoded images in one file, with their labels and a text that says where they came from.
+//! Packs: many encoded images in one file, with their labels and a text about their origin.
 //!
 //! Little-endian. A header of 64 bytes, the images one after another, the index, the text; nothing behind it.
 //!
@@ -26,7 +26,7 @@ const MAGIC: &[u8; 8] = b"ADVMPACK";
 const VERSION: u32 = 1;
 const HEADER: u64 = 64;
 
-/// A pack in the making; dropped before it is finished, it leaves nothing.
+/// An unfinished pack. If it is dropped before [`PackWriter::finish`], no file is left.
 #[derive(Debug)]
 pub struct PackWriter {
     file: NewFile,
@@ -36,10 +36,10 @@ pub struct PackWriter {
 }
 
 impl PackWriter {
-    /// Begins the pack that will be `path`.
+    /// Begins a pack that gets the name `path` when it is finished.
     ///
     /// # Errors
-    /// A folder that cannot be written to.
+    /// The folder cannot be written to.
     pub fn create(path: &Path) -> Result<Self> {
         let mut file = NewFile::create(path)?;
         file.out.write_all(&[0; HEADER as usize]).map_err(|e| FileError::io("write", path, e))?;
@@ -49,7 +49,7 @@ impl PackWriter {
     /// Adds one encoded image.
     ///
     /// # Errors
-    /// No bytes, or a full disk.
+    /// The image has no bytes, or the disk is full.
     pub fn add(&mut self, image: &[u8], label: i64) -> Result<()> {
         let row = self.labels.len();
         if image.is_empty() {
@@ -83,14 +83,14 @@ impl PackWriter {
     }
 }
 
-/// What a pack says about its images.
+/// The index of a pack.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Pack {
     /// Where each image lies in the pack.
     pub spans: Vec<Span>,
     /// Labels.
     pub labels: Vec<i64>,
-    /// What its writer had to say.
+    /// The text about their origin.
     pub text: String,
 }
 
@@ -98,17 +98,17 @@ impl Pack {
     /// Reads and checks a pack's header, index and text; of its images only where they lie.
     ///
     /// # Errors
-    /// A file that is not there, not a pack, damaged or cut.
+    /// The file is missing, is not a pack, or is damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| FileError::io("read", path, e))?;
         let pack = Self::read(BufReader::new(file));
         Ok(pack.map_err(|reason| FileError::Format { what: "pack", path: path.to_owned(), reason })?)
     }
 
-    /// [`Self::open`] for anything that holds a file's bytes; an error is the reason why it is no pack.
+    /// [`Self::open`] for any reader of bytes; the error is the reason why they are no pack.
     ///
     /// # Errors
-    /// Anything but a whole pack. Memory stays within a small multiple of the bytes' length.
+    /// The bytes are not a whole pack. Memory stays within a small multiple of the bytes' length.
     pub fn read(mut file: impl Read + Seek) -> std::result::Result<Self, String> {
         let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
         let mut header = [0; HEADER as usize];
@@ -145,7 +145,7 @@ impl Pack {
     /// The images of the pack, whose file is `path`.
     ///
     /// # Errors
-    /// An image that is too long to be one.
+    /// An image is too long to be one.
     pub fn source(&self, path: &Path) -> Result<Encoded> {
         Encoded::new(vec![path.to_owned()], self.spans.clone())
     }

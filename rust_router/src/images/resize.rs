@@ -6,7 +6,7 @@ use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions};
 
 use crate::images::geometry::{ImageView, Part, Size};
 
-/// A resizer and the memory it uses again.
+/// A resizer and its reusable memory.
 #[derive(Default)]
 pub struct Resizer {
     inner: fast_image_resize::Resizer,
@@ -17,7 +17,7 @@ impl Resizer {
     /// `part` of `image`, resized to `size`. Pixels outside the part have no influence.
     ///
     /// # Errors
-    /// The reason why a part, or a size, is not possible.
+    /// The reason why the part or the size is impossible.
     pub fn resize(&mut self, image: ImageView<'_>, part: Part, size: Size) -> Result<ImageView<'_>, String> {
         let side = |pixels: usize| u32::try_from(pixels).map_err(|e| e.to_string());
         let (height, width) = size;
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn halving_averages_over_a_tent_and_ignores_what_is_cropped_away() {
-        // Grey levels 0 8 16 24 between two columns of 255 that are cropped away. A tent of radius 2 around the centres 1
+        // Gray levels 0 8 16 24 between two columns of 255 that are cropped away. A tent of radius 2 around the centers 1
         // and 3 of the part weighs its pixels 1.5 : 1.5 : 0.5, of 3.5, and 0.5 : 1.5 : 1.5:
         // (1.5 * 0 + 1.5 * 8 + 0.5 * 16) / 3.5 = 5.7 and (0.5 * 8 + 1.5 * 16 + 1.5 * 24) / 3.5 = 18.3.
         let rgb: Vec<u8> = [255, 0, 8, 16, 24, 255].iter().flat_map(|&level| [level; 3]).collect();

@@ -1,4 +1,4 @@
-//! Where images come from: something that shows RGB bytes by row, from memory or decoded from spans of files.
+//! Sources of images: RGB bytes by row number, from memory or decoded from spans of files.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +10,7 @@ use crate::images::decode;
 use crate::images::error::{Error, Result};
 use crate::images::geometry::{ImageView, Size, View};
 
-/// Memory of one thread that is used again for every image.
+/// Reusable memory of one thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
     encoded: Vec<u8>,
@@ -27,11 +27,11 @@ pub trait Source: Sync {
         self.len() == 0
     }
 
-    /// Shows image `row`, from memory of its own or from `scratch`, as far down as the view that `choose` makes of its size
-    /// looks.
+    /// Shows image `row`, from the source's own memory or from `scratch`. `choose` makes the view from the size of the
+    /// image; only the rows that this view needs are decoded.
     ///
     /// # Errors
-    /// A row that is not there, an image that cannot be read or decoded, or what `choose` finds wrong with its size.
+    /// The source does not have the row, the image cannot be read or decoded, or `choose` refuses its size.
     fn image<'a>(
         &'a self,
         row: usize,
@@ -93,11 +93,11 @@ pub struct Span {
     pub length: u64,
 }
 
-/// JPEG and PNG images in files: whole files, members of uncompressed tar archives, or of a pack.
+/// JPEG and PNG images in files: whole files, or parts of a pack.
 #[derive(Debug)]
 pub struct Encoded {
     files: Vec<PathBuf>,
-    /// Files kept open, where they are few enough.
+    /// Open files; empty where there are too many files to keep open.
     handles: Vec<OnceLock<File>>,
     spans: Vec<Span>,
 }
@@ -154,17 +154,17 @@ impl Encoded {
     }
 }
 
-/// A panic in a decoder is a damaged image, not the end of the epoch.
+/// The reason given for a panic in a decoder, which means a damaged image and must not end the epoch.
 const PANIC: &str = "the decoder gave up on it";
 
-/// What a decoder makes of bytes from anywhere: whatever happens in it becomes a reason.
+/// Runs a decoder; errors and panics both become an `Err` with a reason.
 ///
 /// # Errors
 /// As those of [`decode`].
 pub fn guarded<T>(
     decode: impl FnOnce() -> std::result::Result<T, decode::Reason>,
 ) -> std::result::Result<T, decode::Reason> {
-    // A buffer it writes to may hold anything afterwards; the next image overwrites it.
+    // After a panic, the buffer may hold anything; the next image overwrites it.
     catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err(PANIC.into()))
 }
 

@@ -1,7 +1,6 @@
 //! How much the pathways of different samples differ: IoU over all pairs of them.
 //!
-//! Equal pathways are merged first, and runs of layers that have together at most 256 combinations of experts are looked
-//! up as one.
+//! Equal pathways are merged first. A run of layers with at most 256 combinations of experts is one table look-up.
 
 use crate::rng::{Purpose, Stream, below};
 use crate::routes::channels::{Channels, ExpertPairs, sum};
@@ -103,8 +102,8 @@ impl Tally {
         Self { histogram: vec![0; num_bins], pairs: 0, iou_sum: 0.0 }
     }
 
-    /// Counts `weight` pairs of sets. A ratio of integers this small that lies below a bin's edge is not rounded up to it,
-    /// so the bin is that of exact arithmetic.
+    /// Counts `weight` pairs of sets. Ratios of such small integers are not rounded across the edge of a bin, so the bin
+    /// is that of exact arithmetic.
     #[inline]
     fn add(&mut self, intersection: u32, a: u32, b: u32, weight: u64) {
         let iou = iou(intersection, a, b);

@@ -32,17 +32,17 @@ const VERSION: i64 = 1;
 /// Writes a log; the file is there whole or not at all.
 ///
 /// # Errors
-/// A file that cannot be written.
+/// The file cannot be written.
 pub fn save(log: &mut RouteLog, path: &Path) -> Result<()> {
     let mut file = NewFile::create(path)?;
     write(log, &mut file.out).map_err(|e| FileError::io("write", path, e))?;
     Ok(file.commit()?)
 }
 
-/// Reads a log that [`save`] or somebody else's `numpy.savez` wrote.
+/// Reads a log written by [`save`] or by `numpy.savez`.
 ///
 /// # Errors
-/// A file that is not there, is not a route log, or holds rows that no model can have.
+/// The file is missing, is not a route log, or holds rows that no model can have.
 pub fn load(path: &Path) -> Result<RouteLog> {
     let file = File::open(path).map_err(|e| FileError::io("read", path, e))?;
     let log = read(BufReader::new(file));
@@ -106,10 +106,10 @@ fn header(descr: &str, shape: &str) -> Vec<u8> {
     [&b"\x93NUMPY\x01\x00"[..], &(dict.len() as u16).to_le_bytes(), dict.as_bytes()].concat()
 }
 
-/// Reads a log from anything that holds a file's bytes; an error is the reason why it is none.
+/// Reads a log from any reader of bytes; the error is the reason why they are no log.
 ///
 /// # Errors
-/// Anything but a route log. Memory stays within a small multiple of what the bytes unpack to.
+/// The bytes are not a route log. Memory stays within a small multiple of the unpacked size.
 pub fn read(bytes: impl Read + Seek) -> std::result::Result<RouteLog, String> {
     let mut npz = ZipArchive::new(bytes).map_err(|e| e.to_string())?;
     let mut column = |name: &str, descr: &str| -> std::result::Result<Array, String> {
@@ -176,7 +176,7 @@ impl Array {
             format!("expected type {descr} in C order, got {:?}", dict.trim_end().chars().take(120).collect::<String>())
         })?;
         let size = shape.iter().try_fold(item_size, |size, &n| size.checked_mul(n)).ok_or("its shape is too large")?;
-        // Grows with what is there, not with what the header promises.
+        // The vector grows with the bytes that arrive, not with the size in the header.
         let mut bytes = Vec::new();
         file.take((size as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
         if bytes.len() != size {

@@ -1,6 +1,6 @@
 //! Which expert every MoE layer chose for every sample, under every condition: one byte per layer and sample.
 //!
-//! Rows are keyed by (condition, epoch, sample index), and a row that comes again replaces the old one. So appending a
+//! Rows are keyed by (condition, epoch, sample index); a new row replaces an old one with the same key. Appending a
 //! batch twice, or merging the logs of several ranks in any order, changes nothing.
 
 use std::collections::BTreeMap;
@@ -10,12 +10,12 @@ use crate::routes::error::{Error, Result};
 /// Longest name of a condition, in characters.
 pub const MAX_CONDITION: usize = 128;
 
-/// Under what circumstances samples were routed.
+/// The circumstances under which samples were routed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// "clean", or the name of the attack.
     pub condition: String,
-    /// The epoch of training it happened in, where that matters; else 0.
+    /// The epoch of training; 0 outside training.
     pub epoch: u32,
 }
 
@@ -81,7 +81,7 @@ impl Table {
     }
 
     fn push(&mut self, rows: Rows<'_>) {
-        /// Rows out of order that are kept at least, before they are sorted in: that bounds the memory of repetitions.
+        /// At least so many rows out of order are kept before they are sorted in, which bounds the memory of repeated rows.
         const PATIENCE: usize = 1 << 16;
         self.indices.extend_from_slice(rows.indices);
         self.experts.extend_from_slice(rows.experts);
@@ -97,7 +97,7 @@ impl Table {
         }
     }
 
-    /// Brings all rows into order and drops those that were replaced.
+    /// Sorts all rows and drops replaced ones.
     fn sort(&mut self) {
         if self.ordered == self.len() {
             return;
@@ -150,8 +150,8 @@ impl RouteLog {
     /// Adds rows to a condition, replacing those of the same sample.
     ///
     /// # Errors
-    /// Columns of different lengths, an expert that a layer does not have, a negative sample index, a class below -1,
-    /// or a condition without a name. Then nothing is added.
+    /// The columns have different lengths, a layer does not have an expert, a sample index is negative, a class is below
+    /// -1, or the condition has no name. Then nothing is added.
     pub fn append(&mut self, key: Key, rows: Rows<'_>) -> Result<()> {
         let num_layers = self.num_experts.len();
         let expected = rows.indices.len();
@@ -203,7 +203,7 @@ impl RouteLog {
         self.tables.retain(|key, _| key.epoch >= epoch);
     }
 
-    /// Sorts what was appended out of order, so that tables can be read.
+    /// Sorts rows that were appended out of order, so that tables can be read.
     pub fn sort(&mut self) {
         self.tables.values_mut().for_each(Table::sort);
     }

@@ -1,4 +1,4 @@
-//! What route tables say: expert load, distinct pathways, and how routing differs between two conditions.
+//! Statistics of route tables: expert load, distinct pathways, and differences between two conditions.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::routes::log::Table;
 /// Layers with fewer experts than `max_experts` have zeros behind them.
 ///
 /// # Errors
-/// A label that is unknown or not below `num_classes`, where labels count; no classes, or more than 2^20.
+/// A label is unknown or not below `num_classes` (unless that is 1), or `num_classes` is 0 or above [`MAX_CLASSES`].
 pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
     if !(1..=MAX_CLASSES).contains(&num_classes) {
         return Err(Error::NumClasses { num_classes });

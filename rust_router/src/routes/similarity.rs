@@ -1,5 +1,5 @@
-//! How alike a sample's pathway is to a mask, or to its pathway under another condition: intersection over union and
-//! cosine of their sets of channels.
+//! Similarity of a sample's pathway to a mask, or to its pathway under another condition: intersection over union and
+//! cosine of the two sets of channels.
 
 use crate::routes::channels::{Channels, ExpertPairs, overlap, sum};
 use crate::routes::error::{Error, Result};

@@ -1,4 +1,4 @@
-//! JPEG to RGB bytes, and no more rows of it than are asked for.
+//! JPEG to RGB bytes, either the whole image or its top rows.
 
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
@@ -42,7 +42,7 @@ pub(super) fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Re
     if let Some(frame) = Frame::find(bytes)
         && frame.one_scan
     {
-        // One row of blocks more than asked for: where colour is subsampled, it has a share in the row above.
+        // One row of blocks more than asked for: with subsampled color, it contributes to the row above.
         let height = (rows.div_ceil(frame.block_rows) + 1) * frame.block_rows;
         if let Ok(height) = u16::try_from(height)
             && usize::from(height) < frame.height
@@ -107,7 +107,7 @@ impl Frame {
 mod tests {
     use super::*;
 
-    /// A file's headers: an application's segment, the frame and one scan, of 300 x 400 pixels in colour.
+    /// A file's headers: an application's segment, the frame and one scan, of 300 x 400 pixels in color.
     fn headers(frame: u8, components_in_scan: u8) -> Vec<u8> {
         [
             &[0xFF, 0xD8, 0xFF, 0xE0, 0, 4, 1, 2][..],

@@ -34,10 +34,10 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
                 rgb.copy_within(4 * pixel..4 * pixel + 3, 3 * pixel);
             }
         }
-        grey => {
-            // Backwards, because the three bytes of a pixel end behind its grey one.
+        gray => {
+            // Backwards, because the three bytes of a pixel end behind its gray one.
             for pixel in (0..pixels).rev() {
-                let level = rgb[grey * pixel];
+                let level = rgb[gray * pixel];
                 rgb[3 * pixel..3 * pixel + 3].fill(level);
             }
         }
