@@ -1,6 +1,7 @@
 """`advmoe reproduce`: which commands stand behind a table or figure, and what it shows of their results."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from advmoe.cli import reproduce
-from advmoe.cli.app import app
+from advmoe.cli.app import app, main
+from advmoe.experiments import EXPERIMENTS, SCALES, independent, selected
 
 
 class Commands:
@@ -19,8 +21,11 @@ class Commands:
 
     def __call__(self, command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
         self.calls.append((command, *arguments))
+        if command in {"train", "evaluate"}:
+            Path(arguments[arguments.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
         if command == "evaluate":
-            return {"sa": 80.0, "ra_pgd50": 50.0, "gflops": 0.139}
+            seed = int(arguments[arguments.index("--seed") + 1])
+            return {"sa": 80.0 + 2 * seed, "ra": 50.0, "gflops": 0.139, "ra_by_eps": {"2/255": 70.0}}
         if command == "analyze":
             return {
                 "conditions": {"pgd": {"dissection": {"router_survives_right": 45.5, "router_fooled_right": 4.5}}},
@@ -33,49 +38,74 @@ class Commands:
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Commands:
     commands = Commands()
     monkeypatch.setattr(reproduce, "run", commands)
+    monkeypatch.chdir(tmp_path)
     return commands
 
 
-def table(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, ["reproduce", *arguments, *folders, "--json"])
+def printed(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["reproduce", *arguments], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
-    printed: dict[str, Any] = json.loads(result.stdout)
-    assert printed == json.loads((tmp_path / "out" / f"{arguments[0]}.json").read_text())
-    return printed
+    return result.stdout
 
 
-def test_pathways_of_fig6_are_compared_with_the_mask_of_the_sparse_cnn(tmp_path: Path, commands: Commands) -> None:
-    runs = table(tmp_path, "fig6")["runs"]
-    mask = str(tmp_path / "runs" / "table1-cifar10-resnet18-at-sparse" / "best.pt")
+def table(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(printed(*arguments, "--json"))
+    assert found == json.loads(Path("results", f"{arguments[0]}.json").read_text())
+    return found
+
+
+def test_pathways_of_fig6_are_compared_with_the_mask_of_the_sparse_cnn(commands: Commands) -> None:
+    runs = table("fig6")["runs"]
+    (sparse,) = [name for name in runs if "sparse" in name]
+    mask = f"runs/{sparse}/best.pt"
     analysed = commands.named("analyze")
     assert len(analysed) == 2
     assert all(call[-2:] == ("--mask", mask) for call in analysed)
     assert mask in commands.named("report")[0]
-    # a Sparse-CNN has no routing of its own to analyse
-    assert "routing" not in runs["table1-cifar10-resnet18-at-sparse"]
-    assert runs["table1-cifar10-resnet18-advmoe"]["routing"]["mask"]["clean"]["mean"] == 0.25
+    # A Sparse-CNN has no routing of its own to analyze.
+    assert "routing" not in runs[sparse][0]
+    assert all(runs[name][0]["routing"]["mask"]["clean"]["mean"] == 0.25 for name in runs if name != sparse)
 
 
-def test_a_run_on_top_of_another_trains_that_one_first(tmp_path: Path, commands: Commands) -> None:
-    table(tmp_path, "fig5")
+def test_mask_and_pathways_of_fig6_start_from_one_checkpoint(commands: Commands) -> None:
+    table("fig6")
+    trained = commands.named("train")
+    starts = {call[call.index("--init") + 1] for call in trained if "--init" in call}
+    assert starts == {"runs/table1-cifar10-resnet18-at-dense/best.pt"}
+    assert len([call for call in trained if "--init" in call]) == 3
+
+
+def test_a_run_on_top_of_another_trains_that_one_first_and_shows_it_beside(commands: Commands) -> None:
+    runs = table("fig5")["runs"]
     order = [call[call.index("--recipe") + 1] for call in commands.named("train")]
     assert order == ["fig3-standard-moe-r0.5", "fig3-router-at-r0.5", "fig5-expert-at"]
     last = commands.named("train")[-1]
-    assert last[last.index("--init") + 1] == str(tmp_path / "runs" / "fig3-router-at-r0.5" / "best.pt")
+    assert last[last.index("--init") + 1] == "runs/fig3-router-at-r0.5/best.pt"
+    assert list(runs) == ["fig3-router-at-r0.5", "fig5-expert-at"]  # Figs. 4 and 5 side by side
 
 
-def test_table1_needs_no_analysis_of_routing(tmp_path: Path, commands: Commands) -> None:
-    runs = table(tmp_path, "table1", "--only", "cifar10-resnet18")["runs"]
-    assert len(runs) == 5
+def test_finished_work_is_not_repeated_unless_the_options_change(commands: Commands) -> None:
+    table("table1", "--only", "cifar10-resnet18")
+    assert (len(commands.named("train")), len(commands.named("evaluate"))) == (5, 5)
     assert not commands.named("analyze")
+    commands.calls.clear()
+    table("table1", "--only", "cifar10-resnet18")
+    assert [call[0] for call in commands.calls] == ["report"]
+    commands.calls.clear()
+    table("table1", "--only", "cifar10-resnet18", "--evaluate", "--steps 20")
+    assert (len(commands.named("train")), len(commands.named("evaluate"))) == (0, 5)
 
 
-def test_models_of_different_data_sets_get_reports_of_their_own(tmp_path: Path, commands: Commands) -> None:
-    table(tmp_path, "table1", "--only", "resnet18")
+def test_a_table_gives_routed_models_the_attacks_on_their_routing(commands: Commands) -> None:
+    table("table2", "--only", "cifar10-resnet18")
+    assert all({"--routing", "--autoattack"} <= set(call) for call in commands.named("evaluate"))
+
+
+def test_models_of_different_data_sets_get_reports_of_their_own(commands: Commands) -> None:
+    table("table1", "--only", "resnet18")
     written = {
         Path(call[call.index("--out") + 1]).name: call[1 : call.index("--out")] for call in commands.named("report")
     }
@@ -88,10 +118,95 @@ def test_models_of_different_data_sets_get_reports_of_their_own(tmp_path: Path, 
         assert all(f"table1-{dataset}-resnet18" in folder for folder in folders)
 
 
+def test_seeds_have_runs_of_their_own_and_give_mean_and_deviation(commands: Commands) -> None:
+    shown = printed("table1", "--only", "table1-cifar10-resnet18-advmoe", "--seeds", "0,1,2")
+    # SA of 80, 82 and 84: the mean is 82, the deviation sqrt((4 + 0 + 4) / 2) = 2.
+    assert "82.0±2.0" in shown
+    assert "50.0±0.0" in shown
+    assert "3 seeds, mean ± standard deviation" in shown
+    folders = [call[call.index("--out") + 1] for call in commands.named("train")]
+    assert folders == [f"runs/table1-cifar10-resnet18-advmoe{ending}" for ending in ("", "-seed1", "-seed2")]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_table_fits_80_columns_and_says_what_was_made_smaller(name: str, commands: Commands) -> None:
+    shown = printed(name, "--scale", "smoke", "--seeds", "0,1")
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("2 seeds"))
+    assert "Smaller than in the paper: digits instead of the data set" in shown
+    assert all("digits" in call for call in commands.named("train"))
+
+
+def test_independent_commands_together_do_all_the_work(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    table("fig3", "--scale", "small")
+    whole = {call for call in commands.calls if call[0] in {"train", "evaluate"}}
+    lines = printed("fig3", "--scale", "small", "--list", "--runs", "again").splitlines()
+    # Router-only AT goes on from standard MoEs, masks from one standard Dense: 3 + 1 groups, and S-Dense at 3 scales.
+    assert len(lines) == 7
+    commands.calls.clear()
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "advmoe"
+        before = len(commands.calls)
+        assert main(arguments) == 0
+        ran = commands.calls[before:]
+        assert len({call[call.index("--out") + 1] for call in ran}) == len(ran)
+    parts = {tuple(part.replace("again", "runs-small") for part in call) for call in commands.calls}
+    assert parts == whole
+
+
+def test_every_scale_of_every_experiment_has_runs() -> None:
+    for name in EXPERIMENTS:
+        for scale in SCALES:
+            chosen = selected(name, scale, [])
+            assert chosen
+            assert sorted(r.name for group in independent(chosen) for r in group) == sorted(r.name for r in chosen)
+
+
+def test_commands_side_by_side_share_out_the_gpus_and_a_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, sys, pathlib; pathlib.Path(sys.argv[-1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    program = tmp_path / "python"
+    program.write_text(f"#!{reproduce.sys.executable}\n{code}\nsys.exit('fail' in sys.argv[-1])\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(reproduce.sys, "executable", str(program))
+    commands = [[str(tmp_path / name)] for name in ("a", "b", "c")]
+    reproduce.side_by_side(commands, ["0", "1"])
+    assert {(tmp_path / name).read_text() for name in ("a", "b", "c")} == {"0", "1"}
+    with pytest.raises(reproduce.AdvMoEError, match="1 of 2 commands failed"):
+        reproduce.side_by_side([[str(tmp_path / "fail")], [str(tmp_path / "fine")]], ["0", "1"])
+    assert (tmp_path / "fine").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table9"], "unknown table or figure 'table9'"),
+        (["table1", "--only", "mnist"], "no run of table1 has a name like 'mnist'"),
+        (["table1", "--scale", "tiny"], "unknown scale 'tiny'"),
+        (["table1", "--seeds", "0,x"], "--seeds expects whole numbers"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_the_table_shows_figures_from_anywhere_in_a_result() -> None:
-    result = {"sa": 81.25, "routing": {"mask": {"clean": {"mean": 0.25}}}, "by_eps": {"2/255": 70.0, "4/255": 61.5}}
-    assert reproduce.shown(result, "sa") == "81.25"
-    assert reproduce.shown(result, "routing.mask.clean.mean") == "0.25"
-    assert reproduce.shown(result, "by_eps") == "2/255: 70.00, 4/255: 61.50"
-    # Dense has no routing, and nothing that was not measured is shown as a number
-    assert reproduce.shown({"sa": 1.0}, "routing.mask.clean.mean") == "-"
+    result = {"sa": 81.25, "gflops": 0.13912, "routing": {"mask": {"clean": {"mean": 0.25}}}}
+    assert reproduce.cell([result], "sa") == "81.25"
+    assert reproduce.cell([result], "gflops") == "0.1391"
+    assert reproduce.cell([result], "routing.mask.clean.mean") == "0.250"
+    # Dense has no routing, and nothing that was not measured is shown as a number.
+    assert reproduce.cell([{"sa": 1.0}], "routing.mask.clean.mean") == "-"
+
+
+@pytest.mark.slow
+def test_fig2_at_the_smallest_scale_is_trained_evaluated_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "fig2", "--scale", "smoke", "--only", "at-s-dense", "--json"]) == 0
+    (result,) = json.loads(capfd.readouterr().out)["runs"]["table1-cifar10-resnet18-at-s-dense"]
+    assert set(result["ra_by_eps"]) == {f"{level}/255" for level in (2, 4, 6, 8, 10, 12)}
+    assert (tmp_path / "results" / "fig2.html").is_file()

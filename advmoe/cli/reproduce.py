@@ -3,183 +3,281 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.options import DataDir, Device, Json, LimitEval
 from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, terminal_interrupts_children
-from advmoe.config import one_of
+from advmoe.config import check, one_of
 from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
 from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
 
-ROUTING = "routing"
-"""Under which key of a run's result the analysis of its route log stands."""
-UNDER_PGD = f"{ROUTING}.conditions.pgd.dissection"
-DISSECTION = {
-    "1: router survives, right": f"{UNDER_PGD}.router_survives_right",
-    "2: router fooled, right": f"{UNDER_PGD}.router_fooled_right",
-    "3: router survives, wrong": f"{UNDER_PGD}.router_survives_wrong",
-    "4: both fooled": f"{UNDER_PGD}.router_fooled_wrong",
-}
-IOU = {
-    "IoU with mask, clean": f"{ROUTING}.mask.clean.mean",
-    "IoU with mask, PGD": f"{ROUTING}.mask.pgd.mean",
-    "IoU clean - PGD": f"{ROUTING}.similarity.overlap.pgd.mean",
-    "IoU of pairs": f"{ROUTING}.similarity.diversity.clean.mean",
-}
-RADII = ",".join(f"{level}/255" for level in (2, 4, 6, 8, 10, 12))
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A table or figure: what its runs say in `shown_in`, and what its evaluation needs beyond SA and RA."""
-
-    shown_in: str
-    evaluate: str = ""
-    """Further options of `advmoe evaluate`."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """What to show beside SA, RA and GFLOPs: title -> where it is in a run's result, as keys joined by dots."""
-    mask: bool = False
-    """Compare pathways with the mask pathway of AT (Sparse)."""
-
-    @property
-    def routing(self) -> bool:
-        """Whether it shows something of the routing, so that the route logs have to be analysed."""
-        return any(path.startswith(f"{ROUTING}.") for path in self.columns.values())
-
-
-EXPERIMENTS: Mapping[str, Experiment] = {
-    "table1": Experiment("Table 1"),
-    "table2": Experiment("Table 2", "--autoattack", {"RA-AA": "ra_aa"}),
-    "table3": Experiment("Table 3"),
-    "fig2": Experiment("Fig. 2", f"--eps-sweep {RADII}", {"RA by eps": "ra_by_eps"}),
-    "fig3": Experiment("Fig. 3"),
-    "fig4": Experiment("Fig. 4", columns=DISSECTION),
-    "fig5": Experiment("Fig. 5", columns=DISSECTION),
-    "fig6": Experiment("Fig. 6", columns=IOU, mask=True),
-    "fig7": Experiment("Fig. 7"),
-    "fig8": Experiment("Fig. 8"),
-    "appc": Experiment("App. C"),
-}
+DONE = "done.json"
+"""In the folder of a finished run or evaluation: the options it was made with, and its result."""
 
 
 def reproduce(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    scale: Annotated[
+        str,
+        typer.Option(help="paper; small (two cores, hours, a figure with meaning); smoke (digits, minutes, a try)."),
+    ] = "paper",
     only: Annotated[
-        str | None, typer.Option(help="Only runs whose recipe has this in its name, e.g. cifar10-resnet18.")
+        str | None,
+        typer.Option(
+            help="Only these runs: names of recipes, parts or patterns of them, separated by commas, e.g. "
+            "cifar10-resnet18 or 'table1-*-advmoe'.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; several give mean and deviation.")] = "0",
+    list_only: Annotated[
+        bool,
+        typer.Option("--list", help="Print independent commands that do the work, one a line, for a scheduler."),
+    ] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Train and evaluate only; the table is for a later call.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Independent runs to do side by side.")] = 1,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="GPUs for runs side by side, one run on each, e.g. 0,1,2,3.", show_default=False),
     ] = None,
     train: Annotated[
-        str, typer.Option(help="Options for all training runs, e.g. '--width 0.25 --epochs 10 --limit-train 10000'.")
+        str, typer.Option(help="Further options for all training runs, e.g. '--width 0.25 --epochs 10'.")
     ] = "",
-    evaluate: Annotated[str, typer.Option(help="Options for all evaluations, e.g. '--steps 20'.")] = "",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs, one per recipe.")] = Path("runs"),
+    evaluate: Annotated[str, typer.Option(help="Further options for all evaluations, e.g. '--steps 20'.")] = "",
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of the runs. Default: runs, or runs-SCALE.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the table (JSON) and the report (HTML).")] = Path("results"),
     limit_eval: LimitEval = None,
     data_dir: DataDir = None,
-    seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Train, evaluate and show all runs of a table or figure of the paper.
 
-    What is finished is not done again: after an interruption the same command goes on where it stopped. At the paper's
-    settings most take GPU-days; --train and --evaluate make them smaller, and the result says so.
+    Finished work is not repeated: after an interruption the same command goes on where it stopped. At the paper's scale
+    most tables take GPU-days; a smaller scale says what it made smaller.
     """
     from advmoe.files import write_text_atomically
 
-    experiment = EXPERIMENTS[one_of("table or figure", name, EXPERIMENTS)]
-    chosen = [
-        recipe
-        for recipe in all_recipes().values()
-        if experiment.shown_in in [part.strip() for part in recipe.shown_in.split(",")]
-        and (only is None or only in recipe.name)
-    ]
-    if not chosen:
-        raise ConfigError(f"no run of {name} has '{only}' in its name; 'advmoe recipes' lists them")
-    common = ["--seed", str(seed), "--device", device, *([] if data_dir is None else ["--data-dir", str(data_dir)])]
-    limit = [] if limit_eval is None else ["--limit-eval", str(limit_eval)]
-    results: dict[str, dict[str, Any]] = {}
-    train_words, evaluate_words = words(train, "--train"), words(evaluate, "--evaluate")
-    for recipe in chosen:
-        checkpoint = trained(recipe, runs, [*train_words, *common])
-        options = [*shlex.split(experiment.evaluate), *evaluate_words, *limit, *common]
-        results[recipe.name] = run("evaluate", str(checkpoint), "--out", str(evaluated(recipe, name, runs)), *options)
-    mask = mask_option(experiment, chosen, runs)
-    for recipe in chosen:
-        if experiment.routing and recipe.model.get("kind") == "moe":
-            results[recipe.name][ROUTING] = run("analyze", str(evaluated(recipe, name, runs)), *mask)
-    out.mkdir(parents=True, exist_ok=True)
+    one_of("table or figure", name, EXPERIMENTS)
+    chosen_scale = one_of("scale", scale, SCALES, "scale")
+    plan = Plan(
+        name=name,
+        scale=chosen_scale,
+        chosen=tuple(selected(name, chosen_scale, only.split(",") if only else [])),  # type: ignore[arg-type]
+        seeds=_seeds(seeds),
+        runs=runs or Path("runs" if scale == "paper" else f"runs-{scale}"),
+        train=train,
+        evaluate=" ".join([evaluate, *([] if limit_eval is None else ["--limit-eval", str(limit_eval)])]).strip(),
+        common=("--device", device, *([] if data_dir is None else ["--data-dir", str(data_dir)])),
+    )
+    check(jobs >= 1, f"--jobs must be at least 1, got {jobs}")
+    if list_only:
+        for line in plan.commands(out):
+            console.out.print(shlex.join(["advmoe", *line]), highlight=False, markup=False)
+        return
+    workers = [None] * jobs if gpus is None else [gpu.strip() for gpu in gpus.split(",")]
+    if len(workers) > 1 and len(plan.commands(out)) > 1:
+        side_by_side(plan.commands(out), workers)
+    results = {
+        recipe.name: [plan.result(recipe, seed) for seed in plan.seeds] for recipe in plan.chosen
+    }  # what was done side by side is only read here
+    if prepare:
+        return
+    mask = plan.mask_option()
+    for recipe in plan.chosen if plan.experiment.routing else ():
+        if recipe.model.get("kind") == "moe":
+            for seed, result in zip(plan.seeds, results[recipe.name], strict=True):
+                result[ROUTING] = run("analyze", str(plan.evaluation(recipe, seed)), *mask)
     table = {
-        "experiment": experiment.shown_in,
-        "train_options": train,
-        "evaluate_options": " ".join([experiment.evaluate, evaluate, *limit]).strip(),
+        "experiment": plan.experiment.title,
+        "scale": scale,
+        "made_smaller": plan.made_smaller,
+        "seeds": list(plan.seeds),
+        "train_options": plan.train_options,
+        "evaluate_options": plan.evaluate_options,
         "runs": results,
     }
-    text = jsonlib.dumps(table, indent=2) + "\n"
-    write_text_atomically(out / f"{name}.json", text)
-    for dataset, title in reports(name, chosen).items():
-        folders = [str(evaluated(recipe, name, runs)) for recipe in chosen if recipe.dataset == dataset]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(out / f"{name}.json", jsonlib.dumps(table, indent=2) + "\n")
+    for dataset, title in reports(name, plan.chosen, one=plan.size.dataset is not None).items():
+        folders = [
+            str(plan.evaluation(recipe, plan.seeds[0]))
+            for recipe in plan.chosen
+            if plan.size.dataset is not None or recipe.dataset == dataset
+        ]
         run("report", *folders, *mask, "--out", str(out / f"{title}.html"), json=False)
     if json:
         console.emit_json(table)
-        return
-    accuracies = ("sa", *sorted({key for result in results.values() for key in result if key.startswith("ra_pgd")}))
-    columns = {key: key for key in accuracies} | dict(experiment.columns) | {"gflops": "gflops"}
-    rows = [
-        (recipe.name, recipe.summary, *(shown(results[recipe.name], path) for path in columns.values()))
-        for recipe in chosen
-    ]
-    console.show_table(f"{experiment.shown_in} ({out / f'{name}.json'})", ("run", "method", *columns), rows)
+    else:
+        show(plan, results)
+        console.note(f"written to {out / name}.json and {out / name}*.html")
 
 
-def words(text: str, name: str) -> list[str]:
-    """The options in a text, split as a shell does.
-
-    Raises:
-        ConfigError: a quotation that does not end.
-    """
+def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} cannot be read: {str(error).lower()}, got {text}") from None
+        found = tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError:
+        raise ConfigError(f"--seeds expects whole numbers separated by commas, such as 0,1,2, got '{text}'") from None
+    check(all(seed >= 0 for seed in found), f"--seeds must not be negative, got {text}")
+    return found
 
 
-def evaluated(recipe: Recipe, name: str, runs: Path) -> Path:
-    """Folder of a run's evaluation for a table or figure."""
-    return runs / recipe.name / f"evaluation-{name}"
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The work behind a table or figure: runs, seeds, sizes and folders."""
+
+    name: str
+    scale: str
+    chosen: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    runs: Path
+    train: str
+    evaluate: str
+    common: tuple[str, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        """What is reproduced."""
+        return EXPERIMENTS[self.name]
+
+    @property
+    def size(self) -> Any:
+        """How large the runs are."""
+        return SIZES[self.scale]  # type: ignore[index]
+
+    @property
+    def train_options(self) -> str:
+        """Options of all trainings."""
+        return " ".join(part for part in (self.size.train, self.train) if part)
+
+    @property
+    def evaluate_options(self) -> str:
+        """Options of all evaluations; the last of two equal ones counts."""
+        return " ".join(part for part in (self.size.evaluate, self.experiment.evaluate, self.evaluate) if part)
+
+    @property
+    def made_smaller(self) -> str:
+        """What differs from the paper, in words."""
+        own = [f"options {text}" for text in (self.train, self.evaluate) if text]
+        return "; ".join(([self.size.made_smaller] if self.size.made_smaller else []) + own)
+
+    def folder(self, recipe: Recipe, seed: int) -> Path:
+        """Where a run lies."""
+        return self.runs / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
+
+    def evaluation(self, recipe: Recipe, seed: int) -> Path:
+        """Where a run's evaluation for this table or figure lies."""
+        return self.folder(recipe, seed) / f"evaluation-{self.name}"
+
+    def mask_option(self) -> list[str]:
+        """The option that compares pathways with the mask of the Sparse-CNN among the runs."""
+        if not self.experiment.mask:
+            return []
+        masks = [recipe for recipe in self.chosen if recipe.model.get("kind") == "sparse_cnn"]
+        return ["--mask", str(self.folder(masks[0], self.seeds[0]) / "best.pt")] if masks else []
+
+    def commands(self, out: Path) -> list[list[str]]:
+        """Commands that train and evaluate everything and need nothing of each other."""
+        shared = ["--prepare", "--scale", self.scale, "--runs", str(self.runs), "--out", str(out), *self.common]
+        further = {"--train": self.train, "--evaluate": self.evaluate}
+        shared += [part for option, text in further.items() if text for part in (option, text)]
+        return [
+            ["reproduce", self.name, "--only", ",".join(r.name for r in group), "--seeds", str(seed), *shared]
+            for group in independent(self.chosen)
+            for seed in self.seeds
+        ]
+
+    def trained(self, recipe: Recipe, seed: int) -> Path:
+        """The best checkpoint of a run, which is trained, or trained to its end, if need be."""
+        folder = self.folder(recipe, seed)
+        initial: list[str] = []
+        if recipe.starts_from is not None:
+            initial = ["--init", str(self.trained(all_recipes()[recipe.starts_from], seed))]
+        dataset = [self.size.dataset] if self.size.dataset else []
+        options = [*shlex.split(self.train_options), "--seed", str(seed), *self.common]
+        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        arguments = [*dataset, "--recipe", recipe.name, "--out", str(folder), *initial, *options]
+        once(folder, "train", arguments, further=resume)
+        return folder / "best.pt"
+
+    def result(self, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """Figures of a run, which is trained and evaluated if need be."""
+        checkpoint, folder = self.trained(recipe, seed), self.evaluation(recipe, seed)
+        options = [*shlex.split(self.evaluate_options), "--seed", str(seed), *self.common]
+        return once(folder, "evaluate", [str(checkpoint), "--out", str(folder), *options])
 
 
-def reports(name: str, chosen: Sequence[Recipe]) -> dict[str, str]:
+def once(folder: Path, command: str, arguments: Sequence[str], *, further: Sequence[str] = ()) -> dict[str, Any]:
+    """The result of a command that leaves a folder; it is not run again if it has finished with the same arguments."""
+    from advmoe.files import write_text_atomically
+
+    try:
+        done = jsonlib.loads((folder / DONE).read_text())
+        if done["arguments"] == [command, *arguments]:
+            return dict(done["result"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    result = run(command, *arguments, *further)
+    if folder.is_dir():
+        text = jsonlib.dumps({"arguments": [command, *arguments], "result": result}) + "\n"
+        write_text_atomically(folder / DONE, text)
+    return result
+
+
+def reports(name: str, chosen: Sequence[Recipe], *, one: bool = False) -> dict[str, str]:
     """Data set -> name of its report: models are compared on the same images only."""
     datasets = list(dict.fromkeys(recipe.dataset for recipe in chosen))
-    return {dataset: name if len(datasets) == 1 else f"{name}-{dataset}" for dataset in datasets}
+    if one or len(datasets) == 1:
+        return {datasets[0]: name}
+    return {dataset: f"{name}-{dataset}" for dataset in datasets}
 
 
-def mask_option(experiment: Experiment, chosen: Sequence[Recipe], runs: Path) -> list[str]:
-    """The option that compares pathways with the mask of the Sparse-CNN among the runs."""
-    masks = [recipe.name for recipe in chosen if recipe.model.get("kind") == "sparse_cnn"] if experiment.mask else []
-    return ["--mask", str(runs / masks[0] / "best.pt")] if masks else []
+def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None]) -> None:
+    """Run commands of ours at the same time, one on each worker; a worker is a GPU, or None for any device.
 
-
-def trained(recipe: Recipe, runs: Path, options: Sequence[str]) -> Path:
-    """The best checkpoint of a recipe's run, which is trained, or trained to its end, if need be."""
-    folder = runs / recipe.name
-    initial: list[str] = []
-    if recipe.starts_from is not None:
-        initial = ["--init", str(trained(all_recipes()[recipe.starts_from], runs, options))]
-    resume = ["--resume"] if (folder / "last.pt").exists() else []
-    run("train", "--recipe", recipe.name, "--out", str(folder), *initial, *resume, *options)
-    return folder / "best.pt"
+    Raises:
+        AdvMoEError: one failed; the others have been finished.
+        KeyboardInterrupt, Terminated: the processes were asked to stop, and have.
+    """
+    waiting, failed = list(commands), 0
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            for slot, worker in enumerate(workers):
+                if slot in running and running[slot].poll() is not None:
+                    failed += running.pop(slot).returncode != 0
+                if slot not in running and waiting:
+                    line = waiting.pop(0)
+                    console.note(shlex.join(["advmoe", *line]) + ("" if worker is None else f"  (GPU {worker})"))
+                    environment = os.environ | ({} if worker is None else {"CUDA_VISIBLE_DEVICES": worker})
+                    running[slot] = subprocess.Popen([sys.executable, "-m", "advmoe", *line], env=environment)
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+    if failed:
+        raise AdvMoEError(f"{failed} of {len(commands)} commands failed (see above); mend them and give the same again")
 
 
 def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
@@ -225,11 +323,58 @@ def run_to_its_end(process: Sequence[str]) -> tuple[int, str]:
                 return status, output
 
 
-def shown(result: Mapping[str, Any], path: str) -> str:
-    """One figure of a run's result, for the table."""
+def value_at(result: Mapping[str, Any], path: str) -> float | None:
+    """One figure of a run's result; None if it was not measured."""
     value: Any = result
     for key in path.split("."):
-        value = value.get(key, "-") if isinstance(value, Mapping) else "-"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {figure:.2f}" for name, figure in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def cell(results: Sequence[Mapping[str, Any]], path: str) -> str:
+    """A figure for the table: of one seed, or mean and standard deviation over several."""
+    values = [value for result in results if (value := value_at(result, path)) is not None]
+    if not values:
+        return "-"
+    fraction, cost = path.endswith(".mean"), path == "gflops"
+    if cost:
+        return f"{values[0]:.4g}"
+    if len(values) == 1:
+        return f"{values[0]:.{3 if fraction else 2}f}"
+    digits = 2 if fraction else 1
+    return f"{statistics.fmean(values):.{digits}f}±{statistics.stdev(values):.{digits}f}"
+
+
+def show(plan: Plan, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The table, in groups of data set and backbone, with what was made smaller."""
+    experiment = plan.experiment
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in plan.chosen:
+        dataset = plan.size.dataset or recipe.dataset
+        groups.setdefault(f"{dataset}, {recipe.model['arch']}", []).append(recipe)
+    for group, members in groups.items():
+        rows = [
+            (recipe.summary, *(cell(results[recipe.name], path) for path in experiment.columns.values()))
+            for recipe in members
+        ]
+        console.show_table(f"{experiment.title}: {group}", ("", *experiment.columns), rows)
+    if experiment.curves:
+        show_curves(plan)
+    seeds = f"{len(plan.seeds)} seeds, mean ± standard deviation" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
+    smaller = f" Smaller than in the paper: {plan.made_smaller}." if plan.made_smaller else ""
+    console.out.print(f"{seeds}, scale {plan.scale}.{smaller}", highlight=False, markup=False)
+
+
+def show_curves(plan: Plan) -> None:
+    """Validation SA and RA of the runs at some epochs (App. C: convergence)."""
+    from advmoe.reports.training import read_log, robust_accuracy
+
+    logs = {recipe.summary: read_log(plan.folder(recipe, plan.seeds[0])) for recipe in plan.chosen}
+    longest = max(map(len, logs.values()), default=0)
+    epochs = sorted({round(longest * share / 5) for share in range(1, 6)} - {0})
+    rows = []
+    for summary, log in logs.items():
+        by_epoch = {record["epoch"]: record for record in log}
+        known = (by_epoch.get(epoch) for epoch in epochs)
+        rows.append((summary, *("-" if r is None else f"{r['val_sa']:.1f}/{robust_accuracy(r):.1f}" for r in known)))
+    console.show_table("Validation SA/RA by epoch", ("", *(str(epoch) for epoch in epochs)), rows)
