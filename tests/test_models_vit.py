@@ -93,9 +93,6 @@ def test_experts_that_start_equal_make_every_pathway_the_same_function() -> None
     logits, routing = model.forward_with_routing(images)
     torch.testing.assert_close(model(images, 1 - routing.expert_index_BL), logits)
     assert len(list(expert_banks(model))) == 2 * 4  # two MLPs of two layers with weight and bias
-    assert (
-        len(list(expert_banks(cell.build(model_scale=1.0)))) == 2 * 2
-    )  # r = 1: one set of hidden units, two of outputs
 
 
 @pytest.mark.parametrize("granularity", ["layer", "stage", "image", "token"])
@@ -123,11 +120,20 @@ def test_tokens_of_one_image_take_different_experts_layer_by_layer() -> None:
     assert torch.equal(alone, routing.expert_index_BL[1:2])
 
 
+def test_one_expert_at_r_1_is_the_backbone() -> None:
+    moe = create_model("vit", width=0.125, depth=2, num_experts=1, model_scale=1.0)
+    dense = create_model("vit", width=0.125, depth=2, kind="dense")
+    routers = sum(parameter.numel() for parameter in moe.router_parameters())
+    assert routers == 2 * 48, "one row for one expert, of the 48 features of a token, in each of two blocks"
+    assert sum(p.numel() for p in moe.parameters()) - routers == sum(p.numel() for p in dense.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kind": "sparse_cnn"}, "vit has no channels to prune; use kind dense, s_dense or moe, or a CNN"),
         ({"image_size": 30}, "vit cuts images into patches of 4 pixels, got 30; the nearest is 32"),
+        ({"model_scale": 1.0}, "vit with 2 experts at r = 1 is not its backbone"),
         ({"growth": 12}, "growth 12 is an option of densenet, not of vit"),
     ],
 )
