@@ -4,7 +4,7 @@ Shapes: B batch, n samples, L MoE layers, N experts, K classes, U distinct pathw
 
 A log holds one byte per layer and sample, keyed by condition ("clean", an attack's name), epoch and sample index. A row
 that comes again replaces the old one, so appending a batch twice or merging the logs of several ranks in any order
-gives the same log. Files are NumPy's `.npz`, read by `numpy.load`; `rust_router/src/route_file.rs` lists its arrays.
+gives the same log. Files are NumPy's `.npz`, read by `numpy.load`; `rust_router/src/routes/file.rs` lists its arrays.
 """
 
 from __future__ import annotations
