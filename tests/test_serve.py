@@ -19,9 +19,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from advmoe_export import ExportError, InputError, Session, export_model
 from PIL import Image
 from serving import server
+from torch import nn
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -30,6 +32,7 @@ from advmoe_export.serve.app import ModelServer
 from advmoe_export.serve.batching import Batcher, OverloadedError, StoppingError
 from advmoe_export.serve.command import parse
 from advmoe_export.serve.config import ServeConfig
+from advmoe_export.serve.server import _listen
 
 from advmoe.cli.app import main
 
@@ -219,6 +222,18 @@ def test_a_file_with_a_fixed_batch_size_serves_single_images(small_moe: Callable
     expected = session.run(FLOATS[[0, 0, 0]]).logits[:1]
     np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (1, 10)), expected, rtol=1e-5)
     assert "at most 3 images" in ask(session, "POST", "/v2/models/three/infer", json=infer(FLOATS[:4])).json()["error"]
+
+
+def test_a_model_without_experts_is_served_without_pathways(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    path = tmp_path / "dense.onnx"
+    export_model(nn.Sequential(*layers), path, image_size=16, labels=LABELS, images=FLOATS, allow_unrouted=True)
+    session = Session(path, threads=1)
+    answer = ask(session, "POST", "/classify", content=png()).json()
+    assert (answer["label"] in LABELS, answer["pathway"]) == (True, None)
+    assert ask(session, "GET", "/load").json()["layers"] == []
+    assert "route_drift{" not in ask(session, "GET", "/metrics").text
 
 
 # --- people, and Prometheus -----------------------------------------------------------------------
@@ -419,6 +434,21 @@ def test_a_failure_of_the_model_reaches_its_requests_and_leaves_the_worker_alive
     assert asyncio.run(run()) == 7
 
 
+def test_a_failure_of_the_counting_reaches_its_requests_and_leaves_the_worker_alive() -> None:
+    def observe(images: int, seconds: float, outputs: Mapping[str, np.ndarray]) -> None:
+        if outputs["same"][0] == 13:
+            raise InputError("not of this model")
+
+    async def run() -> int:
+        batcher = Batcher(lambda images: {"same": images}, max_batch=1, observe=observe)
+        async with batcher.running():
+            with pytest.raises(InputError, match="not of this model"):
+                await batcher.submit(np.array([13]))
+            return int((await batcher.submit(np.array([7])))["same"][0])
+
+    assert asyncio.run(run()) == 7
+
+
 def test_admission_is_bounded_and_ends_with_the_stop() -> None:
     batcher = Batcher(Gate(), max_batch=1, max_requests=2)
     with batcher.admit(), batcher.admit():
@@ -531,6 +561,11 @@ def test_a_mistaken_option_is_one_line(options: list[str], message: str, capsys:
         parse(["model.onnx", *options], "advmoe serve")
     assert main(["serve", "model.onnx", *options]) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_answers_are_not_held_back_by_nagles_algorithm() -> None:
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on the connections of such sockets only
 
 
 def test_an_address_in_use_and_a_missing_file_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ class ModelServer:
         self.session, self.config = session, config
         self.metadata = session.metadata
         self.metrics = Metrics(self.metadata)
-        recorded = self.metadata.expert_load is not None
+        recorded = bool(self.metadata.expert_load) and "expert_index" in self.metadata.outputs
         self.monitor = RouteMonitor(self.metadata, window=config.drift_window) if recorded else None
         self.batcher = Batcher(
             session.execute,

@@ -136,12 +136,12 @@ class Batcher:
             begin = loop.time()
             try:
                 outputs = await loop.run_in_executor(pool, self._run_filled, images)
+                self._observe(len(images), loop.time() - begin, outputs)
             except Exception as error:
                 for entry in entries:
                     if not entry.result.done():
                         entry.result.set_exception(error)
                 continue
-            self._observe(len(images), loop.time() - begin, outputs)
             start = 0
             for entry in entries:
                 part = slice(start, start + len(entry.images))
