@@ -108,8 +108,10 @@ class Client:
         return int(head.split(None, 2)[1])
 
     def close(self) -> None:
+        """Close all connections; the server closes those that are idle for some seconds anyway."""
         for _, writer in self._idle:
             writer.close()
+        self._idle.clear()
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Answers:
 
 async def saturate(client: Client, seconds: float) -> Answers:
     """Keep `CONNECTIONS` requests under way."""
+    client.close()
     answers, loop = Answers(), asyncio.get_running_loop()
     begin = loop.time()
 
@@ -152,6 +155,7 @@ async def saturate(client: Client, seconds: float) -> Answers:
 
 async def poisson(client: Client, rate: float, seconds: float, seed: int, answers: Answers) -> None:
     """Send requests at a rate, due at random times that do not depend on the answers."""
+    client.close()
     loop = asyncio.get_running_loop()
     rng = np.random.default_rng(seed)
     due = np.cumsum(rng.exponential(1 / rate, size=int(2 * rate * seconds) + 10))

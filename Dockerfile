@@ -1,0 +1,23 @@
+# Serves an exported model over HTTP: see docs/serving.md.
+#
+#   docker build --target cpu --tag advmoe-serve .
+#   docker build --target gpu --tag advmoe-serve:gpu .
+#   docker run --publish 8000:8000 --volume "$PWD/models:/models:ro" advmoe-serve /models/model.onnx
+FROM python:3.12-slim AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN useradd --system serve
+COPY export /src/export
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=30s --interval=10s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=3)"]
+
+# onnxruntime-gpu takes CUDA and cuDNN from these packages, so that the image needs no CUDA of its own.
+FROM base AS gpu
+RUN python -m pip install '/src/export[gpu,serve]' 'onnxruntime-gpu[cuda,cudnn]'
+USER serve
+ENTRYPOINT ["advmoe-serve", "--host", "0.0.0.0", "--provider", "cuda", "--provider", "cpu"]
+
+FROM base AS cpu
+RUN python -m pip install '/src/export[cpu,serve]'
+USER serve
+ENTRYPOINT ["advmoe-serve", "--host", "0.0.0.0"]
