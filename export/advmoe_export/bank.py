@@ -21,14 +21,10 @@ from advmoe_export.operators import LINEAR, expert_rows, initializer
 
 
 class Stored(NamedTuple):
-    """A constant as the file stores it: floats, or integers with a scale and a zero point along one
-    axis.
-    """
+    """A constant in the file: floats, or integers with a scale and a zero point along one axis."""
 
     pieces: tuple[ir.TensorProtocol, ...]
-    """Its parts along the first axis. There are several if its rows are not side by side in the
-    bank.
-    """
+    """Its parts along the first axis; several if its rows do not lie side by side in the bank."""
     scale: ir.TensorProtocol | None = None
     zero: ir.TensorProtocol | None = None
     axis: int = 0
@@ -91,10 +87,10 @@ class Bank:
         return None if self.bias is None else self.bias[self.selection(expert)]
 
     def stored(self, node: ir.Node, expert: int) -> tuple[Stored, Stored | None]:
-        """Weight and bias of one expert as the file stores them; the weight of a linear layer is
-        transposed.
+        """Weight and bias of one expert as the file stores them.
 
-        Every call returns the same tensor objects, so that each is written once.
+        The weight of a linear layer is transposed. Every call returns the same tensor objects, so
+        that each is written once.
         """
         own = self.rows[expert], None if self.x_scales is None else self.x_scales[expert]
         if own not in self._tensors:  # at r = 1 all experts have the same rows

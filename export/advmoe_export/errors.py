@@ -12,9 +12,7 @@ class UnsupportedModelError(ExportError):
 
 
 class ModelFileError(ExportError):
-    """A model file that cannot be read or written: missing, without its data, damaged, or made by
-    something else.
-    """
+    """A model file that is missing, incomplete, damaged, not ours, or cannot be written."""
 
 
 class ProviderError(ExportError):

@@ -37,13 +37,9 @@ class ModelMetadata:
     image_size: tuple[Positive, Positive]
     """(height, width) in pixels."""
     resize: Positive
-    """Length of an image's shorter side before the middle `image_size` of it is taken: see
-    `prepare`.
-    """
+    """Length that an image's shorter side is resized to before its middle is taken: see `prepare`."""
     input_type: InputType
-    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. Preprocessing beyond that is inside
-    the graph.
-    """
+    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. All further preprocessing is in the graph."""
     profile: Profile
     """One of `advmoe_export.PROFILES`."""
     dtype: Dtype
@@ -67,9 +63,7 @@ class ModelMetadata:
     data_bytes: Annotated[int, msgspec.Meta(ge=0)]
     """Size of the data file."""
     model: Mapping[str, Any]
-    """What the caller says about the model: architecture, kind, N, r, granularity, normalization,
-    hash of the checkpoint.
-    """
+    """Facts about the model from the caller: architecture, kind, N, r, normalization, checkpoint."""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""

@@ -1,5 +1,4 @@
-"""An exported model on disk: the graph `NAME.onnx`, and `NAME.onnx.data` beside it with the
-weights.
+"""An exported model on disk: the graph `NAME.onnx`, and its weights in `NAME.onnx.data`.
 
 The metadata is read from the graph without onnx, so that serving needs onnxruntime only.
 """

@@ -25,9 +25,7 @@ DOMAIN = "advmoe"
 CONV = "moe_conv2d"
 LINEAR = "moe_linear"
 FAKE_QUANTIZE = "fake_quantize"
-"""Rounds x to the uint8 levels of each row's expert: y = fake_quantize(x, expert_index) {scales,
-zero_points}.
-"""
+"""y = fake_quantize(x, expert_index) {scales, zero_points}: rounds x to the levels of its expert."""
 INPUTS = ("x", "weight", "bias", "expert_index")
 ATTRIBUTES: dict[str, dict[str, str]] = {
     CONV: {"rows": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS", "dilation": "INTS", "groups": "INT"},
@@ -36,9 +34,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 
 def is_routed(node: ir.Node) -> bool:
-    """Whether a decision chooses what the node computes: an MoE layer, or a quantization with
-    scales per expert.
-    """
+    """Whether a decision chooses what the node computes: an MoE layer, or a rounding per expert."""
     return node.domain == DOMAIN
 
 

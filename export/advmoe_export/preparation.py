@@ -1,6 +1,4 @@
-"""From an image of any size to the pixels a model reads, by the numbers in the metadata of its
-file.
-"""
+"""From an image of any size to the pixels that a model reads."""
 
 from __future__ import annotations
 

@@ -292,9 +292,7 @@ def _onnxruntime() -> Any:
 
 @contextlib.contextmanager
 def _silence(ort: Any, *, quiet: bool) -> Iterator[io.StringIO]:
-    """Collect what onnxruntime prints, and keep its log quiet, while it tries a provider that may
-    not start.
-    """
+    """Collect what onnxruntime prints, and keep its log quiet, while a provider is tried."""
     said = io.StringIO()
     if not quiet:
         yield said

@@ -108,9 +108,7 @@ def _name_batch(graph: ir.Graph, program: Any) -> None:
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """How torch's exporter writes each routed operator that the process knows: as one node of the
-    same name.
-    """
+    """How torch's exporter writes each routed operator: as one node of the same name."""
     import onnxscript
     import torch
 
@@ -137,9 +135,7 @@ def _translation(emit: Callable[..., Any], attributes: tuple[str, ...]) -> Calla
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing and warning; what matters of it comes back as an
-    exception.
-    """
+    """Keep torch's exporter from printing and warning; its errors still arrive as exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -31,9 +31,7 @@ class Tolerance:
     """What counts as equal."""
 
     logits: float
-    """Largest |difference of logits| / largest |logit| of the batch, over images whose decisions
-    agree.
-    """
+    """Largest |difference of logits| / largest |logit| of a batch, where decisions agree."""
     margin: float
     """A decision may differ if the module's router margin is below this."""
 
@@ -140,9 +138,7 @@ class VerificationReport:
 
 
 class VerificationError(ExportError):
-    """The exported graph does not compute what the module computes; `report` says what differs and
-    where.
-    """
+    """The file does not compute what the module computes; `report` says what differs and where."""
 
     def __init__(self, message: str, report: VerificationReport) -> None:
         super().__init__(message)
@@ -224,9 +220,7 @@ def as_float_tensor(images: npt.NDArray[Any]) -> Any:
 
 
 def probe_images(image_size: tuple[int, int], input_type: str, count: int = max(BATCHES)) -> npt.NDArray[Any]:
-    """Synthetic images that differ in colour, contrast and structure, so that routers have
-    something to tell apart.
-    """
+    """Synthetic images that differ in color, contrast and structure, so that routing varies."""
     rng = np.random.default_rng(0)
     height, width = image_size
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -303,9 +297,7 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
 
 
 def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:
-    """The batches to compare: several sizes, and one image repeated, which leaves all experts but
-    one without work.
-    """
+    """Batches to compare: several sizes, and one image repeated, so that one expert gets all work."""
     total = len(reference.images)
     for size in BATCHES if fixed is None else (fixed,):
         if size <= total:

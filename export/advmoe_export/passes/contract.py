@@ -1,6 +1,4 @@
-"""What a pass needs and what it leaves, stated as facts about the graph and checked before and
-after each pass.
-"""
+"""Facts about the graph that a pass needs and leaves, checked before and after each pass."""
 
 from __future__ import annotations
 

@@ -51,8 +51,9 @@ def write_dispatch(state: Lowering, region: Region) -> None:
 
 
 def _places(scope: Scope, decision: ir.Value, expert: int, dim: str) -> ir.Value:
-    """int64 [dim]: the rows that chose an expert, from int64 [rows], or from bool [rows] between
-    two.
+    """int64 [dim]: the rows that chose an expert.
+
+    The decision is int64 [rows], or bool [rows] between two experts.
     """
     boolean, int64 = ir.DataType.BOOL, ir.DataType.INT64
     chosen = decision

@@ -13,8 +13,9 @@ Output = tuple[str, ir.DataType | None, ir.Shape | None]
 
 
 def constant(graph: ir.Graph, content: Any, name: str) -> ir.Value:
-    """An initializer; lists of integers become int64. A name that is taken must mean the same
-    content.
+    """An initializer; lists of integers become int64.
+
+    A name that is taken is used again for the same content, and extended for another.
     """
     array = content if isinstance(content, np.ndarray | np.generic) else np.array(content, dtype=np.int64)
     if name in graph.initializers:
@@ -65,9 +66,7 @@ def insert_one(
 
 
 def linear_layer(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """Weight [O, I] and bias [O] of a node that computes x @ W.T + b of x [rows, I] with constants,
-    if it does.
-    """
+    """Weight [O, I] and bias [O] of a node that computes x @ W.T + b; None for other nodes."""
     x = node.inputs[0] if node.inputs else None
     if x is None or x.shape is None or len(x.shape) != 2 or x.const_value is not None:
         return None

@@ -15,8 +15,7 @@ from advmoe_export.scope import Scope
 def write_expert_op(
     scope: Scope, node: ir.Node, bank: Bank | None, expert: int, x: ir.Value, *, name: str, shape: ir.Shape
 ) -> ir.Value:
-    """Write a routed operator as one expert computes it, with the expert's weights inside the
-    scope.
+    """Write a routed operator as one expert computes it, with its weights inside the scope.
 
     Args:
         scope: where to write.

@@ -56,9 +56,7 @@ class _Experts(NamedTuple):
 
 
 def _target(norm: ir.Node) -> _Experts | ir.Node | None:
-    """What a BatchNorm can be folded into: the experts before it, the linear layer behind it, or
-    nothing.
-    """
+    """What a BatchNorm can be folded into: experts before it, a linear layer behind it, or nothing."""
     producer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
     if producer is not None and is_routed(producer) and _sole_use(producer.outputs[0]):
         slots = _slot_of_row(producer, norm)

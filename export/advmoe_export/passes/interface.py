@@ -1,6 +1,4 @@
-"""Inputs and outputs of the graph: uint8 images with the preprocessing inside, choices of experts,
-router margins.
-"""
+"""Inputs and outputs of the graph: uint8 images, choices of experts, router margins."""
 
 from __future__ import annotations
 
@@ -29,8 +27,9 @@ ROUTER_MARGIN = "router_margin"
 
 
 class ReadUint8Images(GraphPass):
-    """Replace the input, float images [B, 3, H, W] in [0, 1], by uint8 images [B, H, W, 3] as
-    decoders deliver them.
+    """Make the graph read uint8 images [B, H, W, 3], as decoders deliver them.
+
+    Before, it reads float images [B, 3, H, W] in [0, 1].
     """
 
     needs = (reads_float_images, is_full_precision)

@@ -29,15 +29,11 @@ class Lowering:
     plan: Plan
     scope: Scope
     sizes: Mapping[str, int]
-    """Sizes of symbolic dimensions that this copy fixes, such as {"batch": 1}; empty for a dynamic
-    batch.
-    """
+    """Sizes of the symbolic dimensions that this copy fixes, such as {"batch": 1}."""
     binding: Binding
     orders: Orders = field(default_factory=Orders)
     order_of: dict[ir.Value, Order] = field(default_factory=dict)
-    """Order in which the rows of each value lie in this copy; values that are not listed are in
-    their original order.
-    """
+    """Order of the rows of each value in this copy. Values that are not listed are in the original order."""
 
     def fixed(self, shape: ir.Shape | None) -> ir.Shape | None:
         """A shape of the traced graph in this copy."""
@@ -68,8 +64,10 @@ def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | No
 
 
 def write_plain(state: Lowering, node: ir.Node) -> None:
-    """Copy a node that is not routed. Its inputs come in one order if it works row by row, and in
-    their original order otherwise.
+    """Copy a node that is not routed.
+
+    A node that works row by row takes all inputs in one order, other nodes take them in the
+    original order.
     """
     running = [value for value in node.inputs if value is not None and value.const_value is None]
     if is_rowwise(node):
@@ -107,8 +105,9 @@ def write_expert(
     inputs: Mapping[ir.Value, ir.Value],
     rows: int | str | None,
 ) -> Binding:
-    """Write a region as one expert runs it, on `rows` rows (a number or the name of a dimension);
-    returns where its values are.
+    """Write a region as one expert runs it; returns where its values are.
+
+    `rows` is the number of rows, or the name of their dimension.
     """
     binding: Binding = dict(inputs)
     for node in region.nodes:

@@ -18,9 +18,7 @@ from advmoe_export.passes.rows import row_dim
 from advmoe_export.scope import Scope
 
 WEIGHT_SHARE = 1.0
-"""A region runs image by image if its weights are at most this many times the activations it reads
-and writes.
-"""
+"""Largest ratio of a region's weights to its activations at which it runs image by image."""
 
 
 def steps_per_image(plan: Plan) -> int:

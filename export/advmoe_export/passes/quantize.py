@@ -1,5 +1,4 @@
-"""int8: convolutions and expert layers are quantized, with scales per expert; routers and sums stay
-in float32.
+"""int8 convolutions and expert layers, with scales per expert; routers and sums stay in float32.
 
 Weights are int8, symmetric, with one scale per output channel. Activations are uint8 with one scale
 per tensor and expert, measured on the images that the expert gets. All of it is written as
@@ -109,8 +108,9 @@ def _quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
 
 
 def _first_convolutions(graph: ir.Graph) -> list[Any]:
-    """Uses of the normalized image by convolutions; with three channels they gain little and are
-    harmed by rounding.
+    """Uses of the normalized image by convolutions.
+
+    They read three channels only, so int8 saves little there and its rounding harms.
     """
     found, values = [], list(graph.inputs)
     for value in values:
@@ -123,9 +123,7 @@ def _first_convolutions(graph: ir.Graph) -> list[Any]:
 
 
 def _end(node: ir.Node) -> ir.Value:
-    """The value that is quantized behind a convolution: the result of the ReLU that follows it,
-    else its own.
-    """
+    """The value to quantize behind a convolution: the output of its ReLU, else its own output."""
     output = node.outputs[0]
     uses = list(output.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Relu":

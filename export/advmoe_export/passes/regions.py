@@ -28,15 +28,11 @@ FOLLOWERS = named(
     HardSwish LeakyRelu MaxPool Mish Mul QuantizeLinear ReduceMean Relu Selu Sigmoid Softplus Sub Swish Tanh
     """
 )
-"""Operators worth taking in behind a routed one: they cost a pass over memory of their own outside
-the branch.
-"""
+"""Operators to take in behind a routed one: outside the branch each costs a pass over memory."""
 
 
 PRECEDERS = FOLLOWERS | {"Conv"}
-"""Operators worth taking in before one: a shortcut's convolution stays in the memory layout of the
-routed one.
-"""
+"""Operators to take in before one: a shortcut's convolution then shares its memory layout."""
 
 
 @dataclass(eq=False)
@@ -156,8 +152,9 @@ class _Grouping:
         self.group[node] = Region([node], decision)
 
     def join(self, earlier: ir.Node, later: ir.Node) -> None:
-        """Merge the regions of two operators under one decision, with all that lies between, if all
-        of it may run there.
+        """Merge the regions of two operators with the same decision, and all nodes between them.
+
+        Nothing is merged if a node between them cannot run in the branch.
         """
         first, second = self.group[earlier], self.group[later]
         if first is second:
@@ -174,9 +171,7 @@ class _Grouping:
             self._merge(first, members | between)
 
     def follow(self, node: ir.Node) -> None:
-        """Take in a node behind the region that computes its first running input, or any other of
-        its inputs.
-        """
+        """Take a node into a region that computes one of its inputs."""
         if node in self.group or not is_rowwise(node):
             return
         candidates = [self.group[p] for p in _producers(node) if p in self.group]

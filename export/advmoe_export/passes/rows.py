@@ -40,9 +40,7 @@ REDUCTIONS = named(
 
 
 def row_dim(value: ir.Value | None) -> str | None:
-    """The symbol of the leading dimension, such as `batch`; None for constants and for values
-    without rows.
-    """
+    """The symbol of the leading dimension, such as `batch`; None for values without rows."""
     if value is None or value.const_value is not None or value.shape is None or len(value.shape) == 0:
         return None
     dim = value.shape[0]

@@ -23,8 +23,7 @@ INLINE = 256
 
 
 def write_external(model: ir.Model, path: Path) -> str:
-    """Write all large constants of a graph and its branches into one file and make the graph refer
-    to it.
+    """Write all large constants of a graph and its branches into one file that the graph refers to.
 
     Args:
         model: changed in place; its tensors become references to `path.name` in the folder of

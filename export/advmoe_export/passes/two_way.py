@@ -39,9 +39,7 @@ class CompareTwoWay(GraphPass):
 
 
 def _two_way(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node]]:
-    """ArgMax and linear layer of each decision between two experts that can be made by a
-    comparison.
-    """
+    """ArgMax and linear layer of each decision that a comparison of two logits can make."""
     found = []
     for decision in dict.fromkeys(decision_of(node) for node in graph if is_routed(node)):
         argmax = None if decision is None else decision.producer()
@@ -87,8 +85,9 @@ def _compare(graph: ir.Graph, argmax: ir.Node, linear: ir.Node) -> None:
 
 
 def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """bool [rows, 1] and bool [rows], whether the second expert is chosen; None if the decision is
-    no comparison.
+    """Whether the second expert is chosen, bool [rows, 1] and [rows].
+
+    None if the decision is no comparison.
     """
     row = _source(decision, "Cast")
     column = _source(row, "Squeeze")

@@ -1,6 +1,4 @@
-"""Write a planned graph as standard ONNX: each step in turn, then the outputs in their original
-order of rows.
-"""
+"""Write a planned graph as standard ONNX, step by step."""
 
 from __future__ import annotations
 
