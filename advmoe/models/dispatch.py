@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -85,18 +86,26 @@ class Order:
         return self._combine(parts)
 
     def _combine(self, parts: Sequence[Tensor]) -> Tensor:
-        if parts[0].is_cpu:
-            experts, lengths = torch.unique_consecutive(self.expert_index_B, return_counts=True)
-            if len(experts) <= PIECES:  # images of one expert that follow each other do so in its part
-                part_of, used = dict(zip(self.present, parts, strict=True)), dict.fromkeys(self.present, 0)
-                pieces = []
-                for expert, length in zip(experts.tolist(), lengths.tolist(), strict=True):
-                    pieces.append(part_of[expert].narrow(0, used[expert], length))
-                    used[expert] += length
-                return torch.cat(pieces)
+        if parts[0].is_cpu and len(self._runs[0]) <= PIECES:
+            owners, sizes = self._runs
+            pieces = {e: iter(part.split(sizes[e])) for e, part in zip(self.present, parts, strict=True)}
+            return torch.cat([next(pieces[owner]) for owner in owners])
         inverse_B = torch.empty_like(self.order_B)
         inverse_B[self.order_B] = torch.arange(len(self.order_B), device=self.order_B.device)
         return torch.cat(list(parts)).index_select(0, inverse_B)
+
+    @cached_property
+    def _runs(self) -> tuple[list[int], dict[int, list[int]]]:
+        """The expert of each run of images in the batch that share one, and the lengths of each expert's runs.
+
+        Images of one expert that follow each other in the batch do so in its part too.
+        """
+        experts, lengths = torch.unique_consecutive(self.expert_index_B, return_counts=True)
+        owners: list[int] = experts.tolist()
+        sizes: dict[int, list[int]] = {expert: [] for expert in self.present}
+        for owner, length in zip(owners, lengths.tolist(), strict=True):
+            sizes[owner].append(length)
+        return owners, sizes
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -83,12 +83,12 @@ class Convolution(NamedTuple):
         return self._convolve(part, *self.of(expert))
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
-        """By convolutions with differences of filters; for two experts one, since theirs differ by the sign."""
+        """By convolutions with differences of filters; for two experts by one, with half of what sets them apart."""
         banks = [self.of(expert) for expert in range(self.num_experts)]
-        mean = _mean(banks)
         if self.num_experts == 2:
-            parts = order.split(row_products(gradient, self._convolve(x, *_distance(banks[0], mean))))
+            parts = order.split(0.5 * row_products(gradient, self._convolve(x, *_distance(banks[0], banks[1]))))
             return torch.cat([-part if expert else part for expert, part in zip(order.present, parts, strict=True)])
+        mean = _mean(banks)
         products = []
         for expert, part, part_gradient in zip(order.present, order.split(x), order.split(gradient), strict=True):
             products.append(row_products(part_gradient, self._convolve(part, *_distance(banks[expert], mean))))
@@ -130,12 +130,19 @@ class Convolution(NamedTuple):
 def _mean(banks: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Filters and biases of the mean expert."""
     biases = [bias for _, bias in banks if bias is not None]
-    return torch.stack([filters for filters, _ in banks]).mean(dim=0), torch.stack(biases).mean(0) if biases else None
+    return _average([filters for filters, _ in banks]), _average(biases) if biases else None
 
 
-def _distance(of: tuple[Tensor, Tensor | None], mean: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Filters and biases of one expert, less those of the mean one."""
-    return of[0] - mean[0], None if of[1] is None or mean[1] is None else of[1] - mean[1]
+def _average(values: Sequence[Tensor]) -> Tensor:
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total.div_(len(values))
+
+
+def _distance(of: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Filters and biases of one expert, less those of another."""
+    return of[0] - other[0], None if of[1] is None or other[1] is None else of[1] - other[1]
 
 
 class _RoutedConvolution(torch.autograd.Function):

@@ -1,0 +1,206 @@
+"""Cost of one training step of each kind and method: seconds of CPU time on one thread.
+
+Steps take turns and medians are reported; CPU time, because other work on the machine distorts wall time. The routers
+are calibrated before and hold still (learning rate 1e-9), so that every layer divides its images among its experts.
+
+`reference` is AdvMoE as simple research code does it: all experts computed and masked, gates that multiply whole
+outputs, attacks that compute the gradients of the parameters too, images channel by channel. It makes the same updates
+of the same model, up to what its gate means.
+"""
+
+from __future__ import annotations
+
+from advmoe.host import prepare_process
+
+prepare_process()  # before torch is there
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from advmoe.config import ModelConfig, TrainConfig  # noqa: E402
+from advmoe.data.loader import Batch  # noqa: E402
+from advmoe.evaluation.cost import hardware  # noqa: E402
+from advmoe.models.moe_conv import MoEConv2d, expert_rows  # noqa: E402
+from advmoe.models.network import RoutedNetwork  # noqa: E402
+from advmoe.models.registry import build_model  # noqa: E402
+from advmoe.models.routing import Decision, RoutingTape  # noqa: E402
+from advmoe.seeding import generator_for  # noqa: E402
+from advmoe.training.levels import make_levels  # noqa: E402
+from advmoe.training.losses import trades  # noqa: E402
+from advmoe.training.methods import METHODS  # noqa: E402
+
+Step = Callable[[int], None]
+RATE = 1e-9
+
+
+def images(count: int, number: int, size: int, seed: int) -> list[Batch]:
+    """Batches of smooth random images, which differ as natural ones do: in color and large shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        coarse = torch.rand(number, 3, 4, 4, generator=generator)
+        fine = 0.1 * torch.rand(number, 3, size, size, generator=generator)
+        pictures = (F.interpolate(coarse, size=size, mode="bilinear") * 0.9 + fine).clamp(0, 1)
+        labels = torch.randint(10, (number,), generator=generator)
+        batches.append(Batch(pictures, labels, torch.arange(number)))
+    return batches
+
+
+@torch.no_grad()
+def calibrate(model: RoutedNetwork, batches: list[Batch]) -> None:
+    """Give BatchNorm and the routers' centering the statistics of these images, layer after layer."""
+    model.train()
+    for _ in range(3 if len(batches) > 1 else 1):
+        for batch in batches:
+            model(batch.images)
+
+
+def subject(config: ModelConfig, batches: list[Batch]) -> RoutedNetwork:
+    torch.manual_seed(0)
+    model = build_model(config)
+    calibrate(model, batches)
+    return model
+
+
+def step_of(config: ModelConfig, method: str, batches: list[Batch], **settings: Any) -> Step:
+    """A function that takes the i-th training step of a method."""
+    model = subject(config, batches)
+    train = TrainConfig(dataset="benchmark", method=method, lr=RATE, **settings)  # type: ignore[arg-type]
+    levels = make_levels(METHODS[method].levels, model, train)
+
+    def step(i: int) -> None:
+        chosen = [batches[(2 * i + level) % len(batches)] for level in range(len(levels))]
+        noise = [generator_for(0, i, level) for level in range(len(levels))]
+        METHODS[method].step(levels, chosen, train, noise, i)
+
+    return step
+
+
+def experts_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
+    """AdvMoE's upper level alone."""
+    return step_of(config, "expert_at", batches)
+
+
+def masked_forward(self: MoEConv2d, x: Tensor, decision: Decision) -> Tensor:
+    """Every expert on every image, and a mask; the gate multiplies the whole output."""
+    outputs = [F.conv2d(x, expert_rows(self.weight, rows), None, self.stride, self.padding) for rows in self.rows]
+    mask = F.one_hot(decision.expert_index_B, len(outputs)).to(x.dtype)
+    if decision.gate is not None:
+        mask = mask * decision.gate[:, None]
+    return sum(mask[:, e, None, None, None] * y for e, y in enumerate(outputs))  # type: ignore[return-value]
+
+
+def reference_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
+    """AdvMoE as simple research code does it."""
+    model = subject(config, batches).to(memory_format=torch.contiguous_format)
+    routers, experts = list(model.router_parameters()), list(model.expert_parameters())
+    optimizers = [torch.optim.SGD(part, lr=RATE, momentum=0.9, weight_decay=5e-4) for part in (routers, experts)]
+
+    def run(pictures: Tensor) -> Tensor:
+        saved, MoEConv2d.forward = MoEConv2d.forward, masked_forward  # type: ignore[method-assign]
+        try:
+            # not by `forward`, which makes the images channels-last
+            tape = RoutingTape(model.routers, model.router_of_layer)
+            return model.run((pictures - model.mean) / model.std, tape)
+        finally:
+            MoEConv2d.forward = saved  # type: ignore[method-assign]
+
+    def update(level: int, batch: Batch) -> None:
+        model.eval()
+        clean = run(batch.images).detach().log_softmax(1)
+        adversarial = (batch.images + 0.001 * torch.randn_like(batch.images)).clamp(0, 1)
+        for _ in range(2):
+            adversarial = adversarial.detach().requires_grad_()
+            loss = F.kl_div(run(adversarial).log_softmax(1), clean, log_target=True, reduction="sum")
+            model.zero_grad()
+            loss.backward()  # the parameters' gradients are computed and thrown away
+            moved = adversarial.detach() + 5 / 255 * adversarial.grad.sign()
+            adversarial = torch.min(torch.max(moved, batch.images - 8 / 255), batch.images + 8 / 255).clamp(0, 1)
+        model.train()
+        loss = trades(run(batch.images), run(adversarial.detach()), batch.labels, 6.0)
+        model.zero_grad()
+        loss.backward()
+        optimizers[level].step()
+
+    def step(i: int) -> None:
+        for level in range(2):
+            update(level, batches[(2 * i + level) % len(batches)])
+
+    return step
+
+
+CHEAP = {"router_step": "reuse", "router_share": 0.5}
+
+
+def steps(width: float, size: int, batches: list[Batch]) -> dict[str, Step]:
+    """All steps that are compared."""
+
+    def config(kind: str, **settings: Any) -> ModelConfig:
+        return ModelConfig(arch="resnet18", width=width, image_size=size, kind=kind, **settings)  # type: ignore[arg-type]
+
+    moe = config("moe")
+    return {
+        "s_dense": step_of(config("s_dense"), "at", batches),
+        "dense": step_of(config("dense"), "at", batches),
+        "at_moe": step_of(moe, "at", batches),
+        "at_moe_n8": step_of(config("moe", num_experts=8), "at", batches),
+        "advmoe_experts_step": step_of(moe, "expert_at", batches),
+        "advmoe": step_of(moe, "advmoe", batches),
+        "cheap": step_of(moe, "advmoe", batches, **CHEAP),
+        "reference": reference_step_of(moe, batches),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--smoke", action="store_true", help="the smallest form: does it run?")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=75.0, help="start no round of steps after so much CPU time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    width, number, size = (0.0625, 8, 16) if options.smoke else (options.width, options.batch_size, 32)
+    batches = images(1 if options.smoke else 4, number, size, seed=1)
+    taken: dict[str, list[float]] = {}
+    subjects = steps(width, size, batches)
+    rounds = 0
+    while rounds < 2 or (time.process_time() < options.seconds and not options.smoke):
+        for name, step in subjects.items():
+            start = time.thread_time()
+            step(rounds)
+            taken.setdefault(name, []).append(time.thread_time() - start)
+        rounds += 1
+    seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}  # the first round warms up
+    figures: dict[str, Any] = {
+        "at_moe_vs_s_dense": seconds["at_moe"] / seconds["s_dense"],
+        "advmoe_experts_step_vs_s_dense": seconds["advmoe_experts_step"] / seconds["s_dense"],
+        "advmoe_vs_at_moe": seconds["advmoe"] / seconds["at_moe"],
+        "advmoe_vs_reference": seconds["reference"] / seconds["advmoe"],
+        "cheap_vs_at_moe": seconds["cheap"] / seconds["at_moe"],
+        "cost_n8_vs_n2": seconds["at_moe_n8"] / seconds["at_moe"],
+        "images_per_second": {name: round(number / value, 2) for name, value in seconds.items()},
+        "rounds": rounds - 1,
+        "width": width,
+        "batch_size": number,
+        "hardware": hardware(torch.device("cpu")),
+        "torch": torch.__version__,
+    }
+    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:34} {value}")
+
+
+if __name__ == "__main__":
+    main()
