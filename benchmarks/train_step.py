@@ -3,9 +3,8 @@
 Steps take turns and medians are reported; CPU time, because other work on the machine distorts wall time. The routers
 are calibrated before and hold still (learning rate 1e-9), so that every layer divides its images among its experts.
 
-`reference` is AdvMoE as simple research code does it: all experts computed and masked, gates that multiply whole
-outputs, attacks that compute the gradients of the parameters too, images channel by channel. It makes the same updates
-of the same model, up to what its gate means.
+`reference` is AdvMoE as simple research code does it: all experts computed and masked, straight-through gates, attacks
+that compute the gradients of the parameters too, images channel by channel. It differs from `advmoe` in the gate only.
 """
 
 from __future__ import annotations
@@ -90,11 +89,11 @@ def experts_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
 
 
 def masked_forward(self: MoEConv2d, x: Tensor, decision: Decision) -> Tensor:
-    """Every expert on every image, and a mask; the gate multiplies the whole output."""
+    """Every expert on every image, and a mask with the gate's gradient."""
     outputs = [F.conv2d(x, expert_rows(self.weight, rows), None, self.stride, self.padding) for rows in self.rows]
     mask = F.one_hot(decision.expert_index_B, len(outputs)).to(x.dtype)
     if decision.gate is not None:
-        mask = mask * decision.gate[:, None]
+        mask = mask * decision.gate[:, None]  # of a straight-through router
     return sum(mask[:, e, None, None, None] * y for e, y in enumerate(outputs))  # type: ignore[return-value]
 
 
@@ -155,7 +154,7 @@ def steps(width: float, size: int, batches: list[Batch]) -> dict[str, Step]:
         "advmoe_experts_step": step_of(moe, "expert_at", batches),
         "advmoe": step_of(moe, "advmoe", batches),
         "cheap": step_of(moe, "advmoe", batches, **CHEAP),
-        "reference": reference_step_of(moe, batches),
+        "reference": reference_step_of(config("moe", router_gradient="straight_through"), batches),
     }
 
 

@@ -81,12 +81,11 @@ def signals(outputs_NB: Tensor, toward_B: Tensor, chosen_B: Tensor, other_B: Ten
     """The gradients of each kind of gate by their definitions, from all experts' outputs and the loss's gradient."""
     products_BN = (outputs_NB * toward_B).flatten(2).sum(dim=2).T
     own_B = products_BN.gather(1, chosen_B[:, None]).squeeze(1)
-    taken_BN = F.one_hot(chosen_B, len(outputs_NB)) + F.one_hot(other_B, len(outputs_NB)) > 0
     return {
         "own": own_B,
         "mean": own_B - products_BN.mean(dim=1),
-        "all": products_BN,
-        "sampled": products_BN * taken_BN,
+        "all": products_BN - own_B[:, None],
+        "sampled": (products_BN - own_B[:, None]) * F.one_hot(other_B, len(outputs_NB)),
     }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from advmoe.models.routing import Decision
+from advmoe.models.routing import Decision, Signal
 
 PIECES = 1024
 """A batch on a CPU is put together from up to this many pieces in one copy; from more, by an index in two."""
@@ -166,7 +166,7 @@ def router_signal(
         experts: of the layer.
         order: of the batch.
         x: the layer's input [B, ...], sorted.
-        y_B: inner products of the layer's output and its gradient, in batch order; for `own` and `sampled`.
+        y_B: inner products of the layer's output and its gradient, in batch order, where `uses_output`.
         gradient: of the loss by the layer's output, sorted.
 
     Returns:
@@ -175,21 +175,36 @@ def router_signal(
     if decision.signal == "own":
         assert y_B is not None
         return y_B
-    if decision.signal == "mean":
-        if experts.num_experts == 1:
-            return gradient.new_zeros(len(gradient))
-        return order.combine(order.split(experts.along_advantage(order, x, gradient)))
-    if decision.signal == "all":
-        columns = [row_products(gradient, experts.output(expert, x)) for expert in range(experts.num_experts)]
-        return order.combine(order.split(torch.stack(columns, dim=1)))
-    assert decision.other_B is not None
+    number, chosen_B1 = experts.num_experts, decision.expert_index_B[:, None]
+    one_column = decision.signal == "mean"
+    if number == 1:
+        return gradient.new_zeros(len(gradient) if one_column else (len(gradient), 1))
+    if one_column or number == 2:
+        advantage_B = order.combine(order.split(experts.along_advantage(order, x, gradient)))
+        if one_column:
+            return advantage_B
+        of_other_B1 = -2.0 * advantage_B[:, None]  # the other one is as far from their mean as the one chosen
+        if decision.signal == "sampled":
+            assert decision.other_B is not None
+            of_other_B1 = torch.where(decision.other_B[:, None] == chosen_B1, 0.0, of_other_B1)
+        return of_other_B1.expand(-1, 2).scatter(1, chosen_B1, 0.0)
     assert y_B is not None
-    others = Order.of(order.sort(decision.other_B), experts.num_experts)
+    if decision.signal == "all":
+        columns = [row_products(gradient, experts.output(expert, x)) for expert in range(number)]
+        value_BN = order.combine(order.split(torch.stack(columns, dim=1)))
+        return (value_BN - y_B[:, None]).scatter(1, chosen_B1, 0.0)
+    assert decision.other_B is not None
+    others = Order.of(order.sort(decision.other_B), number)
     parts = zip(others.present, others.split(others.sort(x)), others.split(others.sort(gradient)), strict=True)
     other_B = others.combine([row_products(g, experts.output(expert, part)) for expert, part, g in parts])
-    signal_BN = gradient.new_zeros(len(gradient), experts.num_experts)
-    signal_BN.scatter_(1, decision.other_B[:, None], order.combine(order.split(other_B))[:, None])
-    return signal_BN.scatter_(1, decision.expert_index_B[:, None], y_B[:, None])
+    difference_B = order.combine(order.split(other_B)) - y_B
+    signal_BN = gradient.new_zeros(len(gradient), number).scatter(1, decision.other_B[:, None], difference_B[:, None])
+    return signal_BN.scatter(1, chosen_B1, 0.0)
+
+
+def uses_output(signal: Signal, num_experts: int) -> bool:
+    """Whether `router_signal` needs the products of the layer's output and its gradient."""
+    return signal == "own" or (signal != "mean" and num_experts > 2)
 
 
 class _Gate(torch.autograd.Function):
@@ -246,15 +261,10 @@ def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:
         with torch.no_grad():
             terms = [(change, y - torch.stack(list(outputs)).mean(dim=0))]
     elif decision.signal == "all":
-        terms = list(zip(change.unbind(1), outputs, strict=True))
+        terms = list(zip(change.unbind(1), [output - y for output in outputs], strict=True))
     else:
         assert decision.other_B is not None
-        chosen_B1, other_B1 = decision.expert_index_B[:, None], decision.other_B[:, None]
-        of_other_B1 = torch.where(other_B1 == chosen_B1, 0.0, change.gather(1, other_B1))
-        terms = [
-            (change.gather(1, chosen_B1), y),
-            (of_other_B1, _pick(outputs, decision.other_B)),
-        ]
+        terms = [(change.gather(1, decision.other_B[:, None]), _pick(outputs, decision.other_B) - y)]
     return y + sum(factor.reshape(-1, *(1,) * (y.ndim - 1)) * output.detach() for factor, output in terms)
 
 

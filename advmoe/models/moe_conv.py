@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from advmoe.models.dispatch import Order, computes_all, is_channels_last, router_signal, row_products, select
+from advmoe.models.dispatch import (
+    Order,
+    computes_all,
+    is_channels_last,
+    router_signal,
+    row_products,
+    select,
+    uses_output,
+)
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.routing import Decision
 
@@ -161,7 +169,7 @@ class _RoutedConvolution(torch.autograd.Function):
         ctx.order, ctx.decision, ctx.form = order, decision._replace(logits_BN=None, gate=None), form
         _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
         needs_x = of_weight or (of_gate and decision.signal != "own")
-        needs_y = of_gate and decision.signal in ("own", "sampled")
+        needs_y = of_gate and uses_output(decision.signal, experts.num_experts)
         # without need for its values x serves as a tensor of the right form, which costs no memory
         ctx.save_for_backward(sorted_x if needs_x else x, weight, bias, y if needs_y else None)
         ctx.layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format

@@ -35,8 +35,9 @@ class Decision(NamedTuple):
 
     - `own`, a gate [B]: <g_b, y_c>. It learns whether the loss wants the output scaled, which no choice can answer.
     - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, how the loss changes along what sets the chosen expert apart.
-    - `all`, a gate [B, N]: <g_b, y_e> in column e, how the loss changes toward every expert. Costs N experts backward.
-    - `sampled`, a gate [B, N]: the same in columns c and `other_B[b]`, 0 elsewhere. Costs one expert backward.
+    - `all`, a gate [B, N]: <g_b, y_e - y_c> in column e, how the loss changes toward every other expert. Costs N
+      experts backward, and one for N = 2.
+    - `sampled`, a gate [B, N]: the same in column `other_B[b]` alone. Costs one expert backward.
     """
     signal: Signal = "own"
     other_B: Tensor | None = None
@@ -66,7 +67,7 @@ def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradi
 
 
 class _Comparison(torch.autograd.Function):
-    """The logits as a gate, whose gradient v_e = <dL/dy, y_e> says where the loss falls; see `compared`."""
+    """The logits as a gate, whose gradient v_e - v_c, v_e = <dL/dy, y_e>, says where the loss falls; see `compared`."""
 
     @staticmethod
     def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None) -> Tensor:
