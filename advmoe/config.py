@@ -73,7 +73,12 @@ class BackboneConfig(Settings):
     panel: ClassVar[str] = "Model"
 
     arch: Annotated[
-        str, Setting("Backbone: vgg16, resnet18, wrn28_10, densenet or vit.", noun="architecture", default="vgg16")
+        str,
+        Setting(
+            "Backbone: vgg16, resnet18, wrn28_10, densenet or vit.",
+            noun="architecture",
+            default="vgg16; resnet18 for folder",
+        ),
     ]
     kind: Annotated[
         Kind,
@@ -105,6 +110,7 @@ class BackboneConfig(Settings):
             above=0.0,
             at_most=16.0,
             usual="1 is the full backbone",
+            default="1; 0.25 for folder",
         ),
     ] = 1.0
     depth: Annotated[
@@ -366,6 +372,7 @@ class ScheduleConfig(Settings):
             at_least=2,
             at_most=2**20,
             usual="BatchNorm needs two images or more",
+            default="128; for folder 64 or what its number of images allows",
         ),
     ] = 128
     lr: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from advmoe.config import Kind, MethodName, ModelConfig, TrainConfig, TrainingAttack, check_together, model_config
 from advmoe.errors import ConfigError
-from advmoe.schema import fields_of, from_dict
+from advmoe.schema import check, fields_of, from_dict
 
 if TYPE_CHECKING:
     from advmoe.data.sources import DatasetInfo
@@ -41,6 +41,23 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return model, train, attack
 
 
+DEFAULT_ARCH = "vgg16"
+"""Backbone where none is named, as in the paper's first table."""
+
+
+def defaults_of(info: DatasetInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the model and of the training that suit a data set.
+
+    The known sets get the paper's. A folder of one's own is usually small and trained on a small machine: a quarter of
+    ResNet-18's width, which takes images of every size, and batches of which an epoch has eight or more.
+    """
+    if info.name != "folder":
+        return {"arch": DEFAULT_ARCH}, {}
+    held_in = round(0.9 * (info.train_size or 0))
+    fitting = [size for size in (4, 8, 16, 32, 64) if 8 * size <= held_in]
+    return {"arch": "resnet18", "width": 0.25}, {"batch_size": max(fitting, default=4)}
+
+
 def resolve(
     info: DatasetInfo, model: Mapping[str, Any], train: Mapping[str, Any], **attack: Any
 ) -> tuple[ModelConfig, TrainConfig]:
@@ -60,6 +77,10 @@ def resolve(
         **{"num_classes": info.num_classes, "image_size": info.image_size, "mean": info.mean, "std": info.std, **model}
     )
     info.check_image_size(described.image_size)
+    check(
+        described.num_classes == info.num_classes,
+        f"the model tells {described.num_classes} classes apart, but {info.name} has {info.num_classes}",
+    )
     config = from_dict(
         TrainConfig,
         {

@@ -11,10 +11,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import advmoe
 from advmoe.cli import console
 from advmoe.cli.analyze import analyze
 from advmoe.cli.bench_onnx import bench_onnx
@@ -22,6 +23,7 @@ from advmoe.cli.compare import compare
 from advmoe.cli.evaluate import evaluate
 from advmoe.cli.export import export
 from advmoe.cli.info import info
+from advmoe.cli.options import flag
 from advmoe.cli.predict import predict
 from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
@@ -45,6 +47,22 @@ for command in (train, evaluate, compare, analyze, report, export, predict, benc
     app.command()(command)
 # The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop, if that is asked for."""
+    if asked:
+        print(f"advmoe {advmoe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Options before any command; their help is that of the program."""
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -129,7 +147,7 @@ def with_options(error: AdvMoEError, arguments: Sequence[str]) -> str:
 
     The library knows settings, not options; this is the one place where the one leads to the other.
     """
-    known = {parameter.name: parameter.opts[0] for parameter in parameters_of(arguments)}
-    options = [known[name] for name in error.options if known.get(name, "").startswith("--")]
+    known = {opts for parameter in parameters_of(arguments) for opts in parameter.opts}
+    options = [flag(name) for name in error.options if flag(name) in known]
     missing = [option for option in options if option not in str(error)]
     return f"{error} ({', '.join(missing)})" if missing else str(error)

@@ -18,6 +18,7 @@ import typer
 
 from advmoe.cli.console import number
 from advmoe.errors import ConfigError
+from advmoe.run_file import NONE
 from advmoe.schema import Field, Settings, fields_of
 
 DataDir = Annotated[
@@ -36,9 +37,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 LimitEval = Annotated[
     int | None, typer.Option("--limit-eval", help="Evaluate this many images only (a seeded choice). Default: all.")
 ]
-
-NONE = "none"
-"""How an option, or a file, says that a setting which has a default is to be left empty."""
 
 
 def flag(name: str) -> str:

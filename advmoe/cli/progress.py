@@ -62,7 +62,7 @@ class TrainingProgress:
 
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
         """Advance the bar."""
-        shown = f"loss {figures['loss']:.3f} SA {figures['sa']:.1f}"
+        shown = f"train loss {figures['loss']:.3f} SA {figures['sa']:.1f}"
         if "ra" in figures:
             shown += f" RA {figures['ra']:.1f}"
         epoch = (step - 1) // self._steps_per_epoch + 1
@@ -87,7 +87,7 @@ class TrainingProgress:
         """Print the epoch's line."""
         ra = next(value for name, value in record.items() if name.startswith("val_ra"))
         line = (
-            f"epoch {record['epoch']}/{self._epochs}: loss {record['train_loss']:.3f}, "
+            f"epoch {record['epoch']}/{self._epochs}: training loss {record['train_loss']:.3f}, "
             f"validation SA {record['val_sa']:.2f} RA {ra:.2f}, {record['images_per_second']:.0f} images/s"
         )
         if record.get("router_entropy"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,13 +14,21 @@ from advmoe.cli import console
 from advmoe.cli.models import remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
+from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
 from advmoe.cli.signals import stopping
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
+from advmoe.files import write_text_atomically
 from advmoe.recipes import recipe as find_recipe
-from advmoe.settings import resolve, sort_settings
+from advmoe.run_file import RunFile, read_run_file, run_file
+from advmoe.settings import defaults_of, resolve, sort_settings
+
+if TYPE_CHECKING:
+    import torch
 
 RUN = "Run"
+RUN_FILE = "run.toml"
+"""Where a run folder keeps its settings in the form that `--config` takes."""
 
 
 @takes_settings_of(ModelConfig, TrainConfig, TrainingAttack)
@@ -27,6 +38,12 @@ def train(
     ] = None,
     recipe: Annotated[
         str | None, option(RUN, "A run of the paper by name (see 'advmoe recipes'); other options override it.")
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        option(
+            RUN, "A run as a TOML file, such as the run.toml of another run; other options override it.", "--config"
+        ),
     ] = None,
     init: Annotated[
         Path | None,
@@ -41,6 +58,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the run folder.", rich_help_panel=RUN)
     ] = False,
+    seeds: Seeds = None,
     device: Device = "auto",
     json: Json = False,
     *,
@@ -48,34 +66,96 @@ def train(
 ) -> None:
     """Train a model. The default is the paper's: an MoE-CNN with N = 2 experts at r = 0.5, trained by AdvMoE.
 
-    Writes config.json, metrics.jsonl, TensorBoard events, routes.npz (who took which experts in the last two epochs),
-    last.pt and best.pt (the latest epoch whose validation RA is not clearly below the highest) to the run folder.
+    Writes config.json, run.toml (for --config), metrics.jsonl, TensorBoard events, routes.npz (who took which experts
+    in the last two epochs), last.pt and best.pt (the latest epoch whose validation RA is not clearly below the highest)
+    to the run folder.
     Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
     """
-    from advmoe.data.sources import dataset_info, load_dataset
     from advmoe.device import resolve_device
     from advmoe.models.registry import build_model
-    from advmoe.training.checkpoint import file_digest, load_checkpoint
-    from advmoe.training.loop import Trainer
-    from advmoe.training.methods import resolve_method
-    from advmoe.training.run_folder import RunFolder
 
-    named = None if recipe is None else find_recipe(recipe)
-    chosen = dataset or (named.dataset if named else None)
+    check(recipe is None or config_file is None, "give --recipe or --config, not both")
+    check(seeds is None or "seed" not in settings, "give --seed or --seeds, not both")
+    chosen_seeds = None if seeds is None else parse_seeds(seeds)
+    plan = make_plan(dataset, recipe, config_file, init, data_dir, settings)
+    for sentence in plan.notes:
+        console.note(sentence)
+    build_model(plan.model)  # refuses impossible settings before any image is read
+    place = resolve_device(device)
+    name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
+    path = out or Path("runs") / name
+    if chosen_seeds is None:
+        show(plan.train, train_run(plan, path, place, resume=resume), json=json)
+        return
+    runs = {}
+    for seed in chosen_seeds:
+        folder = seed_folder(path, seed)
+        console.note(f"seed {seed}: {folder}")
+        of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
+        runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists())
+    show_seeds(path, runs, json=json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be trained, on which images, from which weights."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data_dir: Path | None
+    init: Path | None
+    notes: Sequence[str]
+    """What to tell before the run begins."""
+
+
+def make_plan(
+    dataset: str | None,
+    recipe: str | None,
+    config_file: Path | None,
+    init: Path | None,
+    data_dir: Path | None,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Settings of the command line, on top of those of a recipe or a file, on top of those that suit the data set.
+
+    Raises:
+        ConfigError: settings that cannot be carried out.
+    """
+    from advmoe.data.sources import dataset_info
+    from advmoe.training.checkpoint import file_digest
+    from advmoe.training.methods import resolve_method
+
+    base = RunFile() if config_file is None else read_run_file(config_file)
+    if recipe is not None:
+        named = find_recipe(recipe)
+        if named.starts_from is not None and init is None:
+            raise ConfigError(
+                f"recipe '{recipe}' goes on from '{named.starts_from}'; train that first, then give its checkpoint: "
+                f"--init runs/{named.starts_from}/best.pt"
+            )
+        base = RunFile(model=named.model, train={"dataset": named.dataset, **named.train}, attack=named.attack)
+    chosen = dataset or base.train.get("dataset")
     if chosen is None:
         raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
-    if named is not None and named.starts_from is not None and init is None:
-        raise ConfigError(
-            f"recipe '{recipe}' goes on from '{named.starts_from}'; train that first, then give its checkpoint: "
-            f"--init runs/{named.starts_from}/best.pt"
-        )
-    model_settings, train_settings, attack_settings = sort_settings(settings)
+    data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
+    init = init or (None if base.init is None else Path(base.init))
+    given_model, given_train, given_attack = sort_settings(settings)
     info = dataset_info(chosen, data_dir)
+    default_model, default_train = defaults_of(info)
+    stored = dict(base.train)
+    stored_digest = stored.pop("init", None)
+    digest = None if init is None else file_digest(init)
+    check(stored_digest is None or digest is not None, f"the run in {config_file} starts from a checkpoint", "init")
+    check(
+        stored_digest is None or digest == stored_digest or str(init) != base.init,
+        f"{init} is not the checkpoint any more that the run in {config_file} started from",
+        "init",
+    )
     model, config = resolve(
         info,
-        {"arch": "vgg16"} | dict(named.model if named else {}) | model_settings,
-        dict(named.train if named else {}) | train_settings | ({} if init is None else {"init": file_digest(init)}),
-        **dict(named.attack if named else {}) | attack_settings,
+        default_model | dict(base.model) | given_model,
+        default_train | stored | {"dataset": chosen} | given_train | {"init": digest},
+        **dict(base.attack) | given_attack,
     )
     trained_by = resolve_method(config.method, model, has_init=init is not None)
     check(
@@ -84,34 +164,77 @@ def train(
         f"{model.kind} with N = {model.num_experts} trains none; leave it out",
         "specialisation",
     )
-    if config.method == "standard" and {"steps", "step_size", "start"} & set(attack_settings):
-        console.note("standard training does not attack: --steps, --step-size and --start have no effect")
-    for sentence in info.notes:
-        console.note(sentence)
-    build_model(model)  # refuses impossible settings before any image is read
-    place = resolve_device(device)
-    initial = None if init is None else load_checkpoint(init)
-    path = out or Path("runs") / (recipe or f"{config.dataset}-{model.arch}-{model.kind}-{config.method}")
+    notes = [*info.notes]
+    if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):
+        notes.append("standard training does not attack: --steps, --step-size and --start have no effect")
+    return Plan(model=model, train=config, data_dir=data_dir, init=init, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run that is complete."""
+
+    path: Path
+    checkpoint: Path
+    metrics: Mapping[str, Any]
+    """Figures of the best epoch."""
+    last_metrics: Mapping[str, Any]
+
+
+def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool) -> Trained:
+    """Train one model in one folder.
+
+    Raises:
+        typer.Exit: the run was interrupted, and saved.
+    """
+    from advmoe.data.sources import load_dataset
+    from advmoe.training.checkpoint import load_checkpoint
+    from advmoe.training.loop import Trainer
+    from advmoe.training.run_folder import RunFolder
+
+    model, config = plan.model, plan.train
+    initial = None if plan.init is None else load_checkpoint(plan.init)
     with RunFolder(path) as folder:
         check(not resume or folder.last.exists(), f"{path} holds no run to go on with; leave out --resume to begin one")
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:
-            data = load_dataset(config.dataset, data_dir, progress=progress, announce=console.note)
+            data = load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)
         with TrainingProgress() as observer:
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
             )
-            remember_data(path, config.dataset, data_dir)
+            remember_data(path, config.dataset, plan.data_dir)
+            text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
+            write_text_atomically(path / RUN_FILE, text)
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
         console.note(f"interrupted; go on with the same command and --resume --out {path}")
         raise typer.Exit(128 + signals[0])
-    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
+    best, last = (load_checkpoint(file).metrics for file in (folder.best, folder.last))
+    return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
+
+
+def show(config: TrainConfig, run: Trained, *, json: bool) -> None:
+    """The figures of one run."""
     if json:
-        figures = {"metrics": best.metrics, "last_metrics": last.metrics}
-        console.emit_json({"run": str(path), "checkpoint": str(folder.best)} | figures | {"config": to_dict(config)})
+        found = {"run": str(run.path), "checkpoint": str(run.checkpoint)}
+        figures = {"metrics": run.metrics, "last_metrics": run.last_metrics}
+        console.emit_json(found | figures | {"config": to_dict(config)})
     else:
-        shown = [name for name in best.metrics if name == "epoch" or name.startswith("val_")]
-        rows = [(name, best.metrics[name], last.metrics[name]) for name in shown]
-        console.show_table(f"Best checkpoint: {folder.best}", ("", "best", "last"), rows)
+        shown = [name for name in run.metrics if name == "epoch" or name.startswith("val_")]
+        rows = [(name, run.metrics[name], run.last_metrics[name]) for name in shown]
+        console.show_table(f"Best checkpoint: {run.checkpoint}", ("", "best", "last"), rows)
+
+
+def show_seeds(path: Path, runs: Mapping[int, Trained], *, json: bool) -> None:
+    """The figures of runs that differ in their seed only, and their mean and standard deviation."""
+    total = summary([run.metrics for run in runs.values()])
+    if json:
+        each = [{"seed": seed, "run": str(run.path), "metrics": run.metrics} for seed, run in runs.items()]
+        console.emit_json({"run": str(path), "runs": each, "summary": total})
+        return
+    names = [name for name in total if name.startswith("val_")]
+    rows = [(str(seed), *(f"{run.metrics[name]:.2f}" for name in names)) for seed, run in runs.items()]
+    rows.append(("mean ± std", *(f"{total[name]['mean']:.2f} ± {total[name]['std']:.2f}" for name in names)))
+    console.show_table(f"Best checkpoints in {path}", ("seed", *names), rows)

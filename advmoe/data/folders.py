@@ -69,6 +69,8 @@ def load_folder(data_dir: Path) -> Dataset:
         FOLDER,
         num_classes=len(names),
         class_names=names,
+        train_size=len(train),
+        test_size=len(test),
         image_size=size,
         notes=(reason, *warnings_of(train, test)),
     )

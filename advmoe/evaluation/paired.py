@@ -80,6 +80,6 @@ def load_outcomes(path: Path) -> Arrays:
             raise ValueError("arrays of the wrong shape or type")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} does not hold the outcomes of an evaluation image by image; evaluate the model again with --out"
+            f"{path} does not hold the outcomes of an evaluation image by image; evaluate the model again"
         ) from error
     return arrays

@@ -150,7 +150,7 @@ READINGS: Mapping[str, Reading] = {
     ),
     "converged": Reading(
         "As many steps again break more images.",
-        "Evaluate again with twice as many steps (--steps) or with restarts (--restarts).",
+        "Evaluate again with twice as many steps, or with restarts.",
     ),
     "monotone_in_eps": Reading(
         "A larger radius leaves more images standing, which no sound attack does.",
@@ -162,7 +162,7 @@ READINGS: Mapping[str, Reading] = {
     ),
     "hidden_by_routing": Reading(
         "Attacks on the routing break images that PGD through the model's own gradient misses.",
-        "Report the RA under the attacks on the routing (--routing), and for S-Dense the RA under the same PGD.",
+        "Report the RA under the attacks on the routing, and for S-Dense the RA under the same PGD.",
     ),
 }
 """By the name of the check."""

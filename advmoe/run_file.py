@@ -1,0 +1,98 @@
+"""A run as a TOML file: every setting of the model, the training and the attack, and where its inputs lie.
+
+data_dir = "/data/pets"    # optional, as is `init`, the checkpoint that the run starts from
+
+[model]                    # fields of `ModelConfig`
+arch = "resnet18"
+
+[train]                    # fields of `TrainConfig`
+dataset = "folder"
+epochs = 30
+specialisation = "none"    # a setting without a value
+
+[attack]                   # fields of `TrainingAttack`
+eps = 0.01
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, to_dict
+from advmoe.errors import ConfigError
+from advmoe.schema import Settings, check, conform, fields_of, shown
+
+NONE = "none"
+"""How a file, or an option, says that a setting has no value."""
+
+SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "train": TrainConfig, "attack": TrainingAttack}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """The contents of a file: settings by section, as far as they are given."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    init: str | None = None
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Read a run.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or it has a key or a value that no run has.
+    """
+    try:
+        contents = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", "config") from error
+    except ValueError as error:  # no UTF-8, or no TOML
+        raise ConfigError(f"{path} is not a TOML file: {error}", "config") from error
+    known = [each.name for each in dataclasses.fields(RunFile)]
+    unknown = sorted(set(contents) - set(known))
+    check(
+        not unknown, f"{path} has the unknown entry {shown(', '.join(unknown))}; expected {', '.join(known)}", "config"
+    )
+    found: dict[str, Any] = {name: conform(contents[name], str, name) for name in set(contents) - set(SECTIONS)}
+    for section, owner in SECTIONS.items():
+        values = conform(contents.get(section, {}), dict[str, Any], f"[{section}]")
+        found[section] = {name: _checked(path, section, owner, name, value) for name, value in values.items()}
+    return RunFile(**found)
+
+
+def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, init: Path | None) -> str:
+    """The text of a file that gives this run again. The seed and all defaults stand in it."""
+    attack = train.attack
+    contents = {
+        name: str(path.resolve()) for name, path in (("data_dir", data_dir), ("init", init)) if path is not None
+    }
+    sections: dict[str, Any] = {
+        "model": to_dict(model),
+        "train": {name: value for name, value in to_dict(train).items() if name not in {"attack", "val_attack"}},
+        "attack": {field.name: getattr(attack, field.name) for field in fields_of(TrainingAttack)},
+    }
+    for section, values in sections.items():
+        sections[section] = {name: NONE if value is None else value for name, value in values.items()}
+    return tomli_w.dumps(contents | sections)
+
+
+def _checked(path: Path, section: str, owner: type[Settings], name: str, value: Any) -> Any:
+    """A value of a section, if the field of this name takes it."""
+    known = {each.name: each for each in fields_of(owner)}
+    if name not in known or name in {"attack", "val_attack"}:
+        raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}", "config")
+    each = known[name]
+    try:
+        return conform(None if value == NONE else value, each.kind, each.setting.noun or name, each.setting)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", "config") from error
