@@ -277,7 +277,5 @@ def load_card(path: Path) -> dict[str, Any]:
         from_dict(CardFile, card | {"advmoe": numbers})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"{path} is not a result card: {reason}; expected a file written by 'advmoe evaluate --out'"
-        ) from error
+        raise DataError(f"{path} is not a result card: {reason}; expected the card of an evaluation") from error
     return dict(card)
