@@ -15,7 +15,7 @@ from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.errors import AdvMoEError
 
 if TYPE_CHECKING:
-    from advmoe.models.registry import create_model
+    from advmoe.models.registry import create_model, list_models
     from advmoe.models.routing import Routing
     from advmoe.training.checkpoint import load
 
@@ -29,12 +29,14 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "create_model",
+    "list_models",
     "load",
 ]
 
 _WITH_TORCH = {
     "Routing": "advmoe.models.routing",
     "create_model": "advmoe.models.registry",
+    "list_models": "advmoe.models.registry",
     "load": "advmoe.training.checkpoint",
 }
 
@@ -44,3 +46,8 @@ def __getattr__(name: str) -> Any:
     if name not in _WITH_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WITH_TORCH[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion and `dir`, whether their modules are imported yet or not."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 
 from advmoe.schema import Setting, Settings, check, difference, fields_of, from_dict, one_of, to_dict
 
 __all__ = [
     "AttackConfig",
     "ModelConfig",
+    "ModelSettings",
     "TrainConfig",
     "check",
     "check_eps",
@@ -259,6 +260,31 @@ class ModelConfig(RoutersConfig, ExpertsConfig, BackboneConfig):
     def several_experts(self) -> bool:
         """Whether there is a choice for routers to make: an MoE-CNN with N > 1."""
         return self.kind == "moe" and self.num_experts > 1
+
+
+class ModelSettings(TypedDict, total=False):
+    """The settings that `create_model` takes besides the name of the backbone: the fields of `ModelConfig`.
+
+    Editors and type checkers read the names and types here; a test keeps them equal to the fields.
+    """
+
+    kind: Kind
+    num_classes: int
+    image_size: int
+    width: float
+    depth: int | None
+    growth: int | None
+    model_scale: float
+    compact: bool
+    mean: Triple
+    std: Triple
+    num_experts: int
+    expert_filters: ExpertFilters
+    shared: float
+    expert_affine: bool
+    routed: str
+    granularity: Granularity
+    router_gradient: RouterGradient
 
 
 def model_config(**settings: Any) -> ModelConfig:

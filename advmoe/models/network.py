@@ -55,6 +55,8 @@ class RoutedNetwork(nn.Module):
     std: Tensor
     rows_per_image: int = 1
     """What is routed as one: an image (1), or each of its tokens."""
+    class_names: tuple[str, ...] = ()
+    """Name of each logit, if the model comes from a checkpoint that tells them."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import torch
 
-from advmoe.config import ModelConfig, model_config, one_of
+from advmoe.config import ModelConfig, ModelSettings, model_config, one_of
 from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.resnet import ResNet18
 from advmoe.models.vgg import VGG16
 from advmoe.models.vit import ViT
 from advmoe.models.wide_resnet import WRN28x10
+from advmoe.schema import fields_of
 
 ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {
     "densenet": DenseNet,
@@ -37,14 +39,36 @@ def build_model(config: ModelConfig) -> RoutedNetwork:
     return ARCHITECTURES[config.arch](config).to(memory_format=torch.channels_last)
 
 
-def create_model(arch: str, **settings: Any) -> RoutedNetwork:
+def list_models() -> list[str]:
+    """Names of the backbones that `create_model` knows."""
+    return sorted(ARCHITECTURES)
+
+
+def create_model(arch: str, **settings: Unpack[ModelSettings]) -> RoutedNetwork:
     """A model by name: `create_model("vgg16", kind="moe", num_classes=10, num_experts=2, model_scale=0.5)`.
 
     Args:
-        arch: name of the backbone.
+        arch: name of the backbone, one of `list_models()`.
         **settings: fields of `advmoe.config.ModelConfig`.
 
     Returns:
         A module from images [B, 3, H, W] in [0, 1] to logits [B, num_classes], in training mode.
+
+    Raises:
+        ConfigError: an unknown setting, a value that cannot be, or settings that do not go together.
     """
     return build_model(model_config(arch=arch, **settings))
+
+
+def _with_settings(function: Callable[..., RoutedNetwork]) -> inspect.Signature:
+    """The signature of `create_model` with its settings one by one, for `help` and completion."""
+    own = inspect.signature(function, eval_str=True)
+    settings = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.kind)
+        for field in fields_of(ModelConfig)
+        if field.name != "arch"
+    ]
+    return own.replace(parameters=[own.parameters["arch"], *settings])
+
+
+create_model.__signature__ = _with_settings(create_model)  # type: ignore[attr-defined]

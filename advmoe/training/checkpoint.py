@@ -67,6 +67,7 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint's weights do not fit its own model description: {error}") from error
         if self.model.kind == "sparse_cnn" and not masks_open(model):
             model = compact(model)
+        model.class_names = self.class_names
         return model.eval()
 
 
