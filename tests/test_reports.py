@@ -16,15 +16,16 @@ import advmoe
 from advmoe.config import AttackConfig, ModelConfig
 from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
-from advmoe.evaluation.analysis import analyse, histogram
+from advmoe.evaluation.analysis import analyse, flow, histogram
 from advmoe.evaluation.card import CardNumbers, figures, load_card, make_card, pixels, save_card, standard_error
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
+from advmoe.evaluation.vocabulary import READINGS
 from advmoe.models.masked import mask_pathway
-from advmoe.reports.figures import analysis_figures, scale_curves
+from advmoe.reports.figures import analysis_figures, pathways_flow, scale_curves
 from advmoe.reports.html import render
 from advmoe.routing_log import RouteLog
 from advmoe.schema import fields_of
@@ -185,7 +186,7 @@ def test_histograms_count_every_value() -> None:
 def test_figures_are_svg_with_text_and_their_numbers(result: SuiteResult) -> None:
     found = analyse(route_log(result, TwoRooms()), TwoRooms())
     drawn = analysis_figures(found)
-    assert list(drawn) == ["dissection", "load", "changed_layers", "overlap", "diversity"]
+    assert list(drawn) == ["dissection", "load", "changed_layers", "overlap", "diversity"]  # one layer: no flow
     for svg in drawn.values():
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -207,7 +208,7 @@ class Page(html.parser.HTMLParser):
         self.fetched += [
             f"{name}={value}"
             for name, value in attributes
-            if name in {"src", "href", "xlink:href"} and value and not value.startswith("#")
+            if name in {"src", "href", "xlink:href"} and value and not value.startswith(("#", "data:image/png"))
         ]
 
 
@@ -269,3 +270,44 @@ def test_many_models_stand_in_rows_and_only_their_failures_at_length(result: Sui
     few = render(cards[:2], {})
     assert few.count("<h3>") == 2
     assert "<th>moe-n2-r0.8</th>" in few
+
+
+def test_pathways_flow_from_layer_to_layer(result: SuiteResult) -> None:
+    # Three images take experts 0-0, 0-1 and 1-1: a third of them each from layer 0 to layer 1, nobody from 1 to 0.
+    taken = np.array([[0, 0], [0, 1], [1, 1]], dtype=np.uint8)
+    assert flow(taken, TwoRooms()) == [[[0.3333, 0.3333], [0.0, 0.3333]]]
+    drawn = pathways_flow(flow(taken, TwoRooms()), "Pathways")
+    assert "expert 1<" in drawn
+    # Bars: two experts in each of two layers; bands: the three that are not empty; and the figure's and axes' paper.
+    assert len(ElementTree.fromstring(drawn).findall(".//{*}g[@id]")) > 0
+    assert len(re.findall(r'id="patch_\d+"', drawn)) >= 2 + 4 + 3
+
+
+def test_a_comparison_says_whose_every_picture_is(result: SuiteResult) -> None:
+    cards = [card_of(result, "first"), card_of(result, "second")]
+    log = [{"epoch": 1, "train_loss": 2.0, "val_sa": 30.0, "val_ra_pgd10": 20.0, "router_entropy": [0.5, 1.0]}]
+    shown = {
+        "clean": np.zeros((2, 4, 4, 3), np.uint8),
+        "attacked": np.ones((2, 4, 4, 3), np.uint8),
+        "difference": np.ones((2, 4, 4, 3), np.float32),
+        "before": np.array([0, 1]),
+        "after": np.array([1, 1]),
+        "class_names": np.array(["zero", "one"]),
+    }
+    analysis = analyse(route_log(result, TwoRooms()), TwoRooms())
+    page = render(cards, {"second": analysis}, logs={"first": log, "second": []}, examples={"second": shown})
+    assert "first: training loss" in page
+    assert "how evenly the routers use the experts" in page
+    assert "second: training loss" not in page
+    assert "second: clean images with the model's prediction" in page.replace("&#39;", "'")
+    assert "<figcaption>second. Share of the images that each expert gets" in page
+    assert "128 x diff." in page  # a difference of one level fills the range
+    assert Page(page).fetched == []
+
+
+def test_a_failed_diagnostic_is_explained_with_what_to_do_next(result: SuiteResult) -> None:
+    failed = Diagnostic("converged", "failed", "3 % more broken", "next to nothing")
+    page = render([card_of(SuiteResult(**{**vars(result), "diagnostics": (failed,)}), "weak")], {})
+    assert READINGS["converged"].meaning in page
+    assert READINGS["converged"].next_step in page
+    assert READINGS["finite"].meaning not in page

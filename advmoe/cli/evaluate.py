@@ -258,7 +258,12 @@ def _save(out: Path, card: dict[str, Any], result: SuiteResult, subject: Subject
     from advmoe.evaluation.dissection import route_log
     from advmoe.evaluation.examples import save_examples
     from advmoe.evaluation.paired import save_outcomes
+    from advmoe.files import write_text_atomically
+    from advmoe.reports.training import LOG
 
+    log = subject.path.parent / LOG
+    if log.is_file():
+        write_text_atomically(out / LOG, log.read_text())
     save_examples(out / EXAMPLES, subject.model, images, result)
     save_outcomes(out / OUTCOMES, result)
     route_log(result, subject.model).save(out / ROUTES)

@@ -9,7 +9,8 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.analyze import model_of
-from advmoe.cli.evaluate import CARD, ROUTES
+from advmoe.cli.evaluate import CARD, EXAMPLES, ROUTES
+from advmoe.cli.models import checkpoint_of
 from advmoe.errors import ConfigError
 
 
@@ -17,7 +18,8 @@ def report(
     evaluations: Annotated[list[Path], typer.Argument(help="Folders written by 'advmoe evaluate --out'.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     mask: Annotated[
-        Path | None, typer.Option(help="Checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6).")
+        Path | None,
+        typer.Option(help="Run or checkpoint of a Sparse-CNN: compare pathways with its mask pathway (Fig. 6)."),
     ] = None,
 ) -> None:
     """Write one self-contained HTML file about one evaluated model, or comparing several.
@@ -26,20 +28,26 @@ def report(
     """
     from advmoe.evaluation.analysis import analyse
     from advmoe.evaluation.card import load_card
+    from advmoe.evaluation.examples import load_examples
     from advmoe.files import write_text_atomically
     from advmoe.reports.html import render
+    from advmoe.reports.training import read_log
     from advmoe.routing_log import RouteLog
     from advmoe.training.checkpoint import load_checkpoint
 
     console.existing_folder(out)
-    sparse = None if mask is None else load_checkpoint(mask).build()
+    sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
     cards: list[dict[str, Any]] = []
     analyses: dict[str, Any] = {}
+    logs: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     for folder in evaluations:
         card = load_card(folder / CARD)
         if card["name"] in {other["name"] for other in cards}:
             card["name"] = str(folder)
         cards.append(card)
+        logs[card["name"]] = read_log(folder)
+        examples[card["name"]] = load_examples(folder / EXAMPLES)
         model = model_of(card["advmoe"]["model"])
         if model.expert_layouts:
             analyses[card["name"]] = analyse(RouteLog.load(folder / ROUTES), model, sparse=sparse)
@@ -50,6 +58,6 @@ def report(
                 f"{card['name']}: {card['advmoe']['images']} of {card['dataset']} at {card['eps']}" for card in cards
             )
         )
-    html = render(cards, analyses)
+    html = render(cards, analyses, logs=logs, examples=examples)
     write_text_atomically(out, html)
     console.note(f"written to {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,15 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
         "after": after.cpu().numpy(),
         "class_names": np.array(images.class_names),
     }
+
+
+def load_examples(path: Path) -> Arrays:
+    """Read what `save_examples` wrote; empty if there is nothing that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, result: SuiteResult) -> None:

@@ -2,7 +2,8 @@
 
 They are narrow, so that a phone need not shrink them. Error bars are one standard error of a share of that many images.
 
-Input are the plain values of result cards (`advmoe.evaluation.card`) and analyses (`advmoe.evaluation.analysis`).
+Input are the plain values of result cards (`advmoe.evaluation.card`), analyses (`advmoe.evaluation.analysis`), logs
+(`advmoe.reports.training`) and example images (`advmoe.evaluation.examples`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import standard_error
 from advmoe.evaluation.vocabulary import FATES, Figure, measured, pgd_key
+from advmoe.reports.training import robust_accuracy
 
 COLOURS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
 """One per model; neighbours differ in lightness, for grey print, and to the colour-blind (after Okabe & Ito)."""
@@ -33,6 +35,13 @@ Analysis = Mapping[str, Any]
 @contextmanager
 def _axes(height: float) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on; the list holds the finished SVG afterwards."""
+    with _grid(height, 1, 1) as (grid, finished):
+        yield grid[0][0], finished
+
+
+@contextmanager
+def _grid(height: float, rows: int, columns: int) -> Iterator[tuple[Any, list[str]]]:
+    """Rows of axes to draw on; the list holds the finished SVG afterwards."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -52,7 +61,7 @@ def _axes(height: float) -> Iterator[tuple[Any, list[str]]]:
     finished: list[str] = []
     with mpl.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure.add_subplot(), finished
+        yield figure.subplots(rows, columns, squeeze=False), finished
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -289,6 +298,114 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
     return finished[0]
 
 
+def pathways_flow(flow: Sequence[Sequence[Sequence[float]]], title: str) -> str:
+    """Pathways as bands from layer to layer: how many images take which expert, and which one after it."""
+    import numpy as np
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    shares = np.array(flow)
+    layers, experts, half = len(shares) + 1, shares.shape[1], 0.09
+    load = np.concatenate([shares.sum(axis=2), shares[-1:].sum(axis=1)])
+    gap = 0.04
+    top = np.cumsum(load, axis=1) - load + gap * np.arange(experts)
+    with _axes(2.6) as (axes, finished):
+        for layer in range(layers):
+            for expert in range(experts):
+                color = COLOURS[expert % len(COLOURS)]
+                axes.bar(layer, load[layer, expert], 2 * half, bottom=top[layer, expert], color=color, linewidth=0)
+        for layer in range(layers - 1):
+            leaving, arriving = top[layer].copy(), top[layer + 1].copy()
+            for before in range(experts):
+                for after in range(experts):
+                    width = shares[layer, before, after]
+                    if width == 0:
+                        continue
+                    left, right, middle = layer + half, layer + 1 - half, layer + 0.5
+                    upper, lower = leaving[before], arriving[after]
+                    points = [
+                        *((left, upper), (middle, upper), (middle, lower), (right, lower)),
+                        *((right, lower + width), (middle, lower + width), (middle, upper + width)),
+                        *((left, upper + width), (left, upper)),
+                    ]
+                    codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
+                    band = PathPatch(Path(points, codes), color=COLOURS[before % len(COLOURS)], alpha=0.35, linewidth=0)
+                    axes.add_patch(band)
+                    leaving[before] += width
+                    arriving[after] += width
+        for expert in range(experts):
+            axes.text(
+                -0.2, top[0, expert] + load[0, expert] / 2, f"expert {expert}", ha="right", va="center", fontsize=8
+            )
+        axes.set_xlim(-0.3, layers - 0.7)
+        axes.set_ylim(1 + gap * (experts - 1) + 0.01, -0.01)
+        axes.set_xticks(range(layers))
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("MoE layer")
+        axes.set_title(title, loc="left")
+    return finished[0]
+
+
+def training_curves(log: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, validation accuracies and evenness of the experts' load, epoch by epoch."""
+    epochs = [record["epoch"] for record in log]
+    routed = [record for record in log if record.get("router_entropy")]
+    with _grid(5.4 if routed else 3.8, 3 if routed else 2, 1) as (grid, finished):
+        loss, accuracy = grid[0][0], grid[1][0]
+        loss.plot(epochs, [record["train_loss"] for record in log], color=COLOURS[0], marker=MARKERS[0], markersize=3)
+        loss.set_ylabel("training loss")
+        curves = (("SA", [record["val_sa"] for record in log]), ("RA", [robust_accuracy(record) for record in log]))
+        for number, (label, values) in enumerate(curves):
+            accuracy.plot(epochs, values, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label)
+        accuracy.set_ylabel("validation, per cent")
+        accuracy.set_ylim(bottom=0)
+        accuracy.legend(fontsize=8)
+        if routed:
+            evenness, own = grid[2][0], [record["epoch"] for record in routed]
+            ranges = [record["router_entropy"] for record in routed]
+            evenness.fill_between(own, list(map(min, ranges)), list(map(max, ranges)), color=COLOURS[3], alpha=0.4)
+            means = [sum(values) / len(values) for values in ranges]
+            evenness.plot(own, means, color=COLOURS[0], marker=MARKERS[0], markersize=3)
+            evenness.set_ylim(0, 1.03)
+            evenness.set_ylabel("load entropy")
+            evenness.set_title("mean over layers, and the range between them", loc="left", fontsize=8)
+        for (axes,) in grid:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        grid[-1][0].set_xlabel("epoch")
+    return finished[0]
+
+
+def example_images(examples: Mapping[str, Any]) -> str:
+    """Clean images, their attacked versions, and the difference amplified, in columns."""
+    import numpy as np
+
+    number = len(examples["clean"])
+    names = [str(name) for name in examples["class_names"]]
+    radius = max(float(np.abs(examples["difference"]).max()), 1e-9)
+    amplified = (127.5 + 127.5 * examples["difference"] / radius).round().clip(0, 255).astype(np.uint8)
+    rows = (
+        ("clean", examples["clean"]),
+        ("attacked", examples["attacked"]),
+        (f"{127.5 / radius:.0f} x diff.", amplified),
+    )
+    with _grid(3.4, 3, number) as (grid, finished):
+        for row, (label, images) in enumerate(rows):
+            for column, image in enumerate(images):
+                axes = grid[row][column]
+                axes.imshow(image, interpolation="nearest")
+                axes.set_xticks([])
+                axes.set_yticks([])
+                for spine in axes.spines.values():
+                    spine.set_visible(False)
+            grid[row][0].set_ylabel(label, fontsize=8)
+        for column in range(number):
+            before, after = names[int(examples["before"][column])], names[int(examples["after"][column])]
+            grid[0][column].set_title(before[:9], fontsize=7)
+            grid[1][column].set_title(after[:9], fontsize=7, color="#a4343a" if before != after else "black")
+    return finished[0]
+
+
 def changed_layers(analysis: Analysis) -> str:
     """Share of images whose expert the attack changes, layer by layer."""
     with _axes(2.4) as (axes, finished):
@@ -317,8 +434,10 @@ def analysis_figures(analysis: Analysis) -> dict[str, str]:
     drawn = {
         "dissection": dissections({"": analysis}),
         "load": expert_load(analysis["conditions"]["clean"]["load"], f"Expert load, {images}, clean"),
-        "changed_layers": changed_layers(analysis),
     }
+    if analysis["conditions"]["clean"].get("flow"):
+        drawn["pathways"] = pathways_flow(analysis["conditions"]["clean"]["flow"], f"Pathways, {images}, clean")
+    drawn["changed_layers"] = changed_layers(analysis)
     if "similarity" in analysis:
         similarity = analysis["similarity"]
         drawn["overlap"] = iou_histogram(similarity["overlap"], "Clean and attacked pathway of the same image", images)

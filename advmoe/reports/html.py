@@ -8,19 +8,37 @@ from typing import Any
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import latencies, standard_error
-from advmoe.evaluation.vocabulary import FIGURES, FOOLED, Figure, measured
+from advmoe.evaluation.vocabulary import FIGURES, FOOLED, Figure, failed_readings, measured
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
+CAPTIONS = {
+    "load": "Share of the images that each expert gets, layer by layer.",
+    "pathways": "Pathways through the layers. The height of a bar is the share of images that take the expert; a band "
+    "shows which expert they take next.",
+    "changed_layers": "Where an attack changes the expert.",
+    "overlap": "How much of an image's pathway remains under attack.",
+    "diversity": "How alike the pathways of different images are.",
+    "mask": "How near pathways are to the mask of the Sparse-CNN.",
+}
+"""Of the figures of one model's routing."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
-def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
+def render(
+    cards: Sequence[Card],
+    analyses: Mapping[str, Analysis],
+    *,
+    logs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    examples: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """The report as one HTML text.
 
     Args:
         cards: result cards, at least one, with different names.
         analyses: name of a card -> analysis of its routing; absent for models without routing.
+        logs: name of a card -> the log of its training, epoch by epoch, if there is one.
+        examples: name of a card -> some of its images, clean and attacked, if there are any.
 
     Raises:
         ConfigError: jinja2 or matplotlib is not installed.
@@ -55,6 +73,9 @@ def render(cards: Sequence[Card], analyses: Mapping[str, Analysis]) -> str:
         passed=_passed(cards),
         settings=_settings(cards),
         figures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
+        training=[(name, Markup(figures.training_curves(log))) for name, log in (logs or {}).items() if log],
+        examples=[(name, Markup(figures.example_images(of))) for name, of in (examples or {}).items() if of],
+        readings={card["name"]: list(failed_readings(card["advmoe"]["diagnostics"])) for card in cards},
         analyses=[_routing(name, analysis, Markup) for name, analysis in analyses.items()],
     )
 
@@ -119,5 +140,5 @@ def _routing(name: str, analysis: Analysis, mark: Any) -> dict[str, Any]:
     return {
         "name": name,
         "conditions": conditions,
-        "figures": [mark(svg) for key, svg in drawn.items() if key != "dissection"],
+        "figures": [(CAPTIONS[key], mark(svg)) for key, svg in drawn.items() if key != "dissection"],
     }
