@@ -9,7 +9,7 @@ on from its last checkpoint. So the same command can run in the background, be s
 
 Every network has the same images, epochs, schedule and attack in training. Its last weights count: nothing is chosen on
 any image. Test images are used once: SA, RA by PGD, and for routed networks the worst over all views of the routing and
-the route attack. `correct` holds who was classified correctly, image by image, for paired comparisons.
+the route attack, and three controls. `correct` says of each image whether it was classified correctly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +33,58 @@ from torch import Tensor
 
 import advmoe
 from advmoe.attacks.pathways import RouteAttackConfig, route_attack
-from advmoe.attacks.pgd import cross_entropy_objective, pgd
+from advmoe.attacks.pgd import cross_entropy_objective, pgd, plain
 from advmoe.attacks.relaxations import is_routed, routing_views
-from advmoe.attacks.untargeted import starts, untargeted
+from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.data.sources import dataset_info, load_dataset
+from advmoe.evaluation.controls import CONTROLS, controlled
 from advmoe.evaluation.cost import hardware, measure_cost
 from advmoe.evaluation.suite import common_pathways
 from advmoe.files import write_atomically
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.settings import resolve
-from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.checkpoint import file_digest, load_checkpoint
 from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 
 BACKBONE = {"arch": "vgg16", "width": 0.125}
 """A width at which Dense is clearly better than S-Dense, so that there is something for experts to gain."""
 EPOCHS = 3
-MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer", "router_gradient": "advantage"}
+MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
+LEARNED = {"specialisation": 0.25}
+CHEAP = {"router_step": "reuse", "router_share": 0.5}
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),
     "dense": ({"kind": "dense"}, {"method": "at"}),
-    "at_moe": (MOE, {"method": "at", "specialisation": 0.25}),
-    "advmoe": (MOE, {"method": "advmoe", "specialisation": 0.25}),
+    "at_moe": (MOE | {"router_gradient": "advantage"}, {"method": "at"} | LEARNED),
+    "advmoe": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED),
+    "shared": (
+        MOE | {"granularity": "block", "router_gradient": "value", "shared": 1.0, "expert_affine": True},
+        {"method": "at"},
+    ),
+    "advmoe_cheap": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED | CHEAP),
+    "last_stage": (MOE | {"router_gradient": "dense", "routed": "last-1-stages"}, {"method": "advmoe"} | LEARNED),
+    "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
 }
-"""Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting."""
-PLAN = [(name, seed) for seed in (0, 1, 2) for name in SETTINGS]
+"""Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
+PLAN = [
+    *((name, 0) for name in ("s_dense", "dense", "at_moe", "advmoe")),
+    ("s_dense", 1),
+    ("shared", 0),
+    ("dense", 1),
+    *((name, 1) for name in ("advmoe", "shared", "at_moe")),
+    *((name, 2) for name in ("s_dense", "dense", "advmoe", "shared", "at_moe")),
+    *((name, 0) for name in ("advmoe_cheap", "last_stage", "upcycled")),
+]
 """Cells, those that tell most first."""
 ATTACK = AttackConfig(steps=20)
-FLIPS = 2048
-"""Test images whose changes of routing are counted."""
+ROUTED_IMAGES = 2000
+"""Test images, the first ones, on which routing is attacked and controls are tested."""
 ROUTE = RouteAttackConfig(sampled=2, greedy=2)
 
 
@@ -95,66 +114,86 @@ def packed(correct: Tensor) -> str:
     return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
 
 
-def test(model: RoutedNetwork, images: ImageSet, seed: int) -> dict[str, Any]:
-    """SA, RA and what routing adds to the attack, on all the images given."""
-    found: dict[str, list[Tensor]] = {"clean": [], "pgd": [], "views": [], "worst": []}
-    flips: list[Tensor] = []
-    device = torch.device("cpu")
-    common_ML, counts = common_pathways(model, images, 256, device)
+def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) -> dict[str, Any]:
+    """SA and RA on all the images; on the first ones what routing adds to the attack, and what controls reach."""
     with evaluating(model):
-        for batch in BatchLoader(images, batch_size=256).epoch(0):
-            x, y = batch.images, batch.labels
-            with torch.no_grad():
-                logits, routing = model.forward_with_routing(x)
-            alive = logits.argmax(dim=1) == y
-            found["clean"].append(alive.clone())
-            adversarial, survived = untargeted(model, x, y, batch.indices, ATTACK, seed)
-            robust = alive & survived
-            found["pgd"].append(robust.clone())
-            if is_routed(model):
-                if len(flips) * len(y) < FLIPS:  # whoever has lost is attacked to the end too
-                    to_the_end = pgd(
-                        model, x, cross_entropy_objective(y), ATTACK, start=starts(x, batch.indices, ATTACK, seed, [0])
-                    )
-                    with torch.no_grad():
-                        attacked = model.forward_with_routing(to_the_end)[1].expert_index_BL
-                    flips.append(attacked != routing.expert_index_BL)
-                for name, forward in routing_views(model).items():
-                    rows = robust.nonzero().squeeze(1)
-                    if name != "detached" and len(rows):
-                        candidates, _ = untargeted(forward, x[rows], y[rows], batch.indices[rows], ATTACK, seed)
-                        with torch.no_grad():
-                            robust[rows] = model(candidates).argmax(dim=1) == y[rows]
-                found["views"].append(robust.clone())
-                rows = robust.nonzero().squeeze(1)
-                if len(rows):
-                    robust[rows] = route_attack(
-                        model,
-                        x[rows],
-                        y[rows],
-                        batch.indices[rows],
-                        ATTACK,
-                        seed,
-                        observed_ML=common_ML[:16],
-                        nearby=adversarial[rows],
-                        config=ROUTE,
-                    )[1]
-            found["worst"].append(robust)
-    outcomes = {name: torch.cat(parts) for name, parts in found.items() if parts}
+        clean, pgd_robust = attacked(model, images, seed)
     figures: dict[str, Any] = {
         "images": len(images),
         "attack": to_dict(ATTACK),
-        "sa": per_cent(outcomes["clean"]),
-        **{f"ra_{name}": per_cent(outcomes[name]) for name in ("pgd", "views", "worst") if name in outcomes},
+        "sa": per_cent(clean),
+        "ra_pgd": per_cent(pgd_robust),
+        "correct": {"clean": packed(clean), "pgd": packed(pgd_robust)},
     }
-    if is_routed(model):
-        figures |= {
-            "route_attack": dataclasses.asdict(ROUTE),
-            "pathways": len(counts),
-            "decisions_flipped": per_cent(torch.cat(flips)),
-            "images_flipped": per_cent(torch.cat(flips).any(dim=1)),
-        }
-    return figures | {"correct": {name: packed(outcome) for name, outcome in outcomes.items()}}
+    if not is_routed(model):
+        return figures
+    few = images.take(np.arange(min(routed_images, len(images))))
+    with evaluating(model):
+        figures["routing"] = routing_figures(model, few, seed, pgd_robust[: len(few)])
+    figures["controls"] = {}
+    for control in CONTROLS:
+        other = controlled(model, control, seed)
+        with evaluating(other):
+            right, robust = attacked(other, few, seed)
+        figures["controls"][control] = {"sa": per_cent(right), "ra_pgd": per_cent(robust)}
+    return figures
+
+
+def victims_of(model: RoutedNetwork, images: ImageSet, seed: int) -> Iterator[Victims]:
+    for batch in BatchLoader(images, batch_size=256).epoch(0):
+        yield Victims(
+            model=model, images=batch.images, labels=batch.labels, indices=batch.indices, attack=ATTACK, seed=seed
+        )
+
+
+def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images are classified correctly, clean and under PGD, [n] each."""
+    clean, robust = [], []
+    for victims in victims_of(model, images, seed):
+        right = victims.right()
+        survived = torch.zeros_like(right)
+        if right.any():
+            survived[right] = untargeted(victims.take(right))[1]
+        clean.append(right)
+        robust.append(survived)
+    return torch.cat(clean), torch.cat(robust)
+
+
+def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robust: Tensor) -> dict[str, Any]:
+    """The worst over PGD, all views of the routing and the route attack; and the changes of routing under PGD."""
+    common_ML, counts = common_pathways(model, images, 256, torch.device("cpu"))
+    views, worst, flips = [], [], []
+    for number, victims in enumerate(victims_of(model, images, seed)):
+        robust = pgd_robust[256 * number :][: len(victims)].clone()
+        with torch.no_grad():
+            own = model.forward_with_routing(victims.images)[1].expert_index_BL
+        # whoever has lost, or was wrong from the start, is attacked to the end too
+        found = pgd(
+            plain(model), victims.images, cross_entropy_objective(victims.labels), ATTACK, start=victims.starts()
+        )
+        with torch.no_grad():
+            flips.append(model.forward_with_routing(found)[1].expert_index_BL != own)
+        for name, forward in routing_views(model).items():
+            rows = robust.nonzero().squeeze(1)
+            if name != "detached" and len(rows):
+                robust[rows] = victims.take(rows).right(untargeted(victims.take(rows), forward)[0])
+        views.append(robust.clone())
+        rows = robust.nonzero().squeeze(1)
+        if len(rows):
+            robust[rows] = route_attack(
+                victims.take(rows), observed_ML=common_ML[:16], nearby=found[rows], config=ROUTE
+            )[1]
+        worst.append(robust)
+    return {
+        "images": len(images),
+        "ra_pgd": per_cent(pgd_robust),
+        "ra_views": per_cent(torch.cat(views)),
+        "ra_worst": per_cent(torch.cat(worst)),
+        "route_attack": dataclasses.asdict(ROUTE),
+        "pathways": len(counts),
+        "decisions_flipped": per_cent(torch.cat(flips)),
+        "images_flipped": per_cent(torch.cat(flips).any(dim=1)),
+    }
 
 
 def per_cent(values: Tensor) -> float:
@@ -167,6 +206,11 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> None:
     result = options.out / f"{name}-{seed}.json"
     tell(f"{name}, seed {seed}")
     small = {"limit_train": 256, "batch_size": 64, "epochs": 1, "val_limit": 32} if options.smoke else {}
+    initial = None
+    if name == "upcycled":
+        start = options.runs / f"s_dense-{seed}" / "last.pt"
+        initial = load_checkpoint(start)
+        train_settings = {**train_settings, "init": file_digest(start)}
     name_of_data = "digits" if options.smoke else "cifar10"
     config, train = resolve(
         dataset_info(name_of_data, options.data_dir),
@@ -177,7 +221,9 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> None:
     began = time.monotonic(), time.process_time()
     with RunFolder(options.runs / f"{name}-{seed}") as folder:
         resume = load_checkpoint(folder.last) if folder.last.exists() else None
-        trainer = Trainer(config, train, data, folder, device=torch.device("cpu"), observer=Watch(), resume=resume)
+        trainer = Trainer(
+            config, train, data, folder, device=torch.device("cpu"), observer=Watch(), resume=resume, initial=initial
+        )
         first_step = trainer.step
         trainer.fit()
         model = load_checkpoint(folder.last).build()
@@ -185,7 +231,7 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> None:
     trained = time.monotonic(), time.process_time()
     images = data.test.take(np.arange(40)) if options.smoke else data.test
     assert isinstance(images, ImageSet)
-    figures = test(model, images, seed)
+    figures = test(model, images, seed, 40 if options.smoke else ROUTED_IMAGES)
     cost = measure_cost(model, config.image_size)
     record = {
         "setting": name,

@@ -60,6 +60,8 @@ def _random(model: RoutedNetwork) -> None:
 def _averaged(model: RoutedNetwork) -> None:
     for module in model.modules():
         if isinstance(module, MoEConv2d | MoELinear):
+            if isinstance(module, MoEConv2d):
+                module.fold_affine()
             for bank in module.parameters():
                 rows_NC = torch.tensor(module.rows, device=bank.device)
                 bank[rows_NC[0]] = bank[rows_NC].mean(dim=0)
