@@ -13,7 +13,7 @@ from torch import Tensor
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.controls import controlled
 from advmoe.evaluation.paired import load_outcomes, paired_difference
-from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
 
 
@@ -66,6 +66,20 @@ def test_averaged_experts_are_one_expert(
     conv, changed = (next(m for m in net.modules() if isinstance(m, MoEConv2d)) for net in (model, averaged))
     first, second = (list(rows) for rows in conv.rows)
     torch.testing.assert_close(changed.weight[first], (conv.weight[first] + conv.weight[second]) / 2)
+
+
+def test_averaging_takes_the_scale_and_shift_of_each_expert_into_account(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    model = tiny_vgg(seed=3, warm=True, expert_affine=True).eval()
+    affine = next(module for module in model.modules() if isinstance(module, ExpertAffine))
+    with torch.no_grad():
+        affine.shift[1] += 2.0
+    averaged = controlled(model, "averaged", 0)
+    first = next(module for module in averaged.modules() if isinstance(module, MoEConv2d))
+    assert first.bias is not None
+    torch.testing.assert_close(first.bias[list(first.rows[0])], torch.ones(first.out_channels))  # the mean of 0 and 2
+    assert averaged(images).isfinite().all()
 
 
 def test_a_model_without_a_choice_of_experts_has_no_control(tiny_vgg: Callable[..., RoutedNetwork]) -> None:

@@ -59,6 +59,8 @@ def _random(model: RoutedNetwork) -> None:
 
 def _averaged(model: RoutedNetwork) -> None:
     for module in model.modules():
+        if isinstance(module, MoEConv2d):
+            module.fold_affine()
         if isinstance(module, MoEConv2d | MoELinear):
             if isinstance(module, MoEConv2d):
                 module.fold_affine()
