@@ -69,9 +69,10 @@ def train(
     observer: Any = None,
     resume: Checkpoint | None = None,
     before: Callable[[Trainer], None] = lambda trainer: None,
+    keep: int = 0,
 ) -> bool:
     observer = observer or Observer()
-    with RunFolder(path) as folder:
+    with RunFolder(path, keep=keep) as folder:
         trainer = Trainer(model, config, dataset, folder, device=torch.device("cpu"), observer=observer, resume=resume)
         observer.trainer = trainer
         before(trainer)

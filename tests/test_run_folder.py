@@ -159,6 +159,20 @@ def test_tensorboard_shows_each_epoch_once_after_a_run_went_back(
     assert loads == pytest.approx(contents(path)["records"][1]["router_load"])
 
 
+def test_the_last_epochs_are_kept_and_can_be_gone_back_to(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
+    for keep, names in ((1, ["epoch-0002.pt"]), (2, ["epoch-0001.pt", "epoch-0002.pt"])):
+        path = tmp_path / str(keep)
+        assert train(digits, path, keep=keep)
+        assert sorted(kept.name for kept in path.glob("epoch-*")) == names
+        assert_identical(contents(path), contents(whole_run))
+    assert [load_checkpoint(path / name).progress["step"] for name in names] == [2, 4]
+    (path / "epoch-0001.pt").replace(path / "last.pt")
+    observer = Observer()
+    assert resumed(digits, path, observer=observer)
+    assert observer.steps == [3, 4]
+    assert_identical(contents(path), contents(whole_run))
+
+
 def test_an_error_of_torch_stays_what_it_is(tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no disk has to do with this")

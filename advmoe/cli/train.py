@@ -59,6 +59,9 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in the run folder.", rich_help_panel=RUN)
     ] = False,
     seeds: Seeds = None,
+    keep: Annotated[
+        int, typer.Option("--keep", min=0, help="Keep the checkpoints of the last so many epochs.", rich_help_panel=RUN)
+    ] = 0,
     device: Device = "auto",
     json: Json = False,
     *,
@@ -85,14 +88,14 @@ def train(
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
     if chosen_seeds is None:
-        show(plan.train, train_run(plan, path, place, resume=resume), json=json)
+        show(plan.train, train_run(plan, path, place, resume=resume, keep=keep), json=json)
         return
     runs = {}
     for seed in chosen_seeds:
         folder = seed_folder(path, seed)
         console.note(f"seed {seed}: {folder}")
         of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
-        runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists())
+        runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), keep=keep)
     show_seeds(path, runs, json=json)
 
 
@@ -181,7 +184,7 @@ class Trained:
     last_metrics: Mapping[str, Any]
 
 
-def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool) -> Trained:
+def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, keep: int = 0) -> Trained:
     """Train one model in one folder.
 
     Raises:
@@ -194,7 +197,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool) -> T
 
     model, config = plan.model, plan.train
     initial = None if plan.init is None else load_checkpoint(plan.init)
-    with RunFolder(path) as folder:
+    with RunFolder(path, keep=keep) as folder:
         check(not resume or folder.last.exists(), f"{path} holds no run to go on with; leave out --resume to begin one")
         checkpoint = load_checkpoint(folder.last) if resume else None
         with data_progress() as progress:

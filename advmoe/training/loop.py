@@ -143,7 +143,7 @@ class Trainer:
                 self._finish_epoch((self.sums[-1].images - images_before) / seconds)
                 saved, began, images_before = time.monotonic(), time.monotonic(), 0
             elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self._save(best=False)
+                self._save()
                 saved = time.monotonic()
             if self._stop and self.step < self.schedule.steps:
                 return False
@@ -212,7 +212,7 @@ class Trainer:
         self._metrics = record
         self.folder.log(record)
         self.sums = self._new_sums()
-        self._save(best=best)
+        self._save(best=best, epoch=epoch)
         self.observer.validated(record)
 
     def _count_skipped(self, epoch: int) -> int:
@@ -278,8 +278,8 @@ class Trainer:
             return self.model
         return cast(RoutedNetwork, self.average.module)
 
-    def _save(self, *, best: bool) -> None:
-        self.folder.save(self._checkpoint(), self.routing, best=best)
+    def _save(self, *, best: bool = False, epoch: int | None = None) -> None:
+        self.folder.save(self._checkpoint(), self.routing, best=best, epoch=epoch)
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

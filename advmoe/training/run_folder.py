@@ -1,29 +1,37 @@
 """What a run leaves in its folder.
 
-`config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt` and `best.pt`.
+`config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt`, `best.pt`, and on request the
+checkpoints of the last epochs, `epoch-NNNN.pt`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from advmoe.errors import ConfigError, DataError, TrainingError
-from advmoe.files import FolderLock, remove_leftovers, write_text_atomically
+from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.scalars import ScalarLog
 
 
 class RunFolder:
-    """Writer of one run's folder. Use as a context manager: one process at a time may hold a folder."""
+    """Writer of one run's folder. Use as a context manager: one process at a time may hold a folder.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder.
+        keep: of so many epochs, the last ones, the checkpoint at their end is kept beside `last.pt`.
+    """
+
+    def __init__(self, path: Path, *, keep: int = 0) -> None:
         self.path = path
+        self._keep = keep
         self._lock = FolderLock(path)
         self._scalars = ScalarLog(path, first_step=1)
 
@@ -90,8 +98,16 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
             self._scalars.add(record["epoch"], record)
 
-    def save(self, checkpoint: Checkpoint, routing: RoutingHistory, *, best: bool) -> None:
+    def save(
+        self, checkpoint: Checkpoint, routing: RoutingHistory, *, best: bool = False, epoch: int | None = None
+    ) -> None:
         """Write `routes.npz`, `last.pt`, and `best.pt` without the optimizers' state if these weights are the best.
+
+        Args:
+            checkpoint: what to save.
+            routing: what the routers did.
+            best: whether this is the best epoch so far.
+            epoch: the epoch that has just ended, or None in the middle of one.
 
         Raises:
             TrainingError: the disk is full, or the folder cannot be written to any more.
@@ -103,6 +119,19 @@ class RunFolder:
                     self.best, dataclasses.replace(checkpoint, progress={}, optimizers=[], training_weights=None)
                 )
             save_checkpoint(self.last, checkpoint)
+            if epoch is not None and self._keep:
+                self._keep_epoch(epoch)
+
+    def _keep_epoch(self, epoch: int) -> None:
+        """Give `last.pt` a second name, which stays when the next one takes its place."""
+        kept = self.path / f"epoch-{epoch:04}.pt"
+        kept.unlink(missing_ok=True)
+        try:
+            kept.hardlink_to(self.last)
+        except OSError:  # a file system without links
+            write_atomically(kept, lambda temporary: shutil.copyfile(self.last, temporary))
+        for old in sorted(self.path.glob("epoch-[0-9]*.pt"))[: -self._keep]:
+            old.unlink()
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
