@@ -11,7 +11,7 @@ and attacked versions of an image are decisions of their own. One AdvMoE run per
 - `gain`: how much smaller, mean over all decisions, relative to the loss
 - `raises_chosen`: among those, share in which a descent step would raise the logit of the expert chosen all the same
 - `finds_best`: among those, share in which the step raises the logit of the really best expert most
-- `cosine`: between the gradient of the routers' weights and the one that the exact losses give
+- `cosine`: between the gradient of the routers' weights and the one that the exact losses give, layers' mean
 - `to_start`: cosine of the routers' weights with those they started from
 - `loss`, `router_loss`: of the last interval of training, at the experts' and at the routers' update
 """
@@ -47,8 +47,8 @@ from advmoe.models.routing import RoutingTape
 from advmoe.seeding import generator_for, seeded
 from advmoe.settings import resolve
 from advmoe.training.levels import Level, make_levels
-from advmoe.training.loop import cosine as schedule
 from advmoe.training.methods import METHODS
+from advmoe.training.schedule import cosine as schedule
 from advmoe.training.steps import training_attack
 
 EQUAL = 1e-6
@@ -97,6 +97,14 @@ def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta
     return shaped[0].detach(), shaped[1]
 
 
+def comparison(logits: Tensor, losses: Tensor, chosen: Tensor) -> Tensor:
+    """What routers should see: the expert chosen against the really best other one, as `advmoe.models.routing` does."""
+    other = losses.scatter(3, chosen, torch.inf).argmin(dim=3, keepdim=True)
+    probability = (logits.gather(3, other) - logits.gather(3, chosen)).sigmoid()
+    push = probability * (1.0 - probability) * (losses.gather(3, other) - losses.gather(3, chosen))
+    return torch.zeros_like(logits).scatter(3, other, push).scatter(3, chosen, -push)
+
+
 def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: Tensor) -> list[Tensor]:
     """Gradients of the routers' weights from those of their logits."""
     found = [torch.zeros_like(router.linear.weight) for router in model.routers]
@@ -141,17 +149,20 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
         logits, gradient = router_gradients(levels[0], views, labels, config.trades_beta)
         for router, name in zip(model.routers, own, strict=True):
             router.router_gradient = name
-        p = logits.softmax(dim=3)
-        true_gradient = p * (exact - (p * exact).sum(dim=3, keepdim=True))
+        true_gradient = comparison(logits, exact, chosen[..., None])
         with evaluating(model):
             ours, theirs = (weight_gradients(model, views, of) for of in (gradient, true_gradient))
         cosines = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(ours, theirs, strict=True)]
         of_chosen = gradient.gather(3, chosen[..., None]).squeeze(3)
-        figures["estimators"][form] = {
-            "raises_chosen": float((of_chosen < 0)[better].double().mean()),
-            "finds_best": float((gradient.argmin(dim=3) == best)[better].double().mean()),
-            "cosine": float(torch.stack(cosines).mean()),
-        }
+        figures["estimators"][form] = (
+            None
+            if not better.any()
+            else {
+                "raises_chosen": float((of_chosen < 0)[better].double().mean()),
+                "finds_best": float((gradient.argmin(dim=3) == best)[better].double().mean()),
+                "cosine": float(torch.stack(cosines).mean()),
+            }
+        )
     return figures
 
 
@@ -187,8 +198,8 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
                 for group in level.optimizer.param_groups:
                     group["lr"] = schedule(step, options.steps, config.lr)
             noise = [generator_for(options.seed, step, level) for level in range(len(levels))]
-            results = method.step(levels, [next(stream) for stream in streams], config, noise)
-            losses.append([float(result.loss) for result in results])
+            results = method.step(levels, [next(stream) for stream in streams], config, noise, step)
+            losses.append([float(result.loss) for result in results if result is not None])
     return records
 
 
@@ -216,7 +227,9 @@ def main() -> None:
     parser.add_argument("--granularity", default="layer")
     parser.add_argument("--num-experts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model-scale", type=float, default=0.5)
-    parser.add_argument("--forms", nargs="+", default=list(ROUTER_GRADIENTS), choices=ROUTER_GRADIENTS)
+    parser.add_argument(
+        "--forms", nargs="+", default=["dense", "sampled", "advantage", "softmax"], choices=ROUTER_GRADIENTS
+    )
     parser.add_argument("--train", nargs="+", help="router gradients to train with (default: all of --forms)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=25, help="steps between probes")
@@ -227,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.smoke:
+        options.num_experts, options.train = options.num_experts[-1:], options.forms[:1]
         options.steps, options.every, options.images, options.batch_size, options.width = 2, 2, 16, 16, 0.0625
     torch.set_num_threads(1)
     results = []
@@ -256,7 +270,7 @@ def show(result: dict[str, Any]) -> None:
         rest = {k: round(v, 3) for k, v in record.items() if k != "estimators"}
         print("  ", rest)
         for form, figures in record["estimators"].items():
-            print("      ", form, {k: round(v, 3) for k, v in figures.items()}, flush=True)
+            print("      ", form, {k: round(v, 3) for k, v in (figures or {}).items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Does routing pay at small scale? Trains and tests every cell (setting x seed) that has no result yet.
 
-    python benchmarks/study.py --data-dir DATA --runs runs/study            # all cells, in order of what they tell
-    python benchmarks/study.py --only s_dense dense --seeds 0              # some of them
-    python benchmarks/study.py --smoke                                     # embedded digits, seconds
+    python studies/small.py --data-dir DATA --runs runs/study              # all cells, in order of what they tell
+    python studies/small.py --only s_dense dense --seeds 0              # some of them
+    python studies/small.py --smoke                                     # embedded digits, seconds
 
 A cell that is done is one file, `results/small/study/SETTING-SEED.json`, and is skipped; one that was interrupted goes
 on from its last checkpoint. So the same command can run in the background, be stopped at any time, and be repeated.

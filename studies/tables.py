@@ -1,0 +1,140 @@
+"""Tables and figure of the study, from `results/small/study/*.json` alone.
+
+    python studies/tables.py
+
+Writes the tables into docs/study.md between its two markers, and the figure beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TITLES = {
+    "s_dense": "AT (S-Dense)",
+    "dense": "AT (Dense)",
+    "at_moe": "AT (MoE)",
+    "advmoe": "AdvMoE",
+    "advmoe_cheap": "AdvMoE, reused images",
+    "shared": "AT (MoE), shared filters",
+    "last_stage": "AdvMoE, last stage",
+    "upcycled": "AdvMoE from S-Dense",
+}
+"""Settings in the order of the table."""
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Finished cells by setting, in the order of the table and of their seeds."""
+    cells = sorted((json.loads(path.read_text()) for path in folder.glob("*-*.json")), key=lambda cell: cell["seed"])
+    return {name: own for name in TITLES if (own := [cell for cell in cells if cell["setting"] == name])}
+
+
+def bits(cell: dict[str, Any], condition: str) -> np.ndarray:
+    """Who was classified correctly, int [images]."""
+    packed = np.frombuffer(base64.b64decode(cell["test"]["correct"][condition]), np.uint8)
+    return np.unpackbits(packed)[: cell["test"]["images"]].astype(np.int64)
+
+
+def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], condition: str) -> str:
+    """Mean difference in points over the seeds that both have, with the standard error over test images."""
+    of_seed = {cell["seed"]: cell for cell in reference}
+    pairs = [(cell, of_seed[cell["seed"]]) for cell in cells if cell["seed"] in of_seed]
+    if not pairs:
+        return "-"
+    difference = np.mean([bits(cell, condition) - bits(other, condition) for cell, other in pairs], axis=0)
+    return f"{100 * difference.mean():+.1f} ± {100 * difference.std() / len(difference) ** 0.5:.1f}"
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean, with the standard deviation over seeds where there are several."""
+    spread = f" (± {statistics.stdev(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """The page's tables in Markdown."""
+    reference = cells.get("s_dense", [])
+    lines = [
+        "| training | seeds | parameters | MMAC | training loss | SA | RA | SA against S-Dense | RA against S-Dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in cells.items():
+        loss = statistics.mean(cell["curve"][-1]["train_loss"] for cell in own)
+        same = name == "s_dense"
+        lines.append(
+            f"| {TITLES[name]} | {', '.join(str(cell['seed']) for cell in own)} | {own[0]['parameters']:,} | "
+            f"{1000 * own[0]['gflops']:.2f} | {loss:.3f} | {mean([cell['test']['sa'] for cell in own])} | "
+            f"{mean([cell['test']['ra_pgd'] for cell in own])} | "
+            f"{'-' if same else against(own, reference, 'clean')} | {'-' if same else against(own, reference, 'pgd')} |"
+        )
+    routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
+    if routed:
+        lines += [
+            "",
+            "| training | seed | itself | RA by PGD | union of views | with route attack | decisions; images flipped | "
+            "random routers | experts averaged | routing inverted |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    for name, cell in routed:
+        routing, controls = cell["test"]["routing"], cell["test"]["controls"]
+        first = [100 * bits(cell, condition)[: routing["images"]].mean() for condition in ("clean", "pgd")]
+        itself = f"{first[0]:.1f} / {first[1]:.1f}"
+        shown = [
+            f"{controls[key]['sa']:.1f} / {controls[key]['ra_pgd']:.1f}" for key in ("random", "averaged", "inverted")
+        ]
+        lines.append(
+            f"| {TITLES[name]} | {cell['seed']} | {itself} | {routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | "
+            f"{routing['ra_worst']:.1f} | {routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | "
+            f"{' | '.join(shown)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss by epoch, one line per cell."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3))
+    for number, (name, own) in enumerate(cells.items()):
+        for cell in own:
+            epochs = [epoch["epoch"] for epoch in cell["curve"]]
+            losses = [epoch["train_loss"] for epoch in cell["curve"]]
+            label = TITLES[name] if cell is own[0] else None
+            axes.plot(epochs, losses, marker="o", markersize=3, linewidth=1, color=f"C{number}", label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("TRADES loss in training")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    root = Path(__file__).parent.parent
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=root / "results" / "small" / "study")
+    parser.add_argument("--page", type=Path, default=root / "docs" / "study.md")
+    parser.add_argument("--figure", type=Path, default=root / "docs" / "study.svg")
+    options = parser.parse_args()
+    cells = load(options.results)
+    before, _, rest = options.page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    options.page.write_text(f"{before}{BEGIN}\n{tables(cells)}\n{END}{after}")
+    draw(cells, options.figure)
+
+
+if __name__ == "__main__":
+    main()

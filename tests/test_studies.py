@@ -1,0 +1,55 @@
+"""The study of small networks: one file per cell, which is not made twice, and tables from those files alone."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDIES = Path(__file__).parent.parent / "studies"
+
+
+def run(script: str, *options: object) -> None:
+    sys.argv = [script, *map(str, options)]
+    runpy.run_path(str(STUDIES / script), run_name="__main__")
+
+
+def test_a_cell_is_one_file_and_is_not_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    wanted = ("--smoke", "--only", "shared", "--seeds", 0, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    run("small.py", *wanted)
+    (cell,) = (tmp_path / "out").iterdir()
+    record = json.loads(cell.read_text())
+    assert (record["setting"], record["seed"], record["test"]["images"]) == ("shared", 0, 40)
+    assert record["test"]["routing"]["ra_worst"] <= record["test"]["ra_pgd"]
+    assert set(record["test"]["controls"]) == {"random", "averaged", "inverted"}
+    before = cell.read_bytes()
+    capsys.readouterr()
+    run("small.py", *wanted)
+    assert "shared, seed 0: done" in capsys.readouterr().err
+    assert cell.read_bytes() == before
+
+
+def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    # Two of four images right for one network, another two and one more for the other: 25 points, and the four
+    # differences 1, 1, -1, 0 have a standard deviation of sqrt(11 / 16), so that the error is half of that.
+    for name, bits in (("s_dense", "oA=="), ("dense", "0A==")):  # 1010 and 1101, packed
+        correct = {"clean": bits, "pgd": bits}
+        test = {"images": 4, "sa": 50.0, "ra_pgd": 50.0, "correct": correct}
+        record = {"setting": name, "seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "train": {"epochs": 1}}
+        record |= {"data": "noise", "model": {"arch": "vgg16", "width": 1.0}}
+        record["curve"] = [{"epoch": 1, "train_loss": 2.0}]
+        (tmp_path / f"{name}-0.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("Text.\n<!-- table: begin -->\nold\n<!-- table: end -->\nMore text.\n")
+    run("tables.py", "--results", tmp_path, "--page", page, "--figure", tmp_path / "study.svg")
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("Text.\n")
+    assert text.endswith("More text.\n")
+    assert "+25.0 ± 41.5" in text
+    assert (tmp_path / "study.svg").read_text().count("<svg") == 1
