@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml export/pyproject.toml $(RUST_SOURCES)
 	@command -v cargo >/dev/null || { echo "error: cargo is needed to build the Rust module; install it from rustup.rs" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -e '.[autoattack,reports]' -e './export[$(RUNTIME),export,serve]' --group dev
+	$(BIN)/python -m pip install --quiet -e '.[autoattack,hub,reports]' -e './export[$(RUNTIME),export,serve]' --group dev
 	@touch $@
 
 demo: $(INSTALLED) ## Train, evaluate, export and serve a small MoE-CNN on embedded images

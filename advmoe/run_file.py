@@ -74,7 +74,9 @@ def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, i
     """The text of a file that gives this run again. The seed and all defaults stand in it."""
     attack = train.attack
     contents = {
-        name: str(path.resolve()) for name, path in (("data_dir", data_dir), ("init", init)) if path is not None
+        name: str(path if str(path).startswith("hf:") else path.resolve())
+        for name, path in (("data_dir", data_dir), ("init", init))
+        if path is not None
     }
     sections: dict[str, Any] = {
         "model": to_dict(model),

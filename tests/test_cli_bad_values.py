@@ -18,6 +18,7 @@ REQUIRED = {
     "predict": ["missing.onnx", "missing.png"],
     "bench-onnx": ["missing.onnx"],
     "analyze": ["missing"],
+    "push": ["missing.pt", "owner/name"],
     "report": ["missing"],
     "reproduce": ["nosuch"],
 }

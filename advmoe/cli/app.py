@@ -25,6 +25,7 @@ from advmoe.cli.export import export
 from advmoe.cli.info import info
 from advmoe.cli.options import flag
 from advmoe.cli.predict import predict
+from advmoe.cli.push import push
 from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
 from advmoe.cli.reproduce import reproduce
@@ -43,7 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, compare, analyze, report, export, predict, bench_onnx, info, recipes, reproduce):
+for command in (train, evaluate, compare, analyze, report, export, push, predict, bench_onnx, info, recipes, reproduce):
     app.command()(command)
 # The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

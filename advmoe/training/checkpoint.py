@@ -18,6 +18,7 @@ from advmoe.config import ModelConfig, TrainConfig
 from advmoe.device import resolve_device
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.files import write_atomically
+from advmoe.hub import fetch
 from advmoe.models.masked import compact, masks_open
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
@@ -159,6 +160,7 @@ def file_digest(path: Path) -> str:
     Raises:
         CheckpointError: there is no such file.
     """
+    path = fetch(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
     with path.open("rb") as file:
@@ -171,7 +173,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     Raises:
         CheckpointError: the file is missing, cannot be read, or is not a checkpoint of this project.
     """
-    path = Path(path)
+    path = fetch(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
     contents = read_safetensors(path) if path.suffix == SUFFIX else _read_archive(path, map_location)
@@ -234,6 +236,10 @@ def _read_archive(path: Path, map_location: str | torch.device) -> Any:
 
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwork:
     """The model of a checkpoint, in eval mode: a plain module from images [B, 3, H, W] in [0, 1] to logits.
+
+    Args:
+        path: a file such as `runs/NAME/best.pt`, or `hf://owner/name` on the hub.
+        device: where to compute; `auto` is CUDA if there is one.
 
     Raises:
         CheckpointError: see `load_checkpoint`.

@@ -1,0 +1,93 @@
+"""Models on the hub: `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` instead of the path of a checkpoint.
+
+A repository holds the model as safetensors (weights and configuration, no pickle). `$HF_ENDPOINT` names another server,
+`$HF_TOKEN` or `hf auth login` gives access to private repositories, and files are cached as by every other library.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from advmoe.errors import CheckpointError, ConfigError
+
+WEIGHTS = "model.safetensors"
+"""Name of the model in a repository."""
+ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>.+))?")
+"""`Path` turns two slashes into one."""
+
+
+def is_address(place: Path | str) -> bool:
+    """Whether a place is one on the hub."""
+    return str(place).startswith("hf:")
+
+
+def fetch(place: Path | str) -> Path:
+    """The local copy of a model file: the path itself, or the file that an address on the hub means.
+
+    Raises:
+        ConfigError: the address is malformed, or the hub's library is not installed.
+        CheckpointError: there is no such repository, or it cannot be reached.
+    """
+    if not is_address(place):
+        return Path(place)
+    found = ADDRESS.fullmatch(str(place))
+    if found is None:
+        raise ConfigError(f"expected an address such as hf://owner/name or hf://owner/name@revision, got '{place}'")
+    with hub_errors(f"hf://{found['repository']}") as hub:
+        path = hub.hf_hub_download(
+            found["repository"], WEIGHTS, revision=found["revision"], endpoint=os.environ.get("HF_ENDPOINT")
+        )
+    return Path(path)
+
+
+def check_repository(name: str) -> None:
+    """Raise ConfigError unless a name can be that of a repository."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+        raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
+
+
+def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
+    """Upload all files of a folder to a repository, which is made if there is none.
+
+    Returns:
+        The address of the repository in a browser.
+
+    Raises:
+        ConfigError: the name is malformed, or the hub's library is not installed.
+        CheckpointError: the hub refuses the upload or cannot be reached.
+    """
+    check_repository(repository)
+    with hub_errors(repository) as hub:
+        api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[ModuleType]:
+    """The hub's library; its errors, and those of the network, become one line.
+
+    Raises:
+        ConfigError: the library is not installed.
+        CheckpointError: anything that goes wrong.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ConfigError("the hub needs huggingface-hub; install it with: pip install 'advmoe[hub]'") from error
+    try:
+        yield huggingface_hub
+    except errors.RemoteEntryNotFoundError as error:
+        raise CheckpointError(f"{what} has no {WEIGHTS}: it was not uploaded by this project") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{what} is not there, or is private and $HF_TOKEN gives no access to it") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"the hub cannot give or take {what}: {reason}") from error

@@ -1,0 +1,221 @@
+"""The hub: what is uploaded, what the model card says, and what is loaded again. A server of ours stands in for it."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import advmoe
+from advmoe.cli.app import main
+from advmoe.config import ModelConfig, TrainConfig, to_dict
+from advmoe.data.digits import DIGITS
+from advmoe.errors import CheckpointError, ConfigError
+from advmoe.hub import fetch, is_address
+from advmoe.models.registry import build_model
+from advmoe.reports.model_card import model_card
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+REVISION = "1" * 40
+MODEL = ModelConfig(arch="vgg16", kind="s_dense", width=0.0625, mean=DIGITS.mean, std=DIGITS.std)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory: `files[repository][name]`."""
+
+    files: dict[str, dict[str, bytes]]
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def answer_json(self, content: Any) -> None:
+        self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
+            content = self.files.get(found[1], {}).get(found[3])
+            if content is None:
+                code = "EntryNotFound" if found[1] in self.files else "RepoNotFound"
+                self.answer(404, X_Error_Code=code, X_Repo_Commit=REVISION)
+                return
+            self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=REVISION)
+        elif found := re.match(r"/api/models/([^/]+/[^/]+)", self.path):
+            name = found[1]
+            siblings = [{"rfilename": file} for file in self.files.get(name, {})]
+            self.answer_json({"id": name, "sha": REVISION, "siblings": siblings, "private": False, "tags": []})
+        else:
+            self.answer(404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization', 'nobody')}/{asked['name']}"
+            self.files.setdefault(name, {})
+            self.answer_json({"url": f"http://{self.headers['Host']}/{name}"})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths]
+            self.answer_json({"files": modes})
+        elif found := re.match(r"/api/models/([^/]+/[^/]+)/commit/", self.path):
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.files[found[1]][entry["value"]["path"]] = content
+            self.answer_json(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/{found[1]}/commit/{REVISION}",
+                    "commitOid": REVISION,
+                    "success": True,
+                }
+            )
+        else:
+            self.answer_json({"errors": [], "warnings": []})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, dict[str, bytes]]]:
+    """Repositories of a hub that `huggingface_hub` talks to over HTTP."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    files: dict[str, dict[str, bytes]] = {}
+    handler = type("Handler", (Hub,), {"files": files})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    yield files
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with a checkpoint."""
+    torch.manual_seed(0)
+    path = tmp_path / "runs" / "mine"
+    path.mkdir(parents=True)
+    names = tuple(f"digit {number}" for number in range(10))
+    weights, train = build_model(MODEL).state_dict(), to_dict(TrainConfig(dataset="digits", method="at"))
+    save_checkpoint(path / "best.pt", Checkpoint(model=MODEL, weights=weights, class_names=names, train=train))
+    return path
+
+
+CARD: dict[str, Any] = {
+    "dataset": "digits",
+    "advmoe": {
+        "images": 360,
+        "sa": 91.2345,
+        "ra_pgd50": 61.5,
+        "ra_aa": 58.0,
+        "seed": 7,
+        "attack": {"eps": 8 / 255, "steps": 50, "step_size": 2 / 255, "restarts": 1, "start": "uniform"},
+        "trusted": False,
+        "diagnostics": [{"name": "black_box", "status": "failed", "value": "3 images", "expected": "0"}],
+    },
+}
+
+
+def test_a_pushed_model_is_loaded_from_its_address(
+    hub: dict[str, dict[str, bytes]], run: Path, capsys: pytest.CaptureFixture[str], images: torch.Tensor
+) -> None:
+    assert main(["push", str(run), "owner/digits", "--no-onnx", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["address"].endswith("/owner/digits")
+    assert set(hub["owner/digits"]) == {"README.md", "config.json", "model.safetensors"} == set(found["files"])
+    assert json.loads(hub["owner/digits"]["config.json"])["model"]["arch"] == "vgg16"
+
+    model, original = advmoe.load("hf://owner/digits"), advmoe.load(run / "best.pt")
+    assert torch.equal(model(images), original(images))
+    assert model.class_names == original.class_names
+    assert load_checkpoint(f"hf://owner/digits@{REVISION}").train == load_checkpoint(run / "best.pt").train
+
+    line = "train digits --kind s_dense --method at --width 0.0625 --epochs 1 --batch-size 8 --limit-train 8 --steps 1"
+    out = str(run.parent / "next")
+    assert main([*line.split(), "--val-limit", "4", "--init", "hf://owner/digits", "--out", out]) == 0
+    assert 'init = "hf:/owner/digits"' in (run.parent / "next" / "run.toml").read_text()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_lies_beside_the_weights(hub: dict[str, dict[str, bytes]], run: Path) -> None:
+    pytest.importorskip("onnx_ir")
+    assert main(["push", str(run), "owner/digits"]) == 0
+    assert {"model.onnx", "model.onnx.data"} <= set(hub["owner/digits"])
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://owner/nothing", "hf://owner/nothing is not there, or is private"),
+        ("hf://owner/empty", "hf://owner/empty has no model.safetensors: it was not uploaded by this project"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named(hub: dict[str, dict[str, bytes]], address: str, message: str) -> None:
+    hub["owner/empty"] = {}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        advmoe.load(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_gives_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    with pytest.raises(CheckpointError, match="the hub cannot give or take hf://owner/name") as caught:
+        fetch("hf://owner/name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["hf://owner", "hf://", "hf://owner/name/more", "hf:owner/name"])
+def test_a_malformed_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="expected an address such as hf://owner/name"):
+        fetch(address)
+    assert is_address(Path(address))
+    assert not is_address("runs/hf/best.pt")
+
+
+def test_a_repository_needs_an_owner(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(run), "digits", "--no-onnx"]) == 1
+    assert "expected a repository such as owner/name, got 'digits'" in capsys.readouterr().err
+
+
+def test_a_model_card_tells_the_attack_the_verdict_and_how_to_use_the_model(run: Path) -> None:
+    contents = load_checkpoint(run / "best.pt")
+    text = model_card(contents, "owner/digits", license="cc-by-4.0", evaluation=CARD, onnx=True)
+    assert text.startswith('---\nlicense: "cc-by-4.0"\nlibrary_name: "advmoe"\n')
+    for part in (
+        "| SA, clean images | 91.23 |",
+        "| RA, PGD-50 | 61.50 |",
+        "| RA, AutoAttack | 58.00 |",
+        "360 test images of digits, eps 8/255 (l-infinity), step 2/255, 1 restart(s), start uniform, seed 7.",
+        "Diagnostics: these numbers are not to be trusted.",
+        "- black_box: failed (3 images)",
+        "digit 0, digit 1",
+        'advmoe.load("hf://owner/digits")',
+        "advmoe-serve model/model.onnx",
+    ):
+        assert part in text
+    unknown = model_card(contents, "owner/digits", license="mit", evaluation=None, onnx=False)
+    assert "was not evaluated on test images. Its robustness is unknown." in unknown
+    assert "onnx" not in unknown
