@@ -7,7 +7,7 @@ from the moment a request was due. Rounds of the two models alternate. The last 
 capacity: the server must refuse requests with 429, and answer those it accepts in time.
 
     python benchmarks/serving.py --json
-    python benchmarks/serving.py --quick --json      a small network, a few seconds
+    python benchmarks/serving.py --smoke --json      a small network, a few seconds
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def server(path: Path, core: int | None) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+        process.stderr.close()
 
 
 def request_bytes(kind: str, image: np.ndarray) -> bytes:
@@ -123,12 +124,13 @@ class Answers:
     timed_out: int = 0
     seconds: float = 0.0
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | None]:
         served = np.array(self.latencies) * 1000
+        half, most = np.quantile(served, (0.5, 0.99)) if len(served) else (None, None)
         return {
             "requests": len(served) + self.refused + self.timed_out,
-            "p50_ms": round(float(np.quantile(served, 0.5)), 2),
-            "p99_ms": round(float(np.quantile(served, 0.99)), 2),
+            "p50_ms": None if half is None else round(float(half), 2),
+            "p99_ms": None if most is None else round(float(most), 2),
             "images_per_second": round(len(served) / self.seconds, 1),
             "refused": self.refused,
             "timed_out": self.timed_out,
@@ -230,10 +232,10 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a small network, short rounds")
+    parser.add_argument("--smoke", action="store_true", help="a small network, short rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    if options.quick:
+    if options.smoke:
         options.arch, options.width, options.seconds, options.rounds = "vgg16", 0.0625, 0.5, 1
     torch.set_num_threads(1)
     pinned = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) >= 2
@@ -245,6 +247,7 @@ def main() -> None:
             path = export(kind, options.arch, options.width, Path(name))
             ports[kind] = stack.enter_context(server(path, server_core))
         if client_core is not None:
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {client_core})
         results = asyncio.run(measure(ports, options.seconds, options.rounds))
     results["settings"] = {name: getattr(options, name) for name in ("arch", "width", "seconds", "rounds")}

@@ -1,13 +1,10 @@
 """The passes of the exporter: their order is checked, and the same module gives the same file."""
 
-import ast
 import hashlib
 from collections.abc import Callable
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import advmoe_export
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -125,21 +122,3 @@ def test_a_scalar_is_stored_as_a_scalar_and_once(traced: ir.Graph) -> None:
     graph = run(traced, FoldBatchNorm(), CompareTwoWay())
     zeros = [value for name, value in graph.initializers.items() if name.startswith("zero")]
     assert [list(value.shape) for value in zeros if value.shape is not None] == [[]]
-
-
-def test_the_modules_of_the_exporter_import_each_other_without_a_circle() -> None:
-    """Imports inside functions and for type checkers count too."""
-    package = Path(advmoe_export.__file__).parent
-    imports: dict[str, set[str]] = {}
-    for path in package.rglob("*.py"):
-        if path.name == "__init__.py":
-            continue
-        name = ".".join(("advmoe_export", *path.relative_to(package).with_suffix("").parts))
-        imports[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("advmoe_export"):
-                inner = [f"{node.module}.{alias.name}" for alias in node.names]
-                imports[name] |= {node.module or "", *inner}
-    known = {name: found & imports.keys() for name, found in imports.items()}
-    assert "advmoe_export.session" in known["advmoe_export.verify"]
-    assert len(list(TopologicalSorter(known).static_order())) == len(known)  # a CycleError names the circle
