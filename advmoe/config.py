@@ -36,6 +36,7 @@ ExpertFilters = Literal["windows", "separate"]
 MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
 Loss = Literal["trades", "pgd_at"]
 RouterStep = Literal["exact", "reuse"]
+Precision = Literal["fp32", "bf16_attack", "bf16"]
 AttackRouting = Literal["fixed", "mixture", "margin"]
 AttackStart = Literal["uniform", "gaussian", "clean"]
 
@@ -409,6 +410,15 @@ class ScheduleConfig(Settings):
             above=0.0,
         ),
     ] = 0.1
+    precision: Annotated[
+        Precision,
+        Setting(
+            "Arithmetic of convolutions in training: fp32, bf16_attack (bf16 in the attack alone) or bf16. Routers, "
+            "losses and statistics stay fp32, and so does every validation and evaluation. bf16 is fast on GPUs and on "
+            "CPUs with avx512_bf16 or amx.",
+            noun="precision",
+        ),
+    ] = "fp32"
     momentum: Annotated[float, Setting("SGD momentum.", at_least=0.0, below=1.0)] = 0.9
     weight_decay: Annotated[float, Setting("L2 penalty.", noun="weight decay", at_least=0.0)] = 5e-4
     ema: Annotated[
@@ -579,6 +589,11 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
                 f"{field.name} {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
                 field.name,
             )
+        check(
+            self.precision != "bf16_attack" or self.method != "standard",
+            "precision bf16_attack has no effect on method standard, which does not attack; leave it out or use bf16",
+            "precision",
+        )
         for field in fields_of(RouterStepConfig):
             value = getattr(self, field.name)
             check(

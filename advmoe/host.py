@@ -17,6 +17,19 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, <malloc.h>
 _OLD_LIMIT = 2**25  # older versions of glibc accept no larger threshold for mmap
 
 
+def compute_deterministically() -> None:
+    """Let a GPU give the same bits in every run, for some of its speed; a CPU does without being asked.
+
+    Raises:
+        RuntimeError: later, if an operation of the network has no deterministic form.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def prepare_process() -> None:
     """Let oneDNN remember more convolutions (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`) and glibc keep freed memory.
 

@@ -20,7 +20,11 @@ def generator_for(seed: int, *position: int, device: torch.device | str = "cpu")
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's global generator as seeded here; its former state is restored."""
-    with torch.random.fork_rng():
+    """Draw from torch's global generators as seeded here; their former state is restored.
+
+    Of several GPUs only the present one is concerned. The state of all of them costs a wait each, and a warning.
+    """
+    in_use = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=in_use):
         torch.manual_seed(seed)
         yield

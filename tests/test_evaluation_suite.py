@@ -15,11 +15,11 @@ from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.card import figures
 from advmoe.evaluation.dissection import dissection, route_log
-from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, WORST, SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import RoutingTape
 
 ATTACK = AttackConfig(eps=8 / 255, steps=10, step_size=2 / 255)
 ROUTING = SuiteConfig(attack=ATTACK, diagnosed=0)
@@ -195,9 +195,28 @@ def test_nan_models_and_half_precision_are_refused(tiny_vgg: Callable[..., Route
         SuiteConfig(attack=ATTACK, eps_sweep=(8.0,))
 
 
-def test_full_precision_switches_tf32_off_and_back() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with full_precision(torch.nn.Linear(1, 1)):
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
+def precisions() -> list[str]:
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [p.fp32_precision for p in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
+@pytest.mark.parametrize("chosen", ["none", "tf32"])
+def test_figures_are_measured_without_tf32_whatever_was_chosen(chosen: str) -> None:
+    matmul, inside = torch.backends.cuda.matmul, []
+    found, matmul.fp32_precision = matmul.fp32_precision, chosen
+    before = precisions()
+
+    class Witness(TwoRooms):
+        def run(self, x_BCHW: torch.Tensor, tape: RoutingTape) -> torch.Tensor:
+            inside.append(precisions())
+            return super().run(x_BCHW, tape)
+
+    try:
+        evaluate(Witness(), rooms(124, 110), ATTACK)
+        after = precisions()
+    finally:
+        matmul.fp32_precision = found
+    assert inside
+    assert all(precision == ["ieee"] * 5 for precision in inside)
+    assert after == before

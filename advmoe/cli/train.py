@@ -19,6 +19,7 @@ from advmoe.cli.signals import stopping
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
+from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
 from advmoe.run_file import RunFile, read_run_file, run_file
 from advmoe.settings import defaults_of, resolve, sort_settings
@@ -63,6 +64,14 @@ def train(
         int, typer.Option("--keep", min=0, help="Keep the checkpoints of the last so many epochs.", rich_help_panel=RUN)
     ] = 0,
     device: Device = "auto",
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="On a GPU, the same bits in every run, for some of its speed (a CPU gives them anyway).",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     json: Json = False,
     *,
     settings: dict[str, Any],
@@ -85,6 +94,8 @@ def train(
         console.note(sentence)
     build_model(plan.model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
+    if deterministic:
+        compute_deterministically()
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
     if chosen_seeds is None:

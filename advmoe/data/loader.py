@@ -96,7 +96,7 @@ class BatchLoader:
         mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
         std: Divides the difference.
         channels_last: Images in torch.channels_last memory format.
-        pin_memory: Page-locked images, for asynchronous copies to a GPU; by default where there is one.
+        pin_memory: Page-locked images, for asynchronous copies to a GPU; as are the labels.
         on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`.
 
     Raises:
@@ -123,7 +123,7 @@ class BatchLoader:
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         channels_last: bool = False,
-        pin_memory: bool | None = None,
+        pin_memory: bool = False,
         on_bad_image: Literal["raise", "skip"] = "raise",
     ) -> None:
         pixels = images.source if isinstance(images, EncodedSet) else images.images
@@ -178,7 +178,7 @@ class BatchLoader:
         self._mean = mean
         self._std = std
         self._channels_last = channels_last
-        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._pin_memory = pin_memory
         self._skip_bad = on_bad_image == "skip"
         self._tools: _Tools | None = None
 
@@ -243,7 +243,8 @@ class BatchLoader:
             rows, images = rows[kept], images[torch.from_numpy(kept)]
         if self._channels_last:
             images = images.permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(self._labels[rows]), torch.from_numpy(rows.copy()))
+        labels = torch.from_numpy(self._labels[rows])
+        return Batch(images, labels.pin_memory() if self._pin_memory else labels, torch.from_numpy(rows.copy()))
 
     def _image_size(self) -> tuple[int, int]:
         """Height and width of every batch: the transform's, or that of the first image that shows its size."""

@@ -17,6 +17,7 @@ from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
 from advmoe.errors import AdvMoEError
+from advmoe.evaluation.precision import full_precision
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
@@ -106,12 +107,12 @@ def evaluate(
         AdvMoEError: logits, or a gradient of the attack, are not finite.
     """
     device = model.mean.device
-    loader = BatchLoader(images, batch_size=batch_size)
+    loader = BatchLoader(images, batch_size=batch_size, pin_memory=device.type == "cuda")
     rights: list[Tensor] = []
     robusts: list[Tensor] = []
     clean_pathways: list[Tensor] = []
     adversarial_pathways: list[Tensor] = []
-    with evaluating(model):
+    with evaluating(model), full_precision(model):
         for batch in loader.epoch(0):
             x, y = batch.images.to(device), batch.labels.to(device)
             with torch.no_grad():

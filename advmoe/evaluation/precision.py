@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from advmoe.errors import ConfigError
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Without TF32 and autocast, which round differently from batch to batch and can mask gradients.
+    """Without TF32, bf16 and autocast, which round differently from batch to batch and can mask gradients.
 
     Raises:
         ConfigError: the model's parameters are not fp32.
@@ -23,10 +24,26 @@ def full_precision(model: nn.Module) -> Iterator[None]:
         raise ConfigError(
             f"robustness is measured in fp32, got parameters in {', '.join(sorted(kinds))}; use model.float()"
         )
-    matmul, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    exact = _switches()
+    before = [getattr(place, name) for place, name, _ in exact]
+    for place, name, value in exact:
+        setattr(place, name, value)
     try:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolutions
+        for (place, name, _), value in zip(exact, before, strict=True):
+            setattr(place, name, value)
+
+
+def _switches() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value) that make fp32 arithmetic exact.
+
+    From torch 2.9 on the older `allow_tf32` raises as soon as anybody has used `fp32_precision`; this one never does.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        cudnn, mkldnn = backends.cudnn, backends.mkldnn
+        places: tuple[Any, ...] = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+        return [(place, "fp32_precision", "ieee") for place in places]
+    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]

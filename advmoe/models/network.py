@@ -99,7 +99,7 @@ class RoutedNetwork(nn.Module):
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)
-        logits = self.run(x_BCHW, tape)
+        logits = self.run(x_BCHW, tape).to(x_BCHW.dtype)  # losses are computed in fp32, whatever the convolutions use
         return logits, self._by_image(tape.read())
 
     def _as_rows(self, pathways_BL: Tensor) -> Tensor:

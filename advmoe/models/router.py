@@ -5,11 +5,19 @@ Shape suffixes: B batch, C channels, H height, W width, N experts.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from advmoe.config import RouterGradient
 from advmoe.models.routing import Decision, compared, gate
+
+
+def in_full(x: Tensor) -> AbstractContextManager[object]:
+    """Where a network computes in bf16, a context in which its routers do not: a decision has no half."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class Centring(nn.BatchNorm1d):
@@ -55,7 +63,11 @@ class Router(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B, N] for the layer input."""
-        logits: Tensor = self.linear(self.centre(x_BCHW.mean(dim=(2, 3))))
+        dtype = self.linear.weight.dtype
+        with in_full(x_BCHW):
+            # a sum of bf16 numbers in fp32; the plain form is what exporters expect
+            pooled_BC = x_BCHW.mean(dim=(2, 3)) if x_BCHW.dtype == dtype else x_BCHW.mean(dim=(2, 3), dtype=dtype)
+            logits: Tensor = self.linear(self.centre(pooled_BC))
         return logits
 
     def decide(self, x_BCHW: Tensor) -> Decision:
@@ -91,4 +103,5 @@ class ImageRouter(Router):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B, N] for images [B, 3, H, W]."""
-        return super().forward(self.features(x_BCHW))
+        with in_full(x_BCHW):
+            return super().forward(self.features(x_BCHW))

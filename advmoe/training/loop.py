@@ -261,6 +261,7 @@ class Trainer:
             seed=self.config.seed,
             stream=stream,
             drop_last=True,
+            pin_memory=self.device.type == "cuda",
             on_bad_image="skip" if self.config.skip_bad_images else "raise",
         )
 

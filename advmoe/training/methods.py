@@ -99,7 +99,7 @@ def standard(
     iteration: int,
 ) -> list[StepResult]:
     """Cross-entropy on clean images."""
-    return [standard_update(levels[0], batches[0])]
+    return [standard_update(levels[0], batches[0], config)]
 
 
 HYDRA = (

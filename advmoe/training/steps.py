@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ def training_attack(
     TRADES increases KL(f(x) || f(x')), PGD-AT the cross-entropy. `attack_routing` says what it sees of the routing; it
     always takes place on the model's own outputs.
     """
-    with evaluating(model):
+    with evaluating(model), arithmetic(images, half=config.precision != "fp32"):
         if config.loss == "trades":
             with torch.no_grad():
                 objective = kl_objective(model(images))
@@ -62,11 +63,18 @@ def training_attack(
         return pgd(forward, images, objective, config.attack, start=start)
 
 
+def arithmetic(images: Tensor, *, half: bool) -> AbstractContextManager[object]:
+    """A context in which networks compute in bf16, or one that changes nothing."""
+    return torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext()
+
+
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:
     """The robust objective on a batch and its adversarial images, and what the passes showed."""
-    adversarial_logits, adversarial_routing = level.model.forward_with_routing(adversarial)
+    with arithmetic(adversarial, half=config.precision == "bf16"):
+        adversarial_logits, adversarial_routing = level.model.forward_with_routing(adversarial)
+        if config.loss == "trades":
+            clean_logits, routing = level.model.forward_with_routing(batch.images)
     if config.loss == "trades":
-        clean_logits, routing = level.model.forward_with_routing(batch.images)
         loss = trades(clean_logits, adversarial_logits, batch.labels, config.trades_beta)
     else:
         with torch.no_grad(), evaluating(level.model):
@@ -112,10 +120,11 @@ def leading(batch: Batch, share: float) -> Batch:
     return Batch(*(part[:number] for part in batch))
 
 
-def standard_update(level: Level, batch: Batch) -> StepResult:
+def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResult:
     """One descent step on the cross-entropy of clean images."""
     with level.training():
-        logits, routing = level.model.forward_with_routing(batch.images)
+        with arithmetic(batch.images, half=config.precision == "bf16"):
+            logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(logits, batch.labels)
         descend(level, loss)
         level.optimizer.step()

@@ -1,0 +1,31 @@
+"""Names of devices, and which GPU a process of several takes."""
+
+import pytest
+import torch
+
+from advmoe.device import resolve_device
+from advmoe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"),
+    [("cuda", None, "cuda:0"), ("cuda", "1", "cuda:1"), ("auto", "1", "cuda:1"), ("cuda:0", "1", "cuda:0")],
+)
+def test_a_process_takes_the_gpu_of_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch, name: str, rank: str | None, expected: str
+) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(resolve_device(name)) == expected
+    assert list(map(str, taken)) == [expected]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="'cuda:3' is not there: this machine has 1"):
+        resolve_device("cuda:3")
