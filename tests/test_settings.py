@@ -146,7 +146,7 @@ def test_the_attack_in_training_and_the_one_of_validation_follow_the_radius() ->
 def test_only_the_command_line_names_options() -> None:
     package = Path(advmoe.__file__).parent
     for path in package.rglob("*.py"):
-        if path.parent.name == "cli" or path.name == "experiments.py":  # commands to run, as data
+        if path.parent.name == "cli" or path.name in {"experiments.py", "model_card.py"}:  # commands, as data
             continue
         texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
         named = [text for text in texts if isinstance(text, str) and re.search(r"(?<![\w-])--[a-z]", text)]

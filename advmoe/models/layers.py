@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.config import ModelConfig, check, routed_part
+from advmoe.config import Granularity, ModelConfig, check, routed_part
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
 from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
@@ -154,7 +154,7 @@ class LayerFactory:
         self.masks.append(mask)
         return Channels(number, kept if config.compact else number, (mask,))
 
-    def begin(self, part: str) -> None:
+    def begin(self, part: Granularity) -> None:
         """A new block or stage of the backbone begins here."""
         self._begun[part] += 1
         if part == self.config.granularity:
