@@ -51,7 +51,12 @@ OPTIONS = {
         "--data-dir --out --epochs --batch-size --width --limit-train --num-experts --model-scale --kind --method "
         "--steps --eps --seed --device --json --arch --resume --step-size --lr --trades-beta --val-limit"
     ),
-    "evaluate": "--data-dir --batch-size --limit-eval --steps --eps --seed --device --json --restarts --step-size",
+    "evaluate": (
+        "--data-dir --batch-size --limit-eval --steps --eps --seed --device --json --restarts --step-size "
+        "--control --out"
+    ),
+    "compare": "--data-dir --batch-size --limit-eval --steps --eps --seed --device --json --autoattack",
+    "reproduce": "--scale --only --seeds --list --jobs --gpus --train --evaluate --limit-eval --device --json",
     "export": "--profile --dtype --input-type --margins --triton --verify-images --json",
     "bench-onnx": "--batch --threads --seconds --provider --json",
     "predict": "--json --top",
