@@ -220,6 +220,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, keep
             remember_data(path, config.dataset, plan.data_dir)
             text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
             write_text_atomically(path / RUN_FILE, text)
+            console.note(f"starting: {trainer.memory}")
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:

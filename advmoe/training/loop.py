@@ -25,6 +25,7 @@ from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights
 from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.levels import Level, make_levels
+from advmoe.training.memory import check_memory, validation_batch
 from advmoe.training.methods import resolve_method
 from advmoe.training.observer import Observer
 from advmoe.training.routing_history import RoutingHistory
@@ -100,6 +101,7 @@ class Trainer:
                 "use a smaller batch size",
                 "batch_size",
             )
+        self.memory, doubt = check_memory(self.model, config, model_config.image_size)
         self.step = 0
         self.schedule = Schedule(self.method.phases, config.epochs, self.steps_per_epoch)
         self.selection = Selection()
@@ -112,6 +114,8 @@ class Trainer:
         else:
             self._restore(resume)
             folder.resume(self.step // self.steps_per_epoch)
+        if doubt is not None:
+            observer.warned(doubt)
         if (images := len(self.split.validation)) < FEW_IMAGES:
             observer.warned(
                 f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "
@@ -186,7 +190,13 @@ class Trainer:
 
     def _finish_epoch(self, images_per_second: float) -> None:
         epoch = self.step // self.steps_per_epoch
-        validation = evaluate(self._validated(), self.split.validation, self.config.val_attack, seed=self.config.seed)
+        validation = evaluate(
+            self._validated(),
+            self.split.validation,
+            self.config.val_attack,
+            batch_size=validation_batch(self.config.batch_size, self.model_config.image_size),
+            seed=self.config.seed,
+        )
         figures = validation.as_dict()
         record: dict[str, Any] = {
             "epoch": epoch,

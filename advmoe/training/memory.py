@@ -1,0 +1,119 @@
+"""How much memory a training step takes, before it takes it: a process that runs out is killed without a word.
+
+Nearly all of it is activations: those of TRADES's two passes, clean and adversarial, live until the backward pass. They
+are measured on two images and multiplied, so that every backbone and every engine is counted as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from advmoe.config import TrainConfig
+from advmoe.errors import ConfigError
+from advmoe.models.modes import evaluating
+from advmoe.models.network import RoutedNetwork
+
+MEASURED = 2
+"""Images of the measurement."""
+HEADROOM = 1.3
+"""A step may take so many times what it must: buffers of the convolutions, gradients of activations, fragments."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training run."""
+
+    needed: int
+    """What a step takes at least: weights, their gradients and momentum, images, activations."""
+    available: int | None
+    """What the device has left; None where that is not known."""
+
+    def __str__(self) -> str:
+        known = "" if self.available is None else f", {self.available / GB:.1f} GB are available"
+        return f"a step takes about {self.needed / GB:.1f} GB of memory{known}"
+
+
+def activations(model: RoutedNetwork, image_size: int) -> int:
+    """Bytes that one image's forward pass keeps for the backward pass of a training step."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no storage is used for two tensors
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    images = torch.zeros(MEASURED, 3, image_size, image_size, device=model.mean.device)
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model(images.requires_grad_())
+    return sum(kept.values()) // MEASURED
+
+
+def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memory:
+    """The memory of one step of a run, and what its device has left for it."""
+    device = model.mean.device
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    copies = 2 + bool(config.momentum) + bool(config.ema) + bool(config.awp)
+    passes = 1 if config.method == "standard" or config.loss != "trades" else 2
+    image = 2 * passes * 3 * 4 * image_size**2
+    per_image = passes * activations(model, image_size) + image
+    here = weights  # the weights themselves are there already
+    needed = copies * weights + config.batch_size * per_image
+    left = available(device)
+    return Memory(needed, None if left is None else left + here)
+
+
+def validation_batch(batch_size: int, image_size: int) -> int:
+    """Images attacked at a time in validation: 256 small ones, of larger ones no more than a training step takes."""
+    return min(256, max(batch_size, 256 * 32**2 // image_size**2))
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that a device, or this process's share of the machine, has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_free_of_machine(Path("/proc/meminfo")), _free_of_group(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def _free_of_machine(path: Path) -> int | None:
+    if not path.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _free_of_group(path: Path) -> int | None:
+    """What a container may still take."""
+    try:
+        return int((path / "memory.max").read_text()) - int((path / "memory.current").read_text())
+    except (OSError, ValueError):  # no such limit
+        return None
+
+
+def check_memory(model: RoutedNetwork, config: TrainConfig, image_size: int) -> tuple[Memory, str | None]:
+    """The memory of a run, and a warning if it may not fit.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    memory = estimate(model, config, image_size)
+    if memory.available is None or HEADROOM * memory.needed <= memory.available:
+        return memory, None
+    smaller = f"{memory} with batches of {config.batch_size} images of {image_size} pixels; use smaller ones"
+    if memory.needed > memory.available:
+        raise ConfigError(smaller, "batch_size", "image_size", "width")
+    return memory, f"{smaller} if the run is killed"
