@@ -419,6 +419,15 @@ class ScheduleConfig(Settings):
             noun="precision",
         ),
     ] = "fp32"
+    router_lr: Annotated[
+        float | None,
+        Setting(
+            "Peak learning rate of the routers; follows the same schedule.",
+            noun="the routers' learning rate",
+            above=0.0,
+            default="that of the experts, as in the paper",
+        ),
+    ] = None
     momentum: Annotated[float, Setting("SGD momentum.", at_least=0.0, below=1.0)] = 0.9
     weight_decay: Annotated[float, Setting("L2 penalty.", noun="weight decay", at_least=0.0)] = 5e-4
     ema: Annotated[
@@ -611,6 +620,12 @@ def check_together(model: ModelConfig, train: TrainConfig) -> None:
         f"attack_routing {train.attack_routing} needs routers with a choice; leave it out or use kind moe with 2 "
         "experts or more",
         "attack_routing",
+    )
+    check(
+        train.router_lr is None or (model.several_experts and train.method != "expert_at"),
+        f"router_lr {train.router_lr} needs routers that learn a choice; leave it out or use kind moe with 2 experts "
+        "or more, and a method that trains routers",
+        "router_lr",
     )
     check(
         model.several_experts or train.balance == 0,

@@ -332,3 +332,20 @@ def test_an_attack_that_sees_the_routing_moves_more_decisions(
         assert (found - images).abs().max() <= config.attack.eps + 1e-6
         flips[seen] = (model.forward_with_routing(found)[1].expert_index_BL != clean).double().mean().item()
     assert flips[attack_routing] > 1.02 * flips["fixed"]
+
+
+@pytest.mark.parametrize("method", ["at", "advmoe"])
+def test_routers_can_have_a_learning_rate_of_their_own(tiny_vgg: Callable[..., RoutedNetwork], method: str) -> None:
+    model = tiny_vgg()
+    config = dataclasses.replace(CONFIG, method=method, router_lr=0.7)  # type: ignore[arg-type]
+    levels = make_levels(METHODS[method].levels, model, config)
+    peaks = {
+        id(parameter): group.get("peak", config.lr)
+        for level in levels
+        for group in level.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert {peaks[id(parameter)] for parameter in model.router_parameters()} == {0.7}
+    assert {peaks[id(parameter)] for parameter in model.expert_parameters()} == {config.lr}
+    with pytest.raises(ConfigError, match=r"router_lr 0.7 needs routers that learn a choice"):
+        make_levels(["all"], tiny_vgg(kind="s_dense"), config)

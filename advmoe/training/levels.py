@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -114,9 +114,13 @@ def make_levels(
     levels = []
     for name in names:
         parameters = list(model.parameters()) if name == "all" else parts(model)[name]
-        optimizer = torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if config.router_lr is not None and name in {"routers", "all"}:
+            of_routers = set(map(id, model.router_parameters()))
+            others = [parameter for parameter in parameters if id(parameter) not in of_routers]
+            groups = [{"params": others}] if others else []
+            groups.append({"params": list(model.router_parameters()), "peak": config.router_lr})
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         if name in {"experts", "all"} and specialisation is not None:
             optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialisation))
         levels.append(Level(name, model, optimizer, experts_move=bool({"experts", "all"} & set(names) - {name})))

@@ -160,7 +160,7 @@ class Trainer:
         ]
         for level in self.levels:
             for group in level.optimizer.param_groups:
-                group["lr"] = self.schedule.rate(self.step, self.config.lr)
+                group["lr"] = self.schedule.rate(self.step, group.get("peak", self.config.lr))
         try:
             results = self.method.step(levels, batches, self.config, noise, self.step)
         except TrainingError:
