@@ -1,5 +1,6 @@
 """Expert layouts, routers and the tape: who computes which channels for whom."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -247,3 +248,16 @@ def test_routers_and_experts_share_out_all_parameters(tiny_vgg: Callable[..., Ro
     assert routers
     assert not routers & experts
     assert routers | experts == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_a_whole_network_compiles_into_one_graph(tiny_vgg: Callable[..., RoutedNetwork], training: bool) -> None:
+    """No part of it branches on data; so nothing in it waits for a GPU."""
+    torch.compiler.reset()
+    model, images = tiny_vgg(warm=True).train(training), torch.rand(4, 3, 32, 32)
+    state = copy.deepcopy(model.state_dict())
+    expected = model(images)
+    model.load_state_dict(state)
+    compiled = torch.compile(lambda x: model.forward_with_routing(x)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), expected)

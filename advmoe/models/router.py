@@ -41,8 +41,12 @@ class Centring(nn.BatchNorm1d):
         assert self.running_var is not None
         standardised_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
         assert self.num_batches_tracked is not None
-        self.momentum = None if self.num_batches_tracked < 1.0 / self.NEWEST else self.NEWEST
-        super().forward(features_BC.detach())
+        with torch.no_grad():  # as BatchNorm does it, but with a weight that no host has to read
+            self.num_batches_tracked += 1
+            weight = self.num_batches_tracked.reciprocal().clamp(min=self.NEWEST).to(features_BC.dtype)
+            variance_C, mean_C = torch.var_mean(features_BC.detach(), dim=0)
+            self.running_mean.lerp_(mean_C, weight)
+            self.running_var.lerp_(variance_C, weight)
         return standardised_BC
 
 
