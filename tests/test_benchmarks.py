@@ -10,7 +10,7 @@ import pytest
 SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
 
-SLOW = {"attack", "export"}
+SLOW = {"attack", "export", "serving"}
 
 
 @pytest.mark.parametrize(
