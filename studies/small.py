@@ -68,6 +68,8 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         {"method": "at"},
     ),
     "advmoe_cheap": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED | CHEAP),
+    "margin": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "attack_routing": "margin"} | LEARNED),
+    "mixture": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "attack_routing": "mixture"} | LEARNED),
     "last_stage": (MOE | {"router_gradient": "dense", "routed": "last-1-stages"}, {"method": "advmoe"} | LEARNED),
     "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
 }
@@ -79,7 +81,7 @@ PLAN = [
     ("dense", 1),
     *((name, 1) for name in ("advmoe", "shared", "at_moe")),
     *((name, 2) for name in ("s_dense", "dense", "advmoe", "shared", "at_moe")),
-    *((name, 0) for name in ("advmoe_cheap", "last_stage", "upcycled")),
+    *((name, 0) for name in ("advmoe_cheap", "last_stage", "upcycled", "margin", "mixture")),
 ]
 """Cells, those that tell most first."""
 ATTACK = AttackConfig(steps=20)

@@ -24,6 +24,8 @@ TITLES = {
     "advmoe": "AdvMoE",
     "advmoe_cheap": "AdvMoE, reused images",
     "shared": "AT (MoE), shared filters",
+    "margin": "AdvMoE, attack on margins",
+    "mixture": "AdvMoE, attack on the mixture",
     "last_stage": "AdvMoE, last stage",
     "upcycled": "AdvMoE from S-Dense",
 }

@@ -16,6 +16,7 @@ import advmoe
 from advmoe.attacks.relaxations import routing_views
 from advmoe.config import ModelConfig
 from advmoe.errors import ConfigError
+from advmoe.evaluation.controls import controlled
 from advmoe.evaluation.cost import measure_cost
 from advmoe.evaluation.pathways import mask_of
 from advmoe.models.experts import ExpertLayout
@@ -128,6 +129,18 @@ def test_experts_that_share_all_filters_differ_by_scale_and_shift_alone(tiny_vgg
         y = MoEConv2d.forward(last, x, Decision(index, None))
     torch.testing.assert_close(y[0], plain[0])
     torch.testing.assert_close(y[1], 1.5 * plain[1] + 3.0)
+
+
+def test_the_average_of_experts_includes_their_scales_and_shifts(tiny_vgg: MakeNetwork) -> None:
+    model = tiny_vgg(shared=1.0, expert_affine=True)
+    first = next(module for module in model.modules() if isinstance(module, MoEConv2d))
+    assert first.affine is not None
+    with torch.no_grad():  # scales 1 and 3, whose mean is 2
+        first.affine.scale[1], first.affine.shift[1] = 2.0, 4.0
+    averaged = next(m for m in controlled(model, "averaged", 0).modules() if isinstance(m, MoEConv2d))
+    assert averaged.bias is not None
+    torch.testing.assert_close(averaged.weight[: averaged.out_channels], 2.0 * first.weight)
+    torch.testing.assert_close(averaged.bias[: averaged.out_channels], torch.full((averaged.out_channels,), 2.0))
 
 
 def test_sharing_everything_needs_something_that_differs() -> None:
