@@ -31,5 +31,9 @@ class CheckpointError(AdvMoEError):
     """A checkpoint that is missing, corrupt, or was not written by this project."""
 
 
+class LostRankError(AdvMoEError):
+    """Another rank of a distributed run is gone, or does not answer. It has said why; this one cannot know."""
+
+
 class TrainingError(AdvMoEError):
     """A training run that cannot go on, such as one whose loss is no longer finite."""

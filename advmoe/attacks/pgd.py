@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advmoe.config import AttackConfig
+from advmoe.distributed import Place
 from advmoe.errors import AdvMoEError, ConfigError
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -79,16 +80,38 @@ def kl_objective(clean_logits_BK: Tensor) -> Objective:
     ).sum(dim=1)
 
 
-def starting_point(images: Tensor, config: AttackConfig, generator: torch.Generator | None) -> Tensor:
-    """First adversarial candidates, inside the ball and inside [0, 1]."""
+def starting_point(
+    images: Tensor, config: AttackConfig, generator: torch.Generator | None, place: Place | None = None
+) -> Tensor:
+    """First adversarial candidates, inside the ball and inside [0, 1].
+
+    Args:
+        images: [B, 3, H, W].
+        config: kind of start and radius.
+        generator: of the noise.
+        place: of the images in a union of batches, whose noise is drawn as a whole: each image gets its own part.
+    """
     if config.start == "clean" or config.eps == 0:
         return images.clone()
-    noise = torch.empty_like(images)
+    noise = torch.empty_like(images) if place is None else _empty_union(images, place)
     if config.start == "uniform":
         noise.uniform_(-config.eps, config.eps, generator=generator)
     else:
         noise.normal_(0.0, 0.001, generator=generator).clamp_(-config.eps, config.eps)
+    if place is not None:
+        noise = noise[place.first : place.first + len(images)]
     return (images + noise).clamp_(0.0, 1.0)
+
+
+def _empty_union(images: Tensor, place: Place) -> Tensor:
+    """Memory for the whole union, laid out as the images are: random numbers are drawn in the order of memory."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.empty(
+        (place.total, *images.shape[1:]),
+        dtype=images.dtype,
+        device=images.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
 
 def project(candidate: Tensor, images: Tensor, eps: float) -> Tensor:

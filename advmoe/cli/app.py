@@ -32,7 +32,8 @@ from advmoe.cli.reproduce import reproduce
 from advmoe.cli.serve import serve
 from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, handling, terminate
 from advmoe.cli.train import train
-from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.errors import AdvMoEError, ConfigError, LostRankError
+from advmoe.world import World, launched
 
 app = typer.Typer(
     name="advmoe",
@@ -48,6 +49,10 @@ for command in (train, evaluate, compare, analyze, report, export, push, predict
     app.command()(command)
 # The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+
+
+TOGETHER = {"reproduce", "train"}
+"""Commands that several processes of torchrun carry out together."""
 
 
 def show_version(asked: bool) -> None:
@@ -84,34 +89,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line, and turn whatever ends it into an exit code and a line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    ranks = World()
+
+    def fail(message: str, *, lost: bool = False) -> None:
+        if ranks.size > 1:
+            from advmoe.distributed import first_to_say
+
+            if not first_to_say(message, lost=lost):
+                return
+        console.fail(message)
+
     try:
+        ranks = launched()
+        if not ranks.leads:
+            console.be_quiet()
+        if ranks.size > 1 and not TOGETHER & set(given):
+            raise ConfigError(f"torchrun can start {', '.join(sorted(TOGETHER))} only; start this in one process")
         refuse_empty(given)
         code = command_line()(args=given, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        console.fail("interrupted")
+        fail("interrupted")
         return INTERRUPTED
     except Terminated:
-        console.fail("terminated")
+        fail("terminated")
         return TERMINATED
     except BrokenPipeError:
         sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that is a file or may not be written to
-        console.fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
     except typer.TyperException as error:
         message = error.format_message() or str(error)
         if not message.strip():  # bare `advmoe`: the help has been shown
             return 1
-        console.fail(f"{message.rstrip('.')}; see 'advmoe --help'")
+        fail(f"{message.rstrip('.')}; see 'advmoe --help'")
         return 1
     except AdvMoEError as error:
         if os.environ.get("ADVMOE_TRACEBACK"):
             console.err.print_exception()
-        console.fail(with_options(error, given))
+        fail(with_options(error, given), lost=isinstance(error, LostRankError))
         return 1
 
 

@@ -18,6 +18,11 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
+def be_quiet() -> None:
+    """Show nothing from now on but errors: another process of torchrun speaks for all."""
+    out.quiet = err.quiet = True
+
+
 def note(message: str) -> None:
     """A line on stderr for the person watching."""
     err.print(escape(message), style="dim", highlight=False)
@@ -30,12 +35,14 @@ def warn(message: str) -> None:
 
 def fail(message: str) -> None:
     """The one line an error gets."""
+    err.quiet = False
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout, on one line; what is not finite, which JSON cannot say, is null."""
-    print(json.dumps(_finite(value), allow_nan=False))
+    if not out.quiet:
+        print(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

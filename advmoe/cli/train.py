@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,9 +25,13 @@ from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
 from advmoe.run_file import RunFile, read_run_file, run_file
 from advmoe.settings import defaults_of, resolve, sort_settings
+from advmoe.world import restarts
 
 if TYPE_CHECKING:
     import torch
+
+    from advmoe.training.checkpoint import Checkpoint
+    from advmoe.training.run_folder import RunFolder
 
 RUN = "Run"
 RUN_FILE = "run.toml"
@@ -82,8 +88,10 @@ def train(
     in the last two epochs), last.pt and best.pt (the latest epoch whose validation RA is not clearly below the highest)
     to the run folder.
     Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
+    On several GPUs or machines: torchrun -m advmoe train ...
     """
     from advmoe.device import resolve_device
+    from advmoe.distributed import joined
     from advmoe.models.registry import build_model
 
     check(recipe is None or config_file is None, "give --recipe or --config, not both")
@@ -98,16 +106,17 @@ def train(
         compute_deterministically()
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
-    if chosen_seeds is None:
-        show(plan.train, train_run(plan, path, place, resume=resume, keep=keep), json=json)
-        return
-    runs = {}
-    for seed in chosen_seeds:
-        folder = seed_folder(path, seed)
-        console.note(f"seed {seed}: {folder}")
-        of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
-        runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), keep=keep)
-    show_seeds(path, runs, json=json)
+    with joined(place):
+        if chosen_seeds is None:
+            show(plan.train, train_run(plan, path, place, resume=resume, keep=keep), json=json)
+            return
+        runs = {}
+        for seed in chosen_seeds:
+            folder = seed_folder(path, seed)
+            console.note(f"seed {seed}: {folder}")
+            of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
+            runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), keep=keep)
+        show_seeds(path, runs, json=json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,32 +211,53 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, keep
         typer.Exit: the run was interrupted, and saved.
     """
     from advmoe.data.sources import load_dataset
+    from advmoe.distributed import from_leader, leader_first, world
     from advmoe.training.checkpoint import load_checkpoint
     from advmoe.training.loop import Trainer
     from advmoe.training.run_folder import RunFolder
 
     model, config = plan.model, plan.train
     initial = None if plan.init is None else load_checkpoint(plan.init)
-    with RunFolder(path, keep=keep) as folder:
-        check(not resume or folder.last.exists(), f"{path} holds no run to go on with; leave out --resume to begin one")
-        checkpoint = load_checkpoint(folder.last) if resume else None
+    folder = RunFolder(path, keep=keep)
+    with folder if world().leads else nullcontext():
+        checkpoint = from_leader(lambda: _to_go_on_from(folder, resume=resume))
         with data_progress() as progress:
-            data = load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)
+            data = leader_first(
+                lambda: load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)
+            )
         with TrainingProgress() as observer:
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
             )
-            remember_data(path, config.dataset, plan.data_dir)
             text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
-            write_text_atomically(path / RUN_FILE, text)
+            from_leader(lambda: remember_data(path, config.dataset, plan.data_dir))
+            from_leader(lambda: write_text_atomically(path / RUN_FILE, text))
             console.note(f"starting: {trainer.memory}")
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
         console.note(f"interrupted; go on with the same command and --resume --out {path}")
-        raise typer.Exit(128 + signals[0])
-    best, last = (load_checkpoint(file).metrics for file in (folder.best, folder.last))
+        raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have got the signal
+    best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
+
+
+def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:
+    """The last checkpoint of the folder's run, if that is to go on.
+
+    A run that torchrun has restarted goes on without being told to; but not one that the first start had to refuse,
+    because it was there before.
+    """
+    from advmoe.distributed import keep_for_restarts, kept_before_restart
+    from advmoe.training.checkpoint import load_checkpoint
+
+    refused, there = f"not begun here: {folder.path}", folder.last.exists()
+    if there and not resume and restarts() == 0:
+        keep_for_restarts(refused)
+    check(not resume or there, f"{folder.path} holds no run to go on with; leave out --resume to begin one")
+    if resume or (there and restarts() > 0 and not kept_before_restart(refused)):
+        return load_checkpoint(folder.last)
+    return None
 
 
 def show(config: TrainConfig, run: Trained, *, json: bool) -> None:

@@ -21,6 +21,7 @@ from advmoe.data.buffers import Buffers
 from advmoe.data.prefetch import Ahead
 from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
+from advmoe.distributed import Place
 from advmoe.errors import ConfigError, DataError
 
 __all__ = ["Batch", "BatchLoader", "CropFlip", "LabelledImages"]
@@ -54,6 +55,8 @@ class Batch(NamedTuple):
     """[B], int64."""
     indices: Tensor
     """[B], int64: the row in the image set, the key of augmentation and route log."""
+    place: Place | None = None
+    """Where it lies in the union of all ranks' batches, if there are several ranks."""
 
 
 class LabelledImages(Protocol):
@@ -80,7 +83,7 @@ class BatchLoader:
     Args:
         images: The image set, in memory (its arrays are read, not copied) or encoded in files.
         indices: Rows to use, in this order; all by default.
-        batch_size: Images per batch and rank.
+        batch_size: Images per batch and rank, at most.
         shuffle: A new order every epoch.
         augment: What is done to each image; random choices are new in every epoch. Without it, and with `CropFlip`,
             all images must have one size.
@@ -91,13 +94,16 @@ class BatchLoader:
         drop_last: Leave out a last step that is not full.
         rank: This process's share of every step.
         world_size: Number of shares.
+        step_size: Images of all ranks in a full step, by default `world_size * batch_size`; a smaller number need not
+            be a multiple of the world size.
         prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
         dtype: torch.float32 or torch.uint8.
         mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
         std: Divides the difference.
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; as are the labels.
-        on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`.
+        on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`. A
+            batch without any image left is left out, but for that of a rank among several.
 
     Raises:
         ConfigError: An argument out of its range.
@@ -118,6 +124,7 @@ class BatchLoader:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        step_size: int | None = None,
         prefetch: int = 2,
         dtype: torch.dtype = torch.float32,
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
@@ -148,6 +155,9 @@ class BatchLoader:
                 raise ConfigError(f"expected {name} >= {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ConfigError(f"expected a rank from 0 to {world_size - 1}, got {rank}")
+        most = batch_size * world_size
+        if step_size is not None and not world_size <= step_size <= most:
+            raise ConfigError(f"expected a step_size from {world_size} to {most}, got {step_size}")
         if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
             raise ConfigError(f"expected seed and stream from 0 to 2^64 - 1, got {seed} and {stream}")
         if dtype not in (torch.float32, torch.uint8):
@@ -164,6 +174,7 @@ class BatchLoader:
         self._labels = images.labels
         self._rows = rows.astype(np.int64)
         self._batch_size = batch_size
+        self._step_size = step_size or batch_size * world_size
         self._shuffle = shuffle
         self._transform = augment
         self._size = output_size(augment)
@@ -184,7 +195,7 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
-        full, rest = divmod(len(self._rows), self._batch_size * self._world_size)
+        full, rest = divmod(len(self._rows), self._step_size)
         has_part = not self._drop_last and len(self._share(rest)) > 0
         return full + has_part
 
@@ -204,7 +215,7 @@ class BatchLoader:
         order = self._rows
         if self._shuffle:
             order = order[rust_router.epoch_order(self._seed, self._stream, epoch, len(order))]
-        step = self._batch_size * self._world_size
+        step = self._step_size
 
         def rows_of(batch: int) -> NDArray[np.int64]:
             rows = order[batch * step : (batch + 1) * step]
@@ -223,7 +234,7 @@ class BatchLoader:
         try:
             for _ in batches:
                 made = ahead.next()
-                if len(made.indices):  # all of them may have been skipped
+                if len(made.indices) or self._world_size > 1:  # all may have been skipped; ranks have to stay in step
                     yield made
         finally:
             ahead.close()

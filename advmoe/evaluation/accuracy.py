@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet
+from advmoe.distributed import gather, own_rows, together
 from advmoe.errors import AdvMoEError
 from advmoe.evaluation.precision import full_precision
 from advmoe.models.modes import evaluating
@@ -103,15 +105,31 @@ def evaluate(
 ) -> Evaluation:
     """SA and RA of a model on all the images given, in fp32; the model is left in the mode it was in.
 
+    Several ranks share the batches, and all get the whole result; `progress` hears of this rank's images only.
+
     Raises:
         AdvMoEError: logits, or a gradient of the attack, are not finite.
     """
+    mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress))
+    batches = sorted(chain.from_iterable(gather(mine)), key=lambda arrays: int(arrays[0][0]))
+    _, right, robust, clean_NL, adversarial_NL = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return Evaluation(right, robust, attack, seed, clean_NL, adversarial_NL)
+
+
+def _attack_batches(
+    model: RoutedNetwork,
+    images: ImageSet,
+    attack: AttackConfig,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> list[tuple[np.ndarray, ...]]:
+    """Of each of this rank's batches: rows of the images, right, robust, clean and adversarial pathways."""
     device = model.mean.device
-    loader = BatchLoader(images, batch_size=batch_size, pin_memory=device.type == "cuda")
-    rights: list[Tensor] = []
-    robusts: list[Tensor] = []
-    clean_pathways: list[Tensor] = []
-    adversarial_pathways: list[Tensor] = []
+    rows = own_rows(len(images), batch_size)
+    loader = BatchLoader(images, batch_size=batch_size, indices=rows, pin_memory=device.type == "cuda")
+    found: list[tuple[np.ndarray, ...]] = []
+    done = correct = robust = 0
     with evaluating(model), full_precision(model):
         for batch in loader.epoch(0):
             x, y = batch.images.to(device), batch.labels.to(device)
@@ -125,21 +143,14 @@ def evaluate(
             else:  # no router to look at, so nothing is spent on images that are done
                 survived, adversarial_routing = right.clone(), routing
                 survived[right] = untargeted(victims.take(right))[1]
-            rights.append(right.cpu())
-            robusts.append(survived.cpu())
-            clean_pathways.append(routing.expert_index_BL.cpu())
-            adversarial_pathways.append(adversarial_routing.expert_index_BL.cpu())
+            pathways = (routing.expert_index_BL, adversarial_routing.expert_index_BL)
+            found.append(tuple(each.cpu().numpy() for each in (batch.indices, right, survived, *pathways)))
             if progress is not None:
-                done = sum(map(len, rights))
-                progress(done, int(sum(map(torch.sum, rights))) / done, int(sum(map(torch.sum, robusts))) / done)
-    return Evaluation(
-        torch.cat(rights).numpy(),
-        torch.cat(robusts).numpy(),
-        attack,
-        seed,
-        torch.cat(clean_pathways).numpy(),
-        torch.cat(adversarial_pathways).numpy(),
-    )
+                done += len(y)
+                correct += int(right.sum())
+                robust += int(survived.sum())
+                progress(done, correct / done, robust / done)
+    return found
 
 
 def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:

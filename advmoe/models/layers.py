@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.config import Granularity, ModelConfig, check, routed_part
+from advmoe.models.batch_norm import BatchNorm2d
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
 from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
@@ -58,7 +59,7 @@ class Linear(nn.Linear):
         return F.linear(x_BD, self.weight * self.reads.mask().repeat_interleave(self.places), self.bias)
 
 
-class Norm(nn.BatchNorm2d):
+class Norm(BatchNorm2d):
     """BatchNorm of some channels."""
 
     def __init__(self, channels: Channels) -> None:

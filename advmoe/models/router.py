@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.config import RouterGradient
+from advmoe.distributed import world
+from advmoe.models.batch_norm import BatchNorm2d, take_in, union_statistics
 from advmoe.models.routing import Decision, compared, gate
 
 
@@ -44,9 +46,12 @@ class Centring(nn.BatchNorm1d):
         with torch.no_grad():  # as BatchNorm does it, but with a weight that no host has to read
             self.num_batches_tracked += 1
             weight = self.num_batches_tracked.reciprocal().clamp(min=self.NEWEST).to(features_BC.dtype)
-            variance_C, mean_C = torch.var_mean(features_BC.detach(), dim=0)
-            self.running_mean.lerp_(mean_C, weight)
-            self.running_var.lerp_(variance_C, weight)
+            if world().size > 1:
+                take_in(self, *union_statistics(features_BC), weight)
+            else:
+                variance_C, mean_C = torch.var_mean(features_BC.detach(), dim=0)
+                self.running_mean.lerp_(mean_C, weight)
+                self.running_var.lerp_(variance_C, weight)
         return standardised_BC
 
 
@@ -100,7 +105,7 @@ class ImageRouter(Router):
             self.features.extend(
                 (
                     nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(out_channels),
+                    BatchNorm2d(out_channels),
                     nn.ReLU(),
                 )
             )

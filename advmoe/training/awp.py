@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from advmoe.training.union import sum_gradients
+
 
 @contextmanager
 def perturbed_weights(
@@ -23,7 +25,9 @@ def perturbed_weights(
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = torch.autograd.grad(loss(), weights, allow_unused=True) if weights else ()
+    here = loss()
+    gradients = torch.autograd.grad(here, weights, allow_unused=True) if weights else ()
+    sum_gradients(gradients, here)
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for buffer, saved in buffers:

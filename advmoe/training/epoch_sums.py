@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe.distributed import sum_up, world
 from advmoe.schema import check, shown
 from advmoe.training.steps import StepResult
 
@@ -23,6 +24,8 @@ class EpochSums:
 
     def add(self, result: StepResult) -> None:
         """Count one step."""
+        if not result.images:  # their mean loss is no number
+            return
         sums = self._sums
         sums["images"] += result.images
         sums["loss"] += result.loss * result.images
@@ -53,6 +56,14 @@ class EpochSums:
             if self._routed:
                 figures["routers_fooled"] = 100 * sums["fooled"] / attacked
         return figures
+
+    def unite(self) -> None:
+        """Hand what all ranks have counted to rank 0; the others begin anew."""
+        if world().size > 1:
+            sum_up(list(self._sums.values()))
+            if not world().leads:
+                for value in self._sums.values():
+                    value.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint."""

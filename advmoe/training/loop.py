@@ -6,6 +6,7 @@ here. A run that is stopped after any step and resumed goes on bit for bit as if
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,6 +18,7 @@ from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset
 from advmoe.data.views import training_transform
+from advmoe.distributed import any_rank, equalise, from_leader, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.network import RoutedNetwork
@@ -27,13 +29,14 @@ from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.levels import Level, make_levels
 from advmoe.training.memory import check_memory, validation_batch
 from advmoe.training.methods import resolve_method
-from advmoe.training.observer import Observer
+from advmoe.training.observer import Observer, Unwatched
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.schedule import Schedule
 from advmoe.training.selection import FEW_IMAGES, Selection, standard_error_at_half
 from advmoe.training.split import split_dataset
 from advmoe.training.start import start_from
+from advmoe.training.union import placed
 
 CHECKPOINT_SECONDS = 600.0
 """Between checkpoints in mid-epoch."""
@@ -82,7 +85,7 @@ class Trainer:
         self.class_names = dataset.info.class_names
         self.folder = folder
         self.device = device
-        self.observer = observer
+        self.observer = observer = observer if world().leads else Unwatched()
         dataset.info.check_image_size(model_config.image_size)
         self.split = split_dataset(dataset, config, image_size=model_config.image_size)
         if self.split.skipped:
@@ -110,10 +113,14 @@ class Trainer:
         self._metrics: dict[str, Any] = {}
         self._stop = False
         if resume is None:
-            folder.start({"model": to_dict(model_config), "train": to_dict(config)}, self._checkpoint())
+            settings = {"model": to_dict(model_config), "train": to_dict(config)}
+            from_leader(lambda: folder.start(settings, self._checkpoint()))
         else:
             self._restore(resume)
-            folder.resume(self.step // self.steps_per_epoch)
+            from_leader(lambda: folder.resume(self.step // self.steps_per_epoch))
+        # One seed gives the same weights on the same kind of processor only.
+        for model in dict.fromkeys((self.model, self._validated())):
+            equalise(list(model.state_dict().values()))
         if doubt is not None:
             observer.warned(doubt)
         if (images := len(self.split.validation)) < FEW_IMAGES:
@@ -142,14 +149,17 @@ class Trainer:
         images_before = self.sums[-1].images
         for batches in self._batches():
             self._run_step(batches)
-            if self.step % self.steps_per_epoch == 0:
+            epoch_done = self.step % self.steps_per_epoch == 0
+            if epoch_done:
                 seconds = time.monotonic() - began
+                self._unite()
                 self._finish_epoch((self.sums[-1].images - images_before) / seconds)
                 saved, began, images_before = time.monotonic(), time.monotonic(), 0
-            elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            stop, due = any_rank(self._stop, time.monotonic() - saved > CHECKPOINT_SECONDS)
+            if (stop or due) and not epoch_done:
                 self._save()
                 saved = time.monotonic()
-            if self._stop and self.step < self.schedule.steps:
+            if stop and self.step < self.schedule.steps:
                 return False
         return True
 
@@ -175,7 +185,10 @@ class Trainer:
         for sums, result in zip(self.sums, results, strict=True):
             if result is not None:
                 sums.add(result)
-        self.observer.stepped(self.step, len(batches[-1].labels), self.sums[-1].summary())
+        if world().leads:
+            place = batches[-1].place
+            images = len(batches[-1].labels) if place is None else place.total
+            self.observer.stepped(self.step, images, self.sums[-1].summary())
 
     def _levels(self) -> list[Level]:
         """The levels as the phase of this step changes them; in its first step, the phase begins."""
@@ -190,13 +203,18 @@ class Trainer:
 
     def _finish_epoch(self, images_per_second: float) -> None:
         epoch = self.step // self.steps_per_epoch
+        share = math.ceil(len(self.split.validation) / world().size)
         validation = evaluate(
             self._validated(),
             self.split.validation,
             self.config.val_attack,
-            batch_size=validation_batch(self.config.batch_size, self.model_config.image_size),
+            batch_size=min(validation_batch(self.config.batch_size, self.model_config.image_size), max(1, share)),
             seed=self.config.seed,
         )
+        if not world().leads:
+            self.sums = self._new_sums()
+            self._save(best=False)
+            return
         figures = validation.as_dict()
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -247,13 +265,15 @@ class Trainer:
         for epoch in range(first, self.schedule.epochs):
             streams = [loader.epoch(epoch, start_batch=start) for loader in self.loaders]
             done = start
-            for batches in zip(*streams, strict=False):
+            for own in zip(*streams, strict=False):
+                batches = placed(own, self.config.batch_size, counted=self.config.skip_bad_images)
+                if any(batch.place is not None and not batch.place.total for batch in batches):
+                    break
                 done += 1
                 yield [
-                    Batch(
-                        batch.images.to(self.device, non_blocking=True),
-                        batch.labels.to(self.device, non_blocking=True),
-                        batch.indices,
+                    batch._replace(
+                        images=batch.images.to(self.device, non_blocking=True),
+                        labels=batch.labels.to(self.device, non_blocking=True),
                     )
                     for batch in batches
                 ]
@@ -262,10 +282,20 @@ class Trainer:
             start = 0
 
     def _loader(self, stream: int) -> BatchLoader:
+        ranks = world()
+        if ranks.size > self.config.batch_size:
+            raise ConfigError(
+                f"{ranks.size} processes cannot share batches of {self.config.batch_size} images; "
+                "start fewer, or use larger batches",
+                "batch_size",
+            )
         return BatchLoader(
             self.split.train,
             indices=self.split.train_indices,
-            batch_size=self.config.batch_size,
+            batch_size=math.ceil(self.config.batch_size / ranks.size),
+            step_size=self.config.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.size,
             shuffle=True,
             augment=training_transform(self.split.train, self.model_config.image_size, flip=self.config.flip),
             seed=self.config.seed,
@@ -289,8 +319,15 @@ class Trainer:
             return self.model
         return cast(RoutedNetwork, self.average.module)
 
+    def _unite(self) -> None:
+        """Bring what the ranks have noted about their images to rank 0, which alone writes."""
+        for sums in self.sums:
+            sums.unite()
+        self.routing.unite()
+
     def _save(self, *, best: bool = False, epoch: int | None = None) -> None:
-        self.folder.save(self._checkpoint(), self.routing, best=best, epoch=epoch)
+        self._unite()
+        from_leader(lambda: self.folder.save(self._checkpoint(), self.routing, best=best, epoch=epoch))
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
@@ -332,7 +369,9 @@ class Trainer:
             load_optimizer(level.optimizer, state)
         self.step = progress.step
         self._metrics = dict(checkpoint.metrics)
-        self.routing.resume(self.folder.routes)
+        if not world().leads:
+            self.sums = self._new_sums()  # rank 0 has them all
+        from_leader(lambda: self.routing.resume(self.folder.routes))
 
     def _restore_weights(self, checkpoint: Checkpoint, progress: Progress) -> None:
         if self.average is None:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advmoe.distributed import Place
 from advmoe.models.routing import Routing
+from advmoe.training.union import mean_over_union
 
 
 def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Tensor, beta: float) -> Tensor:
@@ -25,14 +27,15 @@ def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Ten
     return natural + beta * robust
 
 
-def load_balance(routing: Routing) -> Tensor:
+def load_balance(routing: Routing, place: Place | None = None) -> Tensor:
     """N * sum_e f_e * p_e, averaged over routers (Fedus et al., 2022, eq. 4): at least 1, reached at perfect balance.
 
-    f_e is the share of images that router sends to expert e (constant), p_e the mean of its softmax.
+    f_e is the share of images that router sends to expert e (constant), p_e the mean of its softmax. With several ranks
+    both are means over the union of their batches, in which the batch has its `place`.
     """
     logits_BRN = routing.logits_BRN
     assert logits_BRN is not None
     num_experts = logits_BRN.shape[2]
-    share_RN = F.one_hot(logits_BRN.argmax(dim=2), num_experts).to(logits_BRN.dtype).mean(dim=0)
-    probability_RN = logits_BRN.softmax(dim=2).mean(dim=0)
+    share_RN = mean_over_union(F.one_hot(logits_BRN.argmax(dim=2), num_experts).to(logits_BRN.dtype), place)
+    probability_RN = mean_over_union(logits_BRN.softmax(dim=2), place)
     return num_experts * torch.sum(share_RN * probability_RN, dim=1).mean()

@@ -15,10 +15,10 @@ from advmoe.training.schedule import Phase
 from advmoe.training.steps import (
     StepResult,
     adversarial_update,
-    leading,
+    attacked,
+    part_of,
     robust_update,
     standard_update,
-    training_attack,
 )
 
 StepFunction = Callable[
@@ -69,14 +69,15 @@ def advmoe(
     lower: StepResult | None = None
     if config.router_step == "exact":
         if due:
-            lower = adversarial_update(routers, leading(batch_routers, config.router_share), config, noise[0])
+            part, _ = part_of(batch_routers, config.router_share)
+            lower = adversarial_update(routers, part, config, noise[0])
         upper = adversarial_update(experts, batch_experts, config, noise[1])
     else:
-        attacked = training_attack(experts.model, batch_experts.images, batch_experts.labels, config, noise[1])
-        upper = robust_update(experts, batch_experts, attacked, config)
+        adversarial = attacked(experts.model, batch_experts, config, noise[1])
+        upper = robust_update(experts, batch_experts, adversarial, config)
         if due:
-            part = leading(batch_experts, config.router_share)
-            lower = robust_update(routers, part, attacked[: len(part.labels)], config)
+            part, rows = part_of(batch_experts, config.router_share)
+            lower = robust_update(routers, part, adversarial[rows], config)
     return [lower, upper]
 
 

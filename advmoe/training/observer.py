@@ -19,3 +19,19 @@ class Observer(Protocol):
 
     def warned(self, message: str) -> None:
         """Something is wrong that does not stop the run."""
+
+
+class Unwatched:
+    """Nobody watches: all ranks but the first."""
+
+    def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        """See `Observer`."""
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        """See `Observer`."""
+
+    def validated(self, record: dict[str, Any]) -> None:
+        """See `Observer`."""
+
+    def warned(self, message: str) -> None:
+        """See `Observer`."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from advmoe.data.loader import Batch
+from advmoe.distributed import collect, world
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 from advmoe.routing_log import RouteLog
@@ -48,6 +49,17 @@ class RoutingHistory:
         self._append((CLEAN, epoch), batch, result.routing)
         if result.adversarial_routing is not None:
             self._append((ATTACKED, epoch), batch, result.adversarial_routing)
+
+    def unite(self) -> None:
+        """Hand the rows of all ranks to rank 0; the others begin anew."""
+        if world().size == 1 or not self._num_layers:
+            return
+        mine = [] if world().leads else [(name, self._log.routes(name)) for name in self._log.conditions]
+        for theirs in collect(mine):
+            for name, routes in theirs:
+                self._log.append(name, routes.indices, routes.experts_NL, labels=routes.labels)
+        if not world().leads:
+            self._log = RouteLog(self._log.num_experts)
 
     def figures(self, epoch: int) -> dict[str, Any]:
         """What the routers did with clean images in an epoch, per MoE layer.

@@ -14,6 +14,7 @@ from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain
 from advmoe.attacks.relaxations import mixture_view
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
+from advmoe.distributed import Place, together, world
 from advmoe.errors import TrainingError
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -21,6 +22,7 @@ from advmoe.models.routing import Routing
 from advmoe.training.awp import perturbed_weights
 from advmoe.training.levels import Level
 from advmoe.training.losses import load_balance, trades
+from advmoe.training.union import part_of_union, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,12 @@ class StepResult:
 
 
 def training_attack(
-    model: RoutedNetwork, images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
+    model: RoutedNetwork,
+    images: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    generator: torch.Generator,
+    place: Place | None = None,
 ) -> Tensor:
     """K-step PGD on the loss's own inner objective, against the model as it is now, BatchNorm in eval mode.
 
@@ -59,7 +66,7 @@ def training_attack(
                 clean = model.forward_with_routing(images)[1]
             forward = disturbed_view(model, clean.expert_index_BL)
             objective = disturbing(objective, model.config.num_classes)
-        start = starting_point(images, config.attack, generator)
+        start = starting_point(images, config.attack, generator, place)
         return pgd(forward, images, objective, config.attack, start=start)
 
 
@@ -69,7 +76,10 @@ def arithmetic(images: Tensor, *, half: bool) -> AbstractContextManager[object]:
 
 
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:
-    """The robust objective on a batch and its adversarial images, and what the passes showed."""
+    """The robust objective on a batch and its adversarial images, and what the passes showed.
+
+    With several ranks it is this rank's part of the objective on the union of their batches.
+    """
     with arithmetic(adversarial, half=config.precision == "bf16"):
         adversarial_logits, adversarial_routing = level.model.forward_with_routing(adversarial)
         if config.loss == "trades":
@@ -81,8 +91,8 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
             clean_logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(adversarial_logits, batch.labels)
     if config.balance and adversarial_routing.logits_BRN is not None:
-        loss = loss + config.balance * load_balance(adversarial_routing)
-    return loss, StepResult(
+        loss = loss + config.balance * load_balance(adversarial_routing, batch.place)
+    return part_of_union(loss, batch), StepResult(
         loss.detach(),
         len(batch.labels),
         (clean_logits.argmax(dim=1) == batch.labels).sum(),
@@ -94,8 +104,12 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
 
 def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generator: torch.Generator) -> StepResult:
     """Attack the current model on this batch, then one descent step of the level on the robust loss."""
-    adversarial = training_attack(level.model, batch.images, batch.labels, config, generator)
-    return robust_update(level, batch, adversarial, config)
+    return robust_update(level, batch, attacked(level.model, batch, config, generator), config)
+
+
+def attacked(model: RoutedNetwork, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """The training attack on a batch; if it fails on one rank, all ranks raise its error."""
+    return together(lambda: training_attack(model, batch.images, batch.labels, config, generator, batch.place))
 
 
 def robust_update(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> StepResult:
@@ -114,10 +128,20 @@ def robust_update(level: Level, batch: Batch, adversarial: Tensor, config: Train
     return result
 
 
-def leading(batch: Batch, share: float) -> Batch:
-    """That share of a batch, two images at least: batches are shuffled, so the first ones are as good as any."""
-    number = max(2, round(share * len(batch.labels)))
-    return Batch(*(part[:number] for part in batch))
+def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
+    """A share of a batch, two images at least, and their rows in it.
+
+    Batches are shuffled, so evenly spread images are as good as any; and all ranks have equally many of them.
+    """
+    first, total = batch.place or Place(0, len(batch.labels))
+    number = max(2, round(share * total))
+    if number >= total:
+        return batch, slice(None)
+    positions = torch.arange(number) * total // number
+    own = positions[(positions >= first) & (positions < first + len(batch.labels))] - first
+    place = batch.place and Place(int((positions < first).sum()), number)
+    rows = own.to(batch.labels.device)
+    return Batch(batch.images[rows], batch.labels[rows], batch.indices[own], place), rows
 
 
 def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResult:
@@ -126,7 +150,7 @@ def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResu
         with arithmetic(batch.images, half=config.precision == "bf16"):
             logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(logits, batch.labels)
-        descend(level, loss)
+        descend(level, part_of_union(loss, batch))
         level.optimizer.step()
     correct = (logits.argmax(dim=1) == batch.labels).sum()
     return StepResult(loss.detach(), len(batch.labels), correct, None, routing, None)
@@ -138,11 +162,19 @@ def descend(level: Level, loss: Tensor) -> None:
     Raises:
         TrainingError: the loss is not finite; no weight has been changed.
     """
+    level.optimizer.zero_grad(set_to_none=True)
+    if world().size == 1:
+        _check_finite(level, loss)
+        loss.backward()
+    else:  # a rank whose loss is not finite still takes its part in all exchanges, so that all find out together
+        loss.backward()
+        _check_finite(level, sum_gradients((parameter.grad for parameter in level.parameters), loss))
+
+
+def _check_finite(level: Level, loss: Tensor) -> None:
     if not loss.isfinite():
         raise TrainingError(
             f"the loss of the {level.name} became {loss.item():g}; training stopped before this update: "
             "lower the learning rate, or resume from the last checkpoint with another seed",
             "lr",
         )
-    level.optimizer.zero_grad(set_to_none=True)
-    loss.backward()

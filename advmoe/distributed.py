@@ -1,0 +1,308 @@
+"""Many processes that act as one: the ranks that `torchrun` starts, and the collectives they need.
+
+A process that was not started by torchrun, or is the only one, is a world of one rank. All functions here then return
+their argument at once: a single process pays nothing and computes the same bits as without this module.
+
+Tensors travel over NCCL between GPUs and over gloo between CPUs. Plain objects and tensors on the CPU always travel
+over gloo, so that an exchange of a flag never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from advmoe.errors import AdvMoEError, LostRankError
+from advmoe.world import World, launched, restarts
+
+T = TypeVar("T")
+
+MEETING_SECONDS = 600.0
+"""How long a rank waits for the others to start."""
+COLLECTIVE_SECONDS = 1800.0
+"""How long a rank waits for the others in a collective: rank 0 may be reading or downloading a data set meanwhile."""
+ECHO_SECONDS = 1.0
+"""How long a rank that has lost contact waits for the reason to be said by another one."""
+GROUP = "ADVMOE_GROUP"
+"""Environment variable that keeps the meetings of several commands apart that one torchrun starts one after another."""
+
+
+class Place(NamedTuple):
+    """Where a rank's batch lies in the union of all ranks' batches of a step."""
+
+    first: int
+    """Position of its first image."""
+    total: int
+    """Images of all ranks."""
+
+
+_world = World()
+_store: Store | None = None
+
+
+def world() -> World:
+    """The world this process is in; one rank alone outside of `joined`."""
+    return _world
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """Meet the other ranks, and be one of them inside.
+
+    Args:
+        device: where this rank computes.
+
+    Raises:
+        ConfigError: the environment describes no world.
+        LostRankError: the others do not come.
+    """
+    global _world, _store
+    described = launched()
+    if described.size == 1:
+        yield described
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    try:
+        meeting, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
+        _store = PrefixStore(f"advmoe/{os.environ.get(GROUP, '')}", meeting)
+        _await_all(_store, described)
+        dist.init_process_group(
+            backend,
+            store=_store,
+            rank=described.rank,
+            world_size=described.size,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+    except (RuntimeError, ValueError) as error:  # torch's errors of its stores and groups
+        raise LostRankError(
+            f"rank {described.rank} did not meet all {described.size} ranks within {MEETING_SECONDS:g} s at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_line(error)}); "
+            "start torchrun on every node, with an address and a port that all nodes reach"
+        ) from error
+    _world = described
+    failed = True
+    try:
+        yield described
+        failed = False
+    finally:
+        _world = World()
+        if not failed or backend == "gloo":  # with work of a lost rank under way, NCCL would wait for it
+            dist.destroy_process_group()
+
+
+def _await_all(store: Store, described: World) -> None:
+    """Wait until every rank is there, before a group is made, which waits much longer."""
+    store.set(f"here/{described.rank}", "")
+    everybody = [f"here/{rank}" for rank in range(described.size)]
+    store.wait(everybody, timedelta(seconds=MEETING_SECONDS))
+
+
+def first_to_say(message: str, *, lost: bool = False) -> bool:
+    """Whether this rank is to print an error: what several ranks find out is printed once.
+
+    Args:
+        message: what the error says.
+        lost: it is only the echo of an error of another rank, which is left the time to say it.
+    """
+    if _store is None:  # no rank has met the others yet, so all meet with the same error
+        return launched().leads
+    try:
+        if lost:
+            time.sleep(ECHO_SECONDS)
+            return int(_store.add("said", 1)) == 1
+        _store.add("said", 1)
+        return int(_store.add(f"said/{message}", 1)) == 1
+    except RuntimeError:  # the rank that keeps the store is gone
+        return True
+
+
+def keep_for_restarts(key: str) -> None:
+    """Note something that this command is to know if torchrun restarts it."""
+    if isinstance(_store, PrefixStore):
+        _lasting(_store).set(f"advmoe/{os.environ.get(GROUP, '')}/{key}", "")
+
+
+def kept_before_restart(key: str) -> bool:
+    """Whether this was noted before a restart."""
+    name = f"advmoe/{os.environ.get(GROUP, '')}/{key}"
+    return restarts() > 0 and isinstance(_store, PrefixStore) and _lasting(_store).check([name])
+
+
+def _lasting(store: Store) -> Store:
+    """The store below the prefixes, which differ from one start to the next."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Turn torch's errors about peers into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in ("connection", "timed out", "timeout", "aborted")):
+            raise
+        raise LostRankError(
+            f"rank {_world.rank} lost contact with another rank, which failed or was stopped ({_line(error)})"
+        ) from error
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank."""
+    if _world.size == 1:
+        return [value]
+    values: list[Any] = [None] * _world.size
+    with _answered():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def collect(value: T) -> list[T]:
+    """The values of all ranks, in their order, on rank 0; an empty list on the others."""
+    if _world.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * _world.size if _world.leads else None
+    with _answered():
+        dist.gather_object(value, values)
+    return values or []
+
+
+def agree(numbers: Sequence[int]) -> Tensor:
+    """As many whole numbers of every rank, int64 [size, numbers] on the CPU, on every rank."""
+    return stack_all(torch.tensor(numbers, dtype=torch.int64))
+
+
+def any_rank(*conditions: bool) -> list[bool]:
+    """For each condition, whether it holds on any rank."""
+    return list(conditions) if _world.size == 1 else agree(conditions).any(dim=0).tolist()
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something that may fail on some ranks only: if it does, all raise the error of the first such rank.
+
+    Without this, the others would wait in their next collective for a rank that is gone.
+
+    Raises:
+        AdvMoEError: whatever `action` raises.
+    """
+    if _world.size == 1:
+        return action()
+    error: AdvMoEError | OSError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except LostRankError:
+        raise
+    except (AdvMoEError, OSError) as caught:
+        error = caught
+    if any_rank(error is not None)[0]:
+        raise next(caught for caught in gather(error) if caught is not None)
+    return cast(T, result)
+
+
+def from_leader(action: Callable[[], T]) -> T:
+    """Let rank 0 do something; all get its result.
+
+    Raises:
+        AdvMoEError: whatever `action` raises, on all ranks.
+    """
+    result = together(lambda: [action() if _world.leads else None])
+    if _world.size > 1:
+        with _answered():
+            dist.broadcast_object_list(result)
+    return cast(T, result[0])
+
+
+def leader_first(action: Callable[[], T]) -> T:
+    """Do something that the first to do it makes easier for the others, such as reading files that may be missing.
+
+    Rank 0 goes first, then the first rank of each other machine, then the rest.
+
+    Raises:
+        AdvMoEError: whatever `action` raises.
+    """
+    mine = 0 if _world.leads else 1 if _world.local_rank == 0 else 2
+    done: list[T] = []
+    for turn in range(3 if _world.size > 1 else 1):
+        together(lambda: done.append(action()) if turn == mine else None)  # noqa: B023
+    return done[0]
+
+
+def own_rows(num_images: int, batch_size: int, first_batch: int = 0) -> NDArray[np.int64]:
+    """Rows of an image set that this rank evaluates: of the batches from `first_batch` on, it takes turns with others.
+
+    Batches are the same in every world, so results are too, to the last bit.
+    """
+    rows = np.arange(first_batch * batch_size, num_images, dtype=np.int64)
+    mine: NDArray[np.int64] = rows[(rows // batch_size - first_batch) % _world.size == _world.rank]
+    return mine
+
+
+def sum_up(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one kind by their sums over all ranks, in one exchange."""
+    if _world.size == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    with _answered():
+        dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def stack_all(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, [size, ...]; no gradient flows through."""
+    if _world.size == 1:
+        return tensor.detach().unsqueeze(0)
+    flat = tensor.detach().reshape(-1)
+    everything = flat.new_empty(_world.size * len(flat))
+    with _answered():
+        dist.all_gather_into_tensor(everything, flat)
+    return everything.view(_world.size, *tensor.shape)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        sum_up([total])
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        sum_up([total])
+        return total
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all ranks. Its gradient is that of the sum of all ranks' losses, not only of this rank's."""
+    return tensor if _world.size == 1 else cast(Tensor, _Sum.apply(tensor))
+
+
+def equalise(tensors: Sequence[Tensor]) -> None:
+    """Give all ranks rank 0's values."""
+    if _world.size == 1:
+        return
+    with _answered(), torch.no_grad():
+        for tensor in tensors:
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)

@@ -1,0 +1,96 @@
+"""BatchNorm whose batch is the union of all ranks' batches.
+
+Where one process trains alone this is torch's own BatchNorm, to the bit. With several ranks the statistics, their
+gradients and the running statistics are those that one process would compute on the union batch. torch's SyncBatchNorm
+does the same on GPUs only, and its conversion would replace the routers' centring, which is no BatchNorm.
+
+Shape suffixes: B batch, C channels, H height, W width, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.distributed import stack_all, sum_up, world
+
+
+def union_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and number [] of the values of each channel (axis 1) over all ranks' x.
+
+    Ranks may differ in their numbers of images; one may have none.
+    """
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    own = x.detach()
+    if own.dtype in (torch.float16, torch.bfloat16):
+        own = own.float()
+    count = own.numel() // own.shape[1]
+    if count:
+        var_C, mean_C = torch.var_mean(own, axes, correction=0)
+    else:
+        var_C = mean_C = own.new_zeros(own.shape[1])
+    stacked_R2C = stack_all(torch.cat((mean_C, var_C, own.new_full((1,), count))))
+    means_RC, vars_RC, counts_R1 = stacked_R2C.tensor_split([len(mean_C), 2 * len(mean_C)], dim=1)
+    number = counts_R1.sum()
+    mean_C = (means_RC * counts_R1).sum(dim=0) / number
+    # Chan et al. (1983): no difference of large sums, unlike E[x^2] - E[x]^2.
+    squares_C = ((vars_RC + (means_RC - mean_C).square()) * counts_R1).sum(dim=0)
+    return mean_C, squares_C / number, number
+
+
+def take_in(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean_C: Tensor, var_C: Tensor, number: Tensor, weight: Any) -> None:
+    """Move the running statistics by `weight` towards those of a batch, the variance as an unbiased estimate."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), weight)
+        norm.running_var.lerp_((var_C * (number / (number - 1))).to(norm.running_var.dtype), weight)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias, where mean and var depend on the x of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, number: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, number)
+        ctx.eps = eps
+        y: Tensor = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, number = ctx.saved_tensors
+        (gradient_y,) = gradients
+        # As if mean and var were constants:
+        gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        # Through them: - weight / std * (mean of gradient + normalised x * mean of (gradient * normalised x)).
+        of_bias, of_weight = gradient_bias.clone(), gradient_weight.clone()
+        sum_up([of_bias, of_weight])
+        rstd = (var + ctx.eps).rsqrt()
+        slope = weight * rstd.square() * of_weight / number
+        shift = weight * rstd * of_bias / number - slope * mean
+        across = (-1, *[1] * (x.ndim - 2))
+        gradient_x = gradient_x - torch.addcmul(shift.view(across), x, slope.view(across))
+        return gradient_x.to(x.dtype), gradient_weight, gradient_bias, None, None, None, None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d; in training with several ranks, over the union of their batches."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        if not self.training or world().size == 1:
+            return super().forward(x_BCHW)
+        mean_C, var_C, number = union_statistics(x_BCHW)
+        if self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            take_in(self, mean_C, var_C, number, self.momentum)
+        y_BCHW: Tensor = _Normalise.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, number, self.eps)
+        return y_BCHW

@@ -1,0 +1,67 @@
+"""A step of several ranks as one step on the union of their batches.
+
+Every rank's loss is the part that its images have in the mean over the union, so the sum of all ranks' losses is the
+loss of one process that has all the images, and the sum of their gradients is its gradient. Ranks may differ in their
+numbers of images: batches that cannot be shared out evenly, images that cannot be decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from advmoe.data.loader import Batch
+from advmoe.distributed import Place, agree, sum_up, total, world
+
+
+def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[Batch]:
+    """The batches of one step, each with its place in the union of all ranks' batches.
+
+    Args:
+        batches: one batch of each stream.
+        union_size: images of all ranks in a full step.
+        counted: whether the ranks have to ask each other for their numbers of images, because some may be left out.
+    """
+    if world().size == 1:
+        return list(batches)
+    if not counted:
+        return [batch._replace(place=Place(world().share(union_size).start, union_size)) for batch in batches]
+    counts_RS = agree([len(batch.labels) for batch in batches])
+    first_S = counts_RS[: world().rank].sum(dim=0).tolist()
+    total_S = counts_RS.sum(dim=0).tolist()
+    return [
+        batch._replace(place=Place(first, number))
+        for batch, first, number in zip(batches, first_S, total_S, strict=True)
+    ]
+
+
+def part_of_union(loss: Tensor, batch: Batch) -> Tensor:
+    """This rank's part of the mean loss over the union, from the mean loss of its own batch."""
+    if batch.place is None:
+        return loss
+    if not len(batch.labels):  # the mean over no image is NaN, but its gradient flows to no image
+        return torch.nan_to_num(loss * 0.0)
+    return loss * (len(batch.labels) / batch.place.total)
+
+
+def mean_over_union(values: Tensor, place: Place | None) -> Tensor:
+    """Mean over the first axis, which counts images, of all ranks together."""
+    return values.mean(dim=0) if place is None else total(values.sum(dim=0)) / place.total
+
+
+@torch.no_grad()
+def sum_gradients(gradients: Iterable[Tensor | None], loss: Tensor) -> Tensor:
+    """Add up gradients over all ranks, in place, in one exchange with the loss.
+
+    Args:
+        gradients: those of one level's parameters; None, on all ranks alike, where the loss does not depend on one.
+        loss: this rank's part of the loss.
+
+    Returns:
+        The loss of the union: not finite if the loss of any rank is not.
+    """
+    loss = loss.detach().clone()
+    sum_up([*(gradient for gradient in gradients if gradient is not None), loss])
+    return loss

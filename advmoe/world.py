@@ -1,0 +1,52 @@
+"""Who this process is among those that `torchrun` started; known before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from advmoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process, a rank, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number of this rank on its own machine."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """This rank's part of `total` things, the parts as equal as they can be."""
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
+
+def launched() -> World:
+    """The world that torchrun describes in the environment; one rank alone where it describes none.
+
+    Raises:
+        ConfigError: the description is incomplete.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size == "1":
+        return World()
+    try:
+        described = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        _ = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"the environment says WORLD_SIZE={size}, but not all else that torchrun says ({error}); "
+            "start the command with torchrun, or unset WORLD_SIZE"
+        ) from None
+    return described
+
+
+def restarts() -> int:
+    """How often torchrun has started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)

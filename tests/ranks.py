@@ -1,0 +1,191 @@
+"""Groups of processes that train and evaluate together, and what each of them saw.
+
+The processes are forks of one that has imported everything: importing takes longer than all they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig
+from advmoe.data.digits import load_digits
+from advmoe.data.loader import Batch
+from advmoe.data.sources import Dataset
+from advmoe.distributed import Place, gather, joined, world
+from advmoe.errors import AdvMoEError
+from advmoe.models.registry import build_model
+from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.levels import make_levels
+from advmoe.training.loop import Trainer
+from advmoe.training.observer import Unwatched
+from advmoe.training.run_folder import RunFolder
+from advmoe.training.steps import adversarial_update
+
+CPU = torch.device("cpu")
+# 2 steps of 8 images, which 3 ranks share as 2, 3 and 3; then 10 validation images.
+TRAIN = TrainConfig(
+    dataset="digits",
+    epochs=1,
+    batch_size=8,
+    limit_train=16,
+    val_limit=10,
+    val_attack=AttackConfig(eps=8 / 255, steps=1),
+    flip=False,
+)
+CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
+    "advmoe": (
+        ModelConfig(arch="resnet18", kind="moe", width=0.0625),
+        dataclasses.replace(TRAIN, balance=0.1, ema=0.9, router_share=0.6),
+    ),
+    "at": (
+        ModelConfig(arch="vgg16", kind="moe", width=0.0625, granularity="image"),
+        dataclasses.replace(TRAIN, method="at", loss="pgd_at", awp=0.01),
+    ),
+    "vit": (
+        ModelConfig(arch="vit", kind="moe", width=1 / 6, depth=2),
+        dataclasses.replace(TRAIN, router_step="reuse", router_share=0.5),
+    ),
+}
+"""Every way in which a step looks at its whole batch."""
+
+
+def digits() -> Dataset:
+    whole = load_digits()
+    return Dataset(info=whole.info, train=whole.train.take(np.arange(200)), test=whole.test.take(np.arange(40)))
+
+
+class Stopping(Unwatched):
+    """Asks the trainer to stop after a step."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.trainer: Trainer | None = None
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        if step == self.after:
+            assert self.trainer is not None
+            self.trainer.request_stop()
+
+
+def train(case: str, path: Path, *, stop_after: int = 0, resume: bool = False, **changes: Any) -> Trainer:
+    """Train one of the cases in double precision, where rounding does not hide or fake a difference."""
+    model, config = CASES[case]
+    torch.set_default_dtype(torch.float64)
+    try:
+        observer = Stopping(stop_after)
+        folder = RunFolder(path)
+        with folder if world().leads else nullcontext():
+            trainer = Trainer(
+                model,
+                dataclasses.replace(config, **changes),
+                digits(),
+                folder,
+                device=CPU,
+                observer=observer,
+                resume=load_checkpoint(folder.last) if resume else None,
+            )
+            observer.trainer = trainer
+            assert trainer.fit() == (not stop_after)
+        return trainer
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def bits(trainer: Trainer) -> bytes:
+    """All weights and statistics of a model."""
+    return b"".join(tensor.numpy().tobytes() for tensor in trainer.model.state_dict().values())
+
+
+def failure(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except AdvMoEError as error:
+        return str(error)
+    return "nothing went wrong"
+
+
+def update_with_nan(where: str) -> None:
+    """One update, in which something on the last rank only is not finite."""
+    model = build_model(ModelConfig(arch="vit", kind="moe", width=1 / 6, depth=1))
+    steps = 1 if where == "attack" else 0
+    config = dataclasses.replace(TRAIN, attack=AttackConfig(eps=8 / 255, steps=steps, start="clean"))
+    (level,) = make_levels(("all",), model, config)
+    if world().rank == world().size - 1:
+        with torch.no_grad():
+            next(iter(model.expert_parameters())).fill_(torch.nan)
+    place = Place(2 * world().rank, 2 * world().size)
+    batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.arange(2), place)
+    adversarial_update(level, batch, config, torch.Generator())
+
+
+def two(folder: Path) -> dict[str, Any]:
+    """What two ranks do."""
+    found: dict[str, Any] = {case: bits(train(case, folder / "two" / case)) for case in CASES}
+    for where in ("attack", "loss"):
+        found[f"nan in {where}"] = failure(lambda where=where: update_with_nan(where))
+    # Only rank 0 is watched; it asks for a stop, and both stop.
+    train("advmoe", folder / "stopped", stop_after=1)
+    return found
+
+
+def three(folder: Path) -> dict[str, Any]:
+    """What three ranks do: with shares that are not equal, and going on with what two began."""
+    return {
+        "advmoe": bits(train("advmoe", folder / "three" / "advmoe")),
+        "stopped": bits(train("advmoe", folder / "stopped", resume=True)),
+    }
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    """The same by one process."""
+    return {case: bits(train(case, folder / "one" / case)) for case in CASES}
+
+
+def _work(action: Callable[[Path], dict[str, Any]], rank: int, size: int, port: int, folder: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with joined(CPU):
+        found = action(folder)
+        gather(None)  # nobody leaves while another one still needs an answer
+    torch.save(found, folder / f"{action.__name__}-{rank}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(action: Callable[[Path], dict[str, Any]], size: int, folder: Path) -> list[dict[str, Any]]:
+    """What each of `size` processes returns from `action(folder)`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks"])
+    port = free_port()
+    processes = [context.Process(target=_work, args=(action, rank, size, port, folder)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * size
+    return [torch.load(folder / f"{action.__name__}-{rank}.pt", weights_only=False) for rank in range(size)]

@@ -1,0 +1,74 @@
+"""Several ranks are one process with the union of their batches, and fail as one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+
+from advmoe.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    (found,) = ranks.run(ranks.alone, 1, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return ranks.run(ranks.two, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path, two: Any) -> list[dict[str, Any]]:
+    return ranks.run(ranks.three, 3, folder)
+
+
+def assert_same_run(path: Path, reference: Path) -> None:
+    """Weights, statistics and moving averages to 1e-12; figures and routes exactly."""
+    checkpoint, wanted = (load_checkpoint(folder / "last.pt") for folder in (path, reference))
+    for ours, theirs in ((checkpoint.weights, wanted.weights), (checkpoint.training_weights, wanted.training_weights)):
+        assert (ours is None) == (theirs is None)
+        for name, tensor in (theirs or {}).items():
+            torch.testing.assert_close((ours or {})[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+    figures, wanted_figures = (
+        [{**json.loads(line), "images_per_second": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (path, reference)
+    )
+    assert figures == wanted_figures
+    assert (path / "routes.npz").read_bytes() == (reference / "routes.npz").read_bytes()
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_two_ranks_train_as_one_process_with_the_union_batch(
+    case: str, folder: Path, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    assert two[0][case] == two[1][case]
+    assert_same_run(folder / "two" / case, folder / "one" / case)
+
+
+def test_shares_need_not_be_equal(folder: Path, one: dict[str, Any], three: list[dict[str, Any]]) -> None:
+    assert three[0]["advmoe"] == three[1]["advmoe"] == three[2]["advmoe"]
+    assert_same_run(folder / "three" / "advmoe", folder / "one" / "advmoe")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    folder: Path, one: dict[str, Any], three: list[dict[str, Any]]
+) -> None:
+    assert three[0]["stopped"] == three[1]["stopped"] == three[2]["stopped"]
+    assert_same_run(folder / "stopped", folder / "one" / "advmoe")
+
+
+@pytest.mark.parametrize("where", ["attack", "loss"])
+def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(where: str, two: list[dict[str, Any]]) -> None:
+    first, second = (found[f"nan in {where}"] for found in two)
+    assert first == second
+    assert "not finite" in first if where == "attack" else "became nan" in first
