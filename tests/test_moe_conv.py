@@ -5,14 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from advmoe.models.channels import Channels
 from advmoe.models.experts import ExpertLayout
+from advmoe.models.layers import Conv2d as PlainConv2d
 from advmoe.models.moe_conv import MoEConv2d, moe_conv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Router
-from advmoe.models.routing import Decision, Signal
+from advmoe.models.routing import Decision, RoutingTape, Signal
 
 LAYOUTS = {
     "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),
@@ -313,3 +315,23 @@ def test_any_number_of_experts_and_any_scale_train(
     assert logits.shape == (8, 10)
     logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_strided_pointwise_convolution_never_reaches_the_kernel_that_overwrites_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's weight gradient of a strided 1x1 convolution corrupts the heap (8 channels, 64 pixels, channels-last)."""
+    conv = PlainConv2d(Channels(8, 8), Channels(16, 16), 1, stride=2, padding=0)
+    x = torch.randn(2, 8, 9, 9)
+    expected = F.conv2d(x, conv.weight, stride=2)
+    strides = []
+    original = F.conv2d
+
+    def spy(x: Tensor, weight: Tensor, bias: None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        strides.append(stride)
+        return original(x, weight, bias, stride, padding)
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    y = conv(x, RoutingTape(nn.ModuleList(), []))
+    assert strides == [(1, 1)]
+    torch.testing.assert_close(y, expected)

@@ -5,6 +5,7 @@ Every convolution here is called as `layer(x, tape)`; layers that are not routed
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,10 +32,15 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:  # type: ignore[override]
         """Convolve; the tape is not needed."""
-        if not self.reads.masked:
-            return super().forward(x_BCHW)
-        weight = self.weight * self.reads.mask()[:, None, None]
-        return F.conv2d(x_BCHW, weight, None, self.stride, self.padding)
+        weight = self.weight
+        if self.reads.masked:
+            weight = weight * self.reads.mask()[:, None, None]
+        stride = self.stride
+        if self.kernel_size == (1, 1) and not torch.compiler.is_exporting():
+            # Of a strided 1x1 convolution of few channels, channels-last, oneDNN writes the weight gradient past its
+            # end (torch 2.15, AVX-512): the heap is corrupted. Taking the pixels first computes the same.
+            x_BCHW, stride = x_BCHW[:, :, :: stride[0], :: stride[1]], (1, 1)
+        return F.conv2d(x_BCHW, weight, None, stride, self.padding)
 
 
 class Linear(nn.Linear):
