@@ -320,7 +320,7 @@ def test_any_number_of_experts_and_any_scale_train(
 def test_a_strided_pointwise_convolution_never_reaches_the_kernel_that_overwrites_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """oneDNN's weight gradient of a strided 1x1 convolution corrupts the heap (8 channels, 64 pixels, channels-last)."""
+    """oneDNN's weight gradient of a strided 1x1 convolution corrupts the heap (8 channels, channels-last)."""
     conv = PlainConv2d(Channels(8, 8), Channels(16, 16), 1, stride=2, padding=0)
     x = torch.randn(2, 8, 9, 9)
     expected = F.conv2d(x, conv.weight, stride=2)
