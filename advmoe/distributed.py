@@ -76,7 +76,9 @@ def joined(device: torch.device) -> Iterator[World]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         meeting, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
-        _store = PrefixStore(f"advmoe/{os.environ.get(GROUP, '')}", meeting)
+        # One store may outlive several starts, with the addresses of processes that are gone.
+        start = f"{restarts()}/{described.size}/{os.environ['MASTER_PORT']}"
+        _store = PrefixStore(f"advmoe/{os.environ.get(GROUP, '')}/{start}", meeting)
         _await_all(_store, described)
         dist.init_process_group(
             backend,

@@ -1,6 +1,8 @@
 """Several ranks are one process with the union of their batches, and fail as one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,18 @@ def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(where: str, t
     first, second = (found[f"nan in {where}"] for found in two)
     assert first == second
     assert "not finite" in first if where == "attack" else "became nan" in first
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_restarted_and_the_run_goes_on(tmp_path: Path) -> None:
+    options = "--arch vgg16 --width 0.0625 --epochs 2 --batch-size 16 --limit-train 48 --val-limit 20 --device cpu"
+    weights = []
+    for name, program in (("killed", "killed_rank.py"), ("whole", "-m advmoe")):
+        start = ["--nproc-per-node", "2", "--max-restarts", "1"]
+        script = [str(Path(__file__).with_name(program))] if program.endswith(".py") else program.split()
+        line = [sys.executable, "-m", "torch.distributed.run", *start, *script, "train", "digits", *options.split()]
+        done = subprocess.run([*line, "--out", str(tmp_path / name)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        weights.append(load_checkpoint(tmp_path / name / "last.pt").weights)
+    killed, whole = weights
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)

@@ -51,7 +51,7 @@ for command in (train, evaluate, compare, analyze, report, export, push, predict
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
-TOGETHER = {"reproduce", "train"}
+TOGETHER = {"train"}
 """Commands that several processes of torchrun carry out together."""
 
 
@@ -95,6 +95,8 @@ def run(arguments: Sequence[str] | None) -> int:
         if ranks.size > 1:
             from advmoe.distributed import first_to_say
 
+            if lost:  # torchrun, too, has noticed, and may end this process while it waits
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if not first_to_say(message, lost=lost):
                 return
         console.fail(message)
