@@ -35,6 +35,7 @@ RouterGradient = Literal["advantage", "softmax", "straight_through", "dense", "s
 ExpertFilters = Literal["windows", "separate"]
 MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
 Loss = Literal["trades", "pgd_at"]
+RouterStatistics = Literal["stored", "batch"]
 RouterStep = Literal["exact", "reuse"]
 Precision = Literal["fp32", "bf16_attack", "bf16"]
 AttackRouting = Literal["fixed", "mixture", "margin"]
@@ -520,6 +521,14 @@ class RouterStepConfig(Settings):
     router_every: Annotated[
         int, Setting("Routers take a step in every k-th iteration only.", at_least=1, at_most=10**6)
     ] = 1
+    router_statistics: Annotated[
+        RouterStatistics,
+        Setting(
+            "What feature maps are normalized by in the router step: stored statistics, as at inference, or those of "
+            "the batch, as in the experts' step.",
+            noun="statistics of the router step",
+        ),
+    ] = "stored"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,12 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),
     "dense": ({"kind": "dense"}, {"method": "at"}),
     "at_moe": (MOE | {"router_gradient": "advantage"}, {"method": "at"} | LEARNED),
-    "advmoe": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED),
+    "advmoe": (MOE | {"router_gradient": "advantage"}, {"method": "advmoe"} | LEARNED),
+    "advmoe_batch": (
+        MOE | {"router_gradient": "dense"},
+        {"method": "advmoe", "router_statistics": "batch"} | LEARNED,
+    ),
+    "advmoe_dense": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED),
     "shared": (
         MOE | {"granularity": "block", "router_gradient": "value", "shared": 1.0, "expert_affine": True},
         {"method": "at"},
@@ -75,13 +80,13 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
 PLAN = [
-    *((name, 0) for name in ("s_dense", "dense", "at_moe", "advmoe")),
+    *((name, 0) for name in ("s_dense", "dense", "at_moe", "advmoe", "advmoe_batch")),
     ("s_dense", 1),
     ("shared", 0),
     ("dense", 1),
     *((name, 1) for name in ("advmoe", "shared", "at_moe")),
     *((name, 2) for name in ("s_dense", "dense", "advmoe", "shared", "at_moe")),
-    *((name, 0) for name in ("advmoe_cheap", "last_stage", "upcycled", "margin", "mixture")),
+    *((name, 0) for name in ("advmoe_dense", "advmoe_cheap", "last_stage", "upcycled", "margin", "mixture")),
 ]
 """Cells, those that tell most first."""
 ATTACK = AttackConfig(steps=20)

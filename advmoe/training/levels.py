@@ -29,8 +29,8 @@ class Level:
     name: LevelName
     model: RoutedNetwork
     optimizer: torch.optim.Optimizer
-    experts_move: bool = False
-    """Whether another level changes the experts, so that their stored statistics lag behind their weights."""
+    by_the_batch: bool = False
+    """Whether fixed experts normalize by the batch, because their stored statistics lag behind their weights."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -47,20 +47,19 @@ class Level:
     def training(self) -> Iterator[None]:
         """Put this level into training mode and hold the others fixed: no gradients, no change of their statistics.
 
-        Fixed experts run as at inference, BatchNorm on stored statistics, unless another level moves them: then the
-        routers' update normalizes by the batch, as the experts' update does. In a run's first steps stored statistics
-        lag so far behind the weights that routers were torn away from where they started (docs/log.md). Experts in
-        training normalize by the batch, and fixed routers decide on such features: not always as at inference. Taking
-        the decisions of inference instead made the experts learn worse (docs/log.md).
+        Fixed experts run as at inference, BatchNorm on stored statistics, unless `router_statistics` says otherwise. In
+        a run's first steps stored statistics lag far behind the weights, and routers are torn away from where they
+        started; even so the experts learned better (docs/log.md). Experts in training normalize by the batch, and fixed
+        routers decide on such features: not always as at inference. Taking the decisions of inference instead made the
+        experts learn worse (docs/log.md).
         """
         routers, others = self._modules
         for parameter in self._fixed:
             parameter.requires_grad_(False)
         set_training(others, self.name != "routers")
         set_training(routers, self.name != "experts")
-        moving = self.name == "routers" and self.experts_move
         try:
-            with batch_statistics(self.model) if moving else nullcontext():
+            with batch_statistics(self.model) if self.by_the_batch else nullcontext():
                 yield
         finally:
             set_training(others, True)
@@ -111,6 +110,7 @@ def make_levels(
     if fresh and specialisation is not None:
         start_equal(model)
     banks = list(expert_banks(model)) if specialisation is not None else []
+    batch = config.router_statistics == "batch"
     levels = []
     for name in names:
         parameters = list(model.parameters()) if name == "all" else parts(model)[name]
@@ -123,5 +123,5 @@ def make_levels(
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         if name in {"experts", "all"} and specialisation is not None:
             optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialisation))
-        levels.append(Level(name, model, optimizer, experts_move=bool({"experts", "all"} & set(names) - {name})))
+        levels.append(Level(name, model, optimizer, by_the_batch=batch and name == "routers"))
     return levels
