@@ -67,7 +67,10 @@ def train(
     ] = False,
     seeds: Seeds = None,
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="Keep the checkpoints of the last so many epochs.", rich_help_panel=RUN)
+        int,
+        typer.Option(
+            "--keep", min=0, max=10**6, help="Keep the checkpoints of the last so many epochs.", rich_help_panel=RUN
+        ),
     ] = 0,
     device: Device = "auto",
     deterministic: Annotated[
