@@ -95,8 +95,7 @@ class RoutedNetwork(nn.Module):
         else:
             tape = tape_type(self.routers, self.router_of_layer, None if pathways is None else self._as_rows(pathways))
         x_BCHW = (images - self.mean) / self.std
-        if not torch.compiler.is_exporting():  # an exported file says nothing of layouts
-            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        # Not channels-last, although it is faster: torch 2.15 (oneDNN, AVX-512) then corrupts the heap (docs/log.md).
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)
         logits = self.run(x_BCHW, tape).to(x_BCHW.dtype)  # losses are computed in fp32, whatever the convolutions use

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Unpack
 
-import torch
-
 from advmoe.config import ModelConfig, ModelSettings, model_config, one_of
 from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
@@ -29,14 +27,11 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {
 def build_model(config: ModelConfig) -> RoutedNetwork:
     """The network a config describes, with fresh weights from torch's current random state.
 
-    Its weights lie channels-last, as feature maps do: so convolutions, BatchNorm and dispatch run fastest on CPUs and
-    GPUs alike.
-
     Raises:
         ConfigError: the architecture is unknown or cannot be built with these settings.
     """
     one_of("architecture", config.arch, ARCHITECTURES)
-    return ARCHITECTURES[config.arch](config).to(memory_format=torch.channels_last)
+    return ARCHITECTURES[config.arch](config)
 
 
 def list_models() -> list[str]:
