@@ -50,8 +50,8 @@ class Level:
         Fixed experts run as at inference, BatchNorm on stored statistics, unless `router_statistics` says otherwise. In
         a run's first steps stored statistics lag far behind the weights, and routers are torn away from where they
         started; even so the experts' loss was lower (docs/log.md). Experts in training normalize by the batch, and
-        fixed routers decide on such features: not always as at inference. Taking the decisions of inference instead made the
-        experts learn worse (docs/log.md).
+        fixed routers decide on such features: not always as at inference. Taking the decisions of inference instead
+        made the experts learn worse (docs/log.md).
         """
         routers, others = self._modules
         for parameter in self._fixed:
