@@ -27,7 +27,9 @@ class ScalarLog:
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         self._first_step = first_step
-        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._started = False
+        # TensorBoard reads files in the order of their names, so later files need later names, in microseconds
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
 
     def add(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append a record's numbers; those of a list are numbered."""
@@ -43,7 +45,7 @@ class ScalarLog:
                 summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]),
             )
         ]
-        if not self._path.exists():
+        if not self._started:
             start = SessionLog(status=SessionLog.START)
             events = [Event(file_version="brain.Event:2"), Event(step=self._first_step, session_log=start), *events]
         with self._path.open("ab") as file:
@@ -51,3 +53,4 @@ class ScalarLog:
             for event in events:
                 event.wall_time = time.time()
                 writer.write(event.SerializeToString())
+        self._started = True
