@@ -2,10 +2,11 @@
 
     python studies/small.py --data-dir DATA --runs runs/study              # all cells, in order of what they tell
     python studies/small.py --only s_dense dense --seeds 0              # some of them
+    python studies/small.py --network vgg16                             # the first, shorter setting
     python studies/small.py --smoke                                     # embedded digits, seconds
 
-A cell that is done is one file, `results/small/study/SETTING-SEED.json`, and is skipped; one that was interrupted goes
-on from its last checkpoint. So the same command can run in the background, be stopped at any time, and be repeated.
+A cell that is done is one file, `results/small/NETWORK/SETTING-SEED.json`, and is skipped; one that was interrupted
+goes on from its last checkpoint. So the same command can run in the background, be stopped, and be repeated.
 
 Every network has the same images, epochs, schedule and attack in training. Its last weights count: nothing is chosen on
 any image. Test images are used once: SA, RA by PGD, and for routed networks the worst over all views of the routing and
@@ -52,15 +53,18 @@ from advmoe.training.checkpoint import file_digest, load_checkpoint
 from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 
-BACKBONE = {"arch": "vgg16", "width": 0.125}
-"""A width at which Dense is clearly better than S-Dense, so that there is something for experts to gain."""
-EPOCHS = 3
+NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
+    "resnet18": ({"arch": "resnet18", "width": 0.125}, 6),
+    "vgg16": ({"arch": "vgg16", "width": 0.125}, 3),
+}
+"""Fields of `ModelConfig` and epochs. An experts' gain can only show where Dense is clearly better than S-Dense."""
 MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
 LEARNED = {"specialisation": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),
     "dense": ({"kind": "dense"}, {"method": "at"}),
+    "sparse": ({"kind": "sparse_cnn"}, {"method": "at_sparse"}),
     "at_moe": (MOE | {"router_gradient": "advantage"}, {"method": "at"} | LEARNED),
     "advmoe": (MOE | {"router_gradient": "advantage"}, {"method": "advmoe"} | LEARNED),
     "advmoe_batch": (
@@ -79,14 +83,12 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
+MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense", "shared")
 PLAN = [
-    *((name, 0) for name in ("s_dense", "dense", "at_moe", "advmoe", "advmoe_batch")),
-    ("s_dense", 1),
-    ("shared", 0),
-    ("dense", 1),
-    *((name, 1) for name in ("advmoe", "shared", "at_moe")),
-    *((name, 2) for name in ("s_dense", "dense", "advmoe", "shared", "at_moe")),
-    *((name, 0) for name in ("advmoe_dense", "advmoe_cheap", "last_stage", "upcycled", "margin", "mixture")),
+    *((name, seed) for seed in range(3) for name in MAIN),
+    *((name, 0) for name in ("sparse", "advmoe", "advmoe_batch", "advmoe_cheap", "last_stage", "upcycled")),
+    *((name, 0) for name in ("margin", "mixture")),
+    *((name, seed) for seed in (1, 2) for name in ("sparse", "advmoe", "advmoe_cheap")),
 ]
 """Cells, those that tell most first."""
 ATTACK = AttackConfig(steps=20)
@@ -219,10 +221,11 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> None:
         initial = load_checkpoint(start)
         train_settings = {**train_settings, "init": file_digest(start)}
     name_of_data = "digits" if options.smoke else "cifar10"
+    backbone, epochs = NETWORKS[options.network]
     config, train = resolve(
         dataset_info(name_of_data, options.data_dir),
-        {**BACKBONE, **model_settings},
-        {"epochs": EPOCHS, "seed": seed, "val_limit": 1000, **train_settings, **small},
+        {**backbone, **model_settings},
+        {"epochs": epochs, "seed": seed, "val_limit": 1000, **train_settings, **small},
     )
     data = load_dataset(name_of_data, options.data_dir)
     began = time.monotonic(), time.process_time()
@@ -263,12 +266,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="as for advmoe train")
     parser.add_argument("--data-name", default="CIFAR-10", help="name of the data in the results")
+    parser.add_argument("--network", choices=list(NETWORKS), default="resnet18", help="backbone and epochs")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("results/small/study"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("results/small"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), help="these settings")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds on the embedded digits")
     options = parser.parse_args()
+    options.runs, options.out = options.runs / options.network, options.out / options.network
     torch.set_num_threads(1)
     for name, seed in PLAN:
         if (options.only and name not in options.only) or (options.seeds and seed not in options.seeds):

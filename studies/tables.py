@@ -1,8 +1,8 @@
-"""Tables and figure of the study, from `results/small/study/*.json` alone.
+"""Tables and figure of the study, from `results/small/NETWORK/*.json` alone.
 
     python studies/tables.py
 
-Writes the tables into docs/study.md between its two markers, and the figure beside it.
+Writes a network's tables into docs/study.md between its two markers, and its figure beside the page.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 TITLES = {
     "s_dense": "AT (S-Dense)",
     "dense": "AT (Dense)",
+    "sparse": "AT (Sparse)",
     "at_moe": "AT (MoE)",
     "advmoe": "AdvMoE, gate advantage",
     "advmoe_batch": "AdvMoE, gate dense, batch statistics",
@@ -32,7 +34,6 @@ TITLES = {
     "upcycled": "AdvMoE from S-Dense",
 }
 """Settings in the order of the table."""
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -129,15 +130,17 @@ def draw(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     root = Path(__file__).parent.parent
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=root / "results" / "small" / "study")
+    parser.add_argument("--results", type=Path, default=root / "results" / "small")
     parser.add_argument("--page", type=Path, default=root / "docs" / "study.md")
-    parser.add_argument("--figure", type=Path, default=root / "docs" / "study.svg")
     options = parser.parse_args()
-    cells = load(options.results)
-    before, _, rest = options.page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    options.page.write_text(f"{before}{BEGIN}\n{tables(cells)}\n{END}{after}")
-    draw(cells, options.figure)
+    text = options.page.read_text()
+    for network in re.findall("<!-- (.+): begin -->", text):
+        begin, end = f"<!-- {network}: begin -->", f"<!-- {network}: end -->"
+        cells = load(options.results / network)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{tables(cells)}\n{end}{rest.partition(end)[2]}"
+        draw(cells, options.page.parent / f"study-{network}.svg")
+    options.page.write_text(text)
 
 
 if __name__ == "__main__":

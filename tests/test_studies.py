@@ -21,7 +21,7 @@ def test_a_cell_is_one_file_and_is_not_made_twice(
     monkeypatch.setattr(sys, "argv", [])
     wanted = ("--smoke", "--only", "shared", "--seeds", 0, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     run("small.py", *wanted)
-    (cell,) = (tmp_path / "out").iterdir()
+    (cell,) = (tmp_path / "out" / "resnet18").iterdir()
     record = json.loads(cell.read_text())
     assert (record["setting"], record["seed"], record["test"]["images"]) == ("shared", 0, 40)
     assert record["test"]["routing"]["ra_worst"] <= record["test"]["ra_pgd"]
@@ -37,19 +37,20 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", [])
     # Two of four images right for one network, another two and one more for the other: 25 points, and the four
     # differences 1, 1, -1, 0 have a standard deviation of sqrt(11 / 16), so that the error is half of that.
+    (tmp_path / "vgg16").mkdir()
     for name, bits in (("s_dense", "oA=="), ("dense", "0A==")):  # 1010 and 1101, packed
         correct = {"clean": bits, "pgd": bits}
         test = {"images": 4, "sa": 50.0, "ra_pgd": 50.0, "correct": correct}
         record = {"setting": name, "seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "train": {"epochs": 1}}
         record |= {"data": "noise", "model": {"arch": "vgg16", "width": 1.0}}
         record["curve"] = [{"epoch": 1, "train_loss": 2.0}]
-        (tmp_path / f"{name}-0.json").write_text(json.dumps(record))
+        (tmp_path / "vgg16" / f"{name}-0.json").write_text(json.dumps(record))
     page = tmp_path / "page.md"
-    page.write_text("Text.\n<!-- table: begin -->\nold\n<!-- table: end -->\nMore text.\n")
-    run("tables.py", "--results", tmp_path, "--page", page, "--figure", tmp_path / "study.svg")
+    page.write_text("Text.\n<!-- vgg16: begin -->\nold\n<!-- vgg16: end -->\nMore text.\n")
+    run("tables.py", "--results", tmp_path, "--page", page)
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("Text.\n")
     assert text.endswith("More text.\n")
     assert "+25.0 ± 41.5" in text
-    assert (tmp_path / "study.svg").read_text().count("<svg") == 1
+    assert (tmp_path / "study-vgg16.svg").read_text().count("<svg") == 1
