@@ -59,7 +59,7 @@ OPTIONS = {
     "reproduce": "--scale --only --seeds --list --jobs --gpus --train --evaluate --limit-eval --device --json",
     "export": "--profile --dtype --input-type --margins --triton --verify-images --json",
     "bench-onnx": "--batch --threads --seconds --provider --json",
-    "predict": "--json --top",
+    "predict": "--json --csv --top --batch-size --provider",
     "info": "--json",
 }
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import csv as csv_text
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,55 +16,115 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter, open_session
 from advmoe.cli.options import Json
+from advmoe.cli.progress import data_progress
 from advmoe.config import check
 from advmoe.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
-    from advmoe_export import ModelMetadata
+    from advmoe_export import ModelMetadata, Session
     from numpy.typing import NDArray
+
+    from advmoe.data.sets import Progress
 
 
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model (.onnx).")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders (searched through all levels), or patterns such as 'photos/*.jpg'."),
+    ],
     top: Annotated[int, typer.Option(help="Classes to show per image.")] = 3,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print the result as CSV on stdout, a row per image and a line of names.")
+    ] = False,
+    json: Json = False,
+    batch_size: Annotated[
+        int, typer.Option(help="Images to run at a time, unless the file has a fixed batch size.")
+    ] = 32,
     provider: Annotated[
         list[str] | None, typer.Option(help="onnxruntime provider, in order of preference: cpu, cuda. Default: cpu.")
     ] = None,
-    json: Json = False,
 ) -> None:
-    """Classify image files with an exported model: labels, probabilities and the pathway each image took.
+    """Classify images with an exported model: labels, probabilities and the pathway each image took.
 
     Images of any size are prepared as the images of the data set are in an evaluation: the shorter side is resized
     to a length that the file knows, then the middle is taken.
+
+    An image that cannot be read is skipped with a line on stderr; the exit code is 1 in the end.
     """
-    import numpy as np
+    from advmoe.data.pictures import find_pictures
 
     check(top >= 1, f"--top must be at least 1, got {top}")
+    check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
+    check(not (csv and json), "give --csv or --json, not both")
     session = open_session(model, provider or ["cpu"])
-    with export_errors():
-        pixels = np.stack([read_image(path, session.metadata) for path in images])
-        batches = [session.run(pixels[row : row + 1]) for row in range(len(pixels))]
-    labels = session.metadata.labels
-    predictions: list[dict[str, Any]] = []
-    for path, result in zip(images, batches, strict=True):
-        order = np.argsort(-result.probabilities[0], kind="stable")[:top]
-        best = int(order[0])
-        predictions.append(
-            {
+    paths = find_pictures(images)
+    predicting = Predicting(session, min(top, len(session.metadata.labels)), batch_size)
+    if csv:
+        show_csv(predicting, paths)
+    else:
+        with data_progress() as progress:
+            predictions = list(predicting.of(paths, progress))
+        skipped = [{"image": str(path), "reason": reason} for path, reason in predicting.skipped.items()]
+        if json:
+            console.emit_json({"model": str(model), "predictions": predictions, "skipped": skipped})
+        elif predictions:
+            show(str(model), predictions)
+    if predicting.skipped:
+        raise DataError(refusal(predicting.skipped, len(paths)))
+
+
+@dataclass
+class Predicting:
+    """A model at work on files; what cannot be read is noted in `skipped` and left out."""
+
+    session: Session
+    top: int
+    batch_size: int
+    skipped: dict[Path, str] = field(default_factory=dict)
+
+    def of(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+        """The predictions, in the order of the paths; no more than a batch of images is in memory."""
+        size = self.session.metadata.batch_size or self.batch_size
+        readable = self._readable(paths, progress)
+        while batch := list(itertools.islice(readable, size)):
+            yield from self._of_batch([path for path, _ in batch], [pixels for _, pixels in batch])
+
+    def _readable(self, paths: Sequence[Path], progress: Progress | None) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+        for done, path in enumerate(paths):
+            try:
+                pixels = read_image(path, self.session.metadata)
+            except DataError as error:
+                self.skipped[path] = str(error)
+                if len(paths) > 1:
+                    console.warn(f"skipped: {error}")
+            else:
+                yield path, pixels
+            if progress is not None:
+                progress("classifying images", done + 1, len(paths))
+
+    def _of_batch(self, paths: list[Path], images: list[NDArray[np.uint8]]) -> Iterator[dict[str, Any]]:
+        import numpy as np
+
+        fixed = self.session.metadata.batch_size or len(images)
+        filled = images + images[-1:] * (fixed - len(images))
+        with export_errors():
+            result = self.session.run(np.stack(filled))
+        labels = self.session.metadata.labels
+        for row, path in enumerate(paths):
+            order = np.argsort(-result.probabilities[row], kind="stable")[: self.top]
+            ranked = [{"label": labels[k], "probability": round(float(result.probabilities[row, k]), 6)} for k in order]
+            yield {
                 "image": str(path),
-                "label": labels[best],
-                "probability": round(float(result.probabilities[0, best]), 6),
-                "top": [
-                    {"label": labels[k], "probability": round(float(result.probabilities[0, k]), 6)} for k in order
-                ],
-                "pathway": None if result.pathway is None else result.pathway[0].tolist(),
+                **ranked[0],
+                "top": ranked,
+                "pathway": None if result.pathway is None else result.pathway[row].tolist(),
             }
-        )
-    if json:
-        console.emit_json({"model": str(model), "predictions": predictions})
-        return
+
+
+def show(title: str, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """A table, a row per image."""
     rows = [
         (
             prediction["image"],
@@ -67,7 +133,25 @@ def predict(
         )
         for prediction in predictions
     ]
-    console.show_table(str(model), ("image", "prediction", "pathway (expert of each MoE layer)"), rows)
+    console.show_table(title, ("image", "prediction", "pathway (expert of each MoE layer)"), rows)
+
+
+def show_csv(predicting: Predicting, paths: Sequence[Path]) -> None:
+    """A line of names and a row per image, as they come: label_2 is the second most probable class."""
+    writer = csv_text.writer(sys.stdout, lineterminator="\n")  # before a bar on stderr takes stdout in
+    endings = ["", *(f"_{rank}" for rank in range(2, predicting.top + 1))]
+    writer.writerow(["image", *(name + ending for ending in endings for name in ("label", "probability")), "pathway"])
+    with nullcontext() if sys.stdout.isatty() else data_progress() as progress:
+        for prediction in predicting.of(paths, progress):
+            ranked = (entry[name] for entry in prediction["top"] for name in ("label", "probability"))
+            writer.writerow([prediction["image"], *ranked, " ".join(map(str, prediction["pathway"] or ()))])
+
+
+def refusal(skipped: Mapping[Path, str], total: int) -> str:
+    """What to say in the end about images that could not be read."""
+    if total == 1:
+        return next(iter(skipped.values()))
+    return f"{len(skipped)} of {total} images could not be read and were skipped"
 
 
 def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
@@ -86,12 +170,15 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
 
     if not path.is_file():
         raise DataError(f"no image file {path}")
+    package = exporter()
     try:
         content = path.read_bytes()
         if content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
             pixels = rust_router.decode_image(content)
         else:
-            pixels = np.asarray(exporter().read_image(path))
+            pixels = np.asarray(package.read_image(path))
+    except package.InputError as error:
+        raise DataError(str(error)) from error
     except (DataError, OSError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); expected a JPEG, PNG or the like") from error
     return shown(pixels, ResizeCenterCrop(size=metadata.image_size, resize=metadata.resize))

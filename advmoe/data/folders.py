@@ -153,8 +153,8 @@ def class_folders(split: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def list_images(folder: Path) -> list[str]:
-    """The JPEG and PNG files below `folder`, relative to it with `/`, in an order that is always the same.
+def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """The image files below `folder`, relative to it with `/`, in an order that is always the same.
 
     Links to folders are followed.
 
@@ -177,13 +177,13 @@ def list_images(folder: Path) -> list[str]:
             )
         below = Path(place).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        names += [prefix + file for file in sorted(files) if is_image(file)]
+        names += [prefix + file for file in sorted(files) if is_image(file, suffixes)]
     return names
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
     """Whether a file is taken for an image by its name (what it really holds is seen when it is decoded)."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: str) -> NDArray[np.int64]:

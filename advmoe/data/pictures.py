@@ -1,0 +1,62 @@
+"""Image files as a person names them: files, folders of any depth, and patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from advmoe.data.folders import is_image, list_images
+from advmoe.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Endings of the files that folders and patterns stand for. A file that is named by itself may have any name."""
+
+
+def find_pictures(named: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The image files that are meant, each once: as given, and in natural order within a folder or pattern.
+
+    Args:
+        named: files; folders, which are searched through all levels for files with one of `SUFFIXES`; and patterns
+            with `*`, `?`, `[...]` and `**`, which mean such files among their matches, and those in matching folders.
+
+    Raises:
+        DataError: a file or folder does not exist, holds no images, or matches nothing.
+    """
+    found: dict[Path, None] = {}
+    for name in map(Path, named):
+        found |= dict.fromkeys(_meant_by(name))
+    return list(found)
+
+
+def _meant_by(name: Path) -> list[Path]:
+    if name.is_dir():
+        pictures = _in_folder(name)
+        if not pictures:
+            raise DataError(f"{name} holds no images; expected files that end in {', '.join(SUFFIXES)}")
+        return pictures
+    if name.exists():
+        return [name]
+    if not glob.has_magic(str(name)):
+        raise DataError(f"no image file {name}")
+    matches = list(Path(name.anchor).glob(str(name.relative_to(name.anchor))))
+    files = [match for match in matches if not match.is_dir() and is_image(match.name, SUFFIXES)]
+    inside = [picture for match in matches if match.is_dir() for picture in _in_folder(match)]
+    pictures = sorted({*files, *inside}, key=natural)
+    if not pictures:
+        raise DataError(f"no image file matches {name}")
+    return pictures
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    return sorted((folder / name for name in list_images(folder, SUFFIXES)), key=natural)
+
+
+def natural(path: Path) -> list[list[tuple[int, int, str]]]:
+    """A key that sorts paths as people do: folder by folder, and `page 9` before `page 10`."""
+    return [  # of each part of the path: its numbers as numbers, before text
+        [(0, int(part), part) if part.isdecimal() else (1, 0, part.casefold()) for part in re.split(r"(\d+)", name)]
+        for name in path.parts
+    ]

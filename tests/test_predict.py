@@ -1,0 +1,138 @@
+"""`advmoe predict`: whole folders, patterns, CSV, and images that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from advmoe_export import Session
+from PIL import Image
+
+from advmoe.cli.app import main
+from advmoe.data.pictures import find_pictures
+from advmoe.errors import DataError
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+
+NAMES = tuple(f"class {number}" for number in range(10))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_vgg: Callable[..., RoutedNetwork]) -> Path:
+    """A folder with two exported models and, in `photos`, five images and a note."""
+    folder = tmp_path_factory.mktemp("desk")
+    model = tiny_vgg(warm=True)
+    save_checkpoint(folder / "best.pt", Checkpoint(model=model.config, weights=model.state_dict(), class_names=NAMES))
+    assert main(["export", str(folder / "best.pt"), str(folder / "model.onnx")]) == 0
+    fixed = ["--profile", "static", "--batch-size", "4"]
+    assert main(["export", str(folder / "best.pt"), str(folder / "four.onnx"), *fixed]) == 0
+    (folder / "photos" / "trip 2").mkdir(parents=True)
+    for seed, name in enumerate(("10.png", "9.png", "a.jpg", "trip 2/1.bmp", "trip 2/2.png")):
+        size = (40 + 10 * seed, 50, 3)
+        pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / name)
+    (folder / "photos" / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+
+
+ALL = ["photos/9.png", "photos/10.png", "photos/a.jpg", "photos/trip 2/1.bmp", "photos/trip 2/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        (["photos"], ALL),
+        (["photos/**"], ALL),
+        (["photos/*"], ALL),
+        (["photos/*.png"], ["photos/9.png", "photos/10.png"]),
+        (["photos/**/*.png"], ["photos/9.png", "photos/10.png", "photos/trip 2/2.png"]),
+        (["photos/[0-9].png", "photos/trip 2", "photos/9.png"], ["photos/9.png", *ALL[3:]]),
+        (["photos/a.jpg", "photos/9.png", "photos/notes.txt"], ["photos/a.jpg", "photos/9.png", "photos/notes.txt"]),
+    ],
+)
+def test_files_folders_and_patterns_mean_images_in_natural_order(named: list[str], meant: list[str]) -> None:
+    assert find_pictures(named) == list(map(Path, meant))
+    absolute = [str(Path(name).absolute()) for name in named]
+    assert find_pictures(absolute) == [Path(name).absolute() for name in meant]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "cat[1].png").touch()
+    assert find_pictures([tmp_path / "cat[1].png"]) == [tmp_path / "cat[1].png"]
+
+
+def test_names_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("gone.png", "no image file .*gone.png"),
+        ("empty", "empty holds no images; expected files that end in .jpg"),
+        ("*.gif", r"no image file matches .*\*.gif"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_pictures([tmp_path / name])
+
+
+def test_a_folder_is_classified_in_batches_as_its_images_are_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session("model.onnx")
+    for model, size in (("model.onnx", "2"), ("model.onnx", "32"), ("four.onnx", "32")):
+        capsys.readouterr()
+        assert main(["predict", model, "photos", "--json", "--batch-size", size]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["skipped"] == []
+        assert [each["image"] for each in result["predictions"]] == ALL
+        for name, each in zip(ALL, result["predictions"], strict=True):
+            if name.endswith("jpg"):  # Pillow's decoder rounds otherwise than the one of data sets
+                continue
+            alone = session.run(name)
+            best = float(alone.probabilities[0].max())
+            assert (each["label"], each["probability"]) == (alone.labels[0], pytest.approx(best, abs=0.02))
+
+
+def test_csv_has_a_row_per_image_with_the_figures_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["predict", "model.onnx", "photos", "--json", "--top", "2"]) == 0
+    predictions = json.loads(capsys.readouterr().out)["predictions"]
+    assert main(["predict", "model.onnx", "photos", "--csv", "--top", "2"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0]) == ["image", "label", "probability", "label_2", "probability_2", "pathway"]
+    for row, prediction in zip(rows, predictions, strict=True):
+        first, second = prediction["top"]
+        assert (row["image"], row["label"], row["label_2"]) == (prediction["image"], first["label"], second["label"])
+        assert (float(row["probability"]), float(row["probability_2"])) == (first["probability"], second["probability"])
+        assert list(map(int, row["pathway"].split())) == prediction["pathway"]
+
+
+def test_images_that_cannot_be_read_are_skipped_counted_and_make_the_exit_code_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "1.png").write_bytes(Path("photos/9.png").read_bytes()[:60])
+    (tmp_path / "2.png").write_bytes(Path("photos/9.png").read_bytes())
+    (tmp_path / "3.gif").write_text("no picture")
+    capsys.readouterr()
+    assert main(["predict", "model.onnx", str(tmp_path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert [Path(each["image"]).name for each in result["predictions"]] == ["2.png"]
+    assert [Path(each["image"]).name for each in result["skipped"]] == ["1.png", "3.gif"]
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "error"]
+    assert "1.png cannot be decoded" in lines[0]
+    assert "3.gif cannot be decoded" in lines[1]
+    assert lines[2] == "error: 2 of 3 images could not be read and were skipped"
+    assert main(["predict", "model.onnx", str(tmp_path), "--csv"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2  # names, and the row of 2.png
+
+
+def test_two_forms_of_output_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "model.onnx", "photos", "--csv", "--json"]) == 1
+    assert "--csv or --json, not both" in capsys.readouterr().err
