@@ -13,7 +13,7 @@ from advmoe.models.masked import close_masks, compact
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
-from advmoe.models.vit import RoutedMLP
+from advmoe.models.vit import MLP, RoutedMLP
 from advmoe.schema import fields_of
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, load_weights
@@ -105,6 +105,11 @@ def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
                 target[f"{name}.reduce.weight"][list(out)] = reduce[0][:, units]
                 target[f"{name}.reduce.bias"][list(out)] = reduce[1]
             routed |= {f"{name}.{layer}.{what}" for layer in ("expand", "reduce") for what in ("weight", "bias")}
+        elif isinstance(module, MLP):  # a block of ViT that is not routed; of a Dense's hidden units it has the first
+            hidden = module.expand.out_features
+            for what in ("weight", "bias"):
+                source[f"{name}.expand.{what}"] = source[f"{name}.expand.{what}"][:hidden]
+            source[f"{name}.reduce.weight"] = source[f"{name}.reduce.weight"][:, :hidden]
     plain = {name: value for name, value in source.items() if name in target and name not in routed}
     model.load_state_dict(target | plain)
 
