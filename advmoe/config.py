@@ -441,7 +441,7 @@ class ScheduleConfig(Settings):
             usual="the usual value is 0.999",
         ),
     ] = 0.0
-    specialisation: Annotated[
+    specialization: Annotated[
         float | None,
         Setting(
             "How fast experts grow apart from their common start; none: nothing couples them.",

@@ -299,7 +299,7 @@ def total(tensor: Tensor) -> Tensor:
     return tensor if _world.size == 1 else cast(Tensor, _Sum.apply(tensor))
 
 
-def equalise(tensors: Sequence[Tensor]) -> None:
+def equalize(tensors: Sequence[Tensor]) -> None:
     """Give all ranks rank 0's values."""
     if _world.size == 1:
         return

@@ -8,7 +8,7 @@ arch = "resnet18"
 [train]                    # fields of `TrainConfig`
 dataset = "folder"
 epochs = 30
-specialisation = "none"    # a setting without a value
+specialization = "none"    # a setting without a value
 
 [attack]                   # fields of `TrainingAttack`
 eps = 0.01
@@ -26,6 +26,7 @@ from typing import Any
 import tomli_w
 
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, to_dict
+from advmoe.earlier import renamed_settings
 from advmoe.errors import ConfigError
 from advmoe.schema import Settings, check, conform, fields_of, shown
 
@@ -65,7 +66,7 @@ def read_run_file(path: Path) -> RunFile:
     )
     found: dict[str, Any] = {name: conform(contents[name], str, name) for name in set(contents) - set(SECTIONS)}
     for section, owner in SECTIONS.items():
-        values = conform(contents.get(section, {}), dict[str, Any], f"[{section}]")
+        values = renamed_settings(conform(contents.get(section, {}), dict[str, Any], f"[{section}]"))
         found[section] = {name: _checked(path, section, owner, name, value) for name, value in values.items()}
     return RunFile(**found)
 

@@ -56,7 +56,7 @@ def draft(name: str, model: torch.nn.Module, profiles: dict[str, str], folder: P
 
 
 def balance(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """Routers that send about half of the images each way: centred features, no bias."""
+    """Routers that send about half of the images each way: centered features, no bias."""
     torch.manual_seed(0)
     model.train()
     with torch.no_grad():
@@ -100,8 +100,8 @@ def benchmark(
     arch: str, settings: dict[str, Any], rounds: dict[int, int], folder: Path
 ) -> tuple[dict[str, Any], float]:
     generator = torch.Generator().manual_seed(1)
-    colours = torch.rand(128, 3, 1, 1, generator=generator)
-    images = (colours + 0.25 * torch.randn(128, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)).clamp(0, 1)
+    colors = torch.rand(128, 3, 1, 1, generator=generator)
+    images = (colors + 0.25 * torch.randn(128, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)).clamp(0, 1)
     paths: dict[str, Path] = {}
     for kind in ("dense", "s_dense"):
         torch.manual_seed(0)

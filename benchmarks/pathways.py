@@ -1,4 +1,4 @@
-"""How fast pathways are compared and summarised.
+"""How fast pathways are compared and summarized.
 
     python benchmarks/pathways.py --json
 

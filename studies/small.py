@@ -59,7 +59,7 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
 }
 """Fields of `ModelConfig` and epochs. An experts' gain can only show where Dense is clearly better than S-Dense."""
 MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
-LEARNED = {"specialisation": 0.25}
+LEARNED = {"specialization": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),

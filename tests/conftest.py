@@ -112,12 +112,12 @@ def small_moe() -> Callable[..., SmallMoE]:
     def make(**settings: Any) -> SmallMoE:
         torch.manual_seed(0)
         model = SmallMoE(**settings)
-        colours = torch.rand(64, 3, 1, 1)
+        colors = torch.rand(64, 3, 1, 1)
         with torch.no_grad():
             for router in model.routers:
                 router.linear.weight.mul_(5)
             for _ in range(30):
-                model((colours + 0.1 * torch.randn(64, 3, 16, 16)).clamp(0, 1))
+                model((colors + 0.1 * torch.randn(64, 3, 16, 16)).clamp(0, 1))
         return model.eval()
 
     return make

@@ -32,8 +32,8 @@ class TwoRooms(RoutedNetwork):
             router = self.routers[0]
             router.linear.weight.zero_()
             router.linear.weight[1, 0] = 20.0
-            router.centre.running_mean[0] = THRESHOLD
-            router.centre.eps = 0.0
+            router.center.running_mean[0] = THRESHOLD
+            router.center.eps = 0.0
         self.eval()
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:

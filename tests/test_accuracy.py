@@ -20,7 +20,7 @@ from advmoe.models.network import RoutedNetwork
 EPS = 2 / 255
 
 
-def labelled_by(model: RoutedNetwork, images: ImageSet) -> ImageSet:
+def labeled_by(model: RoutedNetwork, images: ImageSet) -> ImageSet:
     """The images with the model's own predictions as labels, so that an untrained model has SA 1."""
     with torch.no_grad():
         x = torch.from_numpy(images.images).permute(0, 3, 1, 2).float() / 255
@@ -36,7 +36,7 @@ def model(tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
 @pytest.fixture
 def images(model: RoutedNetwork) -> ImageSet:
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-    return labelled_by(model, ImageSet(images=noise, labels=np.zeros(24, np.int64), class_names=tuple("0123456789")))
+    return labeled_by(model, ImageSet(images=noise, labels=np.zeros(24, np.int64), class_names=tuple("0123456789")))
 
 
 def attacked(
@@ -143,7 +143,7 @@ def test_a_model_with_nan_is_refused_and_never_robust(
     # sees NaN. Once with images of one class, because argmax of NaN logits is class 0: right, or beaten, at no cost.
     if part == "router":
         nn.init.constant_(model.routers[4].linear.weight, float("nan"))  # type: ignore[union-attr, arg-type]
-        images = labelled_by(model, images)
+        images = labeled_by(model, images)
     else:
         nn.init.constant_(model.classifier.bias, float("nan"))  # type: ignore[union-attr, arg-type]
     one_class = ImageSet(images=images.images, labels=np.full(24, label), class_names=images.class_names)

@@ -19,6 +19,7 @@ from advmoe.errors import CheckpointError, ConfigError
 from advmoe.files import write_atomically
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
+from advmoe.safetensors_file import write_safetensors
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from advmoe.training.start import start_from
 
@@ -197,8 +198,47 @@ def test_another_programs_checkpoint_is_refused(tmp_path: Path, content: Any) ->
         load_checkpoint(tmp_path / "other.pt")
 
 
+def as_version_1(contents: dict[str, Any]) -> dict[str, Any]:
+    """Entries by the names that version 1 gave them, which were British."""
+    earlier = ".centre."  # codespell:ignore
+    weights = {name.replace(".center.", earlier): tensor for name, tensor in contents["weights"].items()}
+    train = dict(contents["train"])
+    train["specialisation"] = train.pop("specialization")  # codespell:ignore
+    assert weights.keys() != contents["weights"].keys()
+    return {**contents, "version": 1, "weights": weights, "train": train}
+
+
+def test_version_1_is_read_by_its_own_names(saved: Path) -> None:
+    new = load_checkpoint(saved)
+    contents = as_version_1(torch.load(saved, weights_only=True))
+    torch.save({**contents, "training_weights": contents["weights"]}, saved)
+    old = load_checkpoint(saved)
+    assert old.train == new.train
+    assert old.training_weights is not None
+    assert list(old.weights) == list(old.training_weights) == list(new.weights)
+    assert all(torch.equal(old.weights[name], new.weights[name]) for name in new.weights)
+    old.build()
+
+
+def test_safetensors_of_version_1_are_read_by_their_own_names(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, as_version_1(torch.load(saved, weights_only=True)))
+    old, new = load_checkpoint(path), load_checkpoint(saved)
+    assert old.train == new.train
+    assert old.weights.keys() == new.weights.keys()
+    old.build()
+
+
+def test_only_version_1_has_names_of_version_1(saved: Path) -> None:
+    contents = as_version_1(torch.load(saved, weights_only=True))
+    with pytest.raises(CheckpointError, match="no field specialisation"):  # codespell:ignore
+        load_checkpoint(rewritten(saved, train=contents["train"]))
+
+
 def test_a_future_version_is_refused(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has checkpoint version 999, this program reads version 1; install"):
+    with pytest.raises(
+        CheckpointError, match=r"has checkpoint version 999, this program reads versions 1 to 2; install"
+    ):
         load_checkpoint(rewritten(saved, version=999))
 
 

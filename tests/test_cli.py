@@ -133,11 +133,11 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
         (["train", "digits", "--device", "tpu"], r"unknown device 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["train", "digits", "--device", "cuda:99"], r"device 'cuda:99'.*this machine has \d+ CUDA"),
         (
-            ["train", "digits", "--kind", "dense", "--specialisation", "1"],
-            r"specialisation 1.0 needs experts that are trained; ",
+            ["train", "digits", "--kind", "dense", "--specialization", "1"],
+            r"specialization 1.0 needs experts that are trained; ",
         ),
         (
-            ["train", "digits", "--num-experts", "1", "--specialisation", "1"],
+            ["train", "digits", "--num-experts", "1", "--specialization", "1"],
             r"needs experts .* with N = 1 trains none",
         ),
         (["train", "digits", "--kind", "s_dense", "--balance", "1"], r"balance 1 needs routers with a choice"),

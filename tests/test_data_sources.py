@@ -97,7 +97,7 @@ def test_digits_need_nothing_but_the_package_and_are_scikit_learns(monkeypatch: 
     assert len(load_digits().train) == 1437
 
 
-def test_digits_span_the_grey_levels_and_match_their_stated_statistics() -> None:
+def test_digits_span_the_gray_levels_and_match_their_stated_statistics() -> None:
     dataset = load_digits()
     assert (dataset.train.images.min(), dataset.train.images.max()) == (0, 255)
     pixels = dataset.train.images / 255

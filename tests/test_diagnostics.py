@@ -1,4 +1,4 @@
-"""Deliberately broken defences: each is caught, by the check that is there for it. A sound model passes them all."""
+"""Deliberately broken defenses: each is caught, by the check that is there for it. A sound model passes them all."""
 
 import copy
 from collections.abc import Callable
@@ -31,7 +31,7 @@ ATTACK = AttackConfig(eps=24 / 255, steps=20, step_size=6 / 255)
 
 
 class Digits(nn.Module):
-    """A small convolutional net for digits, with a hook for what a defence does to images, and one for logits."""
+    """A small convolutional net for digits, with a hook for what a defense does to images, and one for logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,9 +78,9 @@ def checked(model: nn.Module, data: tuple[Tensor, Tensor], attack: AttackConfig 
     return {diagnostic.name: diagnostic for diagnostic in found}
 
 
-def defended(sound: Digits, defence: type[Digits]) -> Digits:
+def defended(sound: Digits, defense: type[Digits]) -> Digits:
     model = copy.deepcopy(sound)
-    model.__class__ = defence
+    model.__class__ = defense
     return model
 
 
@@ -108,7 +108,7 @@ def test_a_sound_model_passes_every_check(sound: Digits, data: tuple[Tensor, Ten
     ]
 
 
-class Quantised(Digits):
+class Quantized(Digits):
     """Rounds the images: the gradient is zero everywhere."""
 
     def before(self, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Softmax(Digits):
 
 
 class BatchStatistics(Digits):
-    """Normalises each image by its neighbours."""
+    """Normalizes each image by its neighbors."""
 
     def after(self, logits: Tensor) -> Tensor:
         return logits - logits.mean(dim=0)
@@ -167,9 +167,9 @@ class NaN(Digits):
 
 
 @pytest.mark.parametrize(
-    ("defence", "caught_by"),
+    ("defense", "caught_by"),
     [
-        (Quantised, {"zero_gradients", "large_eps", "black_box"}),
+        (Quantized, {"zero_gradients", "large_eps", "black_box"}),
         (Saturated, {"zero_gradients", "large_eps"}),
         (Shattered, {"large_eps"}),
         (Noisy, {"deterministic"}),
@@ -179,10 +179,10 @@ class NaN(Digits):
         (NaN, {"finite"}),
     ],
 )
-def test_a_broken_defence_is_caught(
-    sound: Digits, data: tuple[Tensor, Tensor], defence: type[Digits], caught_by: set[str]
+def test_a_broken_defense_is_caught(
+    sound: Digits, data: tuple[Tensor, Tensor], defense: type[Digits], caught_by: set[str]
 ) -> None:
-    model = defended(sound, defence)
+    model = defended(sound, defense)
     if isinstance(model, Leaking):
         model.labels = data[1][:40]
     diagnostics = checked(model, data)
@@ -190,14 +190,14 @@ def test_a_broken_defence_is_caught(
     assert verdict_of(check.status for check in diagnostics.values()) == "not to be trusted"
 
 
-def test_normalisation_outside_the_model_is_caught(data: tuple[Tensor, Tensor]) -> None:
+def test_normalization_outside_the_model_is_caught(data: tuple[Tensor, Tensor]) -> None:
     images, labels = data
-    normalised = (images - images.mean()) / images.std()
-    model = trained(normalised, labels)
+    normalized = (images - images.mean()) / images.std()
+    model = trained(normalized, labels)
     diagnostics = checked(model, data)
     assert "input_range" in failures(diagnostics), diagnostics
     with pytest.raises(ConfigError, match=r"attacks need images in \[0, 1\], got values from -"):
-        checked(model, (normalised, labels))
+        checked(model, (normalized, labels))
 
 
 def test_a_nan_router_is_caught_though_its_logits_look_sound(tiny_vgg: Callable[..., RoutedNetwork]) -> None:

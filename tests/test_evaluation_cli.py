@@ -90,8 +90,8 @@ def test_the_mask_of_a_sparse_cnn_is_compared_at_once(
     assert evaluate(checkpoint, "--diagnose", "0", "--mask", str(sparse), "--out", str(out), "--json") == 0
     found = json.loads(capsys.readouterr().out)["mask_iou"]
     assert main(["analyze", str(out), "--mask", str(sparse), "--no-figures", "--json"]) == 0
-    analysed = json.loads(capsys.readouterr().out)["mask"]
-    assert found == {name: values["mean"] for name, values in analysed.items()}
+    analyzed = json.loads(capsys.readouterr().out)["mask"]
+    assert found == {name: values["mean"] for name, values in analyzed.items()}
     assert set(found) == {"clean", "pgd", "worst"}
     assert main(["evaluate", str(sparse), "--mask", str(sparse)]) == 1
     assert "--mask is for an MoE-CNN, this is a sparse_cnn" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from advmoe.training.levels import make_levels
 MakeNetwork = Callable[..., RoutedNetwork]
 
 
-def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> None:
+def step(model: RoutedNetwork, images: Tensor, specialization: float | None) -> None:
     """One SGD step of the experts on an arbitrary loss."""
-    config = TrainConfig(dataset="digits", specialisation=specialisation)
+    config = TrainConfig(dataset="digits", specialization=specialization)
     (level,) = make_levels(["experts"], model, config, fresh=False)
     with level.training():
         logits, _ = level.model.forward_with_routing(images)
@@ -28,9 +28,9 @@ def step(model: RoutedNetwork, images: Tensor, specialisation: float | None) -> 
     level.optimizer.step()
 
 
-def coupled(gradient: list[float], slots: list[int], specialisation: float) -> list[float]:
+def coupled(gradient: list[float], slots: list[int], specialization: float) -> list[float]:
     values = torch.tensor(gradient)
-    couple(values, Slots.of(slots), specialisation)
+    couple(values, Slots.of(slots), specialization)
     return values.tolist()
 
 
@@ -98,7 +98,7 @@ def test_experts_start_equal_and_any_pathway_gives_the_same_logits(tiny_vgg: Mak
     torch.testing.assert_close(model(images, first), model(images, second))
 
 
-def test_without_specialisation_the_network_learns_as_s_dense(tiny_vgg: MakeNetwork, images: Tensor) -> None:
+def test_without_specialization_the_network_learns_as_s_dense(tiny_vgg: MakeNetwork, images: Tensor) -> None:
     routed, reference = tiny_vgg(seed=0), tiny_vgg(seed=1, kind="s_dense")
     start_equal(routed)
     # an expert's filters are S-Dense's: copy those of expert 0, the first half of each bank
@@ -107,18 +107,18 @@ def test_without_specialisation_the_network_learns_as_s_dense(tiny_vgg: MakeNetw
         {name: own[name][: len(value)] if value.ndim else own[name] for name, value in reference.state_dict().items()}
     )
     for model in (routed, reference):
-        step(model, images, specialisation=0.0)
+        step(model, images, specialization=0.0)
     for (weight, _), other in zip(expert_banks(routed), list(reference.parameters())[3:-2:3], strict=True):
         for expert in weight.chunk(2):
             torch.testing.assert_close(expert, other)
 
 
-def test_specialisation_sets_how_fast_experts_part(tiny_vgg: MakeNetwork, images: Tensor) -> None:
+def test_specialization_sets_how_fast_experts_part(tiny_vgg: MakeNetwork, images: Tensor) -> None:
     differences = []
-    for specialisation in (1.0, 2.0):
+    for specialization in (1.0, 2.0):
         model = tiny_vgg()
         start_equal(model)
-        step(model, images, specialisation)
+        step(model, images, specialization)
         first, second = next(expert_banks(model))[0].chunk(2)
         differences.append(first - second)
     assert differences[0].abs().max() > 0
@@ -129,7 +129,7 @@ def test_a_level_of_everything_couples_experts_as_their_own_level_does(tiny_vgg:
     after = []
     for name in ("experts", "all"):
         model = tiny_vgg()
-        (level,) = make_levels([name], model, TrainConfig(dataset="digits", specialisation=0.5))
+        (level,) = make_levels([name], model, TrainConfig(dataset="digits", specialization=0.5))
         model.eval()  # routers that do not learn, so that both levels have the same gradient
         model(images).square().sum().backward()
         for router in model.routers.parameters():
@@ -146,7 +146,7 @@ def test_independent_experts_are_left_alone(tiny_vgg: MakeNetwork, images: Tenso
         model.routers[-1].linear.weight.zero_()  # type: ignore[union-attr]  # equal logits: the first expert is taken
     *_, (weight, _) = expert_banks(model)
     before = weight.detach().clone().chunk(2)[1]
-    step(model, images, specialisation=None)
+    step(model, images, specialization=None)
     torch.testing.assert_close(weight.chunk(2)[1], before * (1 - 0.1 * 5e-4))
 
 
@@ -157,11 +157,11 @@ def test_the_experts_of_a_fresh_model_start_equal_and_those_of_a_trained_one_as_
     for model, fresh, settings in (
         (tiny_vgg(), True, config),
         (tiny_vgg(), False, config),
-        (tiny_vgg(), True, dataclasses.replace(config, specialisation=None)),
+        (tiny_vgg(), True, dataclasses.replace(config, specialization=None)),
     ):
         make_levels(["routers", "experts"], model, settings, fresh=fresh)
         equal = [torch.equal(*weight.chunk(2)) for weight, _ in expert_banks(model)]
-        assert equal == [fresh and settings.specialisation is not None] * 12
+        assert equal == [fresh and settings.specialization is not None] * 12
 
 
 @pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "vit", "wrn28_10"])
@@ -181,9 +181,9 @@ def test_biases_are_coupled_like_the_filters_they_belong_to() -> None:
     assert {bank.ndim for bank, _ in expert_banks(model)} == {1, 2}
 
 
-def test_negative_specialisation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="specialisation must be at least 0, got -1"):
-        TrainConfig(dataset="digits", specialisation=-1.0)
+def test_negative_specialization_is_refused() -> None:
+    with pytest.raises(ConfigError, match="specialization must be at least 0, got -1"):
+        TrainConfig(dataset="digits", specialization=-1.0)
 
 
 def test_routers_read_features_without_shaping_them(tiny_vgg: MakeNetwork, images: Tensor) -> None:

@@ -48,10 +48,10 @@ def _trace_each_network_once() -> Iterator[None]:
 
 @pytest.fixture
 def pictures() -> Tensor:
-    """[8, 3, 16, 16], each of its own colour."""
+    """[8, 3, 16, 16], each of its own color."""
     generator = torch.Generator().manual_seed(3)
-    colours = torch.rand(8, 3, 1, 1, generator=generator)
-    return (colours + 0.1 * torch.randn(8, 3, 16, 16, generator=generator)).clamp(0, 1)
+    colors = torch.rand(8, 3, 1, 1, generator=generator)
+    return (colors + 0.1 * torch.randn(8, 3, 16, 16, generator=generator)).clamp(0, 1)
 
 
 def operators(path: Path) -> list[onnx.NodeProto]:

@@ -40,8 +40,8 @@ class Network(NamedTuple):
 def network(request: pytest.FixtureRequest, small_moe: Callable[..., Any]) -> Network:
     model = small_moe(**GRANULARITIES[request.param])
     generator = torch.Generator().manual_seed(4)
-    colours = torch.rand(64, 3, 1, 1, generator=generator)
-    images = (colours + 0.1 * torch.randn(64, 3, 16, 16, generator=generator)).clamp(0, 1)
+    colors = torch.rand(64, 3, 1, 1, generator=generator)
+    images = (colors + 0.1 * torch.randn(64, 3, 16, 16, generator=generator)).clamp(0, 1)
     with torch.no_grad():
         logits, experts, margins = model.forward_with_routing(images)
     assert len(experts.unique(dim=0)) > 1

@@ -164,7 +164,7 @@ def test_streams_are_independent() -> None:
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(23))
 
 
-def test_channels_last_and_normalised_batches_hold_the_same_images() -> None:
+def test_channels_last_and_normalized_batches_hold_the_same_images() -> None:
     source = some_images()
     mean, std = (0.5, 0.25, 0.125), (0.5, 0.75, 2.0)
     plain = joined(list(augmented(source).epoch(0))).images

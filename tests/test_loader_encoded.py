@@ -86,7 +86,7 @@ def test_jpeg_differs_from_libjpeg_by_rounding_only(
     (ours,) = load(in_folder(tmp_path, [content]))
     pillow = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     apart = difference(ours, pillow)
-    # Colour conversion of CMYK is rounded at more places.
+    # Color conversion of CMYK is rounded at more places.
     assert apart.max() <= (6 if mode == "CMYK" else 4)
     assert apart.mean() < 0.5
     if mode != "CMYK":  # torchvision's CMYK differs from Pillow's by more than a level itself
@@ -163,7 +163,7 @@ def test_random_resized_crop_is_torchvisions_for_the_same_draws(photo: Image.Ima
 def test_a_part_of_a_jpeg_is_that_of_the_whole_image(
     photo: Image.Image, tmp_path: Path, mode: str, options: dict[str, Any]
 ) -> None:
-    # Decoding stops below the part. One part of sixteen ends with a row of blocks, where the next one's colour counts.
+    # Decoding stops below the part. One part of sixteen ends with a row of blocks, where the next one's color counts.
     content = encode(photo.convert(mode), quality=90, **options)
 
     class Whole:

@@ -16,7 +16,7 @@ def test_dense_equals_torchvision(arch: str, reference: str) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(reference, num_classes=7).eval()
     ours = create_model(arch, kind="dense", num_classes=7, image_size=128).eval()
-    randomise_norms(theirs)
+    randomize_norms(theirs)
     # both list their layers in the order of the forward pass; only the names differ, and our mean and std
     names = [name for name in ours.state_dict() if name not in {"mean", "std"}]
     ours.load_state_dict(dict(zip(names, theirs.state_dict().values(), strict=True)), strict=False)
@@ -39,7 +39,7 @@ def test_vit_equals_torchvision() -> None:
 
 def test_wrn_equals_the_functional_form_of_its_paper() -> None:
     model = Cell("wrn28_10", "dense", 32).build()
-    randomise_norms(model)
+    randomize_norms(model)
     model.eval()
     weights, images = model.state_dict(), Cell("wrn28_10", "dense", 32).images()
 
@@ -60,7 +60,7 @@ def test_wrn_equals_the_functional_form_of_its_paper() -> None:
     torch.testing.assert_close(model(images), expected)
 
 
-def randomise_norms(model: torch.nn.Module) -> None:
+def randomize_norms(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
@@ -102,12 +102,12 @@ def test_granularity_decides_how_many_routers_there_are(arch: str, routers: dict
         assert torch.equal(routing.expert_index_BL[:, layer], routing.expert_index_BL[:, first])
 
 
-def test_image_router_sees_the_normalised_image_and_nothing_else() -> None:
+def test_image_router_sees_the_normalized_image_and_nothing_else() -> None:
     cell = Cell("resnet18", "moe", 32)
     model = cell.build(granularity="image", mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2)).eval()
     images = cell.images(4)
-    normalised = (images - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / 0.2
-    expected = model.routers[0](normalised)
+    normalized = (images - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / 0.2
+    expected = model.routers[0](normalized)
     for parameter in model.expert_parameters():
         parameter.data.normal_()
     torch.testing.assert_close(model.forward_with_routing(images)[1].logits_BRN[:, 0], expected)

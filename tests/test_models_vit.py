@@ -107,7 +107,7 @@ def test_replaying_a_pathway_repeats_the_logits(granularity: str) -> None:
 def test_tokens_of_one_image_take_different_experts_layer_by_layer() -> None:
     cell = Cell("vit", "moe", 32)
     model, images = cell.build(granularity="token"), cell.images(3)
-    for _ in range(20):  # routers centre their input by running statistics
+    for _ in range(20):  # routers center their input by running statistics
         model(images)
     routing = model.eval().forward_with_routing(images)[1]
     # 8 x 8 patches and the class token, in each of two layers; the first layer's decisions come first

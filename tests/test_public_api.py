@@ -41,14 +41,14 @@ def test_a_created_model_is_a_plain_module_from_images_to_logits() -> None:
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
-def test_normalisation_is_inside_the_model(images: torch.Tensor) -> None:
+def test_normalization_is_inside_the_model(images: torch.Tensor) -> None:
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     torch.manual_seed(0)
     inside = advmoe.create_model("vgg16", kind="s_dense", width=0.0625, mean=mean, std=std).eval()
     torch.manual_seed(0)
     outside = advmoe.create_model("vgg16", kind="s_dense", width=0.0625).eval()
-    normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(inside(images), outside(normalised))
+    normalized = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(inside(images), outside(normalized))
 
 
 def test_completion_and_help_show_the_names_before_anything_is_imported() -> None:

@@ -60,7 +60,7 @@ def test_figures_over_n_and_r_share_out_one_backbone(name: str) -> None:
     # Paper, Sec. 5: at r = 1 every pathway is the full backbone, whatever N. So experts are windows also for N r > 1.
     model, config = resolve(dataset_info("cifar10"), RECIPES[name].model, RECIPES[name].train)
     assert model.expert_filters == "windows"
-    assert config.specialisation == 0.25
+    assert config.specialization == 0.25
 
 
 def test_recipes_over_the_steps_of_the_attack_keep_what_else_is_asked_of_it() -> None:

@@ -16,7 +16,7 @@ import advmoe
 from advmoe.config import AttackConfig, ModelConfig
 from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
-from advmoe.evaluation.analysis import analyse, flow, histogram
+from advmoe.evaluation.analysis import analyze, flow, histogram
 from advmoe.evaluation.card import CardNumbers, figures, load_card, make_card, pixels, save_card, standard_error
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
@@ -133,7 +133,7 @@ def test_radii_are_written_as_the_field_does(eps: float, text: str) -> None:
 
 
 def test_the_analysis_counts_what_the_log_holds(result: SuiteResult) -> None:
-    found = analyse(route_log(result, TwoRooms()), TwoRooms())
+    found = analyze(route_log(result, TwoRooms()), TwoRooms())
     # Clean: two images below the threshold take expert 0, the third (in the trap) expert 1. Worst: one more is flipped.
     assert found["conditions"]["clean"]["load"] == [[0.6667, 0.3333]]
     assert found["conditions"]["worst"]["load"] == [[0.3333, 0.6667]]
@@ -156,7 +156,7 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
     sparse = advmoe.create_model("vgg16", kind="sparse_cnn", width=0.0625)
     log = RouteLog([2] * 12)
     log.append("clean", [0, 1], [[0] * 12, [1] * 12], labels=[0, 1], predictions=[0, 1])
-    found = analyse(log, moe, sparse=sparse)
+    found = analyze(log, moe, sparse=sparse)
     # Expert 0 owns the first half of each layer's channels; half of all channels are kept, so with k of them shared
     # out of h + h, IoU = k / (2h - k).
     shared, kept = 0, 0
@@ -166,14 +166,14 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
     first, second = shared / (2 * kept - shared), (kept - shared) / (kept + shared)
     assert found["mask"]["clean"]["mean"] == pytest.approx((first + second) / 2, abs=1e-4)
     with pytest.raises(ConfigError, match="on one backbone"):
-        analyse(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
+        analyze(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
     own = advmoe.create_model("vgg16", width=0.0625, model_scale=0.75, expert_filters="separate")
     with pytest.raises(ConfigError, match="experts that are its windows"):
-        analyse(log, own, sparse=sparse)
+        analyze(log, own, sparse=sparse)
     # No filter of expert 0 is one of expert 1: clean pathways share nothing.
-    assert analyse(log, own)["similarity"]["diversity"]["clean"]["mean"] == 0.0
+    assert analyze(log, own)["similarity"]["diversity"]["clean"]["mean"] == 0.0
     with pytest.raises(ConfigError, match="only an MoE-CNN's routing"):
-        analyse(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
+        analyze(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
 
 
 def test_histograms_count_every_value() -> None:
@@ -184,7 +184,7 @@ def test_histograms_count_every_value() -> None:
 
 
 def test_figures_are_svg_with_text_and_their_numbers(result: SuiteResult) -> None:
-    found = analyse(route_log(result, TwoRooms()), TwoRooms())
+    found = analyze(route_log(result, TwoRooms()), TwoRooms())
     drawn = analysis_figures(found)
     assert list(drawn) == ["dissection", "load", "changed_layers", "overlap", "diversity"]  # one layer: no flow
     for svg in drawn.values():
@@ -214,7 +214,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> None:
     cards = [card_of(result, HOSTILE), card_of(result, "second")]
-    page = render(cards, {HOSTILE: analyse(route_log(result, TwoRooms()), TwoRooms())})
+    page = render(cards, {HOSTILE: analyze(route_log(result, TwoRooms()), TwoRooms())})
     parsed = Page(page)
     assert "script" not in parsed.tags
     assert parsed.fetched == []
@@ -294,7 +294,7 @@ def test_a_comparison_says_whose_every_picture_is(result: SuiteResult) -> None:
         "after": np.array([1, 1]),
         "class_names": np.array(["zero", "one"]),
     }
-    analysis = analyse(route_log(result, TwoRooms()), TwoRooms())
+    analysis = analyze(route_log(result, TwoRooms()), TwoRooms())
     page = render(cards, {"second": analysis}, logs={"first": log, "second": []}, examples={"second": shown})
     assert "first: training loss" in page
     assert "how evenly the routers use the experts" in page

@@ -61,9 +61,9 @@ def test_pathways_of_fig6_are_compared_with_the_mask_of_the_sparse_cnn(commands:
     runs = table("fig6")["runs"]
     (sparse,) = [name for name in runs if "sparse" in name]
     mask = f"runs/{sparse}/best.pt"
-    analysed = commands.named("analyze")
-    assert len(analysed) == 2
-    assert all(call[-2:] == ("--mask", mask) for call in analysed)
+    analyzed = commands.named("analyze")
+    assert len(analyzed) == 2
+    assert all(call[-2:] == ("--mask", mask) for call in analyzed)
     assert mask in commands.named("report")[0]
     # A Sparse-CNN has no routing of its own to analyze.
     assert "routing" not in runs[sparse][0]

@@ -1,4 +1,4 @@
-"""What keeps a router alive: centred features, no bias, the same decisions in training, attack and inference."""
+"""What keeps a router alive: centered features, no bias, the same decisions in training, attack and inference."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
-from advmoe.models.router import Centring, Router
+from advmoe.models.router import Centering, Router
 from advmoe.models.routing import Decision, compared, gate
 from advmoe.training.coupling import expert_banks
 
@@ -38,21 +38,21 @@ def test_every_logit_has_mean_zero_so_no_expert_wins_everywhere() -> None:
     logits_BN = router(pooled_relu_features())
     torch.testing.assert_close(logits_BN.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0.0)
     assert 0.2 < logits_BN.argmax(dim=1).double().mean() < 0.8
-    # the same weights without centring: the shared direction decides for all images alike
+    # the same weights without centering: the shared direction decides for all images alike
     raw_BN = router.linear(pooled_relu_features().flatten(1))
     assert len(raw_BN.argmax(dim=1).unique()) == 1
 
 
-def test_centring_settles_at_once_and_follows_features_that_move() -> None:
-    centring = Centring(1)
-    assert centring.running_mean is not None
+def test_centering_settles_at_once_and_follows_features_that_move() -> None:
+    centering = Centering(1)
+    assert centering.running_mean is not None
     for value in (2.0, 4.0):  # not 0.1 * 2 and so on from the 0 it starts with
-        centring(torch.full((4, 1), value))
-    assert centring.running_mean.item() == pytest.approx(3.0)
+        centering(torch.full((4, 1), value))
+    assert centering.running_mean.item() == pytest.approx(3.0)
     for _ in range(8):
-        centring(torch.full((4, 1), 3.0))
-    centring(torch.full((4, 1), 13.0))
-    assert centring.running_mean.item() == pytest.approx(4.0)  # batch 11: 3 + 0.1 * (13 - 3)
+        centering(torch.full((4, 1), 3.0))
+    centering(torch.full((4, 1), 13.0))
+    assert centering.running_mean.item() == pytest.approx(4.0)  # batch 11: 3 + 0.1 * (13 - 3)
 
 
 def test_an_attack_between_two_updates_sees_the_pathways_of_the_update(

@@ -43,14 +43,14 @@ def test_training_finishes_its_step_and_saves(
 ) -> None:
     stepped = TrainingProgress.stepped
 
-    def signalled(self: TrainingProgress, step: int, *rest: Any) -> None:
+    def signaled(self: TrainingProgress, step: int, *rest: Any) -> None:
         stepped(self, step, *rest)
         if step == 2:
             os.kill(os.getpid(), signum)
             if signum == signal.SIGTERM:  # a scheduler that asks twice gets no less
                 os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(TrainingProgress, "stepped", signalled)
+    monkeypatch.setattr(TrainingProgress, "stepped", signaled)
     run = tmp_path / "run"
     assert main([*TRAIN, "--out", str(run)]) == code
     assert load_checkpoint(run / "last.pt").progress["step"] == 2
@@ -61,11 +61,11 @@ def test_training_finishes_its_step_and_saves(
 
 
 def test_a_second_interrupt_ends_training_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def signalled(self: TrainingProgress, step: int, *rest: Any) -> None:
+    def signaled(self: TrainingProgress, step: int, *rest: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(TrainingProgress, "stepped", signalled)
+    monkeypatch.setattr(TrainingProgress, "stepped", signaled)
     assert main([*TRAIN, "--out", str(tmp_path / "run")]) == 130
     assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
 
@@ -84,13 +84,13 @@ def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
     begun: list[Any] = []
     begin = suite.begin
 
-    def signalled(*arguments: Any) -> Any:
+    def signaled(*arguments: Any) -> Any:
         begun.append(arguments)
         if len(begun) == 2:
             os.kill(os.getpid(), signum)
         return begin(*arguments)
 
-    monkeypatch.setattr(suite, "begin", signalled)
+    monkeypatch.setattr(suite, "begin", signaled)
     assert main(command) == code
     assert main(command) == 0
     assert len(begun) == 3, "the first of two batches is not done again"

@@ -37,7 +37,7 @@ def noise_of(part: Batch) -> torch.Generator:
 def run(
     method: str, model: RoutedNetwork, *batches: Batch, config: TrainConfig = CONFIG, iteration: int = 0
 ) -> list[StepResult | None]:
-    """One step of a method with new optimisers; the noise of each level depends on its batch alone."""
+    """One step of a method with new optimizers; the noise of each level depends on its batch alone."""
     levels = make_levels(METHODS[method].levels, model, config, fresh=False)
     noise = [noise_of(part) for part in batches]
     return METHODS[method].step(levels, batches, config, noise, iteration)
@@ -301,7 +301,7 @@ def test_routers_can_learn_on_features_normalized_as_the_experts_update_does(
     tiny_vgg: Callable[..., RoutedNetwork],
 ) -> None:
     """In a run's first steps the stored statistics are still far from those of any batch."""
-    model = tiny_vgg()  # statistics as initialised, mean 0 and variance 1
+    model = tiny_vgg()  # statistics as initialized, mean 0 and variance 1
     seen: list[Tensor] = []
     hook = model.routers[3].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     by_batch = dataclasses.replace(CONFIG, router_statistics="batch")

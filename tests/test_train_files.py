@@ -33,7 +33,7 @@ def test_a_file_gives_every_setting_back(tmp_path: Path) -> None:
     attack = TrainingAttack(eps=0.1, steps=3, start="clean")
     model = ModelConfig(arch="densenet", depth=22, num_classes=7, mean=(0.1, 0.2, 0.3))
     train = TrainConfig(
-        dataset="folder", specialisation=None, attack=attack.in_training(), val_attack=attack.in_validation(), seed=5
+        dataset="folder", specialization=None, attack=attack.in_training(), val_attack=attack.in_validation(), seed=5
     )
     path = tmp_path / "run.toml"
     path.write_text(run_file(model, train, data_dir=tmp_path, init=None))
@@ -46,6 +46,15 @@ def test_a_file_gives_every_setting_back(tmp_path: Path) -> None:
     stored = tomllib.loads(path.read_text())
     assert set(stored["model"]) == {field.name for field in fields_of(ModelConfig)}
     assert set(stored["train"]) == {field.name for field in fields_of(TrainConfig)} - {"attack", "val_attack"}
+
+
+def test_settings_of_earlier_files_keep_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nspecialisation = 'none'\nepochs = 2\n")
+    assert read_run_file(path).train == {"specialization": None, "epochs": 2}
+    path.write_text("[train]\nspecialisation = 1\nspecialization = 2\n")
+    with pytest.raises(ConfigError, match=r"\[train\] has no setting specialisation"):  # codespell:ignore
+        read_run_file(path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ With the pathway P fixed, a network is an ordinary CNN f_P. The model computes f
 choose P. So the attack on the model splits into one constrained problem per pathway, without a gradient through an
 argmax:
 
-    maximise CE(f_P(x'), y)  subject to  margin_r(x'; P) > 0 for every router r.
+    maximize CE(f_P(x'), y)  subject to  margin_r(x'; P) > 0 for every router r.
 
 With few routers the route attack tries all pathways, and the split is exact. Otherwise it tries the weakest pathways
 seen on other images, and then those one flip away from the image's present one. The constraint enters as a penalty.

@@ -58,7 +58,7 @@ def check_images(images: Tensor) -> None:
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ConfigError(
             f"attacks need images in [0, 1], got values from {images.min().item():.3g} to {images.max().item():.3g}; "
-            "give them as they are and let the model normalise them"
+            "give them as they are and let the model normalize them"
         )
 
 
@@ -73,7 +73,7 @@ def misclassified(labels_B: Tensor) -> Won:
 
 
 def kl_objective(clean_logits_BK: Tensor) -> Objective:
-    """KL(f(x) || f(x')), the inner maximisation of TRADES; the clean prediction is a constant."""
+    """KL(f(x) || f(x')), the inner maximization of TRADES; the clean prediction is a constant."""
     clean_log_p_BK = clean_logits_BK.detach().log_softmax(dim=1)
     return lambda logits, rows: F.kl_div(
         logits.log_softmax(dim=1), clean_log_p_BK[rows], reduction="none", log_target=True

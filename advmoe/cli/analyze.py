@@ -34,7 +34,7 @@ def analyze(
 
     Reads the route log of the evaluation; adds analysis.json and the figures to its folder.
     """
-    from advmoe.evaluation.analysis import analyse
+    from advmoe.evaluation.analysis import analyze
     from advmoe.evaluation.card import load_card
     from advmoe.evaluation.vocabulary import FATES, ROBUSTNESS
     from advmoe.files import write_text_atomically
@@ -45,7 +45,7 @@ def analyze(
     card = load_card(evaluation / CARD)
     model = model_of(card["advmoe"]["model"])
     sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
-    found = analyse(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
+    found = analyze(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
     write_text_atomically(evaluation / ANALYSIS, json_text.dumps(found, indent=1) + "\n")
     if figures:
         for name, svg in analysis_figures(found).items():

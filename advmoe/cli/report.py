@@ -26,7 +26,7 @@ def report(
 
     It holds tables and figures and needs no network; it reads well on a phone and in print.
     """
-    from advmoe.evaluation.analysis import analyse
+    from advmoe.evaluation.analysis import analyze
     from advmoe.evaluation.card import load_card
     from advmoe.evaluation.examples import load_examples
     from advmoe.files import write_text_atomically
@@ -50,7 +50,7 @@ def report(
         examples[card["name"]] = load_examples(folder / EXAMPLES)
         model = model_of(card["advmoe"]["model"])
         if model.expert_layouts:
-            analyses[card["name"]] = analyse(RouteLog.load(folder / ROUTES), model, sparse=sparse)
+            analyses[card["name"]] = analyze(RouteLog.load(folder / ROUTES), model, sparse=sparse)
     if len({(card["dataset"], card["eps"], card["advmoe"]["images"]) for card in cards}) > 1:
         raise ConfigError(
             "models are compared on the same images under the same radius, got "

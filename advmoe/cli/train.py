@@ -185,10 +185,10 @@ def make_plan(
     )
     trained_by = resolve_method(config.method, model, has_init=init is not None)
     check(
-        settings.get("specialisation") is None or (model.several_experts and trained_by.moves_experts),
-        f"specialisation {config.specialisation} needs experts that are trained; method {config.method} on kind "
+        settings.get("specialization") is None or (model.several_experts and trained_by.moves_experts),
+        f"specialization {config.specialization} needs experts that are trained; method {config.method} on kind "
         f"{model.kind} with N = {model.num_experts} trains none; leave it out",
-        "specialisation",
+        "specialization",
     )
     notes = [*info.notes]
     if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):

@@ -24,7 +24,7 @@ from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
 from advmoe.distributed import Place
 from advmoe.errors import ConfigError, DataError
 
-__all__ = ["Batch", "BatchLoader", "CropFlip", "LabelledImages"]
+__all__ = ["Batch", "BatchLoader", "CropFlip", "LabeledImages"]
 
 
 FAST_THREADS = 2
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     """Where it lies in the union of all ranks' batches, if there are several ranks."""
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """Images in memory, as `advmoe.data.sets.ImageSet` holds them."""
 
     @property
@@ -112,7 +112,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        images: LabelledImages | EncodedSet,
+        images: LabeledImages | EncodedSet,
         *,
         batch_size: int,
         indices: NDArray[np.integer] | None = None,

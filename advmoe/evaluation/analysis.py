@@ -18,7 +18,7 @@ FREQUENT = 10
 """Most frequent pathways that are listed."""
 
 
-def analyse(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None = None) -> dict[str, Any]:
+def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None = None) -> dict[str, Any]:
     """Expert load, pathways, dissection and similarity for each condition of a log.
 
     Args:
@@ -39,7 +39,7 @@ def analyse(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     if CLEAN not in names or len(log.num_experts) != layers or not layers:
         raise ConfigError(
             f"expected a route log of {layers} decisions with the condition 'clean', "
-            f"got {len(log.num_experts)} with {', '.join(names) or 'none'}; only an MoE-CNN's routing can be analysed"
+            f"got {len(log.num_experts)} with {', '.join(names) or 'none'}; only an MoE-CNN's routing can be analyzed"
         )
     attacks = [name for name in names if name != CLEAN]
     found: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Checks that a robust accuracy (RA) has to pass before anybody should believe it.
 
-Each looks for one way in which a defence, or the evaluation itself, is known to fool attacks (Athalye et al., 2018;
+Each looks for one way in which a defense, or the evaluation itself, is known to fool attacks (Athalye et al., 2018;
 Carlini et al., 2019; Croce & Hein, 2020; the NaN routers of earlier MoE results). They run on a sample of the images.
 A failed check makes the number untrusted, not wrong: it says why the attack may have been too weak.
 """
@@ -132,7 +132,7 @@ def check_logits(sample: Victims) -> Diagnostic:
 
 @torch.no_grad()
 def check_deterministic(sample: Victims) -> Diagnostic:
-    """A random defence has to be attacked in expectation, which is not done here."""
+    """A random defense has to be attacked in expectation, which is not done here."""
     with seeded(sample.seed):
         first, second = sample.model(sample.images), sample.model(sample.images)
     difference = float((first - second).abs().max())
@@ -155,29 +155,29 @@ def check_batch_invariant(sample: Victims) -> Diagnostic:
         "batch_invariant",
         share <= TOLERANCE,
         f"{_percent(share)} of images differ",
-        "the same logits in any batch; else attacked images are judged by their neighbours",
+        "the same logits in any batch; else attacked images are judged by their neighbors",
     )
 
 
 def check_input_range(sample: Victims) -> Diagnostic:
-    """Images fed in [0, 1] to a model that expects normalised ones give chance accuracy and a meaningless radius."""
+    """Images fed in [0, 1] to a model that expects normalized ones give chance accuracy and a meaningless radius."""
     images = sample.images
     mean, std = images.mean(dim=(0, 2, 3), keepdim=True), images.std(dim=(0, 2, 3), keepdim=True)
-    plain, normalised = _accuracy(sample, images), _accuracy(sample, (images - mean) / std.clamp_min(1e-6))
+    plain, normalized = _accuracy(sample, images), _accuracy(sample, (images - mean) / std.clamp_min(1e-6))
     return _verdict(
         "input_range",
-        normalised <= plain + 0.05,
-        f"accuracy {_percent(plain)} on [0, 1], {_percent(normalised)} on normalised images",
-        "images in [0, 1] are what the model was trained on; normalisation belongs inside it",
+        normalized <= plain + 0.05,
+        f"accuracy {_percent(plain)} on [0, 1], {_percent(normalized)} on normalized images",
+        "images in [0, 1] are what the model was trained on; normalization belongs inside it",
     )
 
 
 @torch.no_grad()
 def check_label_blind(sample: Victims) -> Diagnostic:
     """Equal images have equal predictions; a model that tells them apart gets labels from elsewhere."""
-    grey = torch.full_like(sample.images, 0.5)
-    distinct = int(sample.model(grey).argmax(dim=1).unique().numel())
-    seen = f"{distinct} distinct predictions for {len(grey)} equal images"
+    gray = torch.full_like(sample.images, 0.5)
+    distinct = int(sample.model(gray).argmax(dim=1).unique().numel())
+    seen = f"{distinct} distinct predictions for {len(gray)} equal images"
     return _verdict("label_blind", distinct == 1, seen, "one; more means that labels leak into the model")
 
 

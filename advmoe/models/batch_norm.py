@@ -2,7 +2,7 @@
 
 Where one process trains alone this is torch's own BatchNorm, to the bit. With several ranks the statistics, their
 gradients and the running statistics are those that one process would compute on the union batch. torch's SyncBatchNorm
-does the same on GPUs only, and its conversion would replace the routers' centring, which is no BatchNorm.
+does the same on GPUs only, and its conversion would replace the routers' centering, which is no BatchNorm.
 
 Shape suffixes: B batch, C channels, H height, W width, R ranks.
 """
@@ -49,7 +49,7 @@ def take_in(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean_C: Tensor, var_C: Tensor
         norm.running_var.lerp_((var_C * (number / (number - 1))).to(norm.running_var.dtype), weight)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, where mean and var depend on the x of all ranks."""
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Normalise(torch.autograd.Function):
         gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
             gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
-        # Through them: - weight / std * (mean of gradient + normalised x * mean of (gradient * normalised x)).
+        # Through them: - weight / std * (mean of gradient + normalized x * mean of (gradient * normalized x)).
         of_bias, of_weight = gradient_bias.clone(), gradient_weight.clone()
         sum_up([of_bias, of_weight])
         rstd = (var + ctx.eps).rsqrt()
@@ -92,5 +92,5 @@ class BatchNorm2d(nn.BatchNorm2d):
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             take_in(self, mean_C, var_C, number, self.momentum)
-        y_BCHW: Tensor = _Normalise.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, number, self.eps)
+        y_BCHW: Tensor = _Normalize.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, number, self.eps)
         return y_BCHW

@@ -104,7 +104,7 @@ class DenseNet(RoutedNetwork):
         self.classifier = Linear(stream, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """Logits [B, classes] of normalised images."""
+        """Logits [B, classes] of normalized images."""
         x_BCHW = self.stem(x_BCHW, tape)
         for layer in self.layers:
             x_BCHW = layer(x_BCHW, tape)

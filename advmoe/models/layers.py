@@ -49,7 +49,7 @@ class Linear(nn.Linear):
     Args:
         reads: channels of its input.
         writes: channels of its output.
-        places: neighbouring inputs that belong to one channel (H * W of flattened feature maps).
+        places: neighboring inputs that belong to one channel (H * W of flattened feature maps).
     """
 
     def __init__(self, reads: Channels, writes: Channels, *, places: int = 1) -> None:
@@ -140,7 +140,7 @@ class LayerFactory:
 
     @property
     def image(self) -> Channels:
-        """The colour channels."""
+        """The color channels."""
         return Channels(3, 3)
 
     @property

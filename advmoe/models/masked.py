@@ -37,7 +37,7 @@ def close_masks(model: RoutedNetwork) -> None:
 
 @torch.no_grad()
 def init_scores(model: RoutedNetwork) -> None:
-    """Start each mask from the weights that read its channels: L2 norms, at most 1 (HYDRA's scaled initialisation)."""
+    """Start each mask from the weights that read its channels: L2 norms, at most 1 (HYDRA's scaled initialization)."""
     norms = {mask: torch.zeros_like(mask.scores) for mask in model.masks if isinstance(mask, ChannelMask)}
     for layer in model.modules():
         if isinstance(layer, Conv2d | Linear) and layer.reads.masked:

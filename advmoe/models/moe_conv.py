@@ -34,7 +34,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def _stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of the stretches of neighbouring rows that make up a list of rows, in its order."""
+    """(start, stop) of the stretches of neighboring rows that make up a list of rows, in its order."""
     starts = [place for place in range(len(rows)) if place == 0 or rows[place] != rows[place - 1] + 1]
     stops = [*starts[1:], len(rows)]
     return tuple((rows[start], rows[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True))

@@ -71,7 +71,7 @@ class RoutedNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """Logits of normalised images; each MoE layer asks the tape for its decision."""
+        """Logits of normalized images; each MoE layer asks the tape for its decision."""
         raise TypeError(f"{type(self).__name__} does not say how it runs")
 
     def forward(self, images: Tensor, pathways: Tensor | None = None) -> Tensor:

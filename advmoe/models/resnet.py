@@ -54,7 +54,7 @@ class ResNet18(RoutedNetwork):
         self.classifier = Linear(stream, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """Logits [B, classes] of normalised images."""
+        """Logits [B, classes] of normalized images."""
         x_BCHW = self.stem(x_BCHW, tape)
         for block in self.blocks:
             x_BCHW = block(x_BCHW, tape)

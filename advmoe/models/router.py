@@ -22,8 +22,8 @@ def in_full(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class Centring(nn.BatchNorm1d):
-    """Standardises features by running statistics, in training too, so that a decision depends on the image alone.
+class Centering(nn.BatchNorm1d):
+    """Standardizes features by running statistics, in training too, so that a decision depends on the image alone.
 
     On the same features the training attack, the update that follows it and the finished model therefore decide alike.
     By batch statistics a router would, in training, not even see a shift that the attack gives to all images.
@@ -41,7 +41,7 @@ class Centring(nn.BatchNorm1d):
             return super().forward(features_BC)
         assert self.running_mean is not None
         assert self.running_var is not None
-        standardised_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        standardized_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
         assert self.num_batches_tracked is not None
         with torch.no_grad():  # as BatchNorm does it, but with a weight that no host has to read
             self.num_batches_tracked += 1
@@ -52,14 +52,14 @@ class Centring(nn.BatchNorm1d):
                 variance_C, mean_C = torch.var_mean(features_BC.detach(), dim=0)
                 self.running_mean.lerp_(mean_C, weight)
                 self.running_var.lerp_(variance_C, weight)
-        return standardised_BC
+        return standardized_BC
 
 
 class Router(nn.Module):
-    """Global average pool -> centring -> linear without bias -> N logits.
+    """Global average pool -> centering -> linear without bias -> N logits.
 
     The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router
-    sends every image to the same expert within a few epochs. Centring takes that direction out; as there is no bias,
+    sends every image to the same expert within a few epochs. Centering takes that direction out; as there is no bias,
     every logit then has mean zero over the data, and no expert can win everywhere.
     """
 
@@ -67,7 +67,7 @@ class Router(nn.Module):
         super().__init__()
         self.router_gradient = router_gradient
         self.scales = router_gradient == "value"
-        self.centre = Centring(in_channels)
+        self.center = Centering(in_channels)
         self.linear = nn.Linear(in_channels, num_experts, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Router(nn.Module):
         with in_full(x_BCHW):
             # a sum of bf16 numbers in fp32; the plain form is what exporters expect
             pooled_BC = x_BCHW.mean(dim=(2, 3)) if x_BCHW.dtype == dtype else x_BCHW.mean(dim=(2, 3), dtype=dtype)
-            logits: Tensor = self.linear(self.centre(pooled_BC))
+            logits: Tensor = self.linear(self.center(pooled_BC))
         return logits
 
     def decide(self, x_BCHW: Tensor) -> Decision:
@@ -96,7 +96,7 @@ class Router(nn.Module):
 
 
 class ImageRouter(Router):
-    """A small CNN on the normalised image that decides for the whole network (the released code's granularity)."""
+    """A small CNN on the normalized image that decides for the whole network (the released code's granularity)."""
 
     def __init__(self, num_experts: int, *, router_gradient: RouterGradient = "dense") -> None:
         super().__init__(64, num_experts, router_gradient=router_gradient)

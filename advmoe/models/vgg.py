@@ -50,7 +50,7 @@ class VGG16(RoutedNetwork):
         self.classifier = Linear(reads, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """Logits [B, classes] of normalised images."""
+        """Logits [B, classes] of normalized images."""
         for stage in self.stages:
             for layer in stage:  # type: ignore[attr-defined]
                 x_BCHW = F.relu(layer(x_BCHW, tape))

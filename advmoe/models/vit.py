@@ -39,7 +39,7 @@ def patch_size(image_size: int) -> int:
 
 
 def init_linear(layer: nn.Module) -> None:
-    """The initialisation of torchvision's ViT."""
+    """The initialization of torchvision's ViT."""
     nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
     nn.init.normal_(layer.bias, std=1e-6)  # type: ignore[arg-type]
 
@@ -191,7 +191,7 @@ class ViT(RoutedNetwork):
         self.classifier = Linear(dim, layers.classes)
 
     def run(self, x_BCHW: Tensor, tape: RoutingTape) -> Tensor:
-        """Logits [B, classes] of normalised images."""
+        """Logits [B, classes] of normalized images."""
         patches_BTD = self.patches(x_BCHW).flatten(2).transpose(1, 2)
         x_BTD = torch.cat((self.class_token.expand(x_BCHW.shape[0], -1, -1), patches_BTD), dim=1) + self.positions
         for block in self.blocks:

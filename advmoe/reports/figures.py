@@ -1,4 +1,4 @@
-"""Figures of an evaluation as SVG text: white background, readable when printed in grey, text stays text.
+"""Figures of an evaluation as SVG text: white background, readable when printed in gray, text stays text.
 
 They are narrow, so that a phone need not shrink them. Error bars are one standard error of a share of that many images.
 
@@ -18,11 +18,11 @@ from advmoe.evaluation.card import standard_error
 from advmoe.evaluation.vocabulary import FATES, Figure, measured, pgd_key
 from advmoe.reports.training import robust_accuracy
 
-COLOURS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
-"""One per model; neighbours differ in lightness, for grey print, and to the colour-blind (after Okabe & Ito)."""
+COLORS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
+"""One per model; neighbors differ in lightness, for gray print, and to the color-blind (after Okabe & Ito)."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
-MANY = len(COLOURS)
-"""Models beyond which a colour for each tells nobody anything."""
+MANY = len(COLORS)
+"""Models beyond which a color for each tells nobody anything."""
 WIDTH = 4.6
 """Inches."""
 FATE_STYLES = (("#1b6ca8", ""), ("#8fc1e3", "//"), ("#f0a6a0", ".."), ("#a4343a", "xx"))
@@ -100,7 +100,7 @@ def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequen
             xerr=[standard_error(length, numbers["images"]) for length in lengths],
             error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
             height=0.92 * thickness,
-            color=COLOURS[model % len(COLOURS)],
+            color=COLORS[model % len(COLORS)],
             label=card["name"],
         )
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
@@ -117,7 +117,7 @@ def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Seque
             linestyle="none",
             marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
-            color=COLOURS[number % len(COLOURS)],
+            color=COLORS[number % len(COLORS)],
             label=row.short,
         )
     axes.set_yticks(range(len(cards)), [card["name"] for card in cards], fontsize=7)
@@ -141,10 +141,10 @@ def scale_curves(cards: Sequence[Card]) -> str | None:
         return None
     with _axes(3.0 + 0.2 * len(curves)) as (axes, finished):
         for number, (label, own) in enumerate(curves.items()):
-            colour = COLOURS[number % len(COLOURS)]
+            color = COLORS[number % len(COLORS)]
             ras = [pgd_accuracy(card) for card in own]
             if own[0]["advmoe"]["model"]["kind"] == "dense":
-                axes.axhline(ras[0], color=colour, linestyle="--", label=label)
+                axes.axhline(ras[0], color=color, linestyle="--", label=label)
                 continue
             axes.errorbar(
                 [scale_of(card) for card in own],
@@ -153,8 +153,8 @@ def scale_curves(cards: Sequence[Card]) -> str | None:
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 capsize=2,
-                color=colour,
-                linestyle=("-", ":")[number // len(COLOURS) % 2],
+                color=color,
+                linestyle=("-", ":")[number // len(COLORS) % 2],
                 label=label,
             )
         axes.set_xlabel("model scale r")
@@ -196,7 +196,7 @@ def radius_curve(cards: Sequence[Card]) -> str | None:
                 marker=MARKERS[model % len(MARKERS)],
                 markersize=5,
                 capsize=2,
-                color=COLOURS[model % len(COLOURS)],
+                color=COLORS[model % len(COLORS)],
                 label=card["name"],
             )
         axes.set_xlabel("radius eps of the attack, in 1/255")
@@ -218,14 +218,14 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
     ]
     with _axes(1.5 + 0.42 * len(bars)) as (axes, finished):
         left = [0.0] * len(bars)
-        for (key, label), (colour, hatch) in zip(FATES, FATE_STYLES, strict=True):
+        for (key, label), (color, hatch) in zip(FATES, FATE_STYLES, strict=True):
             lengths = [parts[key] for _, parts in bars]
             drawn = axes.barh(
                 range(len(bars)),
                 lengths,
                 left=left,
                 height=0.7,
-                color=colour,
+                color=color,
                 hatch=hatch,
                 edgecolor="white",
                 label=label,
@@ -256,7 +256,7 @@ def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str, count
             axes.stairs(
                 [100 * count / total for count in counts],
                 edges,
-                color=COLOURS[number % len(COLOURS)],
+                color=COLORS[number % len(COLORS)],
                 fill=number == 0,
                 alpha=0.45 if number == 0 else 1.0,
                 linewidth=1.6,
@@ -282,8 +282,8 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
                 range(len(load_LN)),
                 heights,
                 bottom=bottom,
-                color=COLOURS[expert % len(COLOURS)],
-                alpha=1.0 if expert < len(COLOURS) else 0.6,
+                color=COLORS[expert % len(COLORS)],
+                alpha=1.0 if expert < len(COLORS) else 0.6,
                 edgecolor="white",
                 linewidth=0.5,
                 label=f"expert {expert}",
@@ -312,7 +312,7 @@ def pathways_flow(flow: Sequence[Sequence[Sequence[float]]], title: str) -> str:
     with _axes(2.6) as (axes, finished):
         for layer in range(layers):
             for expert in range(experts):
-                color = COLOURS[expert % len(COLOURS)]
+                color = COLORS[expert % len(COLORS)]
                 axes.bar(layer, load[layer, expert], 2 * half, bottom=top[layer, expert], color=color, linewidth=0)
         for layer in range(layers - 1):
             leaving, arriving = top[layer].copy(), top[layer + 1].copy()
@@ -329,7 +329,7 @@ def pathways_flow(flow: Sequence[Sequence[Sequence[float]]], title: str) -> str:
                         *((left, upper + width), (left, upper)),
                     ]
                     codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
-                    band = PathPatch(Path(points, codes), color=COLOURS[before % len(COLOURS)], alpha=0.35, linewidth=0)
+                    band = PathPatch(Path(points, codes), color=COLORS[before % len(COLORS)], alpha=0.35, linewidth=0)
                     axes.add_patch(band)
                     leaving[before] += width
                     arriving[after] += width
@@ -353,20 +353,20 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> str:
     routed = [record for record in log if record.get("router_entropy")]
     with _grid(5.4 if routed else 3.8, 3 if routed else 2, 1) as (grid, finished):
         loss, accuracy = grid[0][0], grid[1][0]
-        loss.plot(epochs, [record["train_loss"] for record in log], color=COLOURS[0], marker=MARKERS[0], markersize=3)
+        loss.plot(epochs, [record["train_loss"] for record in log], color=COLORS[0], marker=MARKERS[0], markersize=3)
         loss.set_ylabel("training loss")
         curves = (("SA", [record["val_sa"] for record in log]), ("RA", [robust_accuracy(record) for record in log]))
         for number, (label, values) in enumerate(curves):
-            accuracy.plot(epochs, values, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label)
+            accuracy.plot(epochs, values, color=COLORS[number], marker=MARKERS[number], markersize=3, label=label)
         accuracy.set_ylabel("validation, per cent")
         accuracy.set_ylim(bottom=0)
         accuracy.legend(fontsize=8)
         if routed:
             evenness, own = grid[2][0], [record["epoch"] for record in routed]
             ranges = [record["router_entropy"] for record in routed]
-            evenness.fill_between(own, list(map(min, ranges)), list(map(max, ranges)), color=COLOURS[3], alpha=0.4)
+            evenness.fill_between(own, list(map(min, ranges)), list(map(max, ranges)), color=COLORS[3], alpha=0.4)
             means = [sum(values) / len(values) for values in ranges]
-            evenness.plot(own, means, color=COLOURS[0], marker=MARKERS[0], markersize=3)
+            evenness.plot(own, means, color=COLORS[0], marker=MARKERS[0], markersize=3)
             evenness.set_ylim(0, 1.03)
             evenness.set_ylabel("load entropy")
             evenness.set_title("mean over layers, and the range between them", loc="left", fontsize=8)
@@ -417,7 +417,7 @@ def changed_layers(analysis: Analysis) -> str:
                     changed,
                     marker=MARKERS[number % len(MARKERS)],
                     markersize=4,
-                    color=COLOURS[number % len(COLOURS)],
+                    color=COLORS[number % len(COLORS)],
                     label=name,
                 )
         axes.set_ylim(bottom=0)

@@ -16,6 +16,7 @@ import torch
 
 from advmoe.config import ModelConfig, TrainConfig
 from advmoe.device import resolve_device
+from advmoe.earlier import from_version_1
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.files import write_atomically
 from advmoe.hub import fetch
@@ -26,7 +27,7 @@ from advmoe.safetensors_file import SUFFIX, read_safetensors, write_safetensors
 from advmoe.schema import Setting, Settings, check, conform, from_dict, shown, to_dict
 
 FORMAT = "advmoe-checkpoint"
-VERSION = 1
+VERSION = 2
 Weights = dict[str, torch.Tensor]
 
 
@@ -55,7 +56,7 @@ class Checkpoint:
     progress: dict[str, Any] = field(default_factory=dict)
     """Position in the run, and sums of the epoch under way."""
     optimizers: list[dict[str, Any]] = field(default_factory=list)
-    """State of each level's optimiser."""
+    """State of each level's optimizer."""
     training_weights: Weights | None = None
     """State dict that training goes on from, where `weights` is a moving average."""
 
@@ -179,9 +180,12 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     contents = read_safetensors(path) if path.suffix == SUFFIX else _read_archive(path, map_location)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of advmoe; expected a file written by 'advmoe train'")
-    if contents.get("version") != VERSION:
+    version = contents.get("version")
+    if version == 1:
+        contents = from_version_1(contents)
+    elif version != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {contents.get('version')}, this program reads version {VERSION}; "
+            f"{path} has checkpoint version {version}, this program reads versions 1 to {VERSION}; "
             "install the version of advmoe that wrote it"
         )
     hints = get_type_hints(Checkpoint)

@@ -4,10 +4,10 @@ N experts of a layer each see a share of the images, and the next layer reads th
 Left to themselves they agree on nothing: a slot means something else after every decision, and all learn slowly
 (docs/log.md). So the N filters of a slot start equal, and the gradient G_e of expert e's becomes
 
-    G + specialisation * (G_e - G / N),    G = sum over experts.
+    G + specialization * (G_e - G / N),    G = sum over experts.
 
 What the experts have in common, their mean, moves by G: it learns from every image, exactly as S-Dense's filters do.
-What tells them apart moves `specialisation` times as fast as under plain SGD. At 0 the network stays S-Dense; with
+What tells them apart moves `specialization` times as fast as under plain SGD. At 0 the network stays S-Dense; with
 N = 1 it is S-Dense at any value. Under SGD with momentum and weight decay this equals the training of shared plus
 specific filters, but the filters stay one plain bank: nothing has to be merged, saved or exported differently.
 
@@ -91,21 +91,21 @@ def start_equal(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def couple_gradients(banks: Iterable[tuple[nn.Parameter, Slots]], specialisation: float) -> None:
+def couple_gradients(banks: Iterable[tuple[nn.Parameter, Slots]], specialization: float) -> None:
     """Replace gradients of expert banks by the coupled ones, in place; banks without a gradient are left alone."""
     for weight, slots in banks:
         if weight.grad is not None:
-            couple(weight.grad, slots, specialisation)
+            couple(weight.grad, slots, specialization)
 
 
-def couple(gradient: Tensor, slots: Slots, specialisation: float) -> None:
+def couple(gradient: Tensor, slots: Slots, specialization: float) -> None:
     """Apply the formula above in place to the gradient [R, ...] of a bank."""
     if slots.copies is not None:
         of_expert = gradient.unflatten(0, (slots.copies, -1))
         total = of_expert.sum(dim=0)
-        of_expert.mul_(specialisation).add_(total, alpha=1.0 - specialisation / slots.copies)
+        of_expert.mul_(specialization).add_(total, alpha=1.0 - specialization / slots.copies)
         return
     count = slots.count_S.reshape(-1, *[1] * (gradient.ndim - 1))
     total = gradient.new_zeros(len(count), *gradient.shape[1:]).index_add_(0, slots.slot_of_R, gradient)
-    common = total - specialisation * (total / count)
-    gradient.mul_(specialisation).add_(common.index_select(0, slots.slot_of_R))
+    common = total - specialization * (total / count)
+    gradient.mul_(specialization).add_(common.index_select(0, slots.slot_of_R))

@@ -21,9 +21,9 @@ LevelName = Literal["routers", "experts", "masks", "all"]
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the bi-level problem: what it may change, and the optimiser that does it.
+    """One level of the bi-level problem: what it may change, and the optimizer that does it.
 
-    The optimiser may know more parameters than the level may change; those are left alone.
+    The optimizer may know more parameters than the level may change; those are left alone.
     """
 
     name: LevelName
@@ -40,7 +40,7 @@ class Level:
         return [parameter for parameter in known if id(parameter) not in fixed]
 
     def restricted(self, name: LevelName) -> Level:
-        """This level, changing one part only, with the same optimiser."""
+        """This level, changing one part only, with the same optimizer."""
         return replace(self, name=name)
 
     @contextmanager
@@ -100,16 +100,16 @@ def make_levels(
     """The levels of one training, each with an SGD of its own on its parameters.
 
     Experts are coupled unless the config says otherwise (`advmoe.training.coupling`): those of a `fresh` model start
-    equal, and every optimiser that moves experts moves them together.
+    equal, and every optimizer that moves experts moves them together.
 
     Raises:
         ConfigError: the config asks for what the model has not.
     """
     check_together(model.config, config)
-    specialisation = config.specialisation
-    if fresh and specialisation is not None:
+    specialization = config.specialization
+    if fresh and specialization is not None:
         start_equal(model)
-    banks = list(expert_banks(model)) if specialisation is not None else []
+    banks = list(expert_banks(model)) if specialization is not None else []
     batch = config.router_statistics == "batch"
     levels = []
     for name in names:
@@ -121,7 +121,7 @@ def make_levels(
             groups = [{"params": others}] if others else []
             groups.append({"params": list(model.router_parameters()), "peak": config.router_lr})
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-        if name in {"experts", "all"} and specialisation is not None:
-            optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialisation))
+        if name in {"experts", "all"} and specialization is not None:
+            optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialization))
         levels.append(Level(name, model, optimizer, by_the_batch=batch and name == "routers"))
     return levels

@@ -18,7 +18,7 @@ from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset
 from advmoe.data.views import training_transform
-from advmoe.distributed import any_rank, equalise, from_leader, world
+from advmoe.distributed import any_rank, equalize, from_leader, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.network import RoutedNetwork
@@ -120,7 +120,7 @@ class Trainer:
             from_leader(lambda: folder.resume(self.step // self.steps_per_epoch))
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
-            equalise(list(model.state_dict().values()))
+            equalize(list(model.state_dict().values()))
         if doubt is not None:
             observer.warned(doubt)
         if (images := len(self.split.validation)) < FEW_IMAGES:

@@ -33,7 +33,7 @@ class Method:
     """A way of training: level i is updated on the batches of its own random stream."""
 
     levels: tuple[LevelName, ...]
-    """What is optimised separately. The last one sets the length of an epoch."""
+    """What is optimized separately. The last one sets the length of an epoch."""
     step: StepFunction
     """One iteration."""
     kinds: tuple[Kind, ...] = KINDS

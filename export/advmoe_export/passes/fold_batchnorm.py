@@ -134,7 +134,7 @@ def _into_linear(graph: ir.Graph, linear: ir.Node, norm: ir.Node, scale: np.ndar
             constant(graph, folded_O, f"{name}.bias"),
         ],
         {"transB": 1},
-        (f"{linear.outputs[0].name}.centred", linear.outputs[0].dtype, linear.outputs[0].shape),
+        (f"{linear.outputs[0].name}.centered", linear.outputs[0].dtype, linear.outputs[0].shape),
     )
     _remove(graph, linear, replacement)
     graph.remove(norm, safe=True)

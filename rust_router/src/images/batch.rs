@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn floats_are_levels_over_255_normalised() {
+    fn floats_are_levels_over_255_normalized() {
         let levels = float_levels([0.0, 0.5, 0.25], [1.0, 0.5, 0.25]);
         assert_eq!(levels[0][255], 1.0);
         assert_eq!(levels[0][51], 0.2); // 51 / 255
