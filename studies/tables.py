@@ -1,8 +1,9 @@
-"""Tables and figure of the study, from `results/small/NETWORK/*.json` alone.
+"""Make the tables and figures of the study from the files `results/small/NETWORK/*.json`.
 
     python studies/tables.py
 
-Writes a network's tables into docs/study.md between its two markers, and its figure beside the page.
+The script replaces the tables of each network in docs/study.md, between the two markers of the network. It writes
+the figures `study-NETWORK.svg` (training loss) and `study-NETWORK-accuracy.svg` (SA and RA) beside the page.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import base64
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TITLES = {
     "s_dense": "AT (S-Dense)",
@@ -103,15 +107,8 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_loss(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
     """Training loss by epoch, one line per cell."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "study"
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3))
     for number, (name, own) in enumerate(cells.items()):
         for cell in own:
             epochs = [epoch["epoch"] for epoch in cell["curve"]]
@@ -122,6 +119,34 @@ def draw(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_ylabel("TRADES loss in training")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, frameon=False)
+
+
+def draw_accuracy(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
+    """SA and RA, one point per cell, with the standard error over test images; one row per training."""
+    names = [f"{TITLES[name]}\n{1000 * own[0]['gflops']:.2f} million multiply-adds" for name, own in cells.items()]
+    for key, label, color in (("sa", "SA: clean images", "C0"), ("ra_pgd", "RA: PGD-20, 8/255", "C3")):
+        points = [(cell["test"], row) for row, own in enumerate(cells.values()) for cell in own]
+        values = [test[key] for test, _ in points]
+        errors = [(test[key] * (100 - test[key]) / test["images"]) ** 0.5 for test, _ in points]
+        axes.errorbar(values, [row for _, row in points], xerr=errors, fmt="o", markersize=4, color=color, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("per cent of test images")
+    axes.grid(axis="x", linewidth=0.3)
+    axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def save(cells: dict[str, list[dict[str, Any]]], draw: Callable[..., None], path: Path) -> None:
+    """One figure as an SVG whose bytes depend on the results only."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3))
+    draw(cells, axes)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -139,7 +164,8 @@ def main() -> None:
         cells = load(options.results / network)
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{tables(cells)}\n{end}{rest.partition(end)[2]}"
-        draw(cells, options.page.parent / f"study-{network}.svg")
+        save(cells, draw_loss, options.page.parent / f"study-{network}.svg")
+        save(cells, draw_accuracy, options.page.parent / f"study-{network}-accuracy.svg")
     options.page.write_text(text)
 
 

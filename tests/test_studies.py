@@ -54,3 +54,5 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
     assert text.endswith("More text.\n")
     assert "+25.0 ± 41.5" in text
     assert (tmp_path / "study-vgg16.svg").read_text().count("<svg") == 1
+    accuracy = (tmp_path / "study-vgg16-accuracy.svg").read_text()
+    assert [name in accuracy for name in ("AT (S-Dense)", "AT (Dense)", "AT (MoE)")] == [True, True, False]
