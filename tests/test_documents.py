@@ -16,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("export/
 HOMES = (ROOT, ROOT / "advmoe", ROOT / "export/advmoe_export", ROOT / "rust_router", ROOT / "rust_router/src")
 """Folders that a path in a page may be relative to."""
 SUFFIXES = (".py", ".rs", ".ipynb", ".toml", ".json", ".svg", ".j2", ".html", ".npz")
-NOT_OURS = ("runs/", "models/", "results/small/NETWORK/")
+NOT_OURS = ("runs/", "results/small/NETWORK/")
 """Beginnings of paths that a user's files have."""
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--model-repository"}
 FOREIGN |= {"--silent", "--fail", "--data-binary", "--target", "--tag", "--publish", "--volume", "--gpus", "--release"}
