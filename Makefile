@@ -35,12 +35,13 @@ test-rust: $(INSTALLED)
 test-python: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, spelling, order of imports, clippy, rustfmt
+lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, spelling, imports, shapes, clippy, rustfmt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python tools/import_order.py
+	$(BIN)/python tools/shapes.py
 	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
 	cargo fmt --check
 

@@ -1,10 +1,11 @@
 """The route log: which expert every MoE layer chose for every sample, under every condition, and what follows from it.
 
-Shapes: B batch, n samples, L MoE layers, N experts, K classes, U distinct pathways, C channels of all layers together.
-
 A log holds one byte per layer and sample, keyed by condition ("clean", an attack's name), epoch and sample index. A row
 that comes again replaces the old one, so appending a batch twice or merging the logs of several ranks in any order
 gives the same log. Files are NumPy's `.npz`, read by `numpy.load`; `rust_router/src/routes/file.rs` lists its arrays.
+
+Shape suffixes: B batch, C channels, I images of a set, K classes, L MoE layers, M pathways,
+N experts, T tokens.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ class Routes:
     """The rows of one condition, by ascending sample index."""
 
     indices: NDArray[np.int64]
-    """[n]"""
-    experts_NL: NDArray[np.uint8]
-    """[n, L]: the expert each layer chose."""
+    """[I]"""
+    experts_IL: NDArray[np.uint8]
+    """[I, L]: the expert each layer chose."""
     labels: NDArray[np.int32]
-    """[n], -1 where unknown."""
+    """[I], -1 where unknown."""
     predictions: NDArray[np.int32]
-    """[n], -1 where unknown."""
+    """[I], -1 where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +274,7 @@ class RouteLog:
             ConfigError: A condition without rows, as in all methods below.
         """
         indices, experts, labels, predictions = self._log.rows(_key(condition))
-        return Routes(indices=indices, experts_NL=experts, labels=labels, predictions=predictions)
+        return Routes(indices=indices, experts_IL=experts, labels=labels, predictions=predictions)
 
     def expert_load(self, condition: Condition, *, num_classes: int | None = None) -> ExpertLoad:
         """Load of the experts of each layer, over all samples or for each of `num_classes` classes."""
@@ -282,7 +283,7 @@ class RouteLog:
         return ExpertLoad(counts_LKN=self._log.expert_load(_key(condition), num_classes or 1))
 
     def unique_pathways(self, condition: Condition) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-        """Distinct pathways [U, L] and how many samples took each [U], the most frequent first."""
+        """Distinct pathways [M, L] and how many samples took each [M], the most frequent first."""
         return self._log.unique(_key(condition))
 
     def compare(self, before: Condition, after: Condition) -> RouteChange:
@@ -301,14 +302,14 @@ class RouteLog:
     def mask_similarity(
         self, condition: Condition, channels: PathwayChannels, mask: ArrayLike
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """IoU and cosine [n] of each sample's pathway with a mask pathway, [C] bool (paper, Fig. 6)."""
+        """IoU and cosine [I] of each sample's pathway with a mask pathway, [C] bool (paper, Fig. 6)."""
         bits = np.ascontiguousarray(mask, dtype=np.bool_)
         return self._log.mask_similarity(_key(condition), channels._compiled, bits)
 
     def overlap(
         self, before: Condition, after: Condition, channels: PathwayChannels
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Sample indices [n] and the IoU [n] of each sample's pathways under two conditions."""
+        """Sample indices [I] and the IoU [I] of each sample's pathways under two conditions."""
         return self._log.overlap(_key(before), _key(after), channels._compiled)
 
     def diversity(

@@ -16,6 +16,8 @@ thread within a round.
   `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's decoder and transforms on tensors
 - `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16 S-Dense of an
   eighth of the width, which is cheaper than any step this project trains with
+
+Shape suffixes: C channels, H height, W width.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ All on one thread, in CPU time, medians over interleaved rounds.
   made of it; timed on 500 of the 10,000 rows, and multiplied by 20
 - `summary_1m3_s`: 1.3 million samples x 20 layers, clean and attacked: load and entropy by class, distinct pathways,
   changes of routing, own overlap, mask similarity and diversity, seconds
+
+Shape suffixes: I images of a set, L MoE layers.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ def halves() -> PathwayChannels:
     return PathwayChannels([experts] * LAYERS, [WIDTH] * LAYERS)
 
 
-def log_of(experts_NL: np.ndarray[Any, np.dtype[np.uint8]], changed: float) -> RouteLog:
+def log_of(experts_IL: np.ndarray[Any, np.dtype[np.uint8]], changed: float) -> RouteLog:
     """A condition "clean" that routes so, and "pgd", which changes a share of the choices."""
     generator = np.random.default_rng(1)
-    n = len(experts_NL)
+    n = len(experts_IL)
     labels = generator.integers(0, CLASSES, n)
     log = RouteLog(NUM_EXPERTS)
-    log.append("clean", np.arange(n), experts_NL, labels=labels, predictions=labels)
-    moved = experts_NL ^ (generator.random(experts_NL.shape, dtype=np.float32) < changed)
+    log.append("clean", np.arange(n), experts_IL, labels=labels, predictions=labels)
+    moved = experts_IL ^ (generator.random(experts_IL.shape, dtype=np.float32) < changed)
     log.append("pgd", np.arange(n), moved, labels=labels, predictions=generator.integers(0, CLASSES, n))
     return log
 

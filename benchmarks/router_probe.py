@@ -14,6 +14,8 @@ and attacked versions of an image are decisions of their own. One AdvMoE run per
 - `cosine`: between the gradient of the routers' weights and the one that the exact losses give, layers' mean
 - `to_start`: cosine of the routers' weights with those they started from
 - `loss`, `router_loss`: of the last interval of training, at the experts' and at the routers' update
+
+Shape suffixes: B batch, L MoE layers, N experts.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ are calibrated before and hold still (learning rate 1e-9), so that every layer d
 
 `reference` is AdvMoE as simple research code does it: all experts computed and masked, straight-through gates, attacks
 that compute the gradients of the parameters too, images channel by channel. It differs from `advmoe` in the gate only.
+
+Shape suffixes: B batch.
 """
 
 from __future__ import annotations

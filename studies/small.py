@@ -11,6 +11,8 @@ goes on from its last checkpoint. So the same command can run in the background,
 Every network has the same images, epochs, schedule and attack in training. Its last weights count: nothing is chosen on
 any image. Test images are used once: SA, RA by PGD, and for routed networks the worst over all views of the routing and
 the route attack, and three controls. `correct` says of each image whether it was classified correctly.
+
+Shape suffixes: B batch, L MoE layers, M pathways.
 """
 
 from __future__ import annotations

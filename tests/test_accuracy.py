@@ -52,7 +52,7 @@ def test_the_fixture_is_neither_trivial_nor_hopeless(model: RoutedNetwork, image
     assert result.sa == 1.0
     assert 0.0 < result.ra < 1.0
     assert len(set(images.labels.tolist())) > 1
-    assert len(np.unique(result.clean_pathways_NL, axis=0)) > 1
+    assert len(np.unique(result.clean_pathways_IL, axis=0)) > 1
 
 
 def test_the_batch_size_changes_nothing(model: RoutedNetwork, images: ImageSet) -> None:
@@ -60,8 +60,8 @@ def test_the_batch_size_changes_nothing(model: RoutedNetwork, images: ImageSet) 
     for batch_size in (1, 7):
         parts = attacked(model, images, batch_size=batch_size)
         assert (parts.sa, parts.ra) == (whole.sa, whole.ra)
-        np.testing.assert_array_equal(parts.clean_pathways_NL, whole.clean_pathways_NL)
-        np.testing.assert_array_equal(parts.adversarial_pathways_NL, whole.adversarial_pathways_NL)
+        np.testing.assert_array_equal(parts.clean_pathways_IL, whole.clean_pathways_IL)
+        np.testing.assert_array_equal(parts.adversarial_pathways_IL, whole.adversarial_pathways_IL)
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_other_starts(
@@ -69,8 +69,8 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_other_starts(
 ) -> None:
     first, again, other = (attacked(model, images, seed=seed, steps=0, eps=0.5) for seed in (0, 0, 1))
     assert first.ra == again.ra
-    np.testing.assert_array_equal(first.adversarial_pathways_NL, again.adversarial_pathways_NL)
-    assert not np.array_equal(first.adversarial_pathways_NL, other.adversarial_pathways_NL)
+    np.testing.assert_array_equal(first.adversarial_pathways_IL, again.adversarial_pathways_IL)
+    assert not np.array_equal(first.adversarial_pathways_IL, other.adversarial_pathways_IL)
 
 
 def test_restarts_only_lower_ra(model: RoutedNetwork, images: ImageSet) -> None:
@@ -100,7 +100,7 @@ def test_wrong_images_are_neither_right_nor_robust(model: RoutedNetwork, images:
     assert whole.ra <= 0.5
     assert right.sa == 1.0
     # The routers are judged by all images: one that is wrong when clean is attacked like the others.
-    assert (whole.adversarial_pathways_NL[:12] != whole.clean_pathways_NL[:12]).any()
+    assert (whole.adversarial_pathways_IL[:12] != whole.clean_pathways_IL[:12]).any()
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
@@ -174,5 +174,5 @@ def test_every_kind_is_evaluated_by_the_same_attack(tiny_vgg: Callable[..., Rout
     assert isinstance(few, ImageSet)
     for kind in ("dense", "s_dense"):
         result = attacked(tiny_vgg(kind=kind), few, steps=1)
-        assert result.clean_pathways_NL.shape == (6, 0)
+        assert result.clean_pathways_IL.shape == (6, 0)
         assert "routers_fooled" not in result.as_dict()

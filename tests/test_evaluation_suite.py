@@ -65,7 +65,7 @@ def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: S
     assert result.arrays["prediction/worst"].tolist() == [1, 0, 0, 1]
     log = route_log(result, TwoRooms())
     assert [name for name, _ in log.conditions] == ["clean", "pgd", "worst"]
-    assert log.routes("worst").experts_NL[:, 0].tolist() == [1, 0, 0, 1]
+    assert log.routes("worst").experts_IL[:, 0].tolist() == [1, 0, 0, 1]
     parts = dissection(log, "worst")
     # Image 0: router and prediction fooled; 1 and 2: neither; 3 was wrong from the start, in the room it stays in.
     assert parts["router_fooled_wrong"] == 25.0

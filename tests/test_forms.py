@@ -286,8 +286,8 @@ def test_a_share_of_each_experts_filters_is_drawn_anew(tiny_vgg: MakeNetwork) ->
     start_from(model, initial, reinitialize=0.5)
     bank, slots = list(expert_banks(model))[-1]
     copy = source.state_dict()["stages.4.2.conv.weight"]
-    changed = torch.tensor([not torch.equal(row, copy[slot]) for row, slot in zip(bank, slots.slot_of_R, strict=True)])
-    own = slots.count_S[slots.slot_of_R] > 1
+    changed = torch.tensor([not torch.equal(row, copy[slot]) for row, slot in zip(bank, slots.slot_of_F, strict=True)])
+    own = slots.count_S[slots.slot_of_F] > 1
     assert 0.35 < changed[own].double().mean() < 0.65
     assert not changed[~own].any()
     again = tiny_vgg(width=0.25, shared=0.25)

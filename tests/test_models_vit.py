@@ -57,15 +57,15 @@ def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: st
     mlp = cell.build(granularity=granularity).blocks[0].mlp
     dim, hidden = mlp.expand.weight.shape[1], mlp.expand.weight.shape[0]
     assert hidden == 4 * dim  # N = 2, r = .5: two disjoint halves
-    x_RTD = torch.randn(3, 1 if granularity == "token" else 5, dim)
-    y = mlp.compute(x_RTD.transpose(1, 2).unsqueeze(3), Decision(torch.tensor([1, 0, 1]), None, None))
-    index_R = torch.tensor([1, 0, 1])
-    as_exported = mlp.reduce(F.gelu(mlp.expand(x_RTD, index_R)), index_R)
+    x_UTD = torch.randn(3, 1 if granularity == "token" else 5, dim)
+    y = mlp.compute(x_UTD.transpose(1, 2).unsqueeze(3), Decision(torch.tensor([1, 0, 1]), None, None))
+    index_U = torch.tensor([1, 0, 1])
+    as_exported = mlp.reduce(F.gelu(mlp.expand(x_UTD, index_U)), index_U)
     torch.testing.assert_close(y.squeeze(3).transpose(1, 2), as_exported)
     for row, expert in enumerate([1, 0, 1]):
         half = slice(expert * hidden // 2, (expert + 1) * hidden // 2)
         own = slice(expert * dim, (expert + 1) * dim)
-        inner = F.gelu(F.linear(x_RTD[row], mlp.expand.weight[half], mlp.expand.bias[half]))
+        inner = F.gelu(F.linear(x_UTD[row], mlp.expand.weight[half], mlp.expand.bias[half]))
         expected = F.linear(inner, mlp.reduce.weight[own], mlp.reduce.bias[own])
         torch.testing.assert_close(y[row].squeeze(2).T, expected)
 
@@ -73,17 +73,17 @@ def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: st
 def test_a_router_learns_against_the_mean_of_all_experts() -> None:
     model = Cell("vit", "moe", 32).build(num_experts=3)
     mlp = model.blocks[0].mlp
-    x_RTD = torch.randn(2, 5, mlp.expand.weight.shape[1])
-    features = x_RTD.transpose(1, 2).unsqueeze(3)
+    x_UTD = torch.randn(2, 5, mlp.expand.weight.shape[1])
+    features = x_UTD.transpose(1, 2).unsqueeze(3)
     outputs = [mlp.compute(features, Decision(torch.full((2,), expert), None, None)) for expert in range(3)]
     mean = sum(outputs) / 3
     # The gate has value 1, and its derivative is along what sets the chosen expert apart from that mean.
-    gate_R = torch.ones(2, requires_grad=True)
-    y = mlp.compute(features, Decision(torch.tensor([2, 0]), None, gate_R, "mean"))
+    gate_U = torch.ones(2, requires_grad=True)
+    y = mlp.compute(features, Decision(torch.tensor([2, 0]), None, gate_U, "mean"))
     y.sum().backward()
     for row, expert in enumerate([2, 0]):
         torch.testing.assert_close(y[row], outputs[expert][row])
-        torch.testing.assert_close(gate_R.grad[row], (outputs[expert][row] - mean[row]).sum(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(gate_U.grad[row], (outputs[expert][row] - mean[row]).sum(), atol=1e-4, rtol=1e-3)
 
 
 def test_experts_that_start_equal_make_every_pathway_the_same_function() -> None:

@@ -35,7 +35,7 @@ def test_rows_come_back_by_sample_with_the_newest_winning() -> None:
     log.append(("clean", 0), [4], [[1, 0]], labels=[7], predictions=[3])
     rows = log.routes("clean")
     assert rows.indices.tolist() == [1, 4]
-    assert rows.experts_NL.tolist() == [[1, 1], [1, 0]]
+    assert rows.experts_IL.tolist() == [[1, 1], [1, 0]]
     assert rows.labels.tolist() == [8, 7]
     assert rows.predictions.tolist() == [-1, 3]
     assert log.conditions == (("clean", 0),)
@@ -49,7 +49,7 @@ def test_ranks_merge_to_the_log_of_one_process_whatever_their_order(tmp_path: Pa
     for rank in range(2):
         part = RouteLog([2, 3])
         mine = slice(rank, None, 2)
-        part.append("clean", clean.indices[mine], clean.experts_NL[mine], labels=clean.labels[mine])
+        part.append("clean", clean.indices[mine], clean.experts_IL[mine], labels=clean.labels[mine])
         parts.append(part)
     for order in ([0, 1], [1, 0], [1, 0, 1]):
         merged = RouteLog([2, 3])
@@ -70,12 +70,12 @@ def test_a_saved_log_is_read_by_this_module_and_by_numpy(tmp_path: Path) -> None
     assert again.conditions == log.conditions
     for condition in ("clean", "pgd"):
         ours, theirs = log.routes(condition), again.routes(condition)
-        for column in ("indices", "experts_NL", "labels", "predictions"):
+        for column in ("indices", "experts_IL", "labels", "predictions"):
             np.testing.assert_array_equal(getattr(ours, column), getattr(theirs, column))
     with np.load(path, allow_pickle=False) as arrays:
         assert arrays["condition_names"].tolist() == ["clean", "pgd"]
         attacked = arrays["condition"] == 1
-        np.testing.assert_array_equal(arrays["expert"][attacked], log.routes("pgd").experts_NL)
+        np.testing.assert_array_equal(arrays["expert"][attacked], log.routes("pgd").experts_IL)
         np.testing.assert_array_equal(arrays["index"][attacked], np.arange(30))
         columns = dict(arrays)
     np.savez(tmp_path / "theirs.npz", **columns)
@@ -109,7 +109,7 @@ def test_load_and_entropy_by_layer_and_class() -> None:
 def test_unique_pathways_are_those_of_numpy() -> None:
     log = random_log(200, [2, 3, 2])
     pathways, counts = log.unique_pathways("clean")
-    expected, expected_counts = np.unique(log.routes("clean").experts_NL, axis=0, return_counts=True)
+    expected, expected_counts = np.unique(log.routes("clean").experts_IL, axis=0, return_counts=True)
     order = np.argsort(-expected_counts, kind="stable")
     np.testing.assert_array_equal(pathways, expected[order])
     np.testing.assert_array_equal(counts, expected_counts[order])
@@ -119,7 +119,7 @@ def test_a_comparison_dissects_adversarial_examples() -> None:
     log = random_log(100, [2, 3, 2])
     clean, attacked = log.routes("clean"), log.routes("pgd")
     change = log.compare("clean", "pgd")
-    moved = clean.experts_NL != attacked.experts_NL
+    moved = clean.experts_IL != attacked.experts_IL
     survives, right = ~moved.any(axis=1), attacked.predictions == clean.labels
     assert change.dissection == Dissection(
         survived_right=int((survives & right).sum()),
@@ -147,8 +147,8 @@ def test_similarities_are_those_of_written_out_masks() -> None:
     layers = [windows(n, w, s) for n, w, s in zip(num_experts, widths, sizes, strict=True)]
     channels = PathwayChannels(layers, widths)
     log = random_log(40, num_experts)
-    masks = np.stack([channels.mask(p) for p in log.routes("clean").experts_NL.tolist()])
-    attacked = np.stack([channels.mask(p) for p in log.routes("pgd").experts_NL.tolist()])
+    masks = np.stack([channels.mask(p) for p in log.routes("clean").experts_IL.tolist()])
+    attacked = np.stack([channels.mask(p) for p in log.routes("pgd").experts_IL.tolist()])
     sparse = np.random.default_rng(1).random(26) < 0.5
 
     iou, cosine = log.mask_similarity("clean", channels, sparse)

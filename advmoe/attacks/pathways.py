@@ -10,7 +10,8 @@ With few routers the route attack tries all pathways, and the split is exact. Ot
 seen on other images, and then those one flip away from the image's present one. The constraint enters as a penalty.
 Every success is replayed on the model itself.
 
-Shape suffixes: B batch, M pathways, N experts, L MoE layers, R routers; both times tokens where those are routed.
+Shape suffixes: B batch, L MoE layers (times tokens where those are routed), M pathways, N experts,
+R routers (likewise).
 """
 
 from __future__ import annotations

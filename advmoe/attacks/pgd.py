@@ -3,6 +3,8 @@
 Training and evaluation, every model kind and every routing variant go through `pgd`; they differ in the objective, the
 start and the forward function only. No parameter gradient is ever computed here, and BatchNorm runs on its stored
 statistics.
+
+Shape suffixes: B batch, H height, K classes, L MoE layers, W width.
 """
 
 from __future__ import annotations

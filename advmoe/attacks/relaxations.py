@@ -8,7 +8,7 @@ attack that follows one surrogate alone flatters the model.
 The tapes differ in the backward pass only. Whatever an attack finds through one of them holds for the model itself, up
 to rounding. `RoutedNetwork.forward_with_routing` takes the tape as an argument; nothing is stored on a module.
 
-Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers.
+Shape suffixes: B batch, C channels, H height, L MoE layers, N experts, W width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The untargeted attack with random restarts: the one behind every robust accuracy (RA) reported."""
+"""The untargeted attack with random restarts: the one behind every robust accuracy (RA) reported.
+
+Shape suffixes: A attempts, B batch.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,9 @@ def untargeted(
         )
         with torch.no_grad():
             logits = seen(found, torch.arange(len(found), device=images.device))
-        broken_RB = (logits.argmax(dim=1) != labels).view(together, -1)
-        broken = broken_RB.any(dim=0)
-        chosen = torch.where(broken, broken_RB.int().argmax(dim=0), together - 1)
+        broken_AB = (logits.argmax(dim=1) != labels).view(together, -1)
+        broken = broken_AB.any(dim=0)
+        chosen = torch.where(broken, broken_AB.int().argmax(dim=0), together - 1)
         adversarial[alive] = found.view(together, len(alive), *images.shape[1:])[
             chosen, torch.arange(len(alive), device=images.device)
         ]
@@ -71,9 +74,9 @@ def untargeted(
     return adversarial, robust
 
 
-def _repeated(forward: Forward, rows_R: Tensor) -> Forward:
-    """The view of a batch in which each image stands as often as `rows_R` has its position."""
-    return lambda images, rows: forward(images, rows_R[rows])
+def _repeated(forward: Forward, repeats: Tensor) -> Forward:
+    """The view of a batch in which each image stands as often as `repeats` has its position."""
+    return lambda images, rows: forward(images, repeats[rows])
 
 
 def _first_to_win(labels: Tensor, num_images: int) -> Won:

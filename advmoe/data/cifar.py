@@ -1,4 +1,7 @@
-"""CIFAR-10 and CIFAR-100 in every layout they are published in."""
+"""CIFAR-10 and CIFAR-100 in every layout they are published in.
+
+Shape suffixes: C channels, H height, I images of a set, W width.
+"""
 
 from __future__ import annotations
 
@@ -153,9 +156,9 @@ def _from_contents(
 
 
 def _image_set(cifar: Cifar, batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> ImageSet:
-    planes_NCHW = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 32, 32)
+    planes_ICHW = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 32, 32)
     return ImageSet(
-        images=np.ascontiguousarray(planes_NCHW.transpose(0, 2, 3, 1)),
+        images=np.ascontiguousarray(planes_ICHW.transpose(0, 2, 3, 1)),
         labels=np.concatenate([labels for _, labels in batches]),
         class_names=cifar.info.class_names,
     )

@@ -1,4 +1,7 @@
-"""Standard accuracy (SA) and robust accuracy under PGD (RA), together with what such numbers mean nothing without."""
+"""Standard accuracy (SA) and robust accuracy under PGD (RA), together with what such numbers mean nothing without.
+
+Shape suffixes: B batch, I images of a set, L MoE layers, N experts, R routers.
+"""
 
 from __future__ import annotations
 
@@ -32,37 +35,37 @@ Progress = Callable[[int, float, float], None]
 class Evaluation:
     """Outcome on a set of images. Shares are in [0, 1]."""
 
-    right_N: np.ndarray
+    right_I: np.ndarray
     """Which clean images are classified correctly, bool [images]."""
-    robust_N: np.ndarray
+    robust_I: np.ndarray
     """Which are classified correctly when clean and at every point the attack tried, bool [images]."""
     attack: AttackConfig
     seed: int
-    clean_pathways_NL: np.ndarray
+    clean_pathways_IL: np.ndarray
     """Expert of each clean image in each MoE layer, int64 [images, L]."""
-    adversarial_pathways_NL: np.ndarray
+    adversarial_pathways_IL: np.ndarray
     """The same after all steps of the attack's first start, for every image, also one that was wrong when clean."""
 
     @property
     def images(self) -> int:
         """Images evaluated."""
-        return len(self.right_N)
+        return len(self.right_I)
 
     @property
     def sa(self) -> float:
         """Share of clean images classified correctly."""
-        return float(self.right_N.mean()) if self.images else 0.0
+        return float(self.right_I.mean()) if self.images else 0.0
 
     @property
     def ra(self) -> float:
         """Share classified correctly at every point the attack tried."""
-        return float(self.robust_N.mean()) if self.images else 0.0
+        return float(self.robust_I.mean()) if self.images else 0.0
 
     @property
     def routers_fooled(self) -> float:
         """Share of all images whose pathway the attack changed in at least one layer."""
         return (
-            float((self.clean_pathways_NL != self.adversarial_pathways_NL).any(axis=1).mean()) if self.images else 0.0
+            float((self.clean_pathways_IL != self.adversarial_pathways_IL).any(axis=1).mean()) if self.images else 0.0
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Evaluation:
             "attack": to_dict(self.attack),
             "seed": self.seed,
         }
-        routed = self.clean_pathways_NL.shape[1] > 0
+        routed = self.clean_pathways_IL.shape[1] > 0
         return figures | ({"routers_fooled": round(100 * self.routers_fooled, 2)} if routed else {})
 
 
@@ -112,8 +115,8 @@ def evaluate(
     """
     mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress))
     batches = sorted(chain.from_iterable(gather(mine)), key=lambda arrays: int(arrays[0][0]))
-    _, right, robust, clean_NL, adversarial_NL = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return Evaluation(right, robust, attack, seed, clean_NL, adversarial_NL)
+    _, right, robust, clean_IL, adversarial_IL = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return Evaluation(right, robust, attack, seed, clean_IL, adversarial_IL)
 
 
 def _attack_batches(

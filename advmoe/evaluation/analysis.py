@@ -1,4 +1,7 @@
-"""Everything that a route log says about a model, as plain values for tables, JSON and figures."""
+"""Everything that a route log says about a model, as plain values for tables, JSON and figures.
+
+Shape suffixes: I images of a set, K classes, L MoE layers, N experts.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
         "load": load.share[:, 0].round(4).tolist(),
         "load_by_class": by_class.share.round(4).tolist(),
         "entropy": load.evenness[:, 0].round(4).tolist(),
-        "flow": flow(log.routes(name).experts_NL, model),
+        "flow": flow(log.routes(name).experts_IL, model),
         "pathways": len(pathways),
         "frequent": [
             {"pathway": "".join(map(str, pathway.tolist())), "images": int(count)}
@@ -81,7 +84,7 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     }
 
 
-def flow(experts_NL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[float]]]:
+def flow(experts_IL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[float]]]:
     """How images move from layer to layer: the share of images that take expert i and then expert j.
 
     Returns:
@@ -90,9 +93,9 @@ def flow(experts_NL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[
     if model.rows_per_image > 1:
         return []
     experts = model.config.num_experts
-    pairs = experts_NL[:, :-1].astype(np.int64) * experts + experts_NL[:, 1:]
+    pairs = experts_IL[:, :-1].astype(np.int64) * experts + experts_IL[:, 1:]
     counts = [np.bincount(column, minlength=experts**2).reshape(experts, experts) for column in pairs.T]
-    return [(count / max(len(experts_NL), 1)).round(4).tolist() for count in counts]
+    return [(count / max(len(experts_IL), 1)).round(4).tolist() for count in counts]
 
 
 def histogram(values: NDArray[np.float64]) -> dict[str, Any]:

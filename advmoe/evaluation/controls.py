@@ -1,6 +1,8 @@
 """Controls: what an MoE-CNN is worth with its routing or its experts replaced by something that learned nothing.
 
 If a control does as well as the model, the model's robustness does not come from what the control replaces.
+
+Shape suffixes: N experts, S slots of an expert.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ def _averaged(model: RoutedNetwork) -> None:
             if isinstance(module, MoEConv2d):
                 module.fold_affine()
             for bank in module.parameters():
-                rows_NC = torch.tensor(module.rows, device=bank.device)
-                bank[rows_NC[0]] = bank[rows_NC].mean(dim=0)
+                rows_NS = torch.tensor(module.rows, device=bank.device)
+                bank[rows_NS[0]] = bank[rows_NS].mean(dim=0)
     for linear in _routers(model):
         linear.weight.zero_()  # equal logits: every image takes expert 0
 

@@ -3,6 +3,8 @@
 Each looks for one way in which a defense, or the evaluation itself, is known to fool attacks (Athalye et al., 2018;
 Carlini et al., 2019; Croce & Hein, 2020; the NaN routers of earlier MoE results). They run on a sample of the images.
 A failed check makes the number untrusted, not wrong: it says why the attack may have been too weak.
+
+Shape suffixes: B batch, I images of a set, K classes, L MoE layers, N experts, R routers.
 """
 
 from __future__ import annotations
@@ -308,21 +310,21 @@ def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:
     )
 
 
-def routing_seen(clean_NL: NDArray[np.uint8], attacked_NL: NDArray[np.uint8], num_experts: int) -> Diagnostic:
+def routing_seen(clean_IL: NDArray[np.uint8], attacked_IL: NDArray[np.uint8], num_experts: int) -> Diagnostic:
     """How the routers were used: no verdict, since a router may rightly prefer one expert.
 
     Args:
-        clean_NL: the experts that each clean image took.
-        attacked_NL: the same where PGD ended.
+        clean_IL: the experts that each clean image took.
+        attacked_IL: the same where PGD ended.
         num_experts: N.
     """
-    counts_LN = np.stack([(clean_NL == expert).sum(axis=0) for expert in range(num_experts)], axis=1)
+    counts_LN = np.stack([(clean_IL == expert).sum(axis=0) for expert in range(num_experts)], axis=1)
     evenness_L = ExpertLoad(counts_LKN=counts_LN[:, None].astype(np.uint64)).evenness[:, 0]
-    changed = clean_NL != attacked_NL
+    changed = clean_IL != attacked_IL
     return Diagnostic(
         "routing",
         "info",
-        f"{len(np.unique(clean_NL, axis=0))} pathways in {len(clean_NL)} images; entropy of the load "
+        f"{len(np.unique(clean_IL, axis=0))} pathways in {len(clean_IL)} images; entropy of the load "
         f"{evenness_L.mean():.2f}, lowest layer {evenness_L.min():.2f}; PGD changes the pathway of "
         f"{_percent(float(changed.any(axis=1).mean()))} of images, {_percent(float(changed.mean()))} of decisions",
         "entropy 1 where all experts are used alike, 0 where a layer always takes the same one",

@@ -1,4 +1,7 @@
-"""The attacks of an evaluation, run one after another on one batch; `advmoe.evaluation.results` says what each is."""
+"""The attacks of an evaluation, run one after another on one batch; `advmoe.evaluation.results` says what each is.
+
+Shape suffixes: B batch, H height, L MoE layers, M pathways, V victims, W width.
+"""
 
 from __future__ import annotations
 

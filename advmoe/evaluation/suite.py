@@ -1,4 +1,7 @@
-"""The whole evaluation of one model: every attack on every image, batch by batch, resumable."""
+"""The whole evaluation of one model: every attack on every image, batch by batch, resumable.
+
+Shape suffixes: I images of a set, L MoE layers, M pathways.
+"""
 
 from __future__ import annotations
 
@@ -145,10 +148,10 @@ def common_pathways(
         predict(model, batch.images.to(device))[1].cpu()
         for batch in BatchLoader(images, batch_size=batch_size).epoch(0)
     ]
-    pathways_NL = torch.cat(pathways)
-    if not pathways_NL.shape[1]:
-        return pathways_NL[:1].to(device), np.array([len(pathways_NL)])
-    distinct_ML, counts = pathways_NL.unique(dim=0, return_counts=True)
+    pathways_IL = torch.cat(pathways)
+    if not pathways_IL.shape[1]:
+        return pathways_IL[:1].to(device), np.array([len(pathways_IL)])
+    distinct_ML, counts = pathways_IL.unique(dim=0, return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     return distinct_ML[order].to(device), counts[order].numpy()
 

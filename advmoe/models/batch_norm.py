@@ -4,7 +4,7 @@ Where one process trains alone this is torch's own BatchNorm, to the bit. With s
 gradients and the running statistics are those that one process would compute on the union batch. torch's SyncBatchNorm
 does the same on GPUs only, and its conversion would replace the routers' centering, which is no BatchNorm.
 
-Shape suffixes: B batch, C channels, H height, W width, R ranks.
+Shape suffixes: B batch, C channels, G ranks, H height, W width.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def union_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         var_C, mean_C = torch.var_mean(own, axes, correction=0)
     else:
         var_C = mean_C = own.new_zeros(own.shape[1])
-    stacked_R2C = stack_all(torch.cat((mean_C, var_C, own.new_full((1,), count))))
-    means_RC, vars_RC, counts_R1 = stacked_R2C.tensor_split([len(mean_C), 2 * len(mean_C)], dim=1)
-    number = counts_R1.sum()
-    mean_C = (means_RC * counts_R1).sum(dim=0) / number
+    stacked_G2C = stack_all(torch.cat((mean_C, var_C, own.new_full((1,), count))))
+    means_GC, vars_GC, counts_G1 = stacked_G2C.tensor_split([len(mean_C), 2 * len(mean_C)], dim=1)
+    number = counts_G1.sum()
+    mean_C = (means_GC * counts_G1).sum(dim=0) / number
     # Chan et al. (1983): no difference of large sums, unlike E[x^2] - E[x]^2.
-    squares_C = ((vars_RC + (means_RC - mean_C).square()) * counts_R1).sum(dim=0)
+    squares_C = ((vars_GC + (means_GC - mean_C).square()) * counts_G1).sum(dim=0)
     return mean_C, squares_C / number, number
 
 

@@ -2,6 +2,8 @@
 
 Layers whose outputs are added (a residual stream) write the same channels, so that one mask prunes them together and
 the kept ones fit into a small dense network.
+
+Shape suffixes: C channels.
 """
 
 from __future__ import annotations

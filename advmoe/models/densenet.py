@@ -1,4 +1,7 @@
-"""DenseNet-BC (Huang et al., 2017): bottleneck layers that each add `growth` channels to all earlier ones."""
+"""DenseNet-BC (Huang et al., 2017): bottleneck layers that each add `growth` channels to all earlier ones.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 

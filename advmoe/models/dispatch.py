@@ -6,7 +6,7 @@ inverse permutation takes the place of the zero-filled, accumulating scatter tha
 What a router learns from is computed here too, in the backward pass alone (`router_signal`): how much the loss would
 change, to first order, if the layer's output moved toward another expert's.
 
-Shape suffixes: B images (or other rows that are routed as one), N experts.
+Shape suffixes: B batch (images, or tokens where those are routed), N experts.
 """
 
 from __future__ import annotations

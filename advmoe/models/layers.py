@@ -1,6 +1,8 @@
 """The layers of a backbone, made for one model kind: the backbone says what it needs, the kind decides how.
 
 Every convolution here is called as `layer(x, tape)`; layers that are not routed ignore the tape.
+
+Shape suffixes: B batch, C channels, D features, H height, W width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sparse-CNN after training: the kept channels, packed into a network that really has no others."""
+"""Sparse-CNN after training: the kept channels, packed into a network that really has no others.
+
+Shape suffixes: C channels, O outputs, P places of a channel.
+"""
 
 from __future__ import annotations
 

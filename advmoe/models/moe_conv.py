@@ -3,6 +3,8 @@
 The batch is dispatched (`advmoe.models.dispatch`), each expert's images go through one ordinary convolution, and the
 results come back into batch order. In training too the cost is that of one expert per image; a router that learns adds
 one more in the backward pass.
+
+Shape suffixes: B batch, C channels, H height, N experts, W width.
 """
 
 from __future__ import annotations

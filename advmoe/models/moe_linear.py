@@ -44,15 +44,15 @@ def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Ten
     """Multiply row b of x by the weights of expert `expert_index[b]`: y[b] = x[b] @ W_e.T + bias_e.
 
     Args:
-        x: [R, ..., D_in]. What is routed as one lies along R: an image with all its tokens ([B, T, D_in]), or a single
+        x: [U, ..., D_in]. What is routed as one lies along U: an image with all its tokens ([B, T, D_in]), or a single
             token ([B * T, D_in]).
         weight: weight bank [bank, D_in]; expert e multiplies by its rows rows[e].
         bias: bias bank [bank] or None, shared out in the same way.
-        expert_index: int64 [R], each one of range(len(rows)).
+        expert_index: int64 [U], each one of range(len(rows)).
         rows: bank rows of each expert, in the order of its outputs.
 
     Returns:
-        [R, ..., len(rows[0])], in the order of x.
+        [U, ..., len(rows[0])], in the order of x.
     """
     if torch.compiler.is_exporting():
         flat = list(chain.from_iterable(rows))
@@ -82,7 +82,7 @@ class MoELinear(nn.Module):
         return len(self.rows)
 
     def forward(self, x: Tensor, expert_index: Tensor) -> Tensor:
-        """[R, ..., D_in] and int64 [R] -> [R, ..., outputs of an expert]."""
+        """[U, ..., D_in] and int64 [U] -> [U, ..., outputs of an expert]."""
         return moe_linear(x, self.weight, self.bias, expert_index, rows=self.rows)
 
     def one_expert(self, expert: int, x: Tensor) -> Tensor:

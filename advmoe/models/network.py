@@ -1,4 +1,7 @@
-"""What all networks share: images in, logits out, pathways on request, and the split of theta into phi and psi."""
+"""What all networks share: images in, logits out, pathways on request, and the split of theta into phi and psi.
+
+Shape suffixes: B batch, C channels, H height, L MoE layers, T tokens, W width.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""ResNet-18 (He et al., 2016): stem, four stages of two basic blocks, linear classifier."""
+"""ResNet-18 (He et al., 2016): stem, four stages of two basic blocks, linear classifier.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Routers: small gating networks that pick one expert per image.
 
-Shape suffixes: B batch, C channels, H height, W width, N experts.
+Shape suffixes: B batch, C channels, H height, N experts, W width.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ An MoE layer is a router plus one convolution (paper, Sec. 3). The router picks 
 all layers are the image's *pathway*. Nothing here is stored on a module: a forward pass opens a `RoutingTape`, each
 layer asks it for its decision, and the tape is read out as a `Routing` at the end.
 
-Shape suffixes: B batch, C channels, H height, W width, N experts, L MoE layers, R routers (R <= L, several layers may
-share one).
+Shape suffixes: B batch, C channels, H height, L MoE layers, N experts, R routers (at most L, as
+several layers may share one), W width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015): 13 convolutions and a classifier, CIFAR and ImageNet forms."""
+"""VGG-16 with BatchNorm (Simonyan & Zisserman, 2015): 13 convolutions and a classifier, CIFAR and ImageNet forms.
+
+Shape suffixes: B batch, C channels, D features, H height, W width.
+"""
 
 from __future__ import annotations
 

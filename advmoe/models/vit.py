@@ -3,7 +3,8 @@
 What is routed is the MLP of each block: expert e is a window of r of the hidden units. Attention, patch embedding and
 classifier are not routed, and r does not narrow them: S-Dense is ViT with narrower MLPs, one pathway of MoE-ViT.
 
-Shape suffixes: B batch, T tokens, D dimension of a token, H heads, R rows (what is routed as one: images or tokens).
+Shape suffixes: B batch, C channels, D features, H height, T tokens, U routed units (an image or a
+token), W width.
 """
 
 from __future__ import annotations
@@ -100,22 +101,22 @@ class RoutedMLP(nn.Module):
         init_linear(self.reduce)
 
     def forward(self, x_BTD: Tensor, tape: RoutingTape) -> Tensor:
-        """[B, T, D] -> [B, T, D]. The router sees rows as feature maps [R, D, tokens, 1]."""
-        rows_RTD = x_BTD.flatten(0, 1).unsqueeze(1) if self.per_token else x_BTD
-        y_RDT1 = tape.apply(self.layer, rows_RTD.transpose(1, 2).unsqueeze(3), self.compute)
-        y_BTD: Tensor = y_RDT1.squeeze(3).transpose(1, 2).reshape(x_BTD.shape)
+        """[B, T, D] -> [B, T, D]. The router sees rows as feature maps [U, D, T, 1]."""
+        rows_UTD = x_BTD.flatten(0, 1).unsqueeze(1) if self.per_token else x_BTD
+        y_UDT1 = tape.apply(self.layer, rows_UTD.transpose(1, 2).unsqueeze(3), self.compute)
+        y_BTD: Tensor = y_UDT1.squeeze(3).transpose(1, 2).reshape(x_BTD.shape)
         return y_BTD
 
-    def compute(self, x_RDT1: Tensor, decision: Decision) -> Tensor:
-        """Output of each row's expert, as feature maps [R, D, tokens, 1]."""
-        x_RTD = x_RDT1.squeeze(3).transpose(1, 2)
-        index_R = decision.expert_index_B
+    def compute(self, x_UDT1: Tensor, decision: Decision) -> Tensor:
+        """Output of each row's expert, as feature maps [U, D, T, 1]."""
+        x_UTD = x_UDT1.squeeze(3).transpose(1, 2)
+        index_U = decision.expert_index_B
         if torch.compiler.is_exporting():
-            y_RTD: Tensor = self.reduce(F.gelu(self.expand(x_RTD, index_R)), index_R)
+            y_UTD: Tensor = self.reduce(F.gelu(self.expand(x_UTD, index_U)), index_U)
         else:  # both layers of an expert on its rows: one dispatch instead of two
-            y_RTD = route(x_RTD, decision, self)
-        y_RTD = scaled(y_RTD, decision)
-        return y_RTD.transpose(1, 2).unsqueeze(3)
+            y_UTD = route(x_UTD, decision, self)
+        y_UTD = scaled(y_UTD, decision)
+        return y_UTD.transpose(1, 2).unsqueeze(3)
 
     @property
     def num_experts(self) -> int:

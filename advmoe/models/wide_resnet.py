@@ -1,4 +1,7 @@
-"""WRN-28-10 (Zagoruyko & Komodakis, 2016): pre-activation residual blocks, ten times as wide as in ResNet."""
+"""WRN-28-10 (Zagoruyko & Komodakis, 2016): pre-activation residual blocks, ten times as wide as in ResNet.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ They are narrow, so that a phone need not shrink them. Error bars are one standa
 
 Input are the plain values of result cards (`advmoe.evaluation.card`), analyses (`advmoe.evaluation.analysis`), logs
 (`advmoe.reports.training`) and example images (`advmoe.evaluation.examples`).
+
+Shape suffixes: L MoE layers, N experts.
 """
 
 from __future__ import annotations

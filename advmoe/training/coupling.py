@@ -14,6 +14,8 @@ specific filters, but the filters stay one plain bank: nothing has to be merged,
 Where windows overlap (N * r > 1), a filter of several experts stands for all of them in its slot: the formula's N is
 then the number of different filters in a slot, and at r = 1, where that is 1 everywhere, it is Dense's plain SGD. A
 filter that changes slots from expert to expert, as some must if N > 2, has no counterparts and is left alone.
+
+Shape suffixes: F filters of a bank, S slots of an expert.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
 class Slots:
     """Which rows of a bank share a slot."""
 
-    slot_of_R: Tensor
+    slot_of_F: Tensor
     """int64 [bank], the slot of each row."""
     count_S: Tensor
     """How many rows each slot has, at least 1."""
@@ -58,10 +60,10 @@ class Slots:
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | None = None) -> Slots:
         """From the slot of each row."""
-        slot_of_R = torch.tensor(slots, device=device)
+        slot_of_F = torch.tensor(slots, device=device)
         size = max(slots) + 1
         tiled = list(slots) == [row % size for row in range(len(slots))] and len(slots) % size == 0
-        return cls(slot_of_R, slot_of_R.bincount().clamp(min=1), len(slots) // size if tiled else None)
+        return cls(slot_of_F, slot_of_F.bincount().clamp(min=1), len(slots) // size if tiled else None)
 
 
 @lru_cache(maxsize=256)
@@ -86,7 +88,7 @@ def start_equal(model: nn.Module) -> None:
     """Give all filters of a slot the values of the first one."""
     for weight, slots in expert_banks(model):
         first_of: dict[int, int] = {}
-        first = [first_of.setdefault(slot, row) for row, slot in enumerate(slots.slot_of_R.tolist())]
+        first = [first_of.setdefault(slot, row) for row, slot in enumerate(slots.slot_of_F.tolist())]
         weight.copy_(weight[first])
 
 
@@ -106,6 +108,6 @@ def couple(gradient: Tensor, slots: Slots, specialization: float) -> None:
         of_expert.mul_(specialization).add_(total, alpha=1.0 - specialization / slots.copies)
         return
     count = slots.count_S.reshape(-1, *[1] * (gradient.ndim - 1))
-    total = gradient.new_zeros(len(count), *gradient.shape[1:]).index_add_(0, slots.slot_of_R, gradient)
+    total = gradient.new_zeros(len(count), *gradient.shape[1:]).index_add_(0, slots.slot_of_F, gradient)
     common = total - specialization * (total / count)
-    gradient.mul_(specialization).add_(common.index_select(0, slots.slot_of_R))
+    gradient.mul_(specialization).add_(common.index_select(0, slots.slot_of_F))

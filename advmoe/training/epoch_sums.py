@@ -1,4 +1,7 @@
-"""Running sums over the steps of an epoch: losses, accuracies, and pathways that an attack changed."""
+"""Running sums over the steps of an epoch: losses, accuracies, and pathways that an attack changed.
+
+Shape suffixes: B batch, L MoE layers.
+"""
 
 from __future__ import annotations
 

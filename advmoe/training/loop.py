@@ -2,6 +2,8 @@
 
 Everything random is a pure function of (seed, position in the run): the batches in the Rust loader, the attacks' noise
 here. A run that is stopped after any step and resumed goes on bit for bit as if it had not been stopped.
+
+Shape suffixes: I images of a set.
 """
 
 from __future__ import annotations
@@ -236,7 +238,7 @@ class Trainer:
                 "send nearly every image to one expert"
             )
         final = self.schedule.is_final(self.step)
-        best = final and self.selection.better(validation.right_N, validation.robust_N)
+        best = final and self.selection.better(validation.right_I, validation.robust_I)
         self._metrics = record
         self.folder.log(record)
         self.sums = self._new_sums()

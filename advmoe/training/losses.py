@@ -1,4 +1,7 @@
-"""The training objectives."""
+"""The training objectives.
+
+Shape suffixes: B batch, K classes, N experts, R routers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """What the routers did with the training images, epoch by epoch: the route log of a run.
 
 Images are logged as the training step saw them, cropped and mirrored anew in every epoch.
+
+Shape suffixes: B batch, I images of a set, L MoE layers, T tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class RoutingHistory:
         mine = [] if world().leads else [(name, self._log.routes(name)) for name in self._log.conditions]
         for theirs in collect(mine):
             for name, routes in theirs:
-                self._log.append(name, routes.indices, routes.experts_NL, labels=routes.labels)
+                self._log.append(name, routes.indices, routes.experts_IL, labels=routes.labels)
         if not world().leads:
             self._log = RouteLog(self._log.num_experts)
 

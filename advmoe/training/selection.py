@@ -17,7 +17,7 @@ from torch import Tensor
 from advmoe.errors import CheckpointError
 
 Outcome = NDArray[np.bool_]
-"""Which validation images are classified correctly [N]."""
+"""Which validation images are classified correctly [I]."""
 OUTCOMES = {"peak_robust", "best_robust", "best_right"}
 """What is kept: of the epoch with the highest RA, and of the best one."""
 FEW_IMAGES = 200
@@ -50,8 +50,8 @@ class Selection:
         """Whether the epoch that has just ended is the best so far.
 
         Args:
-            right: correct clean images [N].
-            robust: images that are correct under attack [N].
+            right: correct clean images [I].
+            robust: images that are correct under attack [I].
         """
         known = self._outcomes
         if not known or robust.sum() >= known["peak_robust"].sum():

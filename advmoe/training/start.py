@@ -1,4 +1,7 @@
-"""The weights a run starts from, where these are not fresh."""
+"""The weights a run starts from, where these are not fresh.
+
+Shape suffixes: F filters of a bank, S slots of an expert.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,7 @@ def _largest_channels(wanted: ModelConfig, dense: RoutedNetwork) -> dict[str, Te
 def _draw_anew(model: RoutedNetwork, share: float, generator: torch.Generator) -> None:
     """Draw a share of the rows of each expert's bank anew; rows that all experts have stay."""
     for bank, slots in expert_banks(model):
-        own = slots.count_S[slots.slot_of_R] > 1
+        own = slots.count_S[slots.slot_of_F] > 1
         chosen = own & (torch.rand(len(bank), generator=generator).to(bank.device) < share)
         drawn = torch.randn(bank.shape, generator=generator).to(bank.device) * bank.std() + bank.mean()
         bank[chosen] = drawn[chosen]

@@ -1,4 +1,7 @@
-"""One training step of each method, to be read beside the paper's Algorithm 1."""
+"""One training step of each method, to be read beside the paper's Algorithm 1.
+
+Shape suffixes: B batch, L MoE layers, N experts, R routers.
+"""
 
 from __future__ import annotations
 

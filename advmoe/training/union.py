@@ -3,6 +3,8 @@
 Every rank's loss is the part that its images have in the mean over the union, so the sum of all ranks' losses is the
 loss of one process that has all the images, and the sum of their gradients is its gradient. Ranks may differ in their
 numbers of images: batches that cannot be shared out evenly, images that cannot be decoded.
+
+Shape suffixes: G ranks, J streams of batches.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
         return list(batches)
     if not counted:
         return [batch._replace(place=Place(world().share(union_size).start, union_size)) for batch in batches]
-    counts_RS = agree([len(batch.labels) for batch in batches])
-    first_S = counts_RS[: world().rank].sum(dim=0).tolist()
-    total_S = counts_RS.sum(dim=0).tolist()
+    counts_GJ = agree([len(batch.labels) for batch in batches])
+    first_J = counts_GJ[: world().rank].sum(dim=0).tolist()
+    total_J = counts_GJ.sum(dim=0).tolist()
     return [
         batch._replace(place=Place(first, number))
-        for batch, first, number in zip(batches, first_S, total_S, strict=True)
+        for batch, first, number in zip(batches, first_J, total_J, strict=True)
     ]
 
 

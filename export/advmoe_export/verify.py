@@ -4,6 +4,8 @@ Routing is discontinuous. An image on a router's boundary may take another exper
 error, and then all later layers rightly differ. Decisions are therefore compared first, each with
 its margin (chosen router logit minus the next). Logits are compared for images whose decisions all
 agree. Only the first decision that differs counts for an image; the later ones follow from it.
+
+Shape suffixes: B batch, H height, L MoE layers, W width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Adding nodes and constants to a traced graph."""
+"""Adding nodes and constants to a traced graph.
+
+Shape suffixes: D features, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def insert_one(
 
 
 def linear_layer(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """Weight [O, I] and bias [O] of a node that computes x @ W.T + b; None for other nodes."""
+    """Weight [O, D] and bias [O] of a node that computes x @ W.T + b; None for other nodes."""
     x = node.inputs[0] if node.inputs else None
     if x is None or x.shape is None or len(x.shape) != 2 or x.const_value is not None:
         return None
@@ -78,5 +81,5 @@ def linear_layer(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
     plain = attributes.get_int("transA", 0) == 0 and all(attributes.get_float(k, 1.0) == 1.0 for k in ("alpha", "beta"))
     if not plain or weight.ndim != 2 or any(bias.ndim != 1 for bias in biases):
         return None
-    weight_OI = weight if attributes.get_int("transB", 0) else weight.T
-    return weight_OI, biases[0] if biases else np.zeros(len(weight_OI), weight.dtype)
+    weight_OD = weight if attributes.get_int("transB", 0) else weight.T
+    return weight_OD, biases[0] if biases else np.zeros(len(weight_OD), weight.dtype)

@@ -2,6 +2,8 @@
 
 In evaluation mode BatchNorm computes y = s * x + t per channel, with s = gamma / sqrt(var + eps)
 and t = beta - s * mean.
+
+Shape suffixes: D features, N experts, O outputs, S slots of an expert.
 """
 
 from __future__ import annotations
@@ -120,9 +122,9 @@ def _into_experts(graph: ir.Graph, target: _Experts, norm: ir.Node, scale: np.nd
 def _into_linear(graph: ir.Graph, linear: ir.Node, norm: ir.Node, scale: np.ndarray, shift: np.ndarray) -> None:
     layer = linear_layer(linear)
     assert layer is not None
-    weight_OI, bias_O = layer
-    folded_OI = (weight_OI * scale).astype(weight_OI.dtype)
-    folded_O = (bias_O + weight_OI @ shift).astype(weight_OI.dtype)
+    weight_OD, bias_O = layer
+    folded_OD = (weight_OD * scale).astype(weight_OD.dtype)
+    folded_O = (bias_O + weight_OD @ shift).astype(weight_OD.dtype)
     name = str(linear.outputs[0].name)
     replacement = insert_one(
         graph,
@@ -130,7 +132,7 @@ def _into_linear(graph: ir.Graph, linear: ir.Node, norm: ir.Node, scale: np.ndar
         "Gemm",
         [
             norm.inputs[0],
-            constant(graph, folded_OI, f"{name}.weight"),
+            constant(graph, folded_OD, f"{name}.weight"),
             constant(graph, folded_O, f"{name}.bias"),
         ],
         {"transB": 1},
