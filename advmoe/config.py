@@ -44,6 +44,9 @@ AttackStart = Literal["uniform", "gaussian", "clean"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUTER_GRADIENTS: tuple[RouterGradient, ...] = get_args(RouterGradient)
 
+CHECKPOINT_MINUTES = 10.0
+"""Between checkpoints in mid-epoch, where nobody says otherwise: what a crash may cost."""
+
 Triple = tuple[float, float, float]
 
 

@@ -115,25 +115,28 @@ def failure(action: Callable[[], object]) -> str:
     return "nothing went wrong"
 
 
-def update_with_nan(where: str) -> None:
-    """One update, in which something on the last rank only is not finite."""
+def update_with_nan(where: str) -> tuple[bool, bool]:
+    """One update, in which something on the last rank only is not finite: was it made, and are the weights the same?"""
     model = build_model(ModelConfig(arch="vit", kind="moe", width=1 / 6, depth=1))
     steps = 1 if where == "attack" else 0
     config = dataclasses.replace(TRAIN, attack=AttackConfig(eps=8 / 255, steps=steps, start="clean"))
     (level,) = make_levels(("all",), model, config)
+    before = [parameter.detach().clone() for parameter in model.router_parameters()]
     if world().rank == world().size - 1:
         with torch.no_grad():
             next(iter(model.expert_parameters())).fill_(torch.nan)
     place = Place(2 * world().rank, 2 * world().size)
     batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), torch.arange(2), place)
-    adversarial_update(level, batch, config, torch.Generator())
+    taken = bool(adversarial_update(level, batch, config, torch.Generator()).finite)
+    after = list(model.router_parameters())
+    return taken, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def two(folder: Path) -> dict[str, Any]:
     """What two ranks do."""
     found: dict[str, Any] = {case: bits(train(case, folder / "two" / case)) for case in CASES}
     for where in ("attack", "loss"):
-        found[f"nan in {where}"] = failure(lambda where=where: update_with_nan(where))
+        found[f"nan in {where}"] = update_with_nan(where)
     # Only rank 0 is watched; it asks for a stop, and both stop.
     train("advmoe", folder / "stopped", stop_after=1)
     return found

@@ -70,9 +70,10 @@ def train(
     resume: Checkpoint | None = None,
     before: Callable[[Trainer], None] = lambda trainer: None,
     keep: int = 0,
+    minutes: float = 10.0,
 ) -> bool:
     observer = observer or Observer()
-    with RunFolder(path, keep=keep) as folder:
+    with RunFolder(path, keep=keep, minutes=minutes) as folder:
         trainer = Trainer(model, config, dataset, folder, device=torch.device("cpu"), observer=observer, resume=resume)
         observer.trainer = trainer
         before(trainer)

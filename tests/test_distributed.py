@@ -70,15 +70,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 @pytest.mark.parametrize("where", ["attack", "loss"])
-def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(where: str, two: list[dict[str, Any]]) -> None:
-    first, second = (found[f"nan in {where}"] for found in two)
-    assert first == second
-    assert "not finite" in first if where == "attack" else "became nan" in first
+def test_what_is_not_finite_on_one_rank_leaves_all_ranks_unmoved(where: str, two: list[dict[str, Any]]) -> None:
+    for found in two:
+        taken, unmoved = found[f"nan in {where}"]
+        assert not taken
+        assert unmoved
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_restarted_and_the_run_goes_on(tmp_path: Path) -> None:
     options = "--arch vgg16 --width 0.0625 --epochs 2 --batch-size 16 --limit-train 48 --val-limit 20 --device cpu"
+    options += " --checkpoint-minutes 0"
     weights = []
     for name, program in (("killed", "killed_rank.py"), ("whole", "-m advmoe")):
         start = ["--nproc-per-node", "2", "--max-restarts", "1"]

@@ -1,7 +1,9 @@
 """The training loop: resumption to the bit, selection on validation images, and what a run leaves behind."""
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +14,13 @@ import torch
 from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, resumed, scripted, train
 from torch import Tensor, nn
 
+from advmoe.config import TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
-from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
+from advmoe.errors import CheckpointError, ConfigError, TrainingError
 from advmoe.routing_log import RouteLog
-from advmoe.training import loop
+from advmoe.training import loop, steps
 from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.guard import take_step
 from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
@@ -88,12 +92,9 @@ def test_a_crash_loses_the_steps_since_the_last_checkpoint_only(
     assert_identical(contents(tmp_path / "run"), contents(whole_run))
 
 
-def test_checkpoints_in_mid_epoch_are_made_by_the_clock(
-    digits: Dataset, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+def test_checkpoints_in_mid_epoch_are_made_by_the_clock(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
-        train(digits, tmp_path / "run", observer=Observer(fail_after=2))
+        train(digits, tmp_path / "run", observer=Observer(fail_after=2), minutes=0)
     going_on = Observer()
     assert resumed(digits, tmp_path / "run", observer=going_on)
     assert going_on.steps == [2, 3, 4], "step 1 was saved in the middle of its epoch"
@@ -240,26 +241,100 @@ def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, t
             assert self.trainer is not None
             nn.init.constant_(self.trainer.model.classifier.bias, float("nan"))  # type: ignore[union-attr, arg-type]
 
-    with pytest.raises(AdvMoEError, match=r"not finite|became nan"):
+    # an epoch has 2 steps: so many in a row end the run
+    with pytest.raises(TrainingError, match=r"not finite in 2 steps in a row, up to step 4.*lower the learning rate"):
         train(digits, tmp_path / "run", STANDARD, observer=Sabotage())
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert last.progress["step"] == 2
     assert all(value.isfinite().all() for value in last.weights.values())
 
 
-@pytest.mark.parametrize(("threshold", "warnings"), [(0.5, 2), (1.1, 0)])
-def test_collapsed_routers_are_pointed_out_after_each_epoch(
+@pytest.mark.parametrize(("threshold", "warnings"), [(0.5, 1), (1.1, 0)])
+def test_a_collapsed_router_is_pointed_out_once_with_its_layer_and_load(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float, warnings: int
 ) -> None:
-    # The busiest of two experts has at least half of the images, and never more than all of them.
+    # The busiest of two experts has at least half of the images, and never more than all of them; there are 2 epochs.
     monkeypatch.setattr(loop, "COLLAPSED_LOAD", threshold)
     observer = Observer()
     train(digits, tmp_path / "run", STANDARD, observer=observer)
-    found = [warning for warning in observer.warnings if "MoE layers" in warning]
+    found = [warning for warning in observer.warnings if "one expert" in warning]
     assert len(found) == warnings
+    loads = observer.records[0]["router_load"]
     for warning in found:
-        assert "MoE layers 0, 1, 2" in warning
-        assert "nearly every image to one expert" in warning
+        shown = ", ".join(f"{layer} ({100 * load:.1f} %)" for layer, load in enumerate(loads))
+        assert f"epoch 1: routers send nearly every image to one expert, in MoE layer {shown};" in warning
+
+
+class Spoiling(Observer):
+    """Makes the logits of the step after this one NaN."""
+
+    def __init__(self, after: int, **more: Any) -> None:
+        super().__init__(**more)
+        self.after = after
+        self.unmoved: bool | None = None
+
+    def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+        assert self.trainer is not None
+        classifier = self.trainer.model.classifier
+        assert isinstance(classifier, nn.Linear)
+        if step == self.after:
+            self.before = self.state()
+            always = self.trainer.levels[0].name == "routers"  # in whose step the classifier is in eval mode
+            self.hook = classifier.register_forward_hook(
+                lambda layer, _, logits: logits * torch.nan if layer.training or always else logits
+            )
+        if step == self.after + 1:
+            self.hook.remove()
+            after = self.state()
+            self.unmoved = all(torch.equal(after[name], value) for name, value in self.before.items())
+        super().stepped(step, images, figures)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, statistics and momentum."""
+        assert self.trainer is not None
+        found = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
+        for number, level in enumerate(self.trainer.levels):
+            for index, entry in level.optimizer.state_dict()["state"].items():
+                found[f"momentum {number} {index}"] = entry["momentum_buffer"].clone()
+        return found
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("config", [TRAIN, dataclasses.replace(STANDARD, ema=0.9)], ids=["advmoe", "standard"])
+def test_a_step_that_is_not_finite_leaves_no_trace_but_its_note(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig, asked: bool
+) -> None:
+    monkeypatch.setattr(steps, "take_step", functools.partial(take_step, ask=asked))
+    observer = Spoiling(1)
+    assert train(digits, tmp_path / "run", config, observer=observer)
+    assert observer.unmoved
+    updates = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    levels = ["routers", "experts"] if config is TRAIN else ["all"]
+    assert [(update["step"], update["level"], update["loss"]) for update in updates] == [
+        (2, level, "nan") for level in levels
+    ]
+    assert observer.trainer is not None
+    for update, loader in zip(updates, observer.trainer.loaders, strict=True):
+        assert update["images"] == list(loader.epoch(0))[1].indices.tolist()
+    for level in levels:
+        assert f"step 2: the update of the {level} was not finite (loss nan)" in " ".join(observer.warnings)
+    first, second = observer.records
+    assert [first[f"{'train' if level != 'routers' else level}_steps_skipped"] for level in levels] == [1] * len(levels)
+    assert math.isfinite(first["train_loss"])
+    assert "train_steps_skipped" not in second
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "run" / "last.pt").weights.values())
+
+
+def test_a_run_goes_on_after_a_skipped_step_bit_for_bit(digits: Dataset, tmp_path: Path) -> None:
+    """The same step is spoiled in a whole run and in one that stopped just after it."""
+    train(digits, tmp_path / "whole", STANDARD, observer=Spoiling(2))
+    assert not train(digits, tmp_path / "run", STANDARD, observer=Spoiling(2, stop_after=3))
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["skipped_in_a_row"] == 1
+    with (tmp_path / "run" / "skipped.jsonl").open("a") as file:  # what a crash left of later steps
+        file.write('{"step": 4, "level": "all", "loss": "nan", "images": []}\n{"st')
+    assert resumed(digits, tmp_path / "run", STANDARD)
+    assert_identical(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+    assert (tmp_path / "run" / "skipped.jsonl").read_text() == (tmp_path / "whole" / "skipped.jsonl").read_text()
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(digits: Dataset, whole_run: Path) -> None:

@@ -130,6 +130,7 @@ def pgd(
     start: Tensor,
     won: Won | None = None,
     count: GradientCount | None = None,
+    sound: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images within eps of `images` and within [0, 1].
 
@@ -142,14 +143,16 @@ def pgd(
         won: if given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
             that iterate and spends no further work on it. An adversary may stop whenever it has won.
         count: if given, counts the gradients.
+        sound: if given, bool [], it becomes false where an output or a gradient is not finite, instead of an error
+            that the host would have to wait for.
 
     Raises:
-        AdvMoEError: an output or a gradient is not finite. sign(NaN) would leave the image where it is, and argmax of
-            NaNs is class 0: either would pass for robustness.
+        AdvMoEError: an output or a gradient is not finite, and there is no `sound`. sign(NaN) would leave the image
+            where it is, and argmax of NaNs is class 0: either would pass for robustness.
     """
     adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)
-    finite = torch.ones((), dtype=torch.bool, device=images.device)
+    finite = torch.ones((), dtype=torch.bool, device=images.device) if sound is None else sound
     for _ in range(config.steps):
         candidate = adversarial[rows].requires_grad_()
         with torch.enable_grad():
@@ -169,7 +172,7 @@ def pgd(
             count.zero += int((gradient.flatten(1) == 0).all(dim=1).sum())
         stepped = candidate.detach() + config.step_size * gradient.sign()
         adversarial[rows] = project(stepped, images[rows], config.eps)
-    if not finite:
+    if sound is None and not finite:
         raise AdvMoEError(
             "the attack met logits or gradients that are not finite, so its result would flatter the model; "
             "expected finite logits: check the checkpoint (diverged training?) and the input images"

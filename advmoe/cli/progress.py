@@ -62,7 +62,7 @@ class TrainingProgress:
 
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
         """Advance the bar."""
-        shown = f"train loss {figures['loss']:.3f} SA {figures['sa']:.1f}"
+        shown = f"train loss {figures['loss']:.3f} SA {figures['sa']:.1f}" if figures else "no step taken yet"
         if "ra" in figures:
             shown += f" RA {figures['ra']:.1f}"
         epoch = (step - 1) // self._steps_per_epoch + 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,7 +18,7 @@ from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
 from advmoe.cli.signals import stopping
-from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check, to_dict
+from advmoe.config import CHECKPOINT_MINUTES, ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
@@ -72,6 +72,16 @@ def train(
             "--keep", min=0, max=10**6, help="Keep the checkpoints of the last so many epochs.", rich_help_panel=RUN
         ),
     ] = 0,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(
+            "--checkpoint-minutes",
+            min=0.0,
+            max=10**6,
+            help="Write last.pt so often within an epoch, too; 0: after each step.",
+            rich_help_panel=RUN,
+        ),
+    ] = CHECKPOINT_MINUTES,
     device: Device = "auto",
     deterministic: Annotated[
         bool,
@@ -107,18 +117,19 @@ def train(
     place = resolve_device(device)
     if deterministic:
         compute_deterministically()
+    saving = Saving(keep, checkpoint_minutes)
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
     with joined(place):
         if chosen_seeds is None:
-            show(plan.train, train_run(plan, path, place, resume=resume, keep=keep), json=json)
+            show(plan.train, train_run(plan, path, place, resume=resume, saving=saving), json=json)
             return
         runs = {}
         for seed in chosen_seeds:
             folder = seed_folder(path, seed)
             console.note(f"seed {seed}: {folder}")
             of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
-            runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), keep=keep)
+            runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), saving=saving)
         show_seeds(path, runs, json=json)
 
 
@@ -196,6 +207,13 @@ def make_plan(
     return Plan(model=model, train=config, data_dir=data_dir, init=init, notes=notes)
 
 
+class Saving(NamedTuple):
+    """Which checkpoints a run writes, beside those at the end of an epoch."""
+
+    keep: int = 0
+    minutes: float = CHECKPOINT_MINUTES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """A run that is complete."""
@@ -207,7 +225,7 @@ class Trained:
     last_metrics: Mapping[str, Any]
 
 
-def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, keep: int = 0) -> Trained:
+def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, saving: Saving) -> Trained:
     """Train one model in one folder.
 
     Raises:
@@ -221,7 +239,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, keep
 
     model, config = plan.model, plan.train
     initial = None if plan.init is None else load_checkpoint(plan.init)
-    folder = RunFolder(path, keep=keep)
+    folder = RunFolder(path, keep=saving.keep, minutes=saving.minutes)
     with folder if world().leads else nullcontext():
         checkpoint = from_leader(lambda: _to_go_on_from(folder, resume=resume))
         with data_progress() as progress:

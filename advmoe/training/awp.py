@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from advmoe.models.modes import submodules
+from advmoe.training.guard import Kept, statistics
 from advmoe.training.union import sum_gradients
 
 
@@ -24,14 +26,13 @@ def perturbed_weights(
         gamma: relative size of the perturbation.
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    unmoved = Kept(statistics(submodules(model)))
     here = loss()
     gradients = torch.autograd.grad(here, weights, allow_unused=True) if weights else ()
     sum_gradients(gradients, here)
     before = [weight.detach().clone() for weight in weights]
+    unmoved.restore()
     with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 weight.add_(gradient * (gamma * weight.norm() / (gradient.norm() + 1e-12)))

@@ -38,6 +38,7 @@ class Progress(Settings):
     step: Annotated[int, Setting("Steps done.", at_least=0)]
     selection: Annotated[Weights, Setting("Outcomes on the validation images that later epochs are compared with.")]
     sums: Annotated[list[Weights], Setting("Sums of the epoch under way, one set per level.")]
+    skipped_in_a_row: Annotated[int, Setting("Steps up to this one that could not be taken.", at_least=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,32 +22,43 @@ class EpochSums:
         self._routed = routed
         self._sums: dict[str, Tensor] = {
             name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in ("images", "loss", "clean_correct", "adversarial_correct", "attacked", "fooled")
+            for name in (
+                *("images", "loss", "clean_correct", "adversarial_correct", "attacked", "fooled"),
+                *("seen", "skipped"),
+            )
         }
 
     def add(self, result: StepResult) -> None:
-        """Count one step."""
+        """Count one step; of one that was not taken no more than that."""
+        sums, taken = self._sums, result.finite
+        if world().leads:
+            sums["skipped"] += ~taken
         if not result.images:  # their mean loss is no number
             return
-        sums = self._sums
-        sums["images"] += result.images
-        sums["loss"] += result.loss * result.images
-        sums["clean_correct"] += result.clean_correct
+        sums["seen"] += result.images
+        sums["images"] += taken * result.images
+        sums["loss"] += torch.where(taken, result.loss * result.images, 0.0)
+        sums["clean_correct"] += taken * result.clean_correct
         if result.adversarial_correct is not None and result.adversarial_routing is not None:
             clean_BL, adversarial_BL = result.routing.expert_index_BL, result.adversarial_routing.expert_index_BL
-            sums["attacked"] += result.images
-            sums["adversarial_correct"] += result.adversarial_correct
-            sums["fooled"] += (clean_BL != adversarial_BL).any(dim=1).sum()
+            sums["attacked"] += taken * result.images
+            sums["adversarial_correct"] += taken * result.adversarial_correct
+            sums["fooled"] += taken * (clean_BL != adversarial_BL).any(dim=1).sum()
 
     @property
     def images(self) -> int:
-        """Images counted."""
-        return int(self._sums["images"])
+        """Images of all steps, also of those that were not taken."""
+        return int(self._sums["seen"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken."""
+        return int(self._sums["skipped"])
 
     def summary(self) -> dict[str, float]:
         """Mean loss, training SA and RA (per cent), and the share of images whose pathway the attack changed.
 
-        Empty as long as no step was counted.
+        Empty as long as no step was taken.
         """
         sums = {name: value.item() for name, value in self._sums.items()}
         images, attacked = sums["images"], sums["attacked"]
@@ -78,6 +89,8 @@ class EpochSums:
         Raises:
             ConfigError: they are not those of an epoch.
         """
+        if "images" in state:  # a run of the time before these were counted ended at the first such step
+            state = {"seen": state["images"], "skipped": torch.zeros_like(state["images"])} | state
         check(
             set(state) == set(self._sums), f"the sums of an epoch are {', '.join(self._sums)}, got {shown(list(state))}"
         )

@@ -28,6 +28,7 @@ from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights
 from advmoe.training.epoch_sums import EpochSums
+from advmoe.training.guard import MOST_IN_A_ROW, READ_EVERY, Watch
 from advmoe.training.levels import Level, make_levels
 from advmoe.training.memory import check_memory, validation_batch
 from advmoe.training.methods import resolve_method
@@ -40,8 +41,6 @@ from advmoe.training.split import split_dataset
 from advmoe.training.start import start_from
 from advmoe.training.union import placed
 
-CHECKPOINT_SECONDS = 600.0
-"""Between checkpoints in mid-epoch."""
 COLLAPSED_LOAD = 0.99
 """Load of one expert from which a layer's router counts as collapsed."""
 
@@ -112,6 +111,8 @@ class Trainer:
         self.selection = Selection()
         self.sums = self._new_sums()
         self.routing = RoutingHistory(self.model, len(self.split.train_indices))
+        self.watch = Watch()
+        self._collapsed: set[int] = set()
         self._metrics: dict[str, Any] = {}
         self._stop = False
         if resume is None:
@@ -119,7 +120,7 @@ class Trainer:
             from_leader(lambda: folder.start(settings, self._checkpoint()))
         else:
             self._restore(resume)
-            from_leader(lambda: folder.resume(self.step // self.steps_per_epoch))
+            from_leader(lambda: folder.resume(self.step // self.steps_per_epoch, self.step))
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
             equalize(list(model.state_dict().values()))
@@ -143,7 +144,7 @@ class Trainer:
             Whether the run is complete.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: too many losses in a row are not finite.
             DataError: an image cannot be decoded, and the config does not say to skip such.
         """
         self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
@@ -157,7 +158,7 @@ class Trainer:
                 self._unite()
                 self._finish_epoch((self.sums[-1].images - images_before) / seconds)
                 saved, began, images_before = time.monotonic(), time.monotonic(), 0
-            stop, due = any_rank(self._stop, time.monotonic() - saved > CHECKPOINT_SECONDS)
+            stop, due = any_rank(self._stop, time.monotonic() - saved > 60 * self.folder.minutes)
             if (stop or due) and not epoch_done:
                 self._save()
                 saved = time.monotonic()
@@ -173,24 +174,45 @@ class Trainer:
         for level in self.levels:
             for group in level.optimizer.param_groups:
                 group["lr"] = self.schedule.rate(self.step, group.get("peak", self.config.lr))
-        try:
-            results = self.method.step(levels, batches, self.config, noise, self.step)
-        except TrainingError:
-            self.observer.warned(f"step {self.step} failed; {self.folder.last} holds the run up to its last checkpoint")
-            raise
+        results = self.method.step(levels, batches, self.config, noise, self.step)
         of_last = results[-1]
         assert of_last is not None
         self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], of_last)
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
-        for sums, result in zip(self.sums, results, strict=True):
+        for level, batch, sums, result in zip(levels, batches, self.sums, results, strict=True):
             if result is not None:
                 sums.add(result)
+                self.watch.add(self.step, level.name, batch.indices, result.loss, result.finite)
+        if self.device.type == "cpu" or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
+            self._look_at_skipped()
         if world().leads:
             place = batches[-1].place
             images = len(batches[-1].labels) if place is None else place.total
             self.observer.stepped(self.step, images, self.sums[-1].summary())
+
+    def _look_at_skipped(self) -> None:
+        """Log the updates that were not made since the last time.
+
+        Raises:
+            TrainingError: there were too many in a row.
+        """
+        found = self.watch.read()
+        if found:
+            from_leader(lambda: self.folder.note_skipped([update.as_dict() for update in found]))
+            for update in found:
+                self.observer.warned(
+                    f"step {update.step}: the update of the {update.level} was not finite (loss {update.loss:g}) and "
+                    f"was left out; {self.folder.skipped} lists its images"
+                )
+        if self.watch.in_a_row >= min(MOST_IN_A_ROW, self.steps_per_epoch):
+            raise TrainingError(
+                f"the loss or its gradients were not finite in {self.watch.in_a_row} steps in a row, up to step "
+                f"{self.step}, and no such step was taken; {self.folder.last} is from before or in between, and "
+                f"{self.folder.skipped} lists the images: lower the learning rate in a new run",
+                "lr",
+            )
 
     def _levels(self) -> list[Level]:
         """The levels as the phase of this step changes them; in its first step, the phase begins."""
@@ -227,16 +249,13 @@ class Trainer:
         for level, sums in zip(self.levels, self.sums, strict=True):
             prefix = "train" if level is self.levels[-1] else level.name
             record |= {f"{prefix}_{name}": round(value, 4) for name, value in sums.summary().items()}
+            if sums.skipped:
+                record[f"{prefix}_steps_skipped"] = sums.skipped
         if self.config.skip_bad_images:
             record["train_skipped"] = self._count_skipped(epoch)
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
         record |= self.routing.figures(epoch)
-        collapsed = [layer for layer, load in enumerate(record.get("router_load", [])) if load >= COLLAPSED_LOAD]
-        if collapsed and self.model_config.num_experts > 1:
-            self.observer.warned(
-                f"epoch {epoch}: routers of MoE layers {', '.join(map(str, collapsed))} "
-                "send nearly every image to one expert"
-            )
+        self._warn_of_collapse(epoch, record.get("router_load", []))
         final = self.schedule.is_final(self.step)
         best = final and self.selection.better(validation.right_I, validation.robust_I)
         self._metrics = record
@@ -244,6 +263,20 @@ class Trainer:
         self.sums = self._new_sums()
         self._save(best=best, epoch=epoch)
         self.observer.validated(record)
+
+    def _warn_of_collapse(self, epoch: int, load_L: list[float]) -> None:
+        """Point out, once for each layer, a router that has only one expert left."""
+        if not self.model_config.several_experts:
+            return
+        new = {layer: load for layer, load in enumerate(load_L) if load >= COLLAPSED_LOAD}
+        new = {layer: load for layer, load in new.items() if layer not in self._collapsed}
+        self._collapsed |= set(new)
+        if new:
+            shown = ", ".join(f"{layer} ({100 * load:.1f} %)" for layer, load in new.items())
+            self.observer.warned(
+                f"epoch {epoch}: routers send nearly every image to one expert, in MoE layer {shown}; "
+                "such a layer is as good as one expert"
+            )
 
     def _count_skipped(self, epoch: int) -> int:
         """How many images the epoch's batches lacked."""
@@ -328,6 +361,7 @@ class Trainer:
         self.routing.unite()
 
     def _save(self, *, best: bool = False, epoch: int | None = None) -> None:
+        self._look_at_skipped()
         self._unite()
         from_leader(lambda: self.folder.save(self._checkpoint(), self.routing, best=best, epoch=epoch))
 
@@ -343,6 +377,7 @@ class Trainer:
                 "step": self.step,
                 "selection": self.selection.state_dict(),
                 "sums": [sums.state_dict() for sums in self.sums],
+                "skipped_in_a_row": self.watch.in_a_row,
             },
             optimizers=[level.optimizer.state_dict() for level in self.levels],
         )
@@ -370,6 +405,7 @@ class Trainer:
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
             load_optimizer(level.optimizer, state)
         self.step = progress.step
+        self.watch.in_a_row = progress.skipped_in_a_row
         self._metrics = dict(checkpoint.metrics)
         if not world().leads:
             self.sums = self._new_sums()  # rank 0 has them all

@@ -77,7 +77,7 @@ def advmoe(
         upper = robust_update(experts, batch_experts, adversarial, config)
         if due:
             part, rows = part_of(batch_experts, config.router_share)
-            lower = robust_update(routers, part, adversarial[rows], config)
+            lower = robust_update(routers, part, adversarial._replace(images=adversarial.images[rows]), config)
     return [lower, upper]
 
 

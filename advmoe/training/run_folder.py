@@ -1,7 +1,7 @@
 """What a run leaves in its folder.
 
 `config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt`, `best.pt`, and on request the
-checkpoints of the last epochs, `epoch-NNNN.pt`.
+checkpoints of the last epochs, `epoch-NNNN.pt`. `skipped.jsonl`, if there were steps that could not be taken.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from advmoe.config import CHECKPOINT_MINUTES
 from advmoe.errors import ConfigError, DataError, TrainingError
 from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
@@ -27,10 +28,12 @@ class RunFolder:
     Args:
         path: the folder.
         keep: of so many epochs, the last ones, the checkpoint at their end is kept beside `last.pt`.
+        minutes: between checkpoints in mid-epoch.
     """
 
-    def __init__(self, path: Path, *, keep: int = 0) -> None:
+    def __init__(self, path: Path, *, keep: int = 0, minutes: float = CHECKPOINT_MINUTES) -> None:
         self.path = path
+        self.minutes = minutes
         self._keep = keep
         self._lock = FolderLock(path)
         self._scalars = ScalarLog(path, first_step=1)
@@ -56,6 +59,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """One JSON object per update that was not made, because it was not finite: its step, level and images."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def routes(self) -> Path:
         """Route log of the last two epochs of an MoE-CNN (see `advmoe.routing_log`)."""
         return self.path / "routes.npz"
@@ -73,19 +81,32 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._remove_leftovers()
-        for path in (self.metrics, self.routes):
+        for path in (self.metrics, self.skipped, self.routes):
             path.unlink(missing_ok=True)
         write_text_atomically(self.config, json.dumps(config, indent=2) + "\n")
         save_checkpoint(self.last, checkpoint)
 
-    def resume(self, epochs_done: int) -> None:
-        """Go on after `epochs_done` epochs: what a crash left of later epochs, which no checkpoint has, is dropped."""
+    def resume(self, epochs_done: int, steps_done: int) -> None:
+        """Go on after so many epochs and steps: what a crash left of later ones, without a checkpoint, is dropped."""
         self._lock.acquire()
         self._remove_leftovers()
         self._scalars = ScalarLog(self.path, first_step=epochs_done + 1)
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         if len(lines) > epochs_done:
             write_text_atomically(self.metrics, "".join(lines[:epochs_done]))
+        if self.skipped.exists():
+            lines = self.skipped.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
+            write_text_atomically(self.skipped, "".join(kept))
+
+    def note_skipped(self, updates: Sequence[dict[str, Any]]) -> None:
+        """Append updates that were not made.
+
+        Raises:
+            TrainingError: the disk is full, or the folder cannot be written to any more.
+        """
+        with self._writing(self.skipped), self.skipped.open("a") as file:
+            file.write("".join(json.dumps(update) + "\n" for update in updates))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append an epoch's record to the JSON lines and its numbers to TensorBoard.
@@ -147,7 +168,8 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         remove_leftovers(
-            self.path, (path.name for path in (self.config, self.metrics, self.routes, self.last, self.best))
+            self.path,
+            (path.name for path in (self.config, self.metrics, self.skipped, self.routes, self.last, self.best)),
         )
 
     def __enter__(self) -> RunFolder:

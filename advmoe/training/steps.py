@@ -6,7 +6,8 @@ Shape suffixes: B batch, L MoE layers, N experts, R routers.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,12 @@ from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain
 from advmoe.attacks.relaxations import mixture_view
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
-from advmoe.distributed import Place, together, world
-from advmoe.errors import TrainingError
-from advmoe.models.modes import evaluating
+from advmoe.distributed import Place
+from advmoe.models.modes import evaluating, submodules
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 from advmoe.training.awp import perturbed_weights
+from advmoe.training.guard import Kept, statistics, take_step
 from advmoe.training.levels import Level
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.union import part_of_union, sum_gradients
@@ -40,6 +41,16 @@ class StepResult:
     """None where the method makes no adversarial images."""
     routing: Routing
     adversarial_routing: Routing | None
+    finite: Tensor
+    """Whether the update was made, bool []: its loss and its gradients were finite. The same on all ranks."""
+
+
+class Attacked(NamedTuple):
+    """What a training attack made of a batch."""
+
+    images: Tensor
+    finite: Tensor
+    """Whether all logits and gradients that it met were finite, bool []: else its images are not what they claim."""
 
 
 def training_attack(
@@ -49,6 +60,8 @@ def training_attack(
     config: TrainConfig,
     generator: torch.Generator,
     place: Place | None = None,
+    *,
+    sound: Tensor | None = None,
 ) -> Tensor:
     """K-step PGD on the loss's own inner objective, against the model as it is now, BatchNorm in eval mode.
 
@@ -70,7 +83,7 @@ def training_attack(
             forward = disturbed_view(model, clean.expert_index_BL)
             objective = disturbing(objective, model.config.num_classes)
         start = starting_point(images, config.attack, generator, place)
-        return pgd(forward, images, objective, config.attack, start=start)
+        return pgd(forward, images, objective, config.attack, start=start, sound=sound)
 
 
 def arithmetic(images: Tensor, *, half: bool) -> AbstractContextManager[object]:
@@ -102,6 +115,7 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
         (adversarial_logits.argmax(dim=1) == batch.labels).sum(),
         routing,
         adversarial_routing,
+        loss.isfinite(),
     )
 
 
@@ -110,25 +124,36 @@ def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generato
     return robust_update(level, batch, attacked(level.model, batch, config, generator), config)
 
 
-def attacked(model: RoutedNetwork, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """The training attack on a batch; if it fails on one rank, all ranks raise its error."""
-    return together(lambda: training_attack(model, batch.images, batch.labels, config, generator, batch.place))
+def attacked(model: RoutedNetwork, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Attacked:
+    """The training attack on a batch."""
+    sound = torch.ones((), dtype=torch.bool, device=batch.images.device)
+    images = training_attack(model, batch.images, batch.labels, config, generator, batch.place, sound=sound)
+    return Attacked(images, sound)
 
 
-def robust_update(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> StepResult:
+def robust_update(level: Level, batch: Batch, adversarial: Attacked, config: TrainConfig) -> StepResult:
     """One descent step of the level on the robust loss of a batch and its adversarial images."""
+    before = Kept(statistics(submodules(level.model)))
     with level.training():
+        level.optimizer.zero_grad(set_to_none=True)
+        worst: AbstractContextManager[None] = nullcontext()
         if config.awp:
-            with perturbed_weights(
-                level.model, level.parameters, lambda: robust_loss(level, batch, adversarial, config)[0], config.awp
-            ):
-                loss, result = robust_loss(level, batch, adversarial, config)
-                descend(level, loss)
-        else:
-            loss, result = robust_loss(level, batch, adversarial, config)
-            descend(level, loss)
-        level.optimizer.step()
-    return result
+            worst = perturbed_weights(
+                level.model,
+                level.parameters,
+                lambda: robust_loss(level, batch, adversarial.images, config)[0],
+                config.awp,
+            )
+        with worst:
+            loss, result = robust_loss(level, batch, adversarial.images, config)
+            loss.backward()
+        loss = torch.where(adversarial.finite, loss.detach(), torch.nan)
+        return replace(result, finite=update(level, loss, before))
+
+
+def update(level: Level, loss: Tensor, before: Kept) -> Tensor:
+    """Add up this step's gradients and its loss over all ranks, and take the step if they are finite."""
+    return take_step(level, sum_gradients((parameter.grad for parameter in level.parameters), loss), before)
 
 
 def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
@@ -149,35 +174,14 @@ def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
 
 def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResult:
     """One descent step on the cross-entropy of clean images."""
+    before = Kept(statistics(submodules(level.model)))
     with level.training():
+        level.optimizer.zero_grad(set_to_none=True)
         with arithmetic(batch.images, half=config.precision == "bf16"):
             logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(logits, batch.labels)
-        descend(level, part_of_union(loss, batch))
-        level.optimizer.step()
+        own = part_of_union(loss, batch)
+        own.backward()
+        finite = update(level, own, before)
     correct = (logits.argmax(dim=1) == batch.labels).sum()
-    return StepResult(loss.detach(), len(batch.labels), correct, None, routing, None)
-
-
-def descend(level: Level, loss: Tensor) -> None:
-    """Compute the gradients of a step.
-
-    Raises:
-        TrainingError: the loss is not finite; no weight has been changed.
-    """
-    level.optimizer.zero_grad(set_to_none=True)
-    if world().size == 1:
-        _check_finite(level, loss)
-        loss.backward()
-    else:  # a rank whose loss is not finite still takes its part in all exchanges, so that all find out together
-        loss.backward()
-        _check_finite(level, sum_gradients((parameter.grad for parameter in level.parameters), loss))
-
-
-def _check_finite(level: Level, loss: Tensor) -> None:
-    if not loss.isfinite():
-        raise TrainingError(
-            f"the loss of the {level.name} became {loss.item():g}; training stopped before this update: "
-            "lower the learning rate, or resume from the last checkpoint with another seed",
-            "lr",
-        )
+    return StepResult(loss.detach(), len(batch.labels), correct, None, routing, None, finite)
