@@ -88,8 +88,8 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     if routed:
         lines += [
             "",
-            "| training | seed | itself | RA by PGD | union of views | with route attack | decisions; images flipped | "
-            "random routers | experts averaged | routing inverted |",
+            "| training | seed | network | RA, PGD | RA, union of views | RA, with route attack | "
+            "decisions; images changed by PGD | random routers | averaged experts | inverted routing |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
     for name, cell in routed:
