@@ -1,10 +1,12 @@
-"""The device to compute on, by name."""
+"""The device to compute on, by name, and how to read from it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from advmoe.errors import ConfigError
 
@@ -35,3 +37,14 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def read(values: Sequence[Tensor]) -> list[Tensor]:
+    """The values on the CPU, after one wait for all of them."""
+    if not any(value.is_cuda for value in values):
+        return [value.cpu() for value in values]
+    copies = [torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in values]
+    for copy, value in zip(copies, values, strict=True):
+        copy.copy_(value, non_blocking=True)
+    torch.cuda.current_stream(next(value.device for value in values if value.is_cuda)).synchronize()
+    return copies

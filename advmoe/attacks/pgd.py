@@ -26,6 +26,8 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, K], positions of these images in the batch [b]) -> loss [b] that the attack increases."""
 Won = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, K], positions [b]) -> bool [b]: these images are done."""
+Watch = Callable[[Tensor], None]
+"""Sees the outputs [B, K] of every iterate."""
 
 
 @dataclass
@@ -129,6 +131,7 @@ def pgd(
     *,
     start: Tensor,
     won: Won | None = None,
+    watch: Watch | None = None,
     count: GradientCount | None = None,
     sound: Tensor | None = None,
 ) -> Tensor:
@@ -142,6 +145,7 @@ def pgd(
         start: first candidates, [B, 3, H, W] (see `starting_point`).
         won: if given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
             that iterate and spends no further work on it. An adversary may stop whenever it has won.
+        watch: if given, sees the outputs of all images at every iterate; not together with `won`.
         count: if given, counts the gradients.
         sound: if given, bool [], it becomes false where an output or a gradient is not finite, instead of an error
             that the host would have to wait for.
@@ -154,10 +158,12 @@ def pgd(
     rows = torch.arange(len(images), device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device) if sound is None else sound
     for _ in range(config.steps):
-        candidate = adversarial[rows].requires_grad_()
+        candidate = (adversarial if won is None else adversarial[rows]).requires_grad_()
         with torch.enable_grad():
             outputs = forward(candidate, rows)
             finite &= outputs.isfinite().all()
+            if watch is not None:
+                watch(outputs.detach())
             if won is not None:
                 alive = ~won(outputs.detach(), rows)
                 outputs, rows = outputs[alive], rows[alive]
@@ -171,7 +177,10 @@ def pgd(
             count.taken += len(rows)
             count.zero += int((gradient.flatten(1) == 0).all(dim=1).sum())
         stepped = candidate.detach() + config.step_size * gradient.sign()
-        adversarial[rows] = project(stepped, images[rows], config.eps)
+        if won is None:
+            adversarial = project(stepped, images, config.eps)
+        else:
+            adversarial[rows] = project(stepped, images[rows], config.eps)
     if sound is None and not finite:
         raise AdvMoEError(
             "the attack met logits or gradients that are not finite, so its result would flatter the model; "

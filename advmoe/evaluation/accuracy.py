@@ -165,13 +165,12 @@ def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:
     """
     survived = right.clone()
 
-    def note(logits: Tensor, rows: Tensor) -> Tensor:
-        survived[rows] &= logits.argmax(dim=1) == victims.labels[rows]
-        return torch.zeros_like(right)[rows]  # nobody is done before the last step
+    def note(logits: Tensor) -> None:
+        survived.logical_and_(logits.argmax(dim=1) == victims.labels)
 
     objective = cross_entropy_objective(victims.labels)
     start, attack = victims.starts(), victims.attack
-    attacked = pgd(plain(victims.model), victims.images, objective, attack, start=start, won=note)
+    attacked = pgd(plain(victims.model), victims.images, objective, attack, start=start, watch=note)
     with torch.no_grad():
         logits, routing = victims.network.forward_with_routing(attacked)
     survived &= logits.argmax(dim=1) == victims.labels

@@ -37,7 +37,7 @@ def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
         raise DataError(f"expected images [B, 3, {size}, {size}], got {list(images.shape)}")
     if not images.is_floating_point():
         raise DataError(f"expected images of floating-point numbers in [0, 1], got {images.dtype}")
-    if in_training or torch.compiler.is_compiling() or type(images) is not Tensor or images.device.type != "cpu":
+    if in_training or torch.compiler.is_compiling() or type(images) is not Tensor or not images.is_cpu:
         return
     if len(images):
         low, high = (value.item() for value in images.detach().aminmax())

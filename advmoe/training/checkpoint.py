@@ -92,6 +92,18 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
     model.load_state_dict(dict(weights))
 
 
+DEVICE_SETTINGS = {"lr", "foreach", "fused", "capturable"}
+"""Settings of an optimizer that depend on the device, or are set anew in each step."""
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer in the form that any device can go on from: rates are numbers."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Go on with a stored state of an optimizer.
 
@@ -100,8 +112,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """
     try:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        settings = [{name: type(value) for name, value in group.items()} for group in state["param_groups"]]
-        own = [{name: type(value) for name, value in group.items()} for group in optimizer.state_dict()["param_groups"]]
+        own_groups = optimizer.state_dict()["param_groups"]
+        settings, own = (
+            [{name: type(value) for name, value in group.items() if name not in DEVICE_SETTINGS} for group in groups]
+            for groups in (state["param_groups"], own_groups)
+        )
         for index, entries in state["state"].items():
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor) and value.shape not in {parameters[index].shape, torch.Size()}:
@@ -109,7 +124,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 conform(value, torch.Tensor | None, name)
         if settings != own:
             raise ValueError("its settings are of other types")
-        optimizer.load_state_dict(state)
+        groups = [
+            stored | {name: value for name, value in group.items() if name in DEVICE_SETTINGS}
+            for stored, group in zip(state["param_groups"], own_groups, strict=True)
+        ]
+        optimizer.load_state_dict(state | {"param_groups": groups})
     except (ConfigError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the optimizer's state does not fit the model: {reason}") from error

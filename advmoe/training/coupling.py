@@ -20,6 +20,7 @@ Shape suffixes: F filters of a bank, S slots of an expert.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +64,9 @@ class Slots:
         slot_of_F = torch.tensor(slots, device=device)
         size = max(slots) + 1
         tiled = list(slots) == [row % size for row in range(len(slots))] and len(slots) % size == 0
-        return cls(slot_of_F, slot_of_F.bincount().clamp(min=1), len(slots) // size if tiled else None)
+        count_of = Counter(slots)  # here, because a device would make the host wait
+        count_S = torch.tensor([max(1, count_of[slot]) for slot in range(size)], device=device)
+        return cls(slot_of_F, count_S, len(slots) // size if tiled else None)
 
 
 @lru_cache(maxsize=256)

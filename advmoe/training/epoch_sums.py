@@ -14,19 +14,20 @@ from advmoe.distributed import sum_up, world
 from advmoe.schema import check, shown
 from advmoe.training.steps import StepResult
 
+NAMES = (
+    *("images", "loss", "clean_correct", "adversarial_correct", "attacked", "fooled"),
+    *("seen", "skipped"),
+)
+
 
 class EpochSums:
     """Sums for one level. They live in a dict of tensors, which a checkpoint in mid-epoch carries along."""
 
     def __init__(self, *, routed: bool, device: torch.device) -> None:
         self._routed = routed
-        self._sums: dict[str, Tensor] = {
-            name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in (
-                *("images", "loss", "clean_correct", "adversarial_correct", "attacked", "fooled"),
-                *("seen", "skipped"),
-            )
-        }
+        self.values = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
+        """All sums side by side, as `summary` takes them."""
+        self._sums: dict[str, Tensor] = dict(zip(NAMES, self.values.unbind(), strict=True))
 
     def add(self, result: StepResult) -> None:
         """Count one step; of one that was not taken no more than that."""
@@ -55,12 +56,15 @@ class EpochSums:
         """Steps that were not taken."""
         return int(self._sums["skipped"])
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, values: Tensor | None = None) -> dict[str, float]:
         """Mean loss, training SA and RA (per cent), and the share of images whose pathway the attack changed.
 
         Empty as long as no step was taken.
+
+        Args:
+            values: a copy of `values` that was read before; by default they are read now.
         """
-        sums = {name: value.item() for name, value in self._sums.items()}
+        sums = dict(zip(NAMES, (self.values if values is None else values).tolist(), strict=True))
         images, attacked = sums["images"], sums["attacked"]
         if not images:
             return {}
@@ -74,14 +78,13 @@ class EpochSums:
     def unite(self) -> None:
         """Hand what all ranks have counted to rank 0; the others begin anew."""
         if world().size > 1:
-            sum_up(list(self._sums.values()))
+            sum_up([self.values])
             if not world().leads:
-                for value in self._sums.values():
-                    value.zero_()
+                self.values.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint."""
-        return {name: value.cpu() for name, value in self._sums.items()}
+        return {name: value.cpu().clone() for name, value in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's sums.

@@ -88,31 +88,32 @@ def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = No
     finite = loss.isfinite() & get_total_norm(gradients, torch.inf).isfinite()
     if (found := before.finite()) is not None:
         finite &= found
-    if loss.device.type == "cpu" if ask is None else ask:
+    if loss.is_cpu if ask is None else ask:
         if finite:
             level.optimizer.step()
         else:
             before.restore()
         return finite
-    own = [*level.parameters, *_momentum(level.optimizer)]
-    kept = Kept(own)
+    _begin_momentum(level.optimizer)
+    level.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused SGD then changes nothing
     level.optimizer.step()
-    for each in (kept, before):
-        each.restore(changed=finite)
+    before.restore(changed=finite)
     return finite
 
 
-def _momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The momentum of SGD, which begins with zeros: then its first step is the same as without any."""
-    found = []
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let the momentum of SGD begin with zeros, and not with a step that may not be taken; its first step is the same.
+
+    Args:
+        optimizer: a fused one. Others would not see whether the step is to be taken.
+    """
+    assert all(group["fused"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if group["momentum"] and parameter.grad is not None:
                 state = optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                found.append(state["momentum_buffer"])
-    return found
 
 
 class Untaken(NamedTuple):

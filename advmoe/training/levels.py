@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advmoe.config import TrainConfig, check_together
 from advmoe.models.modes import batch_statistics, set_training, submodules
@@ -94,6 +94,30 @@ def parts(model: RoutedNetwork) -> dict[LevelName, list[nn.Parameter]]:
     }
 
 
+def _sgd(groups: list[dict[str, Any]], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """SGD in few passes over memory: to the bit the same as torch's plain form on a CPU, in half its time.
+
+    On a GPU the rate is a tensor: a new one is then an order like any other, and nothing is compiled anew for it.
+    """
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    if device.type == "cuda":
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: Callable[[float | None], float]) -> None:
+    """Give each group of parameters its learning rate, which follows from the group's own peak, if it has one."""
+    for group in optimizer.param_groups:
+        value = rate(group.get("peak"))
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
 def make_levels(
     names: Sequence[LevelName], model: RoutedNetwork, config: TrainConfig, *, fresh: bool = True
 ) -> list[Level]:
@@ -120,7 +144,7 @@ def make_levels(
             others = [parameter for parameter in parameters if id(parameter) not in of_routers]
             groups = [{"params": others}] if others else []
             groups.append({"params": list(model.router_parameters()), "peak": config.router_lr})
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizer = _sgd(groups, config, model.mean.device)
         if name in {"experts", "all"} and specialization is not None:
             optimizer.register_step_pre_hook(lambda *_: couple_gradients(banks, specialization))
         levels.append(Level(name, model, optimizer, by_the_batch=batch and name == "routers"))

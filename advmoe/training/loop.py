@@ -20,16 +20,17 @@ from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset
 from advmoe.data.views import training_transform
+from advmoe.device import read
 from advmoe.distributed import any_rank, equalize, from_leader, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
-from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights
+from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights, optimizer_state
 from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.guard import MOST_IN_A_ROW, READ_EVERY, Watch
-from advmoe.training.levels import Level, make_levels
+from advmoe.training.levels import Level, make_levels, set_rates
 from advmoe.training.memory import check_memory, validation_batch
 from advmoe.training.methods import resolve_method
 from advmoe.training.observer import Observer, Unwatched
@@ -43,6 +44,11 @@ from advmoe.training.union import placed
 
 COLLAPSED_LOAD = 0.99
 """Load of one expert from which a layer's router counts as collapsed."""
+
+
+def _reads_at_once(device: torch.device) -> bool:
+    """Whether nothing waits for a device that is asked in every step."""
+    return device.type == "cpu"
 
 
 def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
@@ -114,6 +120,7 @@ class Trainer:
         self.watch = Watch()
         self._collapsed: set[int] = set()
         self._metrics: dict[str, Any] = {}
+        self._figures: dict[str, float] = {}
         self._stop = False
         if resume is None:
             settings = {"model": to_dict(model_config), "train": to_dict(config)}
@@ -172,8 +179,7 @@ class Trainer:
             generator_for(self.config.seed, self.step, level, device=self.device) for level in range(len(self.levels))
         ]
         for level in self.levels:
-            for group in level.optimizer.param_groups:
-                group["lr"] = self.schedule.rate(self.step, group.get("peak", self.config.lr))
+            set_rates(level.optimizer, lambda peak: self.schedule.rate(self.step, peak or self.config.lr))
         results = self.method.step(levels, batches, self.config, noise, self.step)
         of_last = results[-1]
         assert of_last is not None
@@ -185,12 +191,19 @@ class Trainer:
             if result is not None:
                 sums.add(result)
                 self.watch.add(self.step, level.name, batch.indices, result.loss, result.finite)
-        if self.device.type == "cpu" or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
-            self._look_at_skipped()
+        if _reads_at_once(self.device) or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
+            self._read()
         if world().leads:
             place = batches[-1].place
             images = len(batches[-1].labels) if place is None else place.total
-            self.observer.stepped(self.step, images, self.sums[-1].summary())
+            self.observer.stepped(self.step, images, self._figures)
+
+    def _read(self) -> None:
+        """Read what the steps since the last reading have found: for this alone the host waits for the device."""
+        self._look_at_skipped()
+        *routes, sums = read([*self.routing.waiting, self.sums[-1].values])
+        self.routing.take(routes)
+        self._figures = self.sums[-1].summary(sums)
 
     def _look_at_skipped(self) -> None:
         """Log the updates that were not made since the last time.
@@ -243,7 +256,7 @@ class Trainer:
         record: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
-            "lr": self.levels[-1].optimizer.param_groups[0]["lr"],
+            "lr": float(self.levels[-1].optimizer.param_groups[0]["lr"]),
             "images_per_second": round(images_per_second, 2),
         }
         for level, sums in zip(self.levels, self.sums, strict=True):
@@ -361,7 +374,7 @@ class Trainer:
         self.routing.unite()
 
     def _save(self, *, best: bool = False, epoch: int | None = None) -> None:
-        self._look_at_skipped()
+        self._read()
         self._unite()
         from_leader(lambda: self.folder.save(self._checkpoint(), self.routing, best=best, epoch=epoch))
 
@@ -379,7 +392,7 @@ class Trainer:
                 "sums": [sums.state_dict() for sums in self.sums],
                 "skipped_in_a_row": self.watch.in_a_row,
             },
-            optimizers=[level.optimizer.state_dict() for level in self.levels],
+            optimizers=[optimizer_state(level.optimizer) for level in self.levels],
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,10 @@ class Observer(Protocol):
         """Training begins, or goes on, at global step `step`."""
 
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
-        """A step is done; `images` were processed in it, `figures` are the means of the epoch so far."""
+        """A step is done; `images` were processed in it.
+
+        `figures` are the means of the epoch up to the last reading; empty before the first one (on a GPU).
+        """
 
     def validated(self, record: dict[str, Any]) -> None:
         """An epoch is done; `record` is what went into the log."""

@@ -8,12 +8,16 @@ Shape suffixes: B batch, I images of a set, L MoE layers, T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from advmoe.data.loader import Batch
+from advmoe.device import read
 from advmoe.distributed import collect, world
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
@@ -26,6 +30,15 @@ MOST_BYTES = 2**28
 """Size of a run's log in memory. Where all images would take more, every k-th is logged."""
 ROW_BYTES = 16
 """A row's index and classes, beside one byte for each decision."""
+
+
+class _Waiting(NamedTuple):
+    """Routes of a batch that are still on its device."""
+
+    condition: tuple[str, int]
+    indices: Tensor
+    experts_BL: Tensor
+    labels: Tensor
 
 
 class RoutingHistory:
@@ -42,18 +55,30 @@ class RoutingHistory:
         self._log = RouteLog([model.config.num_experts] * num_decisions)
         two_epochs = 2 * 2 * num_images * (num_decisions + ROW_BYTES)
         self._every = math.ceil(two_epochs / MOST_BYTES)
+        self._waiting: list[_Waiting] = []
 
     def add(self, epoch: int, batch: Batch, result: StepResult) -> None:
-        """Log one step of an epoch; epochs before the last are forgotten."""
-        if not self._num_layers:
-            return
-        self._log.forget_before(epoch - 1)
-        self._append((CLEAN, epoch), batch, result.routing)
-        if result.adversarial_routing is not None:
-            self._append((ATTACKED, epoch), batch, result.adversarial_routing)
+        """Note one step of an epoch, to be logged when `take` brings its routes from the device."""
+        if self._num_layers:
+            self._wait(CLEAN, epoch, batch, result.routing)
+            self._wait(ATTACKED, epoch, batch, result.adversarial_routing)
+
+    @property
+    def waiting(self) -> list[Tensor]:
+        """What is to be read from the device."""
+        return [tensor for each in self._waiting for tensor in (each.experts_BL, each.labels)]
+
+    def take(self, values: Sequence[Tensor]) -> None:
+        """Log what was waiting, from its copies on the CPU; epochs before the last are forgotten."""
+        waiting, self._waiting = self._waiting, []
+        for each, experts_BL, labels in zip(waiting, values[::2], values[1::2], strict=True):
+            self._log.forget_before(each.condition[1] - 1)
+            logged = each.indices % self._every == 0
+            self._log.append(each.condition, each.indices[logged], experts_BL[logged], labels=labels[logged])
 
     def unite(self) -> None:
         """Hand the rows of all ranks to rank 0; the others begin anew."""
+        self._take_all()
         if world().size == 1 or not self._num_layers:
             return
         mine = [] if world().leads else [(name, self._log.routes(name)) for name in self._log.conditions]
@@ -74,6 +99,7 @@ class RoutingHistory:
         """
         if not self._num_layers:
             return {}
+        self._take_all()
         load = self._log.expert_load((CLEAN, epoch)).merged(self._num_layers)
         found: dict[str, Any] = {
             "router_load": load.share.max(axis=(1, 2)).round(4).tolist(),
@@ -89,6 +115,7 @@ class RoutingHistory:
     def save(self, path: Path) -> None:
         """Write the log, before the checkpoint it belongs to: steps that are done again log the same rows again."""
         if self._num_layers:
+            self._take_all()
             self._log.save(path)
 
     def resume(self, path: Path) -> None:
@@ -101,7 +128,10 @@ class RoutingHistory:
         if self._num_layers and path.exists():
             self._log.merge(RouteLog.load(path))
 
-    def _append(self, condition: tuple[str, int], batch: Batch, routing: Routing) -> None:
-        logged = batch.indices % self._every == 0
-        experts_BL = routing.expert_index_BL.cpu()
-        self._log.append(condition, batch.indices[logged], experts_BL[logged], labels=batch.labels.cpu()[logged])
+    def _wait(self, condition: str, epoch: int, batch: Batch, routing: Routing | None) -> None:
+        if routing is not None:
+            experts_BL = routing.expert_index_BL.to(torch.uint8)  # the log's own form
+            self._waiting.append(_Waiting((condition, epoch), batch.indices, experts_BL, batch.labels))
+
+    def _take_all(self) -> None:
+        self.take(read(self.waiting))

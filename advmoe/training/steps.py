@@ -165,11 +165,19 @@ def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
     number = max(2, round(share * total))
     if number >= total:
         return batch, slice(None)
-    positions = torch.arange(number) * total // number
-    own = positions[(positions >= first) & (positions < first + len(batch.labels))] - first
-    place = batch.place and Place(int((positions < first).sum()), number)
-    rows = own.to(batch.labels.device)
-    return Batch(batch.images[rows], batch.labels[rows], batch.indices[own], place), rows
+    positions = [i * total // number for i in range(number)]
+    before = sum(position < first for position in positions)
+    own = range(before, before + sum(first <= position < first + len(batch.labels) for position in positions))
+    place = batch.place and Place(before, number)
+    # on the images' device, because the host would have to wait for a copy
+    rows = _positions(own, total, number, batch.labels.device) - first
+    indices = batch.indices[_positions(own, total, number, batch.indices.device) - first]
+    return Batch(batch.images[rows], batch.labels[rows], indices, place), rows
+
+
+def _positions(of: range, total: int, number: int, device: torch.device) -> Tensor:
+    """Those numbered `of` among `number` positions that are spread evenly over a union of `total` images."""
+    return torch.arange(of.start, of.stop, device=device) * total // number
 
 
 def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResult:
