@@ -31,7 +31,7 @@ __all__ = [
 
 Kind = Literal["dense", "s_dense", "sparse_cnn", "moe"]
 Granularity = Literal["layer", "block", "stage", "image", "token"]
-RouterGradient = Literal["advantage", "softmax", "straight_through", "dense", "sampled", "value"]
+RouterGradient = Literal["advantage", "softmax", "straight_through", "dense", "sampled", "relative", "value"]
 ExpertFilters = Literal["windows", "separate"]
 MethodName = Literal["advmoe", "at", "at_sparse", "mask_at", "router_at", "expert_at", "standard"]
 Loss = Literal["trades", "pgd_at"]
@@ -215,8 +215,8 @@ class RoutersConfig(Settings):
     router_gradient: Annotated[
         RouterGradient,
         Setting(
-            "What routers compare the chosen expert with: the best other one (dense), another in turn (sampled), the "
-            "mean (advantage), nothing (softmax, straight_through). Or value: outputs are scaled as in Switch.",
+            "What the expert chosen is compared with: the best other (dense; relative: in mean differences), another "
+            "in turn (sampled), the mean (advantage), nothing (softmax, straight_through). value: as in Switch.",
             noun="router gradient",
         ),
     ] = "dense"

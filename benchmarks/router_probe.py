@@ -9,7 +9,10 @@ and attacked versions of an image are decisions of their own. One AdvMoE run per
 
 - `better`: share of decisions in which another expert would give a smaller loss
 - `gain`: how much smaller, mean over all decisions, relative to the loss
-- `raises_chosen`: among those, share in which a descent step would raise the logit of the expert chosen all the same
+- `regret`: the same relative to a choice at random: 1 is chance, 0 the best choice everywhere
+- `load`: share of the busiest expert, routers' mean. Where it is 1, there is nothing to choose, whatever else is shown
+- `raises_chosen`: among the decisions with a better expert, share in which a descent step would raise the logit of the
+  expert chosen all the same
 - `finds_best`: among those, share in which the step raises the logit of the really best expert most
 - `cosine`: between the gradient of the routers' weights and the one that the exact losses give, layers' mean
 - `to_start`: cosine of the routers' weights with those they started from
@@ -37,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.attacks.relaxations import SteeredTape
-from advmoe.config import ROUTER_GRADIENTS, ModelConfig, TrainConfig
+from advmoe.config import ROUTER_GRADIENTS, TrainConfig
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.data.views import training_transform
@@ -53,6 +56,8 @@ from advmoe.training.methods import METHODS
 from advmoe.training.schedule import cosine as schedule
 from advmoe.training.steps import training_attack
 
+TEXTS = ("router_statistics", "attack_routing", "router_step")
+"""Fields of `TrainConfig` that are no numbers."""
 EQUAL = 1e-6
 """Losses closer than this are the same."""
 
@@ -142,6 +147,8 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
     figures: dict[str, Any] = {
         "better": float(better.double().mean()),
         "gain": float((base - best_loss).mean() / base.mean()),
+        "regret": float((base - best_loss).mean() / (exact.mean(dim=3) - best_loss).mean().clamp(min=EQUAL)),
+        "load": float(F.one_hot(chosen).double().mean(dim=(0, 1)).amax(dim=1).mean()),
         "estimators": {},
     }
     for form in forms:
@@ -177,14 +184,22 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
     settings = {"arch": options.arch, "width": options.width, "granularity": options.granularity}
     settings |= {"num_experts": num_experts, "model_scale": options.model_scale, "router_gradient": form}
     info = dataset_info(options.dataset, options.data_dir)
-    model_config, config = resolve(info, settings, {"seed": options.seed, "batch_size": options.batch_size})
+    of_training = dict(setting.split("=") for setting in options.set)
+    model_config, config = resolve(
+        info,
+        settings,
+        {"seed": options.seed, "batch_size": options.batch_size}
+        | {name: value if name in TEXTS else float(value) for name, value in of_training.items()},
+    )
     data = load_dataset(options.dataset, options.data_dir)
     with seeded(options.seed):
+        model_config = dataclasses.replace(model_config, image_size=model_config.image_size // options.pool)
         model = build_model(model_config)
     method = METHODS["advmoe"]
     levels = make_levels(method.levels, model, config)
-    streams = [iter(endless(data.train, model_config, config, stream)) for stream in range(len(levels))]
+    streams = [iter(endless(data.train, info.image_size, config, stream)) for stream in range(len(levels))]
     (probed,) = BatchLoader(data.train, batch_size=options.images, indices=range(options.images)).epoch(0)
+    probed = shrunk(probed, options.pool)
     start, records, losses = direction(model), [], []
     for step in range(options.steps + 1):
         if step % options.every == 0:
@@ -198,14 +213,21 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
         if step < options.steps:
             for level in levels:
                 for group in level.optimizer.param_groups:
-                    group["lr"] = schedule(step, options.steps, config.lr)
+                    group["lr"] = schedule(step, options.steps, group.get("peak", config.lr))
             noise = [generator_for(options.seed, step, level) for level in range(len(levels))]
-            results = method.step(levels, [next(stream) for stream in streams], config, noise, step)
-            losses.append([float(result.loss) for result in results if result is not None])
+            now = config if step >= options.wait else dataclasses.replace(config, router_every=10**6)
+            batches = [shrunk(next(stream), options.pool) for stream in streams]
+            results = method.step(levels, batches, now, noise, step + (now is not config))
+            losses.append([float(result.loss) if result is not None else float("nan") for result in results])
     return records
 
 
-def endless(images: Any, model: ModelConfig, config: TrainConfig, stream: int) -> Any:
+def shrunk(batch: Batch, factor: int) -> Batch:
+    """The batch with images of a smaller size, so that a probe is cheap."""
+    return batch if factor == 1 else batch._replace(images=F.avg_pool2d(batch.images, factor))
+
+
+def endless(images: Any, size: int, config: TrainConfig, stream: int) -> Any:
     """Batches of one stream, epoch after epoch."""
     loader = BatchLoader(
         images,
@@ -214,7 +236,7 @@ def endless(images: Any, model: ModelConfig, config: TrainConfig, stream: int) -
         drop_last=True,
         seed=config.seed,
         stream=stream,
-        augment=training_transform(images, model.image_size, flip=config.flip),
+        augment=training_transform(images, size, flip=config.flip),
     )
     for epoch in range(1_000_000):
         yield from loader.epoch(epoch)
@@ -238,6 +260,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="images probed")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=int, default=1, help="shrink images by this factor")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TrainConfig")
+    parser.add_argument("--wait", type=int, default=0, help="steps before the routers begin to learn")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

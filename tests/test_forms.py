@@ -59,7 +59,7 @@ FORMS = [
     Form("vgg16", {"routed": "last-2-stages", "router_gradient": "value"}, {"attack_routing": "margin"}),
     Form(
         "vgg16",
-        {"shared": 0.5, "num_experts": 3},
+        {"shared": 0.5, "num_experts": 3, "router_gradient": "relative"},
         {"attack_routing": "mixture", "reinitialize": 0.5, "router_lr": 0.5},
         "s_dense",
     ),

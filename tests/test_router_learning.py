@@ -113,6 +113,24 @@ def test_the_comparison_ends_a_choice_that_is_good_but_not_the_best() -> None:
     assert gradient_of_four_experts("advantage") == [-1.125, 0.375, 0.375, 0.375]
 
 
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_relative_comparison_does_not_depend_on_how_much_experts_differ(number: int) -> None:
+    def gradient(size: float, *, relative: bool) -> Tensor:
+        logits_BN = torch.zeros(3, number, requires_grad=True)
+        decision = compared(Decision(torch.tensor([0, 1, 0]), logits_BN), logits_BN, sampled=False, relative=relative)
+        outputs = [torch.full((3, 1), 1.0 + size * expert) for expert in range(number)]
+        # the loss falls with the output of images 0 and 1, by 1 and 2, and rises with that of image 2, by 3
+        (select(outputs, decision) * torch.tensor([[-1.0], [-2.0], [3.0]])).sum().backward()
+        assert logits_BN.grad is not None
+        return logits_BN.grad
+
+    torch.testing.assert_close(gradient(1e-4, relative=True), gradient(10.0, relative=True), rtol=1e-3, atol=1e-7)
+    # chosen against the best other: |v_o - v_c| is known for each image, and the mean difference is divided by
+    steps = torch.tensor([number - 1.0, number - 2.0 if number > 2 else -1.0, 1.0]) * torch.tensor([-1.0, -2.0, 3.0])
+    expected = gradient(1.0, relative=False) / steps.abs().sum()
+    torch.testing.assert_close(gradient(1.0, relative=True), expected)
+
+
 def test_the_turn_takes_every_other_expert_once() -> None:
     logits_BN = torch.zeros(6, 4, requires_grad=True)
     decision = compared(Decision(torch.tensor([0, 0, 0, 2, 2, 2]), logits_BN), logits_BN, sampled=True)

@@ -56,3 +56,24 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "study-vgg16.svg").read_text().count("<svg") == 1
     accuracy = (tmp_path / "study-vgg16-accuracy.svg").read_text()
     assert [name in accuracy for name in ("AT (S-Dense)", "AT (Dense)", "AT (MoE)")] == [True, True, False]
+
+
+def test_figures_show_finished_runs_and_name_those_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.syspath_prepend(str(STUDIES))
+    runs = ("--runs", tmp_path / "runs")
+    run("small.py", "--smoke", "--only", "dense", "at_moe", "--seeds", 0, *runs, "--out", tmp_path / "out")
+    wanted = (*runs, "--dataset", "digits", "--images", 20, "--steps", 2, "--results", tmp_path / "results")
+    run("figures.py", *wanted, "--docs", tmp_path)
+    assert "advmoe_dense, seed 0: not there, left out" in capsys.readouterr().err
+    (path,) = (tmp_path / "results" / "resnet18" / "routing").iterdir()
+    found = json.loads(path.read_text())
+    assert (found["setting"], found["images"]) == ("at_moe", 20)
+    parts = found["conditions"]["pgd"]["dissection"]
+    assert sum(value for key, value in parts.items() if key.startswith("router_") and key != "router_robustness") == 100
+    # at N = 2 and r = .5 a pathway and a mask have half of the channels each
+    assert found["mask_from"] == "largest channels of AT (Dense)"
+    assert 0.2 < found["mask"]["clean"]["mean"] < 0.5
+    assert {each.name for each in tmp_path.glob("*.svg")} == {"study-resnet18-fig4-5.svg", "study-resnet18-fig6.svg"}

@@ -89,8 +89,9 @@ class Router(nn.Module):
             return decision
         if logits_BN.shape[1] == 1:  # nothing to compare with
             return decision._replace(gate=gate(logits_BN, expert_index_B, "softmax"))
-        if self.router_gradient in {"dense", "sampled"}:
-            return compared(decision, logits_BN, sampled=self.router_gradient == "sampled")
+        if self.router_gradient in {"dense", "sampled", "relative"}:
+            kind = self.router_gradient
+            return compared(decision, logits_BN, sampled=kind == "sampled", relative=kind == "relative")
         gate_B = gate(logits_BN, expert_index_B, self.router_gradient)
         return decision._replace(gate=gate_B, signal="mean" if self.router_gradient == "advantage" else "own")
 

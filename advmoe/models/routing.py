@@ -70,24 +70,31 @@ class _Comparison(torch.autograd.Function):
     """The logits as a gate, whose gradient v_e - v_c, v_e = <dL/dy, y_e>, says where the loss falls; see `compared`."""
 
     @staticmethod
-    def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None, relative: bool) -> Tensor:
+        ctx.relative = relative
         ctx.save_for_backward(logits_BN, chosen_B1, other_B1)
         return logits_BN.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, value_BN: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, value_BN: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BN, chosen_B1, other_B1 = ctx.saved_tensors
         if other_B1 is None:
             other_B1 = value_BN.scatter(1, chosen_B1, torch.inf).argmin(dim=1, keepdim=True)
         probability_B1 = (logits_BN.gather(1, other_B1) - logits_BN.gather(1, chosen_B1)).sigmoid()
-        push_B1 = (
-            probability_B1 * (1.0 - probability_B1) * (value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1))
+        difference_B1 = value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1)
+        if ctx.relative:  # the loss is a mean over images, so this leaves a mean, too
+            difference_B1 = difference_B1 / difference_B1.abs().sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
+        push_B1 = probability_B1 * (1.0 - probability_B1) * difference_B1
+        return (
+            torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1),
+            None,
+            None,
+            None,
         )
-        return torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1), None, None
 
 
-def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool) -> Decision:
+def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: bool = False) -> Decision:
     """A decision whose router learns by comparing the expert chosen, c, with another one, o.
 
     With v_e = <dL/dy, y_e>, the loss changes to first order by v_o - v_c if o takes over. The router's gradient is that
@@ -96,16 +103,20 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool) -> Decisio
     of the others, or one of them for each image in turn (`sampled`), whose values cost one expert instead of N. At
     N = 2 both are the gradient of the softmax mixture.
 
+    Coupled experts differ little, and so do their values: routers hardly move. `relative` divides the differences by
+    the mean of their sizes over the batch (with several ranks, over this rank's part of it). A router then learns
+    equally fast however alike its experts are. The direction of its step stays that of the loss.
+
     The softmax mixture of more experts would compare with the mean instead. Then the logit chosen rises wherever its
     expert is better than the mean, also where another one is better still: that never ends a wrong choice.
     """
     chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
     if not sampled and number > 2:
-        gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None)
+        gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, relative)
         return decision._replace(gate=gate_BN, signal="all")
     turn_B = torch.arange(len(chosen_B), device=chosen_B.device) % (number - 1)  # batches are shuffled
     other_B = (chosen_B + 1 + turn_B) % number
-    gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None])
+    gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], relative)
     return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)
 
 

@@ -1,0 +1,146 @@
+"""Figs. 4 to 6 of the paper from the study's runs: what an attack does to routers, and pathways against a mask.
+
+    python studies/figures.py --data-dir DATA --runs runs/study        # draws what is there, names what is not
+
+Every finished routed run is attacked by PGD once more, on the first test images. What came of it is stored as
+`results/small/NETWORK/routing/SETTING-SEED.json`; a run that has this file is not attacked again. Figures are drawn
+from these files alone.
+
+The mask of Fig. 6 is that of the run `sparse`. Where there is none it consists of the channels of `dense` with the
+largest weights, with which AT (Sparse) begins. Neither shares an order of channels with an MoE network that was trained
+from scratch, and an upcycled one gives all experts the same channels of Dense. So an IoU of 1/3 is chance at r = 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from small import NETWORKS, PLAN, SETTINGS, tell
+from tables import TITLES
+
+from advmoe.config import AttackConfig, to_dict
+from advmoe.data.sets import ImageSet
+from advmoe.data.sources import load_dataset
+from advmoe.evaluation.analysis import analyze
+from advmoe.evaluation.dissection import route_log
+from advmoe.evaluation.results import SuiteConfig
+from advmoe.evaluation.suite import run_suite
+from advmoe.files import write_atomically, write_text_atomically
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.registry import build_model
+from advmoe.reports.figures import dissections, iou_histogram
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint
+from advmoe.training.methods import METHODS
+from advmoe.training.schedule import Schedule
+from advmoe.training.start import start_from
+
+SHOWN = ("at_moe", "advmoe_dense", "advmoe_batch")
+"""Settings in the figures: AT (MoE), and the first AdvMoE of these that there is."""
+
+
+def finished(runs: Path, name: str, seed: int) -> Checkpoint | None:
+    """The last weights of a run, if it has come to its end."""
+    path = runs / f"{name}-{seed}" / "last.pt"
+    if not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    epochs = Schedule(METHODS[checkpoint.train["method"]].phases, checkpoint.train["epochs"], 1).epochs
+    return checkpoint if checkpoint.metrics.get("epoch", 0) == epochs else None
+
+
+def mask(runs: Path, seed: int) -> tuple[RoutedNetwork, str] | None:
+    """A Sparse-CNN whose mask is compared with, and where it comes from."""
+    sparse, dense = (finished(runs, name, seed) for name in ("sparse", "dense"))
+    if sparse is not None:
+        return sparse.build(), "AT (Sparse)"
+    if dense is None:
+        return None
+    model = build_model(dataclasses.replace(dense.model, kind="sparse_cnn", model_scale=0.5))
+    start_from(model, dense)
+    return model, "largest channels of AT (Dense)"
+
+
+def routing(checkpoint: Checkpoint, images: ImageSet, attack: AttackConfig, seed: int, runs: Path) -> dict[str, Any]:
+    """What PGD does to the routing of a run."""
+    model = checkpoint.build()
+    suite = SuiteConfig(attack=attack, routing=False, diagnosed=0)
+    log = route_log(run_suite(model, images, suite, seed=seed), model)
+    against = mask(runs, seed)
+    found = analyze(log, model, sparse=None if against is None else against[0])
+    for values in found["conditions"].values():
+        for long in ("load_by_class", "flow", "frequent"):
+            del values[long]
+    found["conditions"].pop("worst", None)  # routing is not attacked here
+    return found | {"attack": to_dict(attack), "mask_from": None if against is None else against[1]}
+
+
+def draw(results: Path, name: str, seed: int) -> dict[str, str]:
+    """The figures of a network, by file name, from the stored routings of one seed."""
+    stored = {
+        setting: json.loads(path.read_text())
+        for setting in SHOWN
+        if (path := results / "routing" / f"{setting}-{seed}.json").exists()
+    }
+    adv = next((setting for setting in SHOWN[1:] if setting in stored), None)
+    chosen = {TITLES[setting]: stored[setting] for setting in ("at_moe", adv) if setting in stored}
+    if not chosen:
+        return {}
+    drawn = {f"study-{name}-fig4-5.svg": dissections(chosen)}
+    histograms = {
+        f"{title}, {'clean' if condition == 'clean' else 'attacked'}": found["mask"][condition]
+        for title, found in chosen.items()
+        if "mask" in found
+        for condition in ("clean", "pgd")
+    }
+    if histograms:
+        images = next(iter(chosen.values()))["images"]
+        drawn[f"study-{name}-fig6.svg"] = iou_histogram(histograms, "Pathway and mask", f"{images} images")
+    return drawn
+
+
+def main() -> None:
+    root = Path(__file__).parent.parent
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="as for advmoe train")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--network", choices=list(NETWORKS), default="resnet18")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the checkpoints")
+    parser.add_argument("--results", type=Path, default=root / "results" / "small")
+    parser.add_argument("--docs", type=Path, default=root / "docs", help="folder of the figures")
+    parser.add_argument("--images", type=int, default=1000, help="test images attacked")
+    parser.add_argument("--steps", type=int, default=20, help="of PGD")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs, results = options.runs / options.network, options.results / options.network
+    data = load_dataset(options.dataset, options.data_dir)
+    images = data.test.take(np.arange(min(options.images, len(data.test))))
+    assert isinstance(images, ImageSet)
+    for name, seed in dict.fromkeys(PLAN):
+        path = results / "routing" / f"{name}-{seed}.json"
+        if SETTINGS[name][0]["kind"] != "moe" or path.exists():
+            continue
+        checkpoint = finished(runs, name, seed)
+        if checkpoint is None:
+            tell(f"{name}, seed {seed}: not there, left out")
+            continue
+        tell(f"{name}, seed {seed}")
+        found = routing(checkpoint, images, AttackConfig(steps=options.steps), seed, runs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"setting": name, "seed": seed, **found}) + "\n"
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+    for name, svg in draw(results, options.network, 0).items():
+        write_text_atomically(options.docs / name, svg + "\n")
+        tell(f"drawn: {options.docs / name}")
+
+
+if __name__ == "__main__":
+    main()
