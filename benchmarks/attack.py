@@ -13,12 +13,10 @@ changes within seconds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import importlib.util
 import io
-import json
 import statistics
 import sys
 import threading
@@ -26,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +34,6 @@ from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.data.digits import load_digits
-from advmoe.evaluation.cost import hardware
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
@@ -206,9 +204,7 @@ def convolution_share(num_images: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
+    parser = harness.parser(__doc__)
     parser.add_argument("--images", type=int, default=48, help="images for PGD")
     parser.add_argument("--autoattack-images", type=int, default=8)
     options = parser.parse_args()
@@ -223,15 +219,8 @@ def main() -> None:
     figures |= autoattack_speed(options.autoattack_images, smoke=options.smoke)
     figures["convolution_share"] = convolution_share(options.images)
     figures = {name: round(value, 4) for name, value in figures.items()}
-    figures |= {
-        "hardware": hardware(torch.device("cpu")),
-        "torch": torch.__version__,
-    }
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:40} {value}")
+    figures |= harness.machine()
+    harness.emit(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ routers balanced.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import harness
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -149,7 +149,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--arch", action="append", help="network, may be given several times; default resnet18 and vgg16"
     )
@@ -159,8 +159,6 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, help="rounds at batch 64; four times as many at batch 1 and 8")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.smoke:
         options.arch, options.width, options.rounds = ["vgg16"], 0.0625, 1

@@ -22,9 +22,7 @@ Shape suffixes: C channels, H height, W width.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -38,6 +36,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import harness
 import numpy as np
 import torch
 from PIL import Image
@@ -51,7 +50,6 @@ from advmoe import rust_router
 from advmoe.data.loader import BatchLoader, CropFlip
 from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import RandomResizedCrop
-from advmoe.evaluation.cost import hardware
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
@@ -113,12 +111,6 @@ def encoded_set(folder: Path, copies: int) -> EncodedSet:
         labels=nothing,
         class_names=("photo",),
     )
-
-
-def cpu(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def wall(work: Callable[[], Any]) -> float:
@@ -195,9 +187,9 @@ def crop_flip(rounds: int, num_images: int) -> dict[str, float]:
         walls["crop_flip_f32_2t"].append(wall(two) / 8)
         walls["loader_f32_1t"].append(wall(lambda: [None for _ in alone.epoch(0)]))
         walls["loader_f32_2t"].append(wall(lambda: [None for _ in shared.epoch(0)]))
-        cpus.append(cpu(fills[0]))
-        ours = cpu(lambda: [None for _ in alone.epoch(0)]) / len(source.labels)
-        ratios.append(cpu(lambda: [None for _ in theirs]) / len(few.labels) / ours)
+        cpus.append(harness.cpu(fills[0]))
+        ours = harness.cpu(lambda: [None for _ in alone.epoch(0)]) / len(source.labels)
+        ratios.append(harness.cpu(lambda: [None for _ in theirs]) / len(few.labels) / ours)
     n = len(source.labels)
     figures = {name: n / min(times) for name, times in walls.items()}
     figures |= {f"{name}_median": n / statistics.median(times) for name, times in walls.items()}
@@ -239,9 +231,9 @@ def random_resized_crop(rounds: int) -> dict[str, float]:
         )
         times = [
             (
-                cpu(lambda: [None for _ in loader.epoch(0)]),
-                cpu(lambda: [None for content in contents if with_pil(content) is None]),
-                cpu(lambda: [None for content in encoded if with_torchvision(content) is None]),
+                harness.cpu(lambda: [None for _ in loader.epoch(0)]),
+                harness.cpu(lambda: [None for content in contents if with_pil(content) is None]),
+                harness.cpu(lambda: [None for content in encoded if with_torchvision(content) is None]),
             )
             for _ in range(rounds + 1)
         ][1:]
@@ -267,13 +259,13 @@ def share_of_train_step(rounds: int) -> float:
 
     step()
     batches = len(loader)
-    return statistics.median(cpu(lambda: list(loader.epoch(0))) / batches / cpu(step) for _ in range(rounds))
+    return statistics.median(
+        harness.cpu(lambda: list(loader.epoch(0))) / batches / harness.cpu(step) for _ in range(rounds)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the image loader")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
+    parser = harness.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -283,14 +275,9 @@ def main() -> None:
         **crop_flip(options.rounds, 1024 if options.smoke else 16_384),
         **random_resized_crop(options.rounds),
         "share_of_train_step": share_of_train_step(options.rounds),
-        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "versions": f"advmoe {advmoe.__version__}, torch {torch.__version__}",
+        **harness.machine(),
     }
-    if options.json:
-        print(json.dumps(results))
-    else:
-        for key, value in results.items():
-            print(f"{key:28} {value:,.3f}" if isinstance(value, float) else f"{key:28} {value}")
+    harness.emit(results, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -16,31 +16,21 @@ Shape suffixes: I images of a set, L MoE layers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import harness
 import numpy as np
 import torch
 
-import advmoe
-from advmoe.evaluation.cost import hardware
 from advmoe.routing_log import PathwayChannels, RouteLog
 
 LAYERS, WIDTH, CLASSES = 20, 240, 1000
 NUM_EXPERTS = [2] * LAYERS
-
-
-def cpu(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def halves() -> PathwayChannels:
@@ -96,9 +86,7 @@ def summary(log: RouteLog, channels: PathwayChannels, mask: np.ndarray[Any, np.d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the pathway statistics")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--smoke", action="store_true", help="smallest form, which only shows that the script works")
+    parser = harness.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,9 +102,9 @@ def main() -> None:
     theirs = torch_pairs(masks.float(), rows)
     times: list[tuple[float, float, float]] = []
     for _ in range(options.rounds):
-        one = cpu(lambda: [log.mask_similarity("clean", channels, mask) for _ in range(20)]) / 20
-        pairs = cpu(lambda: log.diversity("clean", channels))
-        times.append((one, pairs, cpu(theirs) * len(pathways) / rows))
+        one = harness.cpu(lambda: [log.mask_similarity("clean", channels, mask) for _ in range(20)]) / 20
+        pairs = harness.cpu(lambda: log.diversity("clean", channels))
+        times.append((one, pairs, harness.cpu(theirs) * len(pathways) / rows))
     del masks, theirs
 
     many = log_of(many_samples(1_300 if options.smoke else 1_300_000), 0.05)
@@ -124,16 +112,11 @@ def main() -> None:
         "one_vs_10k_ms": 1e3 * statistics.median(one for one, _, _ in times),
         "all_pairs_10k_s": statistics.median(pairs for _, pairs, _ in times),
         "all_pairs_vs_torch": statistics.median(theirs / pairs for _, pairs, theirs in times),
-        "summary_1m3_s": statistics.median(cpu(lambda: summary(many, channels, mask)) for _ in range(3)),
+        "summary_1m3_s": statistics.median(harness.cpu(lambda: summary(many, channels, mask)) for _ in range(3)),
         "summary_1m3_distinct": len(many.unique_pathways("clean")[1]),
-        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "versions": f"advmoe {advmoe.__version__}, torch {torch.__version__}",
+        **harness.machine(),
     }
-    if options.json:
-        print(json.dumps(results))
-    else:
-        for key, value in results.items():
-            print(f"{key:24} {value:,.3f}" if isinstance(value, float) else f"{key:24} {value}")
+    harness.emit(results, as_json=options.json)
 
 
 if __name__ == "__main__":

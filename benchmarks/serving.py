@@ -12,7 +12,6 @@ capacity: the server must refuse requests with 429, and answer those it accepts 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -28,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import harness
 import numpy as np
 import onnxruntime as ort
 import torch
@@ -227,13 +227,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="a small network, short rounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.smoke:
         options.arch, options.width, options.seconds, options.rounds = "vgg16", 0.0625, 0.5, 1

@@ -15,20 +15,18 @@ from advmoe.host import prepare_process
 
 prepare_process()  # before torch is there
 
-import argparse  # noqa: E402
-import json  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from advmoe.config import ModelConfig, TrainConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
-from advmoe.evaluation.cost import hardware  # noqa: E402
 from advmoe.models.moe_conv import MoEConv2d, expert_rows  # noqa: E402
 from advmoe.models.network import RoutedNetwork  # noqa: E402
 from advmoe.models.registry import build_model  # noqa: E402
@@ -161,9 +159,7 @@ def steps(width: float, size: int, batches: list[Batch]) -> dict[str, Step]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--smoke", action="store_true", help="the smallest form: does it run?")
+    parser = harness.parser(__doc__)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=75.0, help="start no round of steps after so much CPU time")
@@ -192,15 +188,10 @@ def main() -> None:
         "rounds": rounds - 1,
         "width": width,
         "batch_size": number,
-        "hardware": hardware(torch.device("cpu")),
-        "torch": torch.__version__,
+        **harness.machine(),
     }
     figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:34} {value}")
+    harness.emit(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from runs import TRAIN as OF_RUNS
 
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.digits import load_digits
@@ -34,15 +35,7 @@ from advmoe.training.steps import adversarial_update
 
 CPU = torch.device("cpu")
 # 2 steps of 8 images, which 3 ranks share as 2, 3 and 3; then 10 validation images.
-TRAIN = TrainConfig(
-    dataset="digits",
-    epochs=1,
-    batch_size=8,
-    limit_train=16,
-    val_limit=10,
-    val_attack=AttackConfig(eps=8 / 255, steps=1),
-    flip=False,
-)
+TRAIN = dataclasses.replace(OF_RUNS, epochs=1)
 CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
     "advmoe": (
         ModelConfig(arch="resnet18", kind="moe", width=0.0625),

@@ -10,7 +10,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, training_radius
 from advmoe.cli.models import checkpoint_of
-from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.config import AttackConfig, check
 from advmoe.errors import ConfigError
 
@@ -30,7 +30,7 @@ def compare(
     autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack, too.")] = False,
     diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0: not checked.")] = 64,
     limit_eval: LimitEval = None,
-    batch_size: Annotated[int, typer.Option(help="Images attacked at a time; changes nothing but memory.")] = 256,
+    batch_size: BatchSize = 256,
     data_dir: DataDir = None,
     seed: Seed = 0,
     device: Device = "auto",

@@ -13,7 +13,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.models import checkpoint_of, data_dir_of
-from advmoe.cli.options import DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def evaluate(
         typer.Option(help="Folder for the card, the results image by image and the state from which to go on."),
     ] = None,
     limit_eval: LimitEval = None,
-    batch_size: Annotated[int, typer.Option(help="Images attacked at a time; changes nothing but memory.")] = 256,
+    batch_size: BatchSize = 256,
     data_dir: DataDir = None,
     seed: Seed = 0,
     device: Device = "auto",
