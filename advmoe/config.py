@@ -57,6 +57,23 @@ def check_eps(eps: float) -> None:
         check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", "eps")
 
 
+def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> None:
+    """Refuse a setting that is not at its default, because nothing would read it.
+
+    Args:
+        config: The configuration that has the setting.
+        name: The setting.
+        place: What the setting has no effect on.
+        remedy: What to do other than leave it out.
+
+    Raises:
+        ConfigError: The setting has another value than its default.
+    """
+    (default,) = (field.default for field in fields_of(type(config)) if field.name == name)
+    value = getattr(config, name)
+    check(value == default, f"{name} {value} has no effect on {place}; leave it out{remedy}", name)
+
+
 def routed_part(routed: str) -> tuple[str, int] | None:
     """("stage" or "block", number of the last ones that are routed), or None for all of the backbone.
 
@@ -300,14 +317,9 @@ def model_config(**settings: Any) -> ModelConfig:
             may hold such values: they were the defaults of its day, and mean nothing.)
     """
     config = from_dict(ModelConfig, settings)
-    for field in (*fields_of(ExpertsConfig), *fields_of(RoutersConfig)):
-        value = getattr(config, field.name)
-        check(
-            config.kind == "moe" or value == field.default,
-            f"{field.name} {value} has no effect on kind {config.kind}, which has no routers; leave it out or use "
-            "kind moe",
-            field.name,
-        )
+    if config.kind != "moe":
+        for field in (*fields_of(ExpertsConfig), *fields_of(RoutersConfig)):
+            check_unused(config, field.name, f"kind {config.kind}, which has no routers", " or use kind moe")
     return config
 
 
@@ -603,26 +615,17 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             "reinitialize",
         )
         for field in fields_of(ObjectiveConfig):
-            value = getattr(self, field.name)
-            unused = self.method == "standard" or (field.name == "trades_beta" and self.loss != "trades")
-            check(
-                not unused or value == field.default,
-                f"{field.name} {value} has no effect on method {self.method} with loss {self.loss}; leave it out",
-                field.name,
-            )
+            if self.method == "standard" or (field.name == "trades_beta" and self.loss != "trades"):
+                check_unused(self, field.name, f"method {self.method} with loss {self.loss}")
         check(
             self.precision != "bf16_attack" or self.method != "standard",
             "precision bf16_attack has no effect on method standard, which does not attack; leave it out or use bf16",
             "precision",
         )
-        for field in fields_of(RouterStepConfig):
-            value = getattr(self, field.name)
-            check(
-                self.method == "advmoe" or value == field.default,
-                f"{field.name} {value} has no effect on method {self.method}, which has no router step of its own; "
-                "leave it out or use method advmoe",
-                field.name,
-            )
+        if self.method != "advmoe":
+            place = f"method {self.method}, which has no router step of its own"
+            for field in fields_of(RouterStepConfig):
+                check_unused(self, field.name, place, " or use method advmoe")
 
 
 def check_together(model: ModelConfig, train: TrainConfig) -> None:

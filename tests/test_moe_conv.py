@@ -222,11 +222,11 @@ def test_an_empty_batch_is_no_error() -> None:
     assert y_BCHW.shape == (0, 4, 5, 5)
 
 
-def test_bias_dilation_and_groups_are_those_of_an_ordinary_convolution() -> None:
+def test_bias_stride_and_padding_are_those_of_an_ordinary_convolution() -> None:
     torch.manual_seed(0)
-    x_BCHW, weight, bias = torch.randn(4, 4, 7, 7), torch.randn(8, 2, 3, 3), torch.randn(8)
+    x_BCHW, weight, bias = torch.randn(4, 4, 7, 7), torch.randn(8, 4, 3, 3), torch.randn(8)
     chosen_B = torch.tensor([1, 0, 1, 1])
-    geometry = {"stride": 2, "padding": 2, "dilation": 2, "groups": 2}
+    geometry = {"stride": 2, "padding": 2}
     y_BCHW = moe_conv2d(x_BCHW, weight, bias, chosen_B, rows=((0, 1, 2, 3), (4, 5, 6, 7)), **geometry)
     for b, expert in enumerate(chosen_B.tolist()):
         rows = slice(4 * expert, 4 * expert + 4)
@@ -240,12 +240,12 @@ def test_the_exporters_operator_computes_what_eager_mode_computes() -> None:
     operator = torch.ops.advmoe.moe_conv2d
     rows = ((0, 1, 2), (3, 4, 2), (0, 4, 5))
     flat = [0, 1, 2, 3, 4, 2, 0, 4, 5]
-    y_BCHW = operator(*arguments, flat, 3, [2, 2], [1, 1], [1, 1], 1)
+    y_BCHW = operator(*arguments, flat, 3, [2, 2], [1, 1])
     eager = moe_conv2d(*arguments, rows=rows, stride=2, padding=1)
     assert torch.equal(y_BCHW, eager)
     torch.library.opcheck(
         operator.default,
-        (*arguments, flat, 3, [2, 2], [1, 1], [1, 1], 1),
+        (*arguments, flat, 3, [2, 2], [1, 1]),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -14,6 +14,7 @@ from rich.progress import Task as ProgressTask
 from rich.text import Text
 
 from advmoe.cli import console
+from advmoe.reports.training import robust_accuracy
 
 
 class ImagesPerSecond(ProgressColumn):
@@ -85,10 +86,10 @@ class TrainingProgress:
 
     def validated(self, record: dict[str, Any]) -> None:
         """Print the epoch's line."""
-        ra = next(value for name, value in record.items() if name.startswith("val_ra"))
         line = (
             f"epoch {record['epoch']}/{self._epochs}: training loss {record['train_loss']:.3f}, "
-            f"validation SA {record['val_sa']:.2f} RA {ra:.2f}, {record['images_per_second']:.0f} images/s"
+            f"validation SA {record['val_sa']:.2f} RA {robust_accuracy(record):.2f}, "
+            f"{record['images_per_second']:.0f} images/s"
         )
         if record.get("router_entropy"):
             entropies = record["router_entropy"]

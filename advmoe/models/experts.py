@@ -100,11 +100,6 @@ class ExpertLayout:
             yield common + (start + step if self.separate else (start + step) % rest)
 
     @property
-    def disjoint(self) -> bool:
-        """Whether no channel belongs to two experts, so that the weight bank splits evenly among them."""
-        return len(self.bank_channels) == self.num_experts * self.size
-
-    @property
     def bank_channels(self) -> tuple[int, ...]:
         """Backbone channels that some expert owns, sorted: the rows of the weight bank. The others have no weights."""
         return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))

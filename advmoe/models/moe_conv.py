@@ -67,8 +67,6 @@ class Form(NamedTuple):
     rows: Rows
     stride: list[int]
     padding: list[int]
-    dilation: list[int]
-    groups: int
 
 
 class Convolution(NamedTuple):
@@ -106,8 +104,6 @@ class Convolution(NamedTuple):
 
     def all_outputs(self, x: Tensor) -> Sequence[Tensor]:
         """All experts' outputs for all images, where possible by one convolution."""
-        if self.form.groups > 1:  # the groups of a bank would be others than those of an expert
-            return [self.output(expert, x) for expert in range(self.num_experts)]
         everyone = tuple(chain.from_iterable(self.form.rows))
         bias = None if self.bias is None else expert_rows(self.bias, everyone)
         return self._convolve(x, expert_rows(self.weight, everyone), bias).chunk(self.num_experts, dim=1)
@@ -124,17 +120,17 @@ class Convolution(NamedTuple):
             [len(filters)],
             form.stride,
             form.padding,
-            form.dilation,
+            [1, 1],
             False,
             [0, 0],
-            form.groups,
+            1,
             list(wanted),
         )
         return found
 
     def _convolve(self, part: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
         form = self.form
-        return F.conv2d(part, filters, bias, form.stride, form.padding, form.dilation, form.groups)
+        return F.conv2d(part, filters, bias, form.stride, form.padding)
 
 
 def _mean(banks: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +242,7 @@ _operator = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_index, int[] rows, int size, int[] stride, "
-        "int[] padding, int[] dilation, int groups) -> Tensor"
+        "int[] padding) -> Tensor"
     ),
 )
 
@@ -261,12 +257,8 @@ def _(
     size: int,
     stride: Sequence[int],
     padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
 ) -> Tensor:
-    return F.conv2d(
-        x, weight[:size], None if bias is None else bias[:size], list(stride), list(padding), list(dilation), groups
-    )
+    return F.conv2d(x, weight[:size], None if bias is None else bias[:size], list(stride), list(padding))
 
 
 def moe_conv2d(
@@ -278,29 +270,25 @@ def moe_conv2d(
     rows: Rows,
     stride: int = 1,
     padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
 ) -> Tensor:
     """Convolve image b with the filters of the expert chosen for it.
 
     Args:
         x_BCHW: layer input.
-        weight: weight bank [bank, C / groups, kh, kw]; expert e convolves with its rows rows[e].
+        weight: weight bank [bank, C, kh, kw]; expert e convolves with its rows rows[e].
         bias: bias bank [bank] or None, shared out in the same way.
         decision: the experts chosen, with a gate where a router learns; or just the experts, int64 [B], each one of
             range(len(rows)).
         rows: bank rows of each expert, in the order of its output channels.
-        stride: as in `torch.nn.functional.conv2d`, the same in both directions; so are padding and dilation.
+        stride: as in `torch.nn.functional.conv2d`, the same in both directions, as is padding.
         padding: zeros added on each side.
-        dilation: spacing of the kernel's taps.
-        groups: groups of the convolution.
 
     Returns:
         [B, len(rows[0]), H', W'], in batch order.
     """
     if isinstance(decision, Tensor):
         decision = Decision(decision, None)
-    form = Form(rows, [stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    form = Form(rows, [stride] * 2, [padding] * 2)
     if torch.compiler.is_exporting():
         flat = list(chain.from_iterable(rows))
         y_BCHW: Tensor = torch.ops.advmoe.moe_conv2d(

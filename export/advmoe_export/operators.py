@@ -3,7 +3,7 @@
 These two operators are all that this package knows about a model. In a traced graph they are opaque
 nodes
 
-    y = moe_conv2d(x, weight, bias, expert_index) {rows, size, stride, padding, dilation, groups}
+    y = moe_conv2d(x, weight, bias, expert_index) {rows, size, stride, padding}
     y = moe_linear(x, weight, bias, expert_index) {rows, size}
 
 Row r of x is an image, or a token. Expert e = expert_index[r] computes it with the rows rows[e *
@@ -28,7 +28,7 @@ FAKE_QUANTIZE = "fake_quantize"
 """y = fake_quantize(x, expert_index) {scales, zero_points}: rounds x to the levels of its expert."""
 INPUTS = ("x", "weight", "bias", "expert_index")
 ATTRIBUTES: dict[str, dict[str, str]] = {
-    CONV: {"rows": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS", "dilation": "INTS", "groups": "INT"},
+    CONV: {"rows": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS"},
     LINEAR: {"rows": "INTS", "size": "INT"},
 }
 

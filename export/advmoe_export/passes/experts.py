@@ -56,8 +56,6 @@ def write_plain_op(
         "Conv",
         [x, weight] if bias is None else [x, weight, bias],
         {
-            "dilations": ints(node, "dilation"),
-            "group": node.attributes.get_int("groups"),
             "kernel_shape": [int(d) for d in weight.shape[2:]],  # type: ignore[arg-type]
             "pads": [*padding, *padding],
             "strides": ints(node, "stride"),

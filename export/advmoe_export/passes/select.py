@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from advmoe_export.operators import LINEAR, is_routed
-from advmoe_export.passes.experts import write_expert_op, write_plain_op
+from advmoe_export.passes.experts import write_plain_op
 from advmoe_export.passes.lower import Lowering, copy_node
 from advmoe_export.passes.regions import Region
 from advmoe_export.scope import Scope
@@ -65,7 +65,6 @@ def _all_experts(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.V
     scope, bank, name = state.scope, state.plan.banks[node], str(node.outputs[0].name)
     weight, bias = bank.stacked()
     n, size = bank.num_experts, bank.size
-    grouped = node.op_type != LINEAR and node.attributes.get_int("groups") != 1
     bias_value = None if bias is None else scope.constant(bias, f"{name}.biases")
     if node.op_type == LINEAR:
         wide = ir.Shape([*shape[:-1], n * size])
@@ -82,23 +81,6 @@ def _all_experts(state: Lowering, node: ir.Node, x: ir.Value, expert_index: ir.V
         perm = [0, axis, *range(1, axis), axis + 1]
         every = scope.op(
             "Transpose", [apart], {"perm": perm}, name=f"{name}.experts", dtype=x.dtype, shape=[shape[0], n, *shape[1:]]
-        )
-    elif grouped:
-        parts = [
-            scope.op(
-                "Unsqueeze",
-                [
-                    write_expert_op(scope, node, bank, e, x, name=f"{name}.expert", shape=shape),
-                    scope.integers(1),
-                ],
-                name=f"{name}.expert",
-                dtype=x.dtype,
-                shape=[shape[0], 1, *shape[1:]],
-            )
-            for e in range(n)
-        ]
-        every = scope.op(
-            "Concat", parts, {"axis": 1}, name=f"{name}.experts", dtype=x.dtype, shape=[shape[0], n, *shape[1:]]
         )
     else:
         wide = ir.Shape([shape[0], n * size, *shape[2:]])
