@@ -283,14 +283,30 @@ def test_images_of_a_folder_are_cut_to_the_size_asked_for(pets: list[str], capsy
     assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, "cat, dog")
 
 
+def test_a_folder_keeps_its_image_size_where_another_machine_would_suggest_another(
+    pets: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [word for word in pets if word not in ("--image-size", "32")]
+    monkeypatch.setattr("advmoe.data.folders.IMAGE_SIZES", (32,))
+    assert main(chosen) == 0
+    monkeypatch.setattr("advmoe.data.folders.IMAGE_SIZES", (48,))
+    capsys.readouterr()
+    assert main([*chosen, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["metrics"]["epoch"] == 1
+    assert "going on with the run's image size, 32" in err
+    assert main([*chosen, "--resume", "--image-size", "48"]) == 1
+    assert "it was started with image_size = 32 (not 48)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_an_export_is_verified_and_calibrated_with_images_of_a_folder(
+def test_an_export_is_verified_and_calibrated_with_images_of_the_folder_that_the_run_remembers(
     pets: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(pets) == 0
-    real = ["--data-dir", "pets", "--dtype", "int8", "--calibration-images", "8", "--verify-images", "5"]
+    real = ["--dtype", "int8", "--calibration-images", "8", "--verify-images", "5"]
     capsys.readouterr()
-    assert main(["export", "run/best.pt", "model.onnx", *real, "--json"]) == 0
+    assert main(["export", "run", "model.onnx", *real, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreement"]["images"] == 5
 
 
@@ -350,6 +366,20 @@ def test_a_checkpoint_becomes_a_served_model(
     (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
     assert "broken.png cannot be decoded as an image" in refused(["predict", "model.onnx", "broken.png"], capsys)
     assert "no image file gone.png" in refused(["predict", "model.onnx", "gone.png"], capsys)
+
+
+def test_an_export_that_cannot_be_is_refused_before_any_work(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx_ir")
+    monkeypatch.setattr("advmoe.training.checkpoint.load_checkpoint", None)
+    (tmp_path / "models" / "model").mkdir(parents=True)
+    for options, message in (
+        (["--profile", "fast"], "unknown profile 'fast'"),
+        (["--calibration-images", "8"], "--calibration-images is for --dtype int8, this is fp32"),
+        (["--triton", "models"], "'models/model' exists already"),
+    ):
+        assert message in refused(["export", str(run_folder), "model.onnx", *options], capsys)
 
 
 def test_nan_weights_are_refused_by_evaluate(

@@ -3,14 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from advmoe.attacks.victims import Victims
 from advmoe.cli.app import main
 from advmoe.cli.models import remember_data
 from advmoe.data import sources
 from advmoe.data.sources import dataset_info
+from advmoe.evaluation import suite
+from advmoe.evaluation.diagnostics import Diagnostic, diagnose
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
 
@@ -54,6 +58,7 @@ def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
         "examples.npz",
         "images.npz",
         "routes.npz",
+        "state-diagnostics.json",
         "state.npz",
     ]
 
@@ -174,7 +179,47 @@ def test_a_run_folder_is_evaluated_on_the_data_it_was_trained_on(
     assert evaluate(checkpoint.parent, "--diagnose", "0", "--data-dir", str(tmp_path / "other")) == 0
     assert asked == [tmp_path, tmp_path / "other"]
     assert evaluate(tmp_path) == 1
-    assert "is a folder without best.pt; give a run folder, or a checkpoint" in capsys.readouterr().err
+    assert "is a folder without best.pt; expected a run folder such as runs/NAME" in capsys.readouterr().err
+
+
+def test_a_run_that_has_finished_no_epoch_is_named_as_such(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = checkpoint.rename(checkpoint.with_name("last.pt"))
+    assert evaluate(checkpoint.parent) == 1
+    assert f"has not finished an epoch, so it has no best.pt yet; let it go on, or give {last}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert evaluate(last, "--diagnose", "0") == 0
+
+
+def test_the_images_of_a_run_that_are_gone_are_not_looked_for_elsewhere(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember_data(checkpoint.parent, "digits", tmp_path / "gone")
+    assert evaluate(checkpoint.parent, "--diagnose", "0") == 1
+    assert "gone, which is gone; say where they are now (--data-dir)" in capsys.readouterr().err
+
+
+def test_a_repeated_evaluation_takes_the_diagnostics_it_has_kept(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def spy(sample: Victims, **settings: Any) -> list[Diagnostic]:
+        asked.append(len(sample))
+        return diagnose(sample, **settings)
+
+    monkeypatch.setattr(suite, "diagnose", spy)
+    cards = []
+    for sample in ("20", "20", "10"):  # 10 images are another check than 20
+        assert evaluate(checkpoint, "--out", str(tmp_path / "out"), "--json", "--diagnose", sample) == 0
+        cards.append(json.loads(capsys.readouterr().out))
+    assert asked == [20, 10]
+    assert cards[0]["diagnostics"] == cards[1]["diagnostics"]
+    (tmp_path / "out" / "state-diagnostics.json").write_text("damaged")
+    assert evaluate(checkpoint, "--out", str(tmp_path / "out"), "--diagnose", "10") == 0
+    assert asked == [20, 10, 10]
 
 
 def test_models_are_compared_on_the_same_images_with_paired_errors(

@@ -247,6 +247,33 @@ def test_bad_requests_say_what_to_do(small_moe: Make, tmp_path: Path) -> None:
     ).verification.passed
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profile": "fast"}, "unknown profile 'fast'"),
+        ({"batch_size": 4}, "batch_size 4 does not go with profile 'hybrid'"),
+        ({"profile": "static", "batch_size": 0}, "batch_size 0 does not go with profile 'static'"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"dtype": "int8"}, "int8 needs real images to calibrate with"),
+        ({"dtype": "int8", "profile": "static", "calibration": np.zeros((1, 3, 16, 16))}, "another profile than"),
+        ({"input_type": "int8"}, "unknown input type 'int8'"),
+        ({"opset": 9}, "opset must be in 18"),
+    ],
+)
+def test_bad_options_are_found_before_the_model_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.delattr("advmoe_export.exporter.trace")
+    with pytest.raises(UnsupportedModelError, match=message):
+        export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
+
+
+def test_margins_of_a_network_without_routers_are_refused(tmp_path: Path) -> None:
+    dense = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    with pytest.raises(UnsupportedModelError, match="margins are those of routers"):
+        export_model(dense, tmp_path / "m.onnx", image_size=16, labels=LABELS, allow_unrouted=True, margins=True)
+
+
 def test_a_session_refuses_what_it_cannot_run(small_moe: Make, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     export_model(small_moe(), path, image_size=16, labels=LABELS, profile="throughput")

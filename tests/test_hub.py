@@ -1,6 +1,7 @@
 """The hub: what is uploaded, what the model card says, and what is loaded again. A server of ours stands in for it."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -161,6 +162,28 @@ def test_an_onnx_file_lies_beside_the_weights(hub: dict[str, dict[str, bytes]], 
     pytest.importorskip("onnx_ir")
     assert main(["push", str(run), "owner/digits"]) == 0
     assert {"model.onnx", "model.onnx.data"} <= set(hub["owner/digits"])
+
+
+@pytest.mark.slow
+def test_a_model_on_the_hub_is_evaluated_and_exported_as_the_run_it_came_from(
+    hub: dict[str, dict[str, bytes]], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx_ir")
+    of_run = load_checkpoint(run / "best.pt")
+    save_checkpoint(run / "best.pt", dataclasses.replace(of_run, class_names=DIGITS.class_names))
+    assert main(["push", str(run), "owner/digits-v1.5", "--no-onnx"]) == 0
+    small = ["--steps", "1", "--limit-eval", "20", "--diagnose", "0", "--no-latency", "--json"]
+    found = []
+    for place in ("hf://owner/digits-v1.5", str(run)):
+        capsys.readouterr()
+        assert main(["evaluate", place, *small, "--out", str(tmp_path / str(len(found)))]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert (found[0]["sa"], found[0]["ra"]) == (found[1]["sa"], found[1]["ra"])
+    assert json.loads((tmp_path / "0" / "card.json").read_text())["name"] == "owner/digits-v1.5"
+    assert main(["export", "hf://owner/digits-v1.5", str(tmp_path / "a.onnx"), "--verify-images", "4"]) == 0
+    assert main(["export", str(run), str(tmp_path / "b.onnx"), "--verify-images", "4"]) == 0
+    assert (tmp_path / "a.onnx.data").read_bytes() == (tmp_path / "b.onnx.data").read_bytes()
+    assert main(["info", "hf://owner/digits-v1.5", "--json"]) == 0
 
 
 @pytest.mark.parametrize(

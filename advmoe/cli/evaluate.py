@@ -17,6 +17,7 @@ from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
+from advmoe.hub import is_address
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +158,8 @@ class Subject:
     def name(self) -> str:
         """What to call it in a card."""
         ending = "" if self.control is None else f", {self.control} control"
-        return f"{self.path.resolve().parent.name}/{self.path.stem}{ending}"
+        file = self.path.name if is_address(self.path) else self.path.stem
+        return f"{self.path.resolve().parent.name}/{file}{ending}"
 
     def test_images(
         self, dataset: str | None, data_dir: Path | None, limit: int | None, seed: int

@@ -10,6 +10,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter
+from advmoe.cli.models import checkpoint_of, data_dir_of
 from advmoe.cli.options import DataDir, Json, Seed
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, e.g. runs/NAME/best.pt.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/NAME, or a checkpoint.")],
     model: Annotated[
         Path,
         typer.Argument(
@@ -75,11 +76,31 @@ def export(
     from advmoe.data.sources import shorter_side
     from advmoe.training.checkpoint import load_checkpoint
 
+    checkpoint = checkpoint_of(checkpoint)
+    asked: dict[str, Any] = {
+        "profile": profile,
+        "input_type": input_type,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "opset": opset,
+    }
     check(verify_images >= 0, f"--verify-images must not be negative, got {verify_images}")
+    check(
+        dtype == "int8" or not given(context, "calibration_images"),
+        f"--calibration-images is for --dtype int8, this is {dtype}; leave it out",
+    )
     package = exporter()
+    with export_errors():  # before anything that takes time
+        package.check_options(model, **asked)
+        if triton is not None:
+            package.triton_folder(model, triton)
     contents = load_checkpoint(checkpoint)
+    check(
+        not margins or contents.model.kind == "moe",
+        f"--margins is for an MoE-CNN, this is a {contents.model.kind}; leave it out",
+    )
     calibrated = calibration_images if dtype == "int8" else 0
-    images, targets, calibration = real_images(contents, data_dir, verify_images, calibrated, seed)
+    images, targets, calibration = real_images(contents, checkpoint, data_dir, verify_images, calibrated, seed)
     if input_type == "float32":
         images, calibration = as_float(images), as_float(calibration)
     with console.err.status("exporting and verifying"), export_errors():
@@ -90,16 +111,12 @@ def export(
             resize=shorter_side(contents.train.get("dataset"), contents.model.image_size),
             labels=contents.class_names or tuple(map(str, range(contents.model.num_classes))),
             metadata=describe(contents, checkpoint),
-            profile=profile,
-            input_type=input_type,
-            batch_size=batch_size,
-            dtype=dtype,
             margins=margins,
-            opset=opset,
             images=images,
             targets=targets,
             calibration=calibration,
             allow_unrouted=contents.model.kind != "moe",
+            **asked,
         )
         repository = None if triton is None else package.write_triton_repository(model, triton)
     figures: dict[str, Any] = jsonlib.loads(report.to_json())
@@ -134,6 +151,7 @@ def export_safetensors(checkpoint: Path, target: Path, context: typer.Context, *
     """Write weights and configuration of a checkpoint; options that shape an ONNX file are refused."""
     from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
+    checkpoint = checkpoint_of(checkpoint)
     meaningless = [
         f"--{name.replace('_', '-')}"
         for name in context.params
@@ -175,9 +193,9 @@ def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
 
 
 def real_images(
-    contents: Checkpoint, data_dir: Path | None, number: int, calibrated: int, seed: int
+    contents: Checkpoint, checkpoint: Path, data_dir: Path | None, number: int, calibrated: int, seed: int
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """Seeded choices of images of the data set the model was trained on.
+    """Seeded choices of images of the data set the model was trained on, from the folder that its run remembers.
 
     Returns:
         uint8 test images [number, H, W, 3] and their classes, and uint8 training images [calibrated, H, W, 3]; None for
@@ -192,8 +210,9 @@ def real_images(
         return None, None, None
     name = contents.train.get("dataset")
     check(name is not None, "the checkpoint does not say which data set it was trained on, so no images can be read")
+    place = data_dir_of(checkpoint, str(name), data_dir)
     with data_progress() as progress:
-        data = load_dataset(str(name), data_dir, progress=progress, announce=console.note)
+        data = load_dataset(str(name), place, progress=progress, announce=console.note)
     size = contents.model.image_size
     rng = np.random.default_rng(seed)
     test = data.test.take(np.sort(rng.choice(len(data.test), min(number, len(data.test)), replace=False)))

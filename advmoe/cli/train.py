@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.models import remember_data
+from advmoe.cli.models import checkpoint_of, remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
@@ -55,7 +55,8 @@ def train(
     init: Annotated[
         Path | None,
         option(
-            RUN, "Checkpoint to start from: for router_at, expert_at, mask_at, fine-tuning, or to turn into experts."
+            RUN,
+            "Run or checkpoint to start from: for router_at, expert_at, mask_at, fine-tuning, or to turn into experts.",
         ),
     ] = None,
     data_dir: DataDir = None,
@@ -141,6 +142,8 @@ class Plan:
     train: TrainConfig
     data_dir: Path | None
     init: Path | None
+    size_chosen: bool
+    """Whether the size of the images was asked for, and not chosen to suit this machine."""
     notes: Sequence[str]
     """What to tell before the run begins."""
 
@@ -176,6 +179,7 @@ def make_plan(
         raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
+    init = None if init is None else checkpoint_of(init)
     given_model, given_train, given_attack = sort_settings(settings)
     info = dataset_info(chosen, data_dir)
     default_model, default_train = defaults_of(info)
@@ -204,7 +208,14 @@ def make_plan(
     notes = [*info.notes]
     if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):
         notes.append("standard training does not attack: --steps, --step-size and --start have no effect")
-    return Plan(model=model, train=config, data_dir=data_dir, init=init, notes=notes)
+    return Plan(
+        model=model,
+        train=config,
+        data_dir=data_dir,
+        init=init,
+        size_chosen=not info.resized or "image_size" in {**base.model, **given_model},
+        notes=notes,
+    )
 
 
 class Saving(NamedTuple):
@@ -242,6 +253,9 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
     folder = RunFolder(path, keep=saving.keep, minutes=saving.minutes)
     with folder if world().leads else nullcontext():
         checkpoint = from_leader(lambda: _to_go_on_from(folder, resume=resume))
+        if checkpoint is not None and not plan.size_chosen and checkpoint.model.image_size != model.image_size:
+            model = dataclasses.replace(model, image_size=checkpoint.model.image_size)  # another machine may suggest
+            console.note(f"going on with the run's image size, {model.image_size}")
         with data_progress() as progress:
             data = leader_first(
                 lambda: load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.errors import CheckpointError
-from advmoe.files import write_atomically
+from advmoe.files import write_atomically, write_text_atomically
 
 IDENTITY, DONE = "identity", "images done"
 """Names of the arrays that hold what the state belongs to, as JSON, and how many images were done before a batch."""
@@ -105,6 +105,20 @@ class EvaluationState:
                     "repeat the original options or choose another folder"
                 )
         return arrays
+
+
+def read_note(path: Path, identity: dict[str, Any]) -> Any:
+    """What was noted for this identity; None if nothing was, or for another one."""
+    try:
+        stored = json.loads(path.read_text())
+        return stored["content"] if stored[IDENTITY] == json.loads(json.dumps(identity)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_note(path: Path, identity: dict[str, Any], content: Any) -> None:
+    """Keep plain values, together with what they belong to."""
+    write_text_atomically(path, json.dumps({IDENTITY: identity, "content": content}) + "\n")
 
 
 def _short(value: Any) -> str:

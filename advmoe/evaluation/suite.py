@@ -32,7 +32,7 @@ from advmoe.evaluation.diagnostics import (
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, predict, stages
-from advmoe.evaluation.state import EvaluationState
+from advmoe.evaluation.state import EvaluationState, read_note, write_note
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -62,7 +62,7 @@ def run_suite(
         batch_size: images attacked at a time; changes nothing but memory and the rounding of convolutions.
         seed: of everything random.
         state_path: where to keep the results of each batch and, of the batch under way, of each attack. An interrupted
-            evaluation goes on from there.
+            evaluation goes on from there. The outcome of the diagnostics lies beside it.
         progress: called as work goes on.
 
     Raises:
@@ -71,7 +71,8 @@ def run_suite(
         AdvMoEError: logits or gradients are not finite.
     """
     tell = progress or (lambda *_: None)
-    state = EvaluationState(state_path, identity(model, images, config, batch_size, seed))
+    subject = identity(model, images, config, batch_size, seed)
+    state = EvaluationState(state_path, subject)
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     total = len(images)
@@ -111,8 +112,24 @@ def run_suite(
             exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
             pathways_used=len(counts),
         )
-        tell(total, total, "diagnostics")
-        return dataclasses.replace(result, diagnostics=_diagnose(model, images, result, device))
+        notes = None if state_path is None else state_path.with_name(f"{state_path.stem}-diagnostics.json")
+        asked = subject | {"diagnosed": config.diagnosed, "square_queries": config.square_queries}
+        found = _diagnosed_before(notes, asked)
+        if found is None:
+            tell(total, total, "diagnostics")
+            found = _diagnose(model, images, result, device)
+            if notes is not None and config.diagnosed:
+                write_note(notes, asked, [dataclasses.asdict(check) for check in found])
+        return dataclasses.replace(result, diagnostics=found)
+
+
+def _diagnosed_before(path: Path | None, asked: dict[str, Any]) -> tuple[Diagnostic, ...] | None:
+    """The diagnostics that an earlier evaluation of the same kept; None if there are none."""
+    content = None if path is None else read_note(path, asked)
+    try:
+        return None if content is None else tuple(Diagnostic(**check) for check in content)
+    except TypeError:
+        return None
 
 
 def _choices(model: RoutedNetwork) -> int:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from advmoe_export.exporter import ExportReport, export_model
     from advmoe_export.metadata import PROFILES, ModelMetadata
     from advmoe_export.monitor import LayerDrift, RouteMonitor
+    from advmoe_export.options import check_options
     from advmoe_export.preparation import prepare, read_image
     from advmoe_export.session import Prediction, Session
-    from advmoe_export.triton import write_triton_repository
+    from advmoe_export.triton import triton_folder, write_triton_repository
     from advmoe_export.verify import Agreement, Tolerance, VerificationError, VerificationReport, verify
 
 _HOME = {
@@ -46,10 +47,12 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "VerificationError": "verify",
     "VerificationReport": "verify",
+    "check_options": "options",
     "export_model": "exporter",
     "prepare": "preparation",
     "read_image": "preparation",
     "time_session": "bench",
+    "triton_folder": "triton",
     "verify": "verify",
     "write_triton_repository": "triton",
 }
@@ -73,10 +76,12 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "VerificationReport",
+    "check_options",
     "export_model",
     "prepare",
     "read_image",
     "time_session",
+    "triton_folder",
     "verify",
     "write_triton_repository",
 ]

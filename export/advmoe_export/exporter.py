@@ -22,9 +22,10 @@ import onnx_ir as ir
 
 from advmoe_export.bank import Bank
 from advmoe_export.errors import ModelFileError, UnsupportedModelError
-from advmoe_export.metadata import DTYPES, INPUT_TYPES, KEY, ModelMetadata
+from advmoe_export.metadata import KEY, ModelMetadata
 from advmoe_export.model_file import data_file
 from advmoe_export.operators import CONV, decision_of
+from advmoe_export.options import check_options
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
 from advmoe_export.passes.half import UseHalfPrecision
@@ -49,7 +50,6 @@ from advmoe_export.verify import (
     verify,
 )
 
-OPSETS = range(18, 26)
 LAYOUT_BLOCK = 16
 """Channels in a block of onnxruntime's fast layout of convolutions."""
 
@@ -135,14 +135,15 @@ def export_model(
         VerificationError: the graph does not compute what the module does; nothing is left under
         `path`.
     """
-    target = _target(path)
+    target = check_options(
+        path, profile=profile, batch_size=batch_size, opset=opset, dtype=dtype, input_type=input_type
+    )
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    _one_of("dtype", dtype, DTYPES)
-    _one_of("input type", input_type, INPUT_TYPES)
-    if opset not in OPSETS:
-        raise UnsupportedModelError(f"opset must be in {OPSETS.start} ... {OPSETS.stop - 1}, got {opset}")
     if resize is not None and not max(size) <= resize < 2**16:
         raise UnsupportedModelError(f"resize must be in {max(size)} ... {2**16 - 1}, got {resize}")
+    calibration = images if calibration is None else calibration
+    if dtype == "int8" and (calibration is None or len(calibration) == 0):
+        raise UnsupportedModelError("int8 needs real images to calibrate with: give calibration images")
     traced = trace(model, image_size=size, opset=opset)
     graph = traced.graph
     classes = graph.outputs[0].shape[1]  # type: ignore[index]
@@ -155,13 +156,9 @@ def export_model(
             "expected a mixture of experts, but the module calls no routed operator (advmoe::moe_conv2d, "
             "advmoe::moe_linear); to export a dense network on purpose, allow it"
         )
+    if margins and not routed_nodes(graph):
+        raise UnsupportedModelError("margins are those of routers, and the module has none; leave them out")
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
-    calibration = images if calibration is None else calibration
-    if dtype == "int8" and (calibration is None or len(calibration) == 0 or profile == "static"):
-        raise UnsupportedModelError(
-            "int8 needs real images to calibrate with, and branches or sub-batches to put each expert's scales in: "
-            "give calibration images, and another profile than 'static'"
-        )
     plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, calibration=calibration, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
     described = ModelMetadata.of(
@@ -294,19 +291,3 @@ def _load(reference: Reference, plan: Plan) -> tuple[tuple[float, ...], ...]:
         tuple(float(x) for x in np.bincount(column, minlength=bank.num_experts) / len(column))
         for column, bank in zip(reference.expert_index.T, banks, strict=True)
     )
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelFileError(f"cannot write '{target}': the folder '{target.parent}' does not exist; make it first")
-    if target.is_dir():
-        raise ModelFileError(f"cannot write '{target}': it is a folder; expected a file name such as model.onnx")
-    if target.suffix != ".onnx":
-        raise ModelFileError(f"cannot write '{target}': expected a file name that ends in .onnx, such as model.onnx")
-    return target
-
-
-def _one_of(what: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UnsupportedModelError(f"unknown {what} '{value}', expected one of: {', '.join(choices)}")

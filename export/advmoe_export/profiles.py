@@ -14,8 +14,6 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from advmoe_export.errors import UnsupportedModelError
-from advmoe_export.metadata import PROFILES
 from advmoe_export.passes.lower import Lowering
 from advmoe_export.passes.per_image import live_values, steps_per_image, write_scan
 from advmoe_export.passes.regions import Plan
@@ -32,16 +30,7 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
         profile: one of `PROFILES`.
         opset: version of the standard operators.
         batch_size: batch size to fix, for `static` only.
-
-    Raises:
-        UnsupportedModelError: unknown profile, or a batch size it does not take.
     """
-    if profile not in PROFILES:
-        raise UnsupportedModelError(f"unknown profile '{profile}', expected one of: {', '.join(PROFILES)}")
-    if batch_size is not None and (profile != "static" or batch_size < 1):
-        raise UnsupportedModelError(
-            f"batch_size {batch_size} does not go with profile '{profile}': only 'static' fixes one, of at least 1"
-        )
     fixed = 1 if profile == "latency" else batch_size
     names = Names()
     outputs_of_model = [str(value.name) for value in plan.graph.outputs]

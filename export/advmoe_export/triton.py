@@ -58,17 +58,12 @@ def write_triton_repository(
         folder cannot be written.
     """
     source = Path(path)
+    target = triton_folder(source, folder, name=name)
+    name = target.name
+    if max_batch_size < 1:
+        raise ModelFileError(f"expected a batch size of at least 1, got {max_batch_size}")
     metadata = read_metadata(source)
     check_data_file(source, metadata)
-    name = name or re.sub(r"[^A-Za-z0-9_.-]", "_", source.stem)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or max_batch_size < 1:
-        raise ModelFileError(
-            f"expected a model name of letters, digits, '_', '-', '.' and a batch size of at least 1, "
-            f"got '{name}' and {max_batch_size}"
-        )
-    target = Path(folder) / name
-    if target.exists():
-        raise ModelFileError(f"'{target}' exists already; remove it, or give the model another name")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as draft:
@@ -87,6 +82,23 @@ def write_triton_repository(
             version.parent.replace(target)
     except OSError as error:
         raise ModelFileError(f"cannot write '{target}': {error.strerror or error}") from error
+    return target
+
+
+def triton_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
+    """Where `write_triton_repository` puts a model; the arguments are the same.
+
+    Raises:
+        ModelFileError: the name is not one for Triton, or the place is taken.
+    """
+    name = name or re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ModelFileError(f"expected a model name of letters, digits, '_', '-' and '.', got '{name}'")
+    target = Path(folder) / name
+    if target.exists():
+        raise ModelFileError(f"'{target}' exists already; remove it, or give the model another name")
+    if any(place.is_file() for place in (Path(folder), *Path(folder).parents)):
+        raise ModelFileError(f"cannot write '{target}': there is a file where a folder is expected")
     return target
 
 
