@@ -19,7 +19,18 @@ SUFFIXES = (".py", ".rs", ".ipynb", ".toml", ".json", ".svg", ".j2", ".html", ".
 NOT_OURS = ("runs/", "results/small/NETWORK/")
 """Beginnings of paths that a user's files have."""
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--model-repository"}
-FOREIGN |= {"--silent", "--fail", "--data-binary", "--target", "--tag", "--publish", "--volume", "--gpus", "--release"}
+FOREIGN |= {
+    "--silent",
+    "--fail",
+    "--data-binary",
+    "--target",
+    "--tag",
+    "--publish",
+    "--volume",
+    "--gpus",
+    "--release",
+    "--logdir",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
