@@ -34,7 +34,7 @@ from advmoe.evaluation.analysis import analyze
 from advmoe.evaluation.dissection import route_log
 from advmoe.evaluation.results import SuiteConfig
 from advmoe.evaluation.suite import run_suite
-from advmoe.files import write_atomically, write_text_atomically
+from advmoe.files import write_text_atomically
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.reports.figures import dissections, iou_histogram
@@ -135,8 +135,7 @@ def main() -> None:
         tell(f"{name}, seed {seed}")
         found = routing(checkpoint, images, AttackConfig(steps=options.steps), seed, runs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"setting": name, "seed": seed, **found}) + "\n"
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        write_text_atomically(path, json.dumps({"setting": name, "seed": seed, **found}) + "\n")
     for name, svg in draw(results, options.network, 0).items():
         write_text_atomically(options.docs / name, svg + "\n")
         tell(f"drawn: {options.docs / name}")

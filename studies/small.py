@@ -63,7 +63,7 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
 MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
 LEARNED = {"specialization": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
-SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),
     "dense": ({"kind": "dense"}, {"method": "at"}),
     "sparse": ({"kind": "sparse_cnn"}, {"method": "at_sparse"}),
@@ -85,10 +85,19 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
+EQUAL_TIME = {"s_dense_time": "s_dense", "at_moe_time": "at_moe", "advmoe_cheap_time": "advmoe_cheap"}
+"""Settings that get as many epochs of the setting beside them as fit in the time of `SLOWEST`, by the seconds of the
+processor that the two took with the same seed."""
+SLOWEST = "advmoe_dense"
+SETTINGS |= {name: SETTINGS[of] for name, of in EQUAL_TIME.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense", "shared")
 PLAN = [
     *((name, seed) for seed in range(3) for name in MAIN),
-    *((name, 0) for name in ("sparse", "advmoe", "advmoe_batch", "advmoe_cheap", "last_stage", "upcycled")),
+    *((name, seed) for seed in range(3) for name in ("s_dense_time", "at_moe_time")),
+    *(
+        (name, 0)
+        for name in ("sparse", "advmoe", "advmoe_batch", "advmoe_cheap", "advmoe_cheap_time", "last_stage", "upcycled")
+    ),
     *((name, 0) for name in ("margin", "mixture")),
     *((name, seed) for seed in (1, 2) for name in ("sparse", "advmoe", "advmoe_cheap")),
 ]
@@ -211,19 +220,35 @@ def per_cent(values: Tensor) -> float:
     return round(100 * float(values.double().mean()), 2)
 
 
-def run_cell(name: str, seed: int, options: argparse.Namespace) -> None:
+def epochs_of(name: str, seed: int, options: argparse.Namespace) -> int | None:
+    """Epochs of a cell; None where they depend on times that are not there yet."""
+    epochs = NETWORKS[options.network][1]
+    if name not in EQUAL_TIME:
+        return epochs
+    seconds = []
+    for timed in (SLOWEST, EQUAL_TIME[name]):
+        path = options.out / f"{timed}-{seed}.json"
+        taken = json.loads(path.read_text())["train_cpu_seconds"] if path.exists() else None
+        if not taken:  # not there, or trained in parts
+            tell(f"{name}, seed {seed}: left out, since {path} has no time of a whole training")
+            return None
+        seconds.append(taken)
+    return max(1, round(epochs * float(seconds[0]) / float(seconds[1])))
+
+
+def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> None:
     """Train, test, write the result."""
     model_settings, train_settings = SETTINGS[name]
     result = options.out / f"{name}-{seed}.json"
     tell(f"{name}, seed {seed}")
-    small = {"limit_train": 256, "batch_size": 64, "epochs": 1, "val_limit": 32} if options.smoke else {}
+    small = {"limit_train": 256, "batch_size": 64, "val_limit": 32} if options.smoke else {}
     initial = None
     if name == "upcycled":
         start = options.runs / f"s_dense-{seed}" / "last.pt"
         initial = load_checkpoint(start)
         train_settings = {**train_settings, "init": file_digest(start)}
     name_of_data = "digits" if options.smoke else "cifar10"
-    backbone, epochs = NETWORKS[options.network]
+    backbone, _ = NETWORKS[options.network]
     config, train = resolve(
         dataset_info(name_of_data, options.data_dir),
         {**backbone, **model_settings},
@@ -282,8 +307,8 @@ def main() -> None:
             continue
         if (options.out / f"{name}-{seed}.json").exists():
             tell(f"{name}, seed {seed}: done")
-        else:
-            run_cell(name, seed, options)
+        elif (epochs := epochs_of(name, seed, options)) is not None:
+            run_cell(name, seed, 1 if options.smoke else epochs, options)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 TITLES = {
     "s_dense": "AT (S-Dense)",
+    "s_dense_time": "AT (S-Dense), AdvMoE's time",
     "dense": "AT (Dense)",
     "sparse": "AT (Sparse)",
     "at_moe": "AT (MoE)",
+    "at_moe_time": "AT (MoE), AdvMoE's time",
     "advmoe": "AdvMoE, gate advantage",
     "advmoe_batch": "AdvMoE, gate dense, batch statistics",
     "advmoe_dense": "AdvMoE, gate dense",
     "advmoe_cheap": "AdvMoE, reused images",
+    "advmoe_cheap_time": "AdvMoE, reused images, AdvMoE's time",
     "shared": "AT (MoE), shared filters",
     "margin": "AdvMoE, attack on margins",
     "mixture": "AdvMoE, attack on the mixture",
@@ -72,14 +75,19 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     """The page's tables in Markdown."""
     reference = cells.get("s_dense", [])
     lines = [
-        "| training | seeds | parameters | MMAC | training loss | SA | RA | SA against S-Dense | RA against S-Dense |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| training | seeds | epochs; minutes | parameters | MMAC | training loss | SA | RA | SA against S-Dense | "
+        "RA against S-Dense |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, own in cells.items():
         loss = statistics.mean(cell["curve"][-1]["train_loss"] for cell in own)
         same = name == "s_dense"
+        epochs = sorted({len(cell["curve"]) for cell in own})
+        taken = [cell["train_cpu_seconds"] / 60 for cell in own if cell.get("train_cpu_seconds")]
+        cost = f"{', '.join(map(str, epochs))}; {f'{statistics.mean(taken):.0f}' if taken else '-'}"
         lines.append(
-            f"| {TITLES[name]} | {', '.join(str(cell['seed']) for cell in own)} | {own[0]['parameters']:,} | "
+            f"| {TITLES[name]} | {', '.join(str(cell['seed']) for cell in own)} | {cost} | "
+            f"{own[0]['parameters']:,} | "
             f"{1000 * own[0]['gflops']:.2f} | {loss:.3f} | {mean([cell['test']['sa'] for cell in own])} | "
             f"{mean([cell['test']['ra_pgd'] for cell in own])} | "
             f"{'-' if same else against(own, reference, 'clean')} | {'-' if same else against(own, reference, 'pgd')} |"

@@ -1,5 +1,6 @@
 """The study of small networks: one file per cell, which is not made twice, and tables from those files alone."""
 
+import argparse
 import json
 import runpy
 import sys
@@ -44,6 +45,7 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
         record = {"setting": name, "seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "train": {"epochs": 1}}
         record |= {"data": "noise", "model": {"arch": "vgg16", "width": 1.0}}
         record["curve"] = [{"epoch": 1, "train_loss": 2.0}]
+        record["train_cpu_seconds"] = 90 if name == "dense" else None
         (tmp_path / "vgg16" / f"{name}-0.json").write_text(json.dumps(record))
     page = tmp_path / "page.md"
     page.write_text("Text.\n<!-- vgg16: begin -->\nold\n<!-- vgg16: end -->\nMore text.\n")
@@ -53,9 +55,27 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
     assert text.startswith("Text.\n")
     assert text.endswith("More text.\n")
     assert "+25.0 ± 41.5" in text
+    assert "| AT (S-Dense) | 0 | 1; - |" in text
+    assert "| AT (Dense) | 0 | 1; 2 |" in text
     assert (tmp_path / "study-vgg16.svg").read_text().count("<svg") == 1
     accuracy = (tmp_path / "study-vgg16-accuracy.svg").read_text()
     assert [name in accuracy for name in ("AT (S-Dense)", "AT (Dense)", "AT (MoE)")] == [True, True, False]
+
+
+def test_equal_time_means_as_many_epochs_as_fit_in_the_time_of_the_slowest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [""])
+    epochs_of = runpy.run_path(str(STUDIES / "small.py"))["epochs_of"]
+    options = argparse.Namespace(network="resnet18", out=tmp_path)
+    seconds = {"s_dense": 100, "advmoe_dense": 340, "at_moe": None}
+    for name, taken in seconds.items():
+        (tmp_path / f"{name}-0.json").write_text(json.dumps({"train_cpu_seconds": taken}))
+    assert epochs_of("s_dense", 0, options) == 6
+    assert epochs_of("s_dense_time", 0, options) == 20  # 6 * 3.4 = 20.4
+    assert epochs_of("at_moe_time", 0, options) is None  # it was trained in parts
+    assert epochs_of("s_dense_time", 1, options) is None
+    assert "s_dense_time, seed 1: left out" in capsys.readouterr().err
 
 
 def test_figures_show_finished_runs_and_name_those_that_are_not_there(
