@@ -1,1 +1,1 @@
-"""Which images, how they are split, and how they reach the network."""
+"""Data sets, their splits into training and validation images, and batches of them as tensors."""

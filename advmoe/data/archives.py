@@ -1,4 +1,4 @@
-"""Official archives: verified before they are read, read in place, and downloaded completely or not at all."""
+"""Official archives: verified by checksum, read without extracting, and downloaded whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ class Archive:
 
 
 def check_archive(path: Path, archive: Archive) -> None:
-    """Raise `DataError` unless the file at ``path`` has the published MD5 checksum; the file stays as it is."""
+    """Check that the file at ``path`` has the published MD5 checksum. The file is not changed.
+
+    Raises:
+        DataError: The checksum differs.
+    """
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -68,7 +72,11 @@ def fetch_archive(
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> Path:
-    """Download ``archive`` when that is allowed. Raises `DataError`, beginning with ``not_found``, otherwise."""
+    """Download ``archive`` if downloads are allowed.
+
+    Raises:
+        DataError: Downloads are not allowed; the message begins with ``not_found``.
+    """
     if not download:
         raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
     if announce is not None:
@@ -80,11 +88,14 @@ def fetch_archive(
 
 
 def download_archive(archive: Archive, folder: Path, *, progress: Progress | None = None) -> Path:
-    """Download ``archive`` into ``folder`` and return its path; it appears there only when complete and checked.
+    """Download ``archive`` into ``folder`` and return its path.
 
-    With ``progress``, torchvision also draws its bar on stderr; without it, nothing is shown.
+    The file gets its name only after its checksum was verified.
 
-    Raises `DataError` when the download fails or has the wrong checksum.
+    torchvision draws its progress bar on stderr only if ``progress`` is given.
+
+    Raises:
+        DataError: The download fails or has the wrong checksum.
     """
     target = folder / archive.file_name
     try:

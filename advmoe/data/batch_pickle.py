@@ -1,7 +1,8 @@
 """Read the pickled batches of CIFAR without running code from the pickle.
 
-A pickle is a program: ``pickle.load`` imports and calls whatever it names. Here it can name only the parts of a NumPy
-array, and even those are replaced by inert stand-ins, so NumPy's own unpickling code sees none of its bytes.
+A pickle is a program: ``pickle.load`` imports and calls whatever the pickle names. This reader lets
+a pickle name only the parts of a NumPy array, and replaces these parts by inert stand-ins. NumPy's
+own unpickling code therefore never sees bytes of the file.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ Batch = dict[str, Any]
 
 
 def load_batch(raw: bytes, *, where: str) -> Batch:
-    """The dictionary pickled in ``raw``, from Python 2 (as the official files are) or 3.
+    """The dictionary pickled in ``raw`` by Python 2 (as in the official files) or Python 3.
 
-    Raises `DataError`, starting with ``where``, for a truncated pickle, for one that names anything but plain
-    containers, text, numbers and numeric arrays, and for one that is not a dictionary.
+    Raises:
+        DataError: The pickle is truncated, is no dictionary, or names anything but plain
+            containers, text, numbers and numeric arrays. The message starts with ``where``.
     """
     try:
         _check_opcodes(raw)
@@ -37,14 +39,16 @@ def load_batch(raw: bytes, *, where: str) -> Batch:
 
 
 def _check_opcodes(raw: bytes) -> None:
-    """Refuse what is cut short or would make Python's unpickler reserve memory without end, before it runs."""
+    """Refuse a pickle that is truncated, or whose lengths would make the unpickler reserve memory
+    without limit. The check runs before the unpickler.
+    """
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
             raise pickle.UnpicklingError(f"it numbers an object {argument}, and has only {len(raw)} bytes")
 
 
 class _DtypeStandIn:
-    """What ``numpy.dtype`` becomes: a remembered type code."""
+    """Stand-in for ``numpy.dtype``: stores the type code."""
 
     def __init__(self, code: Any = b"", *_: Any) -> None:
         self.code = _text(code)
@@ -60,7 +64,9 @@ class _DtypeStandIn:
 
 
 class _ArrayStandIn:
-    """What ``numpy.ndarray`` becomes: the numbers and the shape, turned into an array when everything is read."""
+    """Stand-in for ``numpy.ndarray``: stores numbers and shape, and becomes an array after the
+    whole pickle was read.
+    """
 
     def __init__(self) -> None:
         self.state: tuple[Any, ...] = ()
@@ -101,7 +107,7 @@ def _no_bytes() -> bytes:
 _ALLOWED = {
     ("numpy", "ndarray"): _ArrayStandIn,
     ("numpy", "dtype"): _DtypeStandIn,
-    ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in protocol 2
+    ("_codecs", "encode"): _encode,  # names by which Python 3 writes bytes, and empty bytes, in protocol 2
     ("__builtin__", "bytes"): _no_bytes,  # and empty ones
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},

@@ -1,6 +1,6 @@
-"""Memory for batches that is used again once the batch is gone.
+"""A pool of memory for batches: the memory of a deleted batch is used for a later one.
 
-Fresh memory costs about half the time of filling a batch, in page faults of the system.
+Without the pool, page faults in fresh memory take about half the time of filling a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Buffers:
-    """Lends tensors of up to `num_elements` elements, to several threads at once.
+    """Lends tensors of up to `num_elements` elements. Several threads may call it at once.
 
     A tensor, its views and everything else that shares its memory keep one NumPy array alive. When that array is
     deleted, its memory returns to the pool, which keeps at most `num_kept` free buffers.
@@ -28,7 +28,7 @@ class Buffers:
         self._free: deque[NDArray[np.float32 | np.uint8]] = deque(maxlen=num_kept)
 
     def lend(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of that shape with any content, C-contiguous."""
+        """A C-contiguous tensor of this shape with undefined content."""
         try:
             buffer = self._free.popleft()
         except IndexError:

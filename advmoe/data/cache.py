@@ -1,7 +1,8 @@
 """Parquet files of encoded images, copied once into a pack that the loader reads at random.
 
-A pack remembers the name, size and time of change of the files it came from. It is used again while they are the same,
-and made anew otherwise. Its layout is described in `rust_router/src/images/pack.rs`.
+A pack records the name, size and modification time of the files it was copied from. While they
+match, the pack is used again; otherwise it is made anew. `rust_router/src/images/pack.rs` describes
+its layout.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def packed(
     *,
     progress: Progress | None = None,
 ) -> EncodedSet:
-    """The images of hub-style parquet files, from `pack` if it was made of these files as they are now.
+    """The images of hub-style parquet files. They come from `pack` if it is a copy of these files,
+    and are copied into `pack` otherwise.
 
     Args:
         shards: The parquet files.
@@ -58,7 +60,7 @@ def _origin(shards: Shards, hub: HubLayout) -> str:
 
 
 def _open(pack: Path, origin: str, info: DatasetInfo) -> EncodedSet | None:
-    """A pack of that origin; None if there is none, or a damaged or different one."""
+    """The pack at this path if it is complete and was copied from these files; otherwise None."""
     if not pack.exists():
         return None
     try:

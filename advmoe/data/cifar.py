@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in every layout they are published in.
+"""Reads CIFAR-10 and CIFAR-100 in every layout in which they are published.
 
 Shape suffixes: C channels, H height, I images of a set, W width.
 """
@@ -40,7 +40,7 @@ class BatchFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar:
-    """Everything that tells CIFAR-100 from CIFAR-10."""
+    """The facts in which CIFAR-10 and CIFAR-100 differ."""
 
     info: DatasetInfo
     hub: HubLayout
@@ -62,10 +62,12 @@ def load_cifar(
 ) -> Dataset:
     """Load the first complete layout found under ``data_dir``, else download the official Python archive into it.
 
-    Looked for in this order: the hub's parquet files, the two folders of batches, the two archives. Archives are read
-    in place after their checksum is verified. Nothing that exists is moved or changed.
+    The layouts are tried in this order: the hub's parquet files, the two folders of batches, the
+    two archives. Archives are read without extracting them, after their checksum was verified.
+    Existing files are never moved or changed.
 
-    Raises `DataError` when no layout is complete and nothing was downloaded, and for every malformed file.
+    Raises:
+        DataError: No layout is complete and nothing was downloaded, or a file is malformed.
     """
     incomplete: list[str] = []
     for root in search_roots(data_dir, cifar.info.name, cifar.hub.repository):

@@ -19,10 +19,11 @@ def decode_all(
 ) -> NDArray[np.uint8]:
     """Decode ``count`` pairs ``(name for messages, JPEG or PNG bytes)`` to uint8 ``[count, size, size, 3]``.
 
-    ``size`` is ``info.image_size``. Gray images become RGB; EXIF orientation is ignored. PNG is exact; JPEG differs
-    from libjpeg by a few levels at most.
+    ``size`` is ``info.image_size``. Gray images become RGB. EXIF orientation is ignored. PNG is
+    decoded exactly; JPEG differs from libjpeg by a few levels at most.
 
-    Raises `DataError`, naming the image, for one that cannot be decoded or has another size.
+    Raises:
+        DataError: An image cannot be decoded or has another size. The message names the image.
     """
     size = info.image_size
     images = np.empty((count, size, size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Digits: 1,797 real handwritten digits that come with the package, for trying things without any download.
+"""Digits: 1,797 real handwritten digits that are part of the package, for experiments without a download.
 
 They are the test half of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
 Repository, 1998, CC BY 4.0); `digits.txt` beside the file says more.

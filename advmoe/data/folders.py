@@ -1,4 +1,4 @@
-"""Image folders: one folder per class in ``train`` and in ``val``, read where they lie."""
+"""Image folders with one subfolder per class in ``train`` and in ``val``. Files are read where they are."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ FOLDER = DatasetInfo(
     std=(0.229, 0.224, 0.225),
     eps=2 / 255,
 )
-"""Any image folder; its classes are the names of the folders in ``train``."""
+"""An image folder. Its classes are the names of the folders in ``train``."""
 
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 224)
-"""Sizes that the images of a folder are shown in by default."""
+"""Candidates for the default image size of a folder."""
 CPU_SIZE = 64
-"""Largest of them on a machine without a GPU, where the time of a step grows with the square of the size."""
+"""Largest default size without a GPU. The time of a step grows with the square of the size."""
 SAMPLED = 200
-"""Images whose headers are read to choose a size."""
+"""Number of image headers that are read to choose a size."""
 FEW_PER_CLASS = 100
 FEW_TESTED = 200
 
@@ -53,7 +53,7 @@ def folder_info(data_dir: Path) -> DatasetInfo:
 def load_folder(data_dir: Path) -> Dataset:
     """The images `train/<class>/*` and `val/<class>/*` (or `validation`, `valid`, `test`) under `data_dir`.
 
-    Classes are numbered by their sorted names. Of the images only some headers are read.
+    Classes are numbered by their sorted names. Only the headers of some images are read.
 
     Raises:
         DataError: A split is missing, a class has no images, images lie outside class folders, or a folder is linked
@@ -78,9 +78,10 @@ def load_folder(data_dir: Path) -> Dataset:
 
 
 def suggest_size(images: EncodedSet) -> tuple[int, str]:
-    """A size to show images in, and why: the largest of `IMAGE_SIZES` that does not enlarge the median image.
+    """The default size for these images, and the reason for it: the largest of `IMAGE_SIZES` that
+    does not enlarge the median image.
 
-    Images that cannot be read are left out here; they are reported when they are decoded.
+    Unreadable images are ignored here. The decoder reports them later.
     """
     sides = []
     for row in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)).tolist():
@@ -99,7 +100,7 @@ def suggest_size(images: EncodedSet) -> tuple[int, str]:
 
 
 def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
-    """What to expect of so few, or so unequally divided, images."""
+    """Warnings about few images, or about classes of very different sizes."""
     found = []
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     least, most = int(counts.argmin()), int(counts.argmax())
@@ -114,7 +115,7 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
             f"{counts[least]}; accuracy over all images says little about the small class"
         )
     if len(test) < FEW_TESTED:
-        error = 50 / len(test) ** 0.5  # of a share of one half, where it is largest
+        error = 50 / len(test) ** 0.5  # the standard error is largest for a share of one half
         found.append(f"accuracy on {len(test)} test images has a standard error of up to {error:.1f} points")
     return tuple(found)
 
@@ -132,7 +133,11 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:
-    """The first of the folders ``names`` in ``root``. Raises `DataError` when there is none."""
+    """The first existing folder of ``names`` in ``root``.
+
+    Raises:
+        DataError: None of them exists.
+    """
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -143,7 +148,11 @@ def find_split(root: Path, names: Sequence[str]) -> Path:
 
 
 def class_folders(split: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in ``split``. Raises `DataError` when there are none."""
+    """Sorted names of the class folders in ``split``.
+
+    Raises:
+        DataError: There are none.
+    """
     try:
         names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
@@ -154,12 +163,13 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """The image files below `folder`, relative to it with `/`, in an order that is always the same.
+    """Paths of the image files below `folder`, relative to it and with `/`, in a fixed order.
 
     Links to folders are followed.
 
     Raises:
-        DataError: Links lead to one folder on two ways, so its images would count twice or be of two classes.
+        DataError: Links lead to one folder on two ways, so its images would count twice or belong
+            to two classes.
     """
     names: list[str] = []
     reached: dict[tuple[int, int], str] = {}
@@ -182,12 +192,16 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
 
 
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    """Whether a file is taken for an image by its name (what it really holds is seen when it is decoded)."""
+    """Whether a file's name ends like that of an image. The content is checked when the file is decoded."""
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: str) -> NDArray[np.int64]:
-    """The label of each file by the first folder of its relative name. Raises `DataError` when that is no class."""
+    """The label of each file, from the first folder of its relative name.
+
+    Raises:
+        DataError: This folder is not a class.
+    """
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = np.empty(len(names), np.int64)
     for row, name in enumerate(names):
@@ -203,9 +217,10 @@ def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: 
 def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | None = None) -> EncodedSet:
     """The images ``<class>/*`` in ``folder``, labeled by the position of their class in ``class_names``.
 
-    By default the classes are the sorted names of the folders in ``folder``.
+    By default the classes are the sorted names of the subfolders of ``folder``.
 
-    Raises `DataError` when there are no images, or some lie elsewhere than in the folders of the classes.
+    Raises:
+        DataError: There are no images, or some images are outside the class folders.
     """
     folder = Path(folder)
     class_names = class_names or class_folders(folder)

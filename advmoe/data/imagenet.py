@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012): the hub's parquet files, or class folders as torchvision and most others lay it out."""
+"""ImageNet (ILSVRC 2012), from the hub's parquet files or from class folders as torchvision reads them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def load_imagenet(
 ) -> Dataset:
     """The hub's parquet files, or ``train/<wnid>/*`` and ``val/<wnid>/*``, under ``data_dir``; images stay encoded.
 
-    Class folders are read where they lie. Parquet files cannot be read at random: their images are copied once, as
-    they are, into a pack in the folder ``packs`` (by default in `default_data_dir`), as large as they are (150 GB).
+    Class folders are read where they are. Parquet files allow no random access, so their encoded
+    images are copied once into a pack in the folder ``packs`` (by default `default_data_dir`). The
+    pack is as large as the files (150 GB).
 
-    Classes are numbered by their sorted WordNet ids, which is everybody's order. The validation images, whose labels
-    are public, are the test set.
+    Classes are numbered by their sorted WordNet ids, the usual order. The official validation
+    images, whose labels are public, are the test set.
 
-    Raises `DataError` when that is not there (ImageNet is never downloaded) or does not have its 1,000 classes.
+    Raises:
+        DataError: There is neither layout (ImageNet is never downloaded), or the number of classes
+            is not 1,000.
     """
     info, hub, incomplete = imagenet.info, imagenet.hub, list[str]()
     for root in search_roots(data_dir, info.name, hub.repository):
@@ -66,7 +69,7 @@ def load_imagenet(
 
 
 def _pack_name(info: DatasetInfo, files: Shards) -> str:
-    """The same for the same files in the same folder, and for no others."""
+    """A name for the pack that is equal only for the same files in the same folder."""
     origin = hashlib.sha256(str(files[0].resolve()).encode()).hexdigest()[:12]
     return f"{info.name}-{files[0].name.split('-')[0]}-{origin}.pack"
 

@@ -1,4 +1,5 @@
-"""Batches of images as tensors, filled by Rust: the same bytes for every thread count, resumption and world size.
+"""Batches of images as tensors, filled by Rust. Their bytes do not depend on the number of threads,
+on resumption or on the world size.
 
 Shapes: B batch, H rows, W columns. The order of an epoch, the crops and the mirrors are pure functions of (seed,
 stream, epoch, index), drawn from counter-based Philox numbers, so a batch can be made without making those before it.
@@ -28,14 +29,15 @@ __all__ = ["Batch", "BatchLoader", "CropFlip", "LabeledImages"]
 
 
 FAST_THREADS = 2
-"""Threads that make batches of images in memory: each makes 500,000 images of 32 x 32 per second."""
+"""Threads for images in memory. Each fills 500,000 images of 32 x 32 per second."""
 
 
 def default_threads(images: object) -> int:
-    """Threads that make batches: two at most for images in memory, else one for each processor of this process.
+    """Default number of threads: at most two for images in memory, otherwise one for each processor of this process.
 
-    A process has the processors that `taskset`, Slurm or a container left it; processes that torchrun started on one
-    machine share them. `RAYON_NUM_THREADS` overrules this number, as it does in other programs with Rust's rayon.
+    `taskset`, Slurm and containers limit the processors of a process. Processes that torchrun
+    started on one machine divide them. `RAYON_NUM_THREADS` overrides this number, as in other
+    programs that use Rust's rayon.
     """
     if chosen := os.environ.get("RAYON_NUM_THREADS"):
         if not (chosen.isdecimal() and int(chosen) > 0):
@@ -47,16 +49,16 @@ def default_threads(images: object) -> int:
 
 
 class Batch(NamedTuple):
-    """One batch, every row with the label and the row number of its image."""
+    """One batch: images, their labels, and their row numbers in the image set."""
 
     images: Tensor
     """[B, 3, H, W], float32 (level / 255, normalized if asked) or uint8."""
     labels: Tensor
     """[B], int64."""
     indices: Tensor
-    """[B], int64: the row in the image set, the key of augmentation and route log."""
+    """[B], int64: the image's row in the image set. Augmentation and route log use it as key."""
     place: Place | None = None
-    """Where it lies in the union of all ranks' batches, if there are several ranks."""
+    """Position of this batch in the union of all ranks' batches, if there are several ranks."""
 
 
 class LabeledImages(Protocol):
@@ -200,7 +202,7 @@ class BatchLoader:
         return full + has_part
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `start_batch` on, without making those before it."""
+        """The batches of an epoch, starting with number `start_batch`. Earlier batches are not computed."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
             raise ConfigError(
                 f"expected an epoch >= 0 and a batch from 0 to {len(self)}, got {epoch} and {start_batch}"
@@ -234,7 +236,8 @@ class BatchLoader:
         try:
             for _ in batches:
                 made = ahead.next()
-                if len(made.indices) or self._world_size > 1:  # all may have been skipped; ranks have to stay in step
+                # All images of the batch may have been skipped. Ranks have to stay in step.
+                if len(made.indices) or self._world_size > 1:
                     yield made
         finally:
             ahead.close()
@@ -258,7 +261,7 @@ class BatchLoader:
         return Batch(images, labels.pin_memory() if self._pin_memory else labels, torch.from_numpy(rows.copy()))
 
     def _image_size(self) -> tuple[int, int]:
-        """Height and width of every batch: the transform's, or that of the first image that shows its size."""
+        """Height and width of every batch: those of the transform, or of the first readable image."""
         if self._size is None:
             pixels = self._pixels
             self._size = pixels.shape[1:3] if isinstance(pixels, np.ndarray) else self._first_size(pixels)
@@ -275,11 +278,11 @@ class BatchLoader:
 
     @property
     def _at_once(self) -> int:
-        """Batches that are made at the same time."""
+        """Number of batches that are filled at the same time."""
         return min(self._num_threads, self._prefetch + 1)
 
     def _own_tools(self) -> _Tools:
-        """This process's threads and memory: those of a parent do not exist in a forked child."""
+        """This process's threads and memory. They are made after a fork, because a child does not inherit threads."""
         if self._tools is None or self._tools.process != os.getpid():
             height, width = self._image_size()
             filler = rust_router.BatchFiller(

@@ -1,4 +1,4 @@
-"""Where a data set may lie under the folder a user points at."""
+"""Folders in which a data set may be, given the folder that a user names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def default_data_dir() -> Path:
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """Raise `DataError` unless `data_dir` is a folder. Only the default folder may be made when it is needed."""
+    """Check that `data_dir` is a folder. The default folder may be missing; it is made when needed.
+
+    Raises:
+        DataError: `data_dir` is a file, or is missing and is not the default folder.
+    """
     if data_dir.is_dir():
         return
     if data_dir.exists():
@@ -27,12 +31,13 @@ def check_data_dir(data_dir: Path) -> None:
 
 
 def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Path]:
-    """Existing folders in which the layouts of data set ``name`` are looked for, nearest first.
+    """Existing folders in which the layouts of data set ``name`` are looked for, in this order.
 
     ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub, and the
     snapshots in a hub cache.
 
-    Raises `DataError` when ``data_dir`` is a file, or does not exist and is not the default folder.
+    Raises:
+        DataError: ``data_dir`` is a file, or is missing and is not the default folder.
     """
     check_data_dir(data_dir)
     repository_name = hub_repository.rsplit("/", 1)[-1]
@@ -45,7 +50,11 @@ def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Pat
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises `DataError` when it cannot be read."""
+    """The content of a file.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The hub's parquet files: one struct column ``{bytes, path}`` of encoded images, one column of labels."""
+"""The hub's parquet files, with one struct column ``{bytes, path}`` of encoded images and one column of labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shards = tuple[Path, ...]
 ROWS_AT_ONCE = 1000
 
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
-"""What pyarrow raises for a damaged file; names of columns may be no text."""
+"""Exceptions of pyarrow for a damaged file. Names of columns may be invalid UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,11 @@ class HubLayout:
 def find_splits(root: Path, hub: HubLayout, incomplete: list[str]) -> tuple[Shards, Shards] | None:
     """The shards of the training and test split in the repository (or folder of parquet files) at ``root``.
 
-    ``None`` when there are none; when only one split is there, a line that says so is added to ``incomplete``.
+    ``None`` if there are no shards. If only one split exists, a line about it is added to
+    ``incomplete``.
 
-    Raises `DataError` when some shards of a series are missing.
+    Raises:
+        DataError: Some shards of a series are missing.
     """
     for folder in (root / hub.folder, root):
         train, test = _find_shards(folder, hub.train), _find_shards(folder, hub.test)
@@ -76,7 +78,8 @@ def _find_shards(folder: Path, split: str) -> Shards:
 def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progress: Progress | None = None) -> ImageSet:
     """Decode every image of ``shards`` into memory; each must have ``info.image_size`` pixels on both sides.
 
-    Raises `DataError` as `read_encoded` does, and for an image that cannot be decoded or has another size.
+    Raises:
+        DataError: As in `read_encoded`, or an image cannot be decoded or has another size.
     """
     labels = np.empty(count_rows(shards, info), np.int64)
 
@@ -92,8 +95,9 @@ def read_image_set(shards: Shards, hub: HubLayout, info: DatasetInfo, *, progres
 def count_rows(shards: Shards, info: DatasetInfo) -> int:
     """Number of images in ``shards``, as their metadata say.
 
-    Raises `DataError` when a file is truncated, is not parquet, has no images, or claims more than the data set has: a
-    few bytes can claim more than fit in memory.
+    Raises:
+        DataError: A file is truncated, is not parquet, has no images, or claims more images than
+            the data set has. (A few bytes can claim more images than fit in memory.)
     """
     counts = [_open(path).metadata.num_rows for path in shards]
     if 0 in counts:
@@ -105,10 +109,11 @@ def count_rows(shards: Shards, info: DatasetInfo) -> int:
 
 
 def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[tuple[str, bytes, int]]:
-    """``(name for messages, encoded image, label)`` of each row, some thousand rows in memory at a time.
+    """Yields ``(name for messages, encoded image, label)`` for each row. Some thousand rows are in memory at a time.
 
-    Raises `DataError`, naming the file and where it can the row, for a file that is truncated or not parquet, a
-    missing column, and a label or image that is missing or a label that is out of range.
+    Raises:
+        DataError: A file is truncated or not parquet, a column, label or image is missing, or a
+            label is out of range. The message names the file and, where possible, the row.
     """
     for path in shards:
         row = 0
@@ -132,7 +137,7 @@ def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[
 
 
 def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
-    """The names of the labels, as the hub writes them into the metadata of its files; empty when it did not."""
+    """The names of the labels in the metadata of the hub's files; empty if they are not there."""
     try:
         metadata = _open(path).schema_arrow.metadata or {}
         names = json.loads(metadata[b"huggingface"])["info"]["features"][hub.label_column]["names"]

@@ -1,4 +1,4 @@
-"""Image files as a person names them: files, folders of any depth, and patterns."""
+"""Finds the image files that a user names: files, folders of any depth, and patterns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from advmoe.data.folders import is_image, list_images
 from advmoe.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-"""Endings of the files that folders and patterns stand for. A file that is named by itself may have any name."""
+"""File name endings that folders and patterns select. A file named by itself may have any name."""
 
 
 def find_pictures(named: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The image files that are meant, each once: as given, and in natural order within a folder or pattern.
+    """The image files selected by the names, each once. The order of the names is kept; within a
+    folder or pattern the order is natural.
 
     Args:
         named: files; folders, which are searched through all levels for files with one of `SUFFIXES`; and patterns
@@ -55,8 +56,8 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def natural(path: Path) -> list[list[tuple[int, int, str]]]:
-    """A key that sorts paths as people do: folder by folder, and `page 9` before `page 10`."""
-    return [  # of each part of the path: its numbers as numbers, before text
+    """A sort key for paths: folder by folder, and `page 9` before `page 10`."""
+    return [  # numbers in a part of the path sort as numbers, before text
         [(0, int(part), part) if part.isdecimal() else (1, 0, part.casefold()) for part in re.split(r"(\d+)", name)]
         for name in path.parts
     ]

@@ -1,4 +1,4 @@
-"""Making things in order on other threads, some of them before they are asked for."""
+"""Makes things in order on other threads, some of them before the consumer asks for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from weakref import WeakSet
 
 T = TypeVar("T")
 Tasks = SimpleQueue[tuple[int, "Future[T]"] | None]
-"""Numbers to make things of, each with the place for its result; ``None`` ends one thread."""
+"""Queue of the numbers to process, each with the place for its result. ``None`` ends one thread."""
 
 
 class Ahead(Generic[T]):
-    """Makes one thing for each number of a range, up to `depth` of them before they are asked for.
+    """Makes one thing for each number of a range, up to `depth` of them before the consumer asks.
 
-    Its threads never wait for the consumer, so abandoning it, or exiting, cannot deadlock. A forked child starts
-    threads of its own and goes on where its parent was.
+    The threads never wait for the consumer, so abandoning the object, or exiting, cannot deadlock.
+    A forked child starts its own threads and continues at its parent's position.
 
     Args:
         make: Makes one thing; called on any thread.
@@ -45,12 +45,12 @@ class Ahead(Generic[T]):
         self._process = os.getpid()
 
     def next(self) -> T:
-        """The next thing; waits for it if it is not there yet. An exception of `make` is raised here."""
+        """The next thing. Waits until it is ready, and raises an exception of `make` here."""
         if self._at_once == 0:
             number, self._numbers = self._numbers[0], self._numbers[1:]
             return self._make(number)
         if not self._threads or self._process != os.getpid():
-            # A forked child has this object, but neither its threads nor the things that they were making.
+            # A forked child inherits this object, but not its threads and their unfinished things.
             self._numbers = range(self._numbers.start - len(self._made), self._numbers.stop)
             self._made.clear()
             self._process = os.getpid()
@@ -63,7 +63,7 @@ class Ahead(Generic[T]):
         return self._made.popleft().result()
 
     def close(self, *, wait: bool = False) -> None:
-        """Ends the threads; with `wait`, returns when they have ended."""
+        """Ends the threads. With `wait`, returns after they have ended."""
         self._stop()
         if self._process != os.getpid():
             return
@@ -77,7 +77,8 @@ class Ahead(Generic[T]):
 
     def _start(self) -> None:
         self._tasks = SimpleQueue()
-        # Python waits for threads that are no daemons before it calls `_close_all`, so before anything stops them.
+        # At exit, Python joins threads that are not daemons before it calls `_close_all`. The
+        # threads therefore have to be daemons.
         self._threads = [
             threading.Thread(target=_work, args=(self._tasks, self._make), name=f"batches-ahead-{number}", daemon=True)
             for number in range(self._at_once)
@@ -95,7 +96,7 @@ def _work(tasks: Tasks[T], make: Callable[[int], T]) -> None:
                 place.set_result(make(number))
             except BaseException as error:
                 place.set_exception(error)
-        del task, place  # a reference to the last batch would keep its memory
+        del task, place  # a reference here would keep the memory of the last batch
 
 
 _open: WeakSet[Ahead[Any]] = WeakSet()
@@ -103,6 +104,6 @@ _open: WeakSet[Ahead[Any]] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """End all threads before the interpreter is gone, which they would return to."""
+    """End all threads before the interpreter shuts down, because they would return to it."""
     for ahead in list(_open):
         ahead.close(wait=True)

@@ -1,4 +1,4 @@
-"""Data sets as values: images with labels, and the facts that go with a name."""
+"""Data sets as values: images, their labels, and facts such as the names of the classes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from advmoe import rust_router
 from advmoe.errors import ConfigError, DataError
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)`` while something slow goes on; ``done == total`` ends it."""
+"""Called as ``progress(what, done, total)`` during slow work. ``done == total`` ends the work."""
 
 
 Announce = Callable[[str], None]
-"""Called with one sentence before something is done that the user should know of, such as a download."""
+"""Called with one sentence before an action that the user should know of, such as a download."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,11 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedSet:
-    """Images left encoded (JPEG or PNG) where they lie, with one label each: for sets too large for memory.
+    """Images that stay encoded (JPEG or PNG) in their files, with one label each. For sets too large for memory.
 
-    Image ``i`` is ``lengths[i]`` bytes of ``files[file_index[i]]`` from ``offsets[i]`` on, so that folders (one image
-    per file) and packs (many per file) are read in the same way.
+    Image ``i`` has ``lengths[i]`` bytes at offset ``offsets[i]`` of ``files[file_index[i]]``.
+    Folders (one image per file) and packs (many images per file) are therefore read in the same
+    way.
     """
 
     files: tuple[str, ...]
@@ -105,7 +106,9 @@ class EncodedSet:
 
     @cached_property
     def source(self) -> rust_router.EncodedSource:
-        """The images for the Rust loader. The object is kept, because handing over a million paths takes a second."""
+        """The images in the form that the Rust loader reads. The object is kept, because passing a
+        million paths to Rust takes a second.
+        """
         return rust_router.EncodedSource(
             self.files,
             self.file_index.astype(np.uint32),
@@ -115,21 +118,21 @@ class EncodedSet:
 
 
 Images = ImageSet | EncodedSet
-"""What a loader makes batches of."""
+"""Images from which a loader makes batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """The facts of a data set, known before its images are read."""
+    """Facts of a data set that are known before its images are read."""
 
     name: str
     num_classes: int
     class_names: tuple[str, ...] = ()
-    """Names of the labels in order; empty where only the files tell, and filled in once they have been read."""
+    """Names of the labels in order. Empty where only the files name them; filled in after reading them."""
     image_size: int
-    """Height and width in pixels the networks see."""
+    """Height and width in pixels of the images that the networks get."""
     resized: bool = False
-    """Whether the images have sizes of their own and are cut to `image_size`, or to any other that is asked for."""
+    """Whether the images have different sizes and are cut to `image_size` or to another requested size."""
     mean: tuple[float, float, float]
     """Mean of each color over the training set, in pixel units of [0, 1]."""
     std: tuple[float, float, float]
@@ -137,16 +140,20 @@ class DatasetInfo:
     eps: float
     """Radius of the L∞ threat model in pixel units of [0, 1] (section 5 of the paper for the sets it uses)."""
     flip: bool = True
-    """Whether a mirrored image is still of its class, so that training may mirror."""
+    """Whether mirroring keeps an image's class, so that training may mirror images."""
     train_size: int | None = None
     """Images in the complete training set; ``None`` where only the files tell."""
     test_size: int | None = None
     """Images in the complete test set; ``None`` where only the files tell."""
     notes: tuple[str, ...] = ()
-    """Sentences for whoever trains on it: how a size was chosen, and what so few images can show."""
+    """Remarks for the user who trains on the data set: how the size was chosen, and the limits of few images."""
 
     def check_image_size(self, size: int) -> None:
-        """Raise `ConfigError` unless the images are, or can be made, ``size`` pixels wide."""
+        """Check that the images are, or can be made, ``size`` pixels wide.
+
+        Raises:
+            ConfigError: They have a fixed size other than ``size``.
+        """
         if not self.resized and size != self.image_size:
             raise ConfigError(
                 f"the images of {self.name} are {self.image_size} pixels wide and are not resized, got image size "
@@ -156,7 +163,9 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A data set as its authors split it. The test set is for reporting; hold validation images out of ``train``."""
+    """A data set as its authors split it. Report results on the test set only; take validation
+    images from ``train``.
+    """
 
     info: DatasetInfo
     train: Images
@@ -164,10 +173,12 @@ class Dataset:
 
 
 def complete_dataset(info: DatasetInfo, train: Images, test: Images, *, where: Path) -> Dataset:
-    """Put the splits together, once their sizes are those of the complete set.
+    """Make a data set of two splits after comparing their sizes with those of the complete set.
 
-    Raises `DataError` when one split is complete and the other is not, so that files must have been lost; warns when
-    neither is, as in a set reduced on purpose.
+    A set whose splits were both made smaller on purpose only causes a warning.
+
+    Raises:
+        DataError: One split is complete and the other is not, so files are missing.
     """
     found, complete = (len(train), len(test)), (info.train_size, info.test_size)
     if None not in complete and found != complete:
@@ -182,7 +193,11 @@ def complete_dataset(info: DatasetInfo, train: Images, test: Images, *, where: P
 
 
 def check_labels(labels: NDArray[np.integer], num_classes: int, *, where: str) -> None:
-    """Raise `DataError`, naming the first culprit, unless every label lies in ``[0, num_classes)``."""
+    """Check that every label is in ``[0, num_classes)``.
+
+    Raises:
+        DataError: One is not; the message names the first one.
+    """
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         row = int(wrong[0])

@@ -1,4 +1,4 @@
-"""The data sets by name: what is known of each, and its images from whatever layout the user has."""
+"""The data sets by name: facts of each, and a loader that accepts every layout of its files."""
 
 from __future__ import annotations
 
@@ -73,20 +73,23 @@ def dataset_names() -> tuple[str, ...]:
 
 
 def dataset_info(name: str, data_dir: Path | None = None) -> DatasetInfo:
-    """What is known of the data set before its images are read.
+    """Facts of a data set that are known before its images are read.
 
-    For ``folder`` the names of the class folders in ``data_dir`` are part of it.
+    For ``folder`` they include the names of the class folders in ``data_dir``.
 
-    Raises `ConfigError` for an unknown name, `DataError` for a ``folder`` that is none.
+    Raises:
+        ConfigError: No data set has this name.
+        DataError: ``data_dir`` is not an image folder.
     """
     info = _source(name).info
     return folder_info(_or_default(data_dir)) if info is FOLDER else info
 
 
 def shorter_side(name: str | None, size: int) -> int:
-    """Shorter side of an image of that data set before its middle, ``size`` pixels wide, is shown in an evaluation.
+    """In an evaluation, images of different sizes are resized to this shorter side; then the
+    middle, ``size`` pixels wide, is cut out.
 
-    ``size`` itself where all images of the set have one size, and where there is no such set.
+    The result is ``size`` if all images of the set have one size, or if no set has this name.
     """
     return evaluation_view(size).resize if name in _SOURCES and _SOURCES[name].info.resized else size
 

@@ -1,4 +1,4 @@
-"""Hold a validation set out of a training set: stratified, and the same for the same seed on any machine."""
+"""Splits a validation set off a training set: stratified, and equal for equal seeds on any machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from advmoe.errors import ConfigError
 def split_validation(
     labels: NDArray[np.integer], *, fraction: float | None = None, size: int | None = None, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split row numbers into ``(train, validation)``, both sorted, disjoint, together every row once.
+    """Split row numbers into ``(train, validation)``. Both are sorted; every row is in exactly one of them.
 
-    Give either ``fraction`` (in (0, 1), of all rows) or ``size`` (rows). Each class contributes in proportion to its
-    size (largest remainders get what rounding leaves) and keeps at least one training image.
-    Which rows of a class are held out follows from ``seed`` and the labels alone: the bit stream of Philox is fixed,
-    unlike the shuffles built on it, which may change with the version of NumPy.
+    Give either ``fraction`` (in (0, 1), of all rows) or ``size`` (rows). Each class contributes in
+    proportion to its size and keeps at least one training image; the classes with the largest
+    remainders get the rows that rounding leaves. The choice of rows depends on ``seed`` and the
+    labels only. It uses the bit stream of Philox, which is fixed; NumPy's shuffles may change
+    between versions.
 
-    Raises `ConfigError` when a class would lose its last training image, or nothing would be held out.
+    Raises:
+        ConfigError: A class would lose its last training image, or no image would be held out.
     """
     total = len(labels)
     if (fraction is None) == (size is None):
@@ -47,7 +49,9 @@ def split_validation(
 
 
 def _quotas(class_sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Images each class gives to the validation set: proportional, summing to ``size``, never a whole class."""
+    """Number of validation images of each class: proportional to its size, with sum ``size``, and
+    never the whole class.
+    """
     exact = class_sizes * size / class_sizes.sum()
     quotas: NDArray[np.int64] = np.floor(exact).astype(np.int64)  # below the class size, as size < all images
     by_remainder = np.argsort(-(exact - quotas), kind="stable")

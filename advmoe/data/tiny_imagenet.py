@@ -1,7 +1,8 @@
 """TinyImageNet: 200 classes of 64x64 images, from the official folder or zip, or the hub's parquet files.
 
-The hub's files and the official ones number their classes differently (and name some by other WordNet ids), so the
-class names are always taken from the files: a model goes with the layout it was trained on.
+The hub's files and the official files number their classes differently, and give some classes other
+WordNet ids. The class names are therefore always read from the files. A model fits only the layout
+it was trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ANNOTATIONS = "val/val_annotations.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class TinyImageNet:
-    """Where the images are, besides the facts of the set."""
+    """The facts of the set, and the places of its files."""
 
     info: DatasetInfo
     hub: HubLayout
@@ -48,7 +49,8 @@ def load_tiny_imagenet(
     The official validation images, whose labels are public, are the test set. All images are decoded into memory
     (1.4 GB). ``val`` may be as published (``val/images`` with ``val_annotations.txt``) or sorted into class folders.
 
-    Raises `DataError` when nothing complete is there and nothing was downloaded, and for every malformed file.
+    Raises:
+        DataError: No layout is complete and nothing was downloaded, or a file is malformed.
     """
     incomplete: list[str] = []
     for root in search_roots(data_dir, tiny.info.name, tiny.hub.repository):

@@ -1,4 +1,4 @@
-"""Transforms of images, as values. The loader carries them out; its seed determines every random choice."""
+"""Transforms of images as values. The loader applies them; its seed determines every random choice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CropFlip:
 class RandomResizedCrop:
     """A random part of the image, resized (antialiased, bilinear), then a random mirror: ImageNet's augmentation.
 
-    The part is chosen as torchvision's transform of that name chooses it.
+    The part is chosen like in torchvision's transform of the same name.
     """
 
     size: int | tuple[int, int] = 224
@@ -46,7 +46,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeCenterCrop:
-    """The shorter side resized (antialiased, bilinear), then the middle: how ImageNet models are evaluated."""
+    """Resizes the shorter side (antialiased, bilinear), then cuts out the middle: the usual evaluation on ImageNet."""
 
     size: int | tuple[int, int] = 224
     """Height and width of the result; one number for both."""
@@ -63,7 +63,7 @@ Transform = CropFlip | RandomResizedCrop | ResizeCenterCrop
 
 
 def output_size(transform: Transform | None) -> tuple[int, int] | None:
-    """Height and width after a transform; None where images keep their own."""
+    """Height and width after a transform; None if images keep their own size."""
     return _sides(transform.size) if isinstance(transform, RandomResizedCrop | ResizeCenterCrop) else None
 
 

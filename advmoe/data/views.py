@@ -1,4 +1,6 @@
-"""How the networks see the images of a set: at random places in training, whole or in the middle elsewhere."""
+"""The transforms between an image set and the networks: random parts in training, the whole image
+or its middle otherwise.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ SHORTER_SIDE = 8 / 7
 
 
 def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
-    """What training does to every image: CIFAR's padding and cropping in memory, else ImageNet's random parts.
+    """The transform in training: padding and cropping for images in memory (as for CIFAR),
+    otherwise random parts (as for ImageNet).
 
     The padding is an eighth of the size: 4 for 32, 8 for 64.
     """
@@ -26,18 +29,22 @@ def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
 
 
 def evaluation_view(size: int) -> ResizeCenterCrop:
-    """How evaluation shows images that have sizes of their own."""
+    """The transform in evaluation for images of different sizes."""
     return ResizeCenterCrop(size=size, resize=round(size * SHORTER_SIDE))
 
 
 def in_memory(
     images: Images, size: int, *, skip_bad_images: bool = False, progress: Progress | None = None
 ) -> ImageSet:
-    """The images as an `ImageSet`: themselves, or decoded, resized and cut to the middle ``[size, size]``.
+    """The images as an `ImageSet`: unchanged if they are in memory, otherwise decoded, resized and
+    cut to the middle ``[size, size]``.
 
-    Attacks visit an image many times, so evaluation decodes it once. 50,000 images of 224x224 need 7.5 GB.
+    An attack reads an image many times, so evaluation decodes it once. 50,000 images of 224x224
+    need 7.5 GB.
 
-    Raises `DataError`, naming the file, for an image that cannot be read or decoded, unless such are to be skipped.
+    Raises:
+        DataError: An image cannot be read or decoded, unless bad images are skipped. The message
+            names the file.
     """
     if isinstance(images, ImageSet):
         return images
@@ -62,7 +69,7 @@ def in_memory(
 
 
 def shown(pixels: NDArray[np.uint8], view: Transform) -> NDArray[np.uint8]:
-    """One image in memory, uint8 RGB ``[height, width, 3]``, through a transform that sets its size, in Rust."""
+    """Apply a transform with a fixed size to one uint8 RGB image ``[height, width, 3]``, in Rust."""
     height, width = output_size(view) or pixels.shape[:2]
     out = np.empty((height, width, 3), np.uint8)
     filler = rust_router.BatchFiller(
