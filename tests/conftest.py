@@ -1,4 +1,4 @@
-"""Small data and small networks that several test files share."""
+"""Fixtures: small data sets and small networks that several test files share."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every architecture x kind x image size, as networks small enough for a test."""
+"""Small networks for every combination of architecture, kind and image size."""
 
 from dataclasses import dataclass
 

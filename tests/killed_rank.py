@@ -1,4 +1,4 @@
-"""`advmoe train` for torchrun, in which rank 1 kills itself once, in the first start after its third step."""
+"""`advmoe train` for torchrun. Rank 1 kills itself once, after its third step of the first start."""
 
 import os
 import signal

@@ -1,7 +1,8 @@
-"""A program that kills a run again and again, and lets it go on each time: `killed_runs.py FOLDER KILLS`.
+"""Kill a run at random points and resume it each time: `killed_runs.py FOLDER KILLS`.
 
-It imports everything once; each attempt is a fork of it, which kills itself by SIGKILL after a random number of the
-interpreter's calls and returns: anywhere in a step, or while it writes. It prints, as JSON, what the kills hit.
+The program imports all modules once. Each attempt is a fork, which kills itself by SIGKILL after a
+random number of function calls and returns of the interpreter: in a step, or during a write. The
+program prints as JSON what it interrupted.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""Groups of processes that train and evaluate together, and what each of them saw.
+"""Groups of processes that train and evaluate together, and the results of each process.
 
-The processes are forks of one that has imported everything: importing takes longer than all they do.
+The processes are forks of a process that has imported all modules, because importing takes longer
+than the tests.
 """
 
 from __future__ import annotations

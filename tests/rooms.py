@@ -1,4 +1,4 @@
-"""A network small enough to work out by hand: one router, two experts, one of which is a trap."""
+"""A network that can be computed by hand: one router and two experts, one of which is a trap for an attack."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Runs of four steps on digits, which several test files make, stop, resume and compare."""
+"""Training runs of four steps on digits that several test files start, stop, resume and compare."""
 
 import dataclasses
 import json

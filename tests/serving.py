@@ -1,4 +1,4 @@
-"""Starting a real server for tests, and talking to it."""
+"""Helpers that start a real server for tests and send requests to it."""
 
 from __future__ import annotations
 

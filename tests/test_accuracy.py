@@ -1,4 +1,4 @@
-"""SA and RA: what may not change them, what must lower them, and what is refused."""
+"""SA and RA: independence of batch and order, effect of stronger attacks, and refused inputs."""
 
 import copy
 from collections.abc import Callable

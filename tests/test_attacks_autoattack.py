@@ -1,4 +1,4 @@
-"""AutoAttack through its package: official settings, agreement with a second implementation, and its limits."""
+"""AutoAttack: official settings, agreement with a second implementation, and limits."""
 
 import importlib
 import itertools

@@ -1,4 +1,4 @@
-"""What an attacker sees of hard routing, and the attacks that search pathways."""
+"""Views of the routing, and attacks that search pathways."""
 
 from collections.abc import Callable
 

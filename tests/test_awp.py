@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: a step up the loss of each weight's own length, and back."""
+"""Adversarial weight perturbation: the step increases the loss, its length is that of the weights, and it is undone."""
 
 from collections.abc import Callable
 

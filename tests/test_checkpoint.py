@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, plain data only, and refused with a reason when they are anything else."""
+"""Checkpoints: complete or absent, plain data only, and refused with a reason if they are anything else."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The command line: names that scripts rely on, and one clear line for every mistake."""
+"""The command line: names that scripts rely on, and one line per mistake."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every option of every command is given what it cannot take: one line, an exit code, nothing written."""
+"""Bad values for every option of every command: one line, an exit code, and no file written."""
 
 from pathlib import Path
 from typing import Any

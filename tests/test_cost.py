@@ -1,4 +1,4 @@
-"""Latency: of every batch size asked for, per image, on images that differ."""
+"""Latency: measured for every requested batch size, per image, on different images."""
 
 import time
 from itertools import pairwise

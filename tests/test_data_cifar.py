@@ -1,4 +1,4 @@
-"""CIFAR-10 from every layout it is published in, made small here in the exact form of the originals."""
+"""CIFAR-10 in all published layouts, as small copies in the exact form of the originals."""
 
 import hashlib
 import http.server

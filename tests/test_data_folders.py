@@ -1,4 +1,4 @@
-"""Image folders, ImageNet and TinyImageNet, made small here in the exact form of the originals."""
+"""Image folders, ImageNet and TinyImageNet, as small copies in the exact form of the originals."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Names of devices, and which GPU a process of several takes."""
+"""Names of devices, and the GPU that each of several processes uses."""
 
 import pytest
 import torch

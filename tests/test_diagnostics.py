@@ -1,4 +1,4 @@
-"""Deliberately broken defenses: each is caught, by the check that is there for it. A sound model passes them all."""
+"""Broken defenses: the diagnostics find each of them by the check for it. A correct model passes all checks."""
 
 import copy
 from collections.abc import Callable

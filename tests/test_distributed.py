@@ -1,4 +1,4 @@
-"""Several ranks are one process with the union of their batches, and fail as one."""
+"""Several ranks compute the same as one process with the union of their batches, and fail together."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""README, docs and the other Markdown pages: links, paths of files and options that they name exist."""
+"""Markdown pages: the links, files and options that they name exist."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""evaluate, analyze and report from the command line: what they leave, how they end, what they refuse."""
+"""`advmoe evaluate`, `analyze` and `report`: files, exit codes, and refused inputs."""
 
 import json
 from collections.abc import Callable

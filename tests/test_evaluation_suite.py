@@ -1,4 +1,4 @@
-"""The whole evaluation: what its figures mean, that it resumes, and what it refuses."""
+"""The evaluation suite: meaning of its figures, resumption, and refused inputs."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Experts that grow apart from a common start: what coupled gradients do to their mean and their differences."""
+"""Coupled gradients: their effect on the mean of the experts and on their differences."""
 
 import dataclasses
 from collections.abc import Callable

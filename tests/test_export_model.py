@@ -1,4 +1,4 @@
-"""Exported files: what they compute, what they say about themselves, and what is left when something is wrong."""
+"""Exported files: outputs, metadata, and no leftover files after an error."""
 
 import errno
 from collections.abc import Callable, Iterator

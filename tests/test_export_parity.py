@@ -1,6 +1,6 @@
-"""Every form of a model computes what the module computes: profile x granularity x dtype, for batches of every kind.
+"""Exported files compute the same as the module, for every profile, granularity, dtype and kind of batch.
 
-Each network is traced once; the passes run on copies of the traced graph.
+Each network is traced once. The passes run on copies of the traced graph.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The passes of the exporter: their order is checked, and the same module gives the same file."""
+"""Passes of the exporter: their order is checked, and the same module gives the same file."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Serving an exported file: Triton's model repository, timing, and watching the experts' load."""
+"""Serving an exported file: Triton's model repository, timing, and the monitor of the experts' load."""
 
 import subprocess
 import sys

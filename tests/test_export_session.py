@@ -1,4 +1,4 @@
-"""A session: which images it takes, which files it refuses, what it runs on, and what it needs to be installed."""
+"""Sessions: accepted images, refused files, providers, and missing packages."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Forms of the MoE layer beyond the paper's: each trains, costs what it should, survives checkpoint and export."""
+"""Forms of the MoE layer beyond the paper: training, cost, checkpoints and export."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A lease that ends early goes on where it stopped."""
+"""The GPU benchmark: finished steps are not repeated, and the long trainings come last."""
 
 import importlib.util
 import json

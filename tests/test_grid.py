@@ -1,4 +1,4 @@
-"""One walk through every architecture x kind x image size."""
+"""Every combination of architecture, kind and image size trains, evaluates and exports."""
 
 from pathlib import Path
 

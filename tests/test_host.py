@@ -1,4 +1,4 @@
-"""What the command line sets for its process, and that it leaves the user's own settings alone."""
+"""Process settings of the command line. Settings of the user take precedence."""
 
 import ctypes
 import os

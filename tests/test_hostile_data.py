@@ -1,4 +1,4 @@
-"""Damaged and hostile data sets: whatever their bytes are, they are read or refused by one line."""
+"""Damaged and malicious data sets are read, or refused with one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hub: what is uploaded, what the model card says, and what is loaded again. A server of ours stands in for it."""
+"""The hub: uploaded files, the model card, and loading. A local server replaces the hub."""
 
 import base64
 import dataclasses

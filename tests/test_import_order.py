@@ -1,4 +1,4 @@
-"""Imports follow the order in CONTRIBUTING.md, and the check notices when they do not."""
+"""Imports follow the order in CONTRIBUTING.md, and the check finds violations."""
 
 from pathlib import Path
 

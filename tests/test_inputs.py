@@ -1,4 +1,4 @@
-"""What a model is called with: images of its size, as floating-point numbers, finite and in [0, 1]."""
+"""Inputs of a model: images of its size, floating-point, finite, and in [0, 1]."""
 
 from collections.abc import Callable
 

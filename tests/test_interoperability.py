@@ -1,4 +1,4 @@
-"""A loaded model goes into other people's tools as it is: images in [0, 1] in, logits out, in eval mode."""
+"""Other tools can use a loaded model: images in [0, 1] in, logits out, in eval mode."""
 
 import importlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A run that is killed at any point, and goes on, ends as if nothing had happened."""
+"""A run that is killed at any point and resumed gives the same result as an uninterrupted run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`advmoe recipes` and `advmoe info`: short listings by default, everything on request, and only valid JSON."""
+"""`advmoe recipes` and `advmoe info`: short listings by default, all details on request, and valid JSON."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The Rust loader against its definition written in NumPy, and its manners."""
+"""The Rust loader: equality with a definition in NumPy, interrupts, forks and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded images: decoded and transformed as Pillow and torchvision do, found in folders and packs."""
+"""Encoded images: decoded and transformed as by Pillow and torchvision, from folders and packs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: resumption to the bit, selection on validation images, and what a run leaves behind."""
+"""The training loop: exact resumption, selection on validation images, and the files of a run."""
 
 import dataclasses
 import functools

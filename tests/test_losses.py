@@ -1,4 +1,4 @@
-"""The training objectives, against hand-derived numbers and a reference in double precision."""
+"""Training objectives: equality with numbers derived by hand and with a reference in double precision."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The memory of a training step: counted as the step takes it, and compared with what is there."""
+"""The memory of a training step: the estimate, and its comparison with the available memory."""
 
 import dataclasses
 from collections.abc import Callable

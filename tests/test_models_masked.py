@@ -1,4 +1,4 @@
-"""Sparse-CNN: what its masks keep, how their scores learn, and the small network that is left."""
+"""Sparse-CNN: the kept channels, learning of the scores, and the compact network."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The backbones compute what the reference implementations compute with the same weights."""
+"""The backbones give the same outputs as the reference implementations with the same weights."""
 
 import pytest
 import torch

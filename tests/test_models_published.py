@@ -1,4 +1,4 @@
-"""Dense is the published network: its parameters and multiply-adds are those that others report."""
+"""Dense networks have the published numbers of parameters and multiply-adds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MoE-ViT: each row meets its own expert only, rows being images or tokens; and what vit refuses."""
+"""MoE-ViT: each image or token is computed by its own expert only, and impossible settings are refused."""
 
 import pytest
 import torch

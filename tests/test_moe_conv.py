@@ -1,4 +1,4 @@
-"""The routed convolution against a reference that computes every expert for every image and keeps one."""
+"""The routed convolution equals a reference that computes every expert for every image."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The one gradient loop over images: its ball, its objectives, and that it leaves the model as it was."""
+"""PGD: the ball, the objectives, and a model that stays unchanged."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Training in bf16: what computes in it and what does not."""
+"""Training in bf16: the parts that use bf16, and the parts that stay in fp32."""
 
 import dataclasses
 from collections.abc import Callable

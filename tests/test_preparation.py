@@ -1,4 +1,4 @@
-"""An image file means the same pixels to `advmoe evaluate`, to `advmoe predict` and to a reader of the metadata."""
+"""`advmoe evaluate`, `advmoe predict` and readers of the metadata get the same pixels from an image file."""
 
 from __future__ import annotations
 

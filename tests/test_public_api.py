@@ -1,4 +1,4 @@
-"""Names and forms that users of the library rely on."""
+"""Public names and signatures of the library."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The paper's runs by name: complete, resolvable, and behind every table and figure."""
+"""Recipes: every run of the paper's tables and figures exists and can be resolved."""
 
 import pytest
 

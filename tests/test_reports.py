@@ -1,4 +1,4 @@
-"""Analysis of route logs, figures, and the HTML report: what is shown is what was measured, and nothing is fetched."""
+"""Analysis of route logs, figures, and the HTML report: the shown values are the measured values."""
 
 import dataclasses
 import html.parser

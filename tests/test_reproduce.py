@@ -1,4 +1,4 @@
-"""`advmoe reproduce`: which commands stand behind a table or figure, and what it shows of their results."""
+"""`advmoe reproduce`: the commands behind a table or figure, and the shown results."""
 
 import json
 import shlex

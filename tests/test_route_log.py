@@ -1,4 +1,4 @@
-"""The route log from Python: what goes in comes out, and what it says agrees with NumPy."""
+"""The route log in Python: reading returns the written rows, and the statistics equal those of NumPy."""
 
 from __future__ import annotations
 

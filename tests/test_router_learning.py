@@ -1,4 +1,4 @@
-"""What keeps a router alive: centered features, no bias, the same decisions in training, attack and inference."""
+"""Router learning: centered features, no bias, and equal decisions in training, attack and inference."""
 
 from collections.abc import Callable
 

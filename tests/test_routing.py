@@ -1,4 +1,4 @@
-"""Expert layouts, routers and the tape: who computes which channels for whom."""
+"""Expert layouts, routers, and the routing tape."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""A run's route log: what it counts, how much of it is kept, and that an interruption changes nothing."""
+"""The route log of a run: its counts, its size, and its resumption."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The folder of a run: never lost between two files, never shared, and whole on a full disk."""
+"""The folder of a run: no lost checkpoint, one writer, and a full disk."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Models in safetensors files: what goes in comes back, and nothing else is accepted."""
+"""Models in safetensors files: loading returns the saved model, and other files are refused."""
 
 import json
 from collections.abc import Callable

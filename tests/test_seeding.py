@@ -1,4 +1,4 @@
-"""Random numbers as functions of their place in a run."""
+"""Random numbers are functions of their place in a run."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which epoch is a run's best: chance is no reason to prefer an early one, a clear difference is."""
+"""The best epoch: chance does not select an early epoch, and a clear difference does."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The server: its protocol, its page, its bounds, and how it stops."""
+"""The server: protocol, page, limits and shutdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's page in a real browser: Chromium without a window, driven through its WebDriver."""
+"""The page of the server in a real browser (headless Chromium with WebDriver)."""
 
 from __future__ import annotations
 

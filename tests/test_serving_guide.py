@@ -1,4 +1,4 @@
-"""docs/serving.md, the Dockerfile, the workflows and the extras: what they say can be run is run."""
+"""The commands in docs/serving.md, the Dockerfile and the workflows run, and the extras exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One source of options: a field of a configuration is checked, stored, and offered by the command line."""
+"""Settings: a field of a configuration is checked, stored, and offered as an option."""
 
 import ast
 import dataclasses

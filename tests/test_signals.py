@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the work under way is saved, children come first, and the exit code says which it was."""
+"""Ctrl-C and SIGTERM: current work is saved, child processes end first, and the exit code names the signal."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""AT (Sparse): three phases of one run, each changing its part of the network only, and what is left at the end."""
+"""AT (Sparse): three phases of one run, the part of the network that each changes, and the final network."""
 
 import dataclasses
 from collections.abc import Callable

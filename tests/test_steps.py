@@ -1,4 +1,4 @@
-"""Algorithm 1 step by step: what each level may change, what it is attacked through, and when it stops."""
+"""Algorithm 1 step by step: the parameters that each level changes, its attack, and the order of the steps."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The study of small networks: one file per cell, which is not made twice, and tables from those files alone."""
+"""The study of small networks: one file per cell, finished cells are skipped, and tables come from the files."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""A run as a file that can be given back, several seeds in one command, and what the command says of itself."""
+"""Runs as files, several seeds in one command, and the messages of the command."""
 
 import json
 import tomllib

@@ -1,4 +1,4 @@
-"""Short ways to say what is attacked."""
+"""Helpers that build `Victims` for tests."""
 
 import torch
 from torch import Tensor, nn
