@@ -14,7 +14,7 @@ const STREAM: Stream = Stream { seed: 0, stream: 0 };
 const CROP_FLIP: Transform = Transform::CropFlip { padding: 4, flip: true };
 const BATCH: usize = 512;
 
-/// CIFAR-10's training set in size.
+/// The size of CIFAR-10's training set.
 fn images() -> Vec<u8> {
     (0..50_000_u64).flat_map(|i| STREAM.permutation(i, 96).into_iter().flat_map(|v| [v as u8; 32])).collect()
 }

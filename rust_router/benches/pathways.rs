@@ -23,7 +23,7 @@ fn channels() -> Channels {
     channels
 }
 
-/// `n` samples that route at random under two conditions.
+/// A log of `n` samples with random pathways under two conditions.
 fn log(n: i64) -> RouteLog {
     let stream = Stream { seed: 0, stream: 0 };
     let indices: Vec<i64> = (0..n).collect();

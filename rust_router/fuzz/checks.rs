@@ -1,4 +1,4 @@
-//! What must hold for any bytes: they are read as what they claim to be, or refused; nothing panics.
+//! Properties that hold for any bytes: a reader reads or refuses them, and does not panic.
 //!
 //! The fuzz targets and the tests of the crate share these checks.
 
@@ -9,10 +9,11 @@ use rust_router::images::source::guarded;
 use rust_router::images::{decode, geometry};
 use rust_router::routes::{file, pathways};
 
-/// Larger images are slow, not wrong.
+/// Larger images are not decoded, because decoding them is slow.
 const MAX_PIXELS: usize = 1 << 20;
 
-/// A JPEG file has as many pixels as its header says, and decoding its top rows gives the top of the whole image.
+/// A decoded JPEG has the size in its header, and decoding its top rows gives the top of the whole
+/// image.
 pub fn jpeg(bytes: &[u8]) {
     let mut bytes = [&[0xFF, 0xD8, 0xFF], bytes.get(3..).unwrap_or_default()].concat();
     let Some((rgb, (height, width))) = image(&bytes) else { return };
@@ -23,7 +24,8 @@ pub fn jpeg(bytes: &[u8]) {
     assert_eq!(top[..rows * width * 3], rgb[..rows * width * 3]);
 }
 
-/// A PNG file has as many pixels as its header says. All checksums are corrected first, so that the content counts.
+/// A decoded PNG has the size in its header. All checksums are corrected first, so that the decoder
+/// reaches the content.
 pub fn png(bytes: &[u8]) {
     let mut bytes = [b"\x89PNG\r\n\x1A\n", bytes.get(8..).unwrap_or_default()].concat();
     let mut at = 8;
@@ -50,7 +52,8 @@ fn image(bytes: &[u8]) -> Option<(Vec<u8>, geometry::Size)> {
     Some((rgb, size))
 }
 
-/// Every image that a pack lists lies in its bytes. The checksum of its index is corrected first.
+/// Every image in the index of a pack lies within the pack. The checksum of the index is corrected
+/// first.
 pub fn pack(bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
     let index = bytes.get(24..).and_then(<[u8]>::first_chunk).map(|&index| u64::from_le_bytes(index) as usize);
@@ -64,7 +67,7 @@ pub fn pack(bytes: &[u8]) {
     }
 }
 
-/// A route log has rows that a model can have, of which every statistic can be made.
+/// Every statistic can be computed of a route log that was read.
 pub fn route_log(bytes: &[u8]) {
     let Ok(mut log) = file::read(Cursor::new(bytes)) else { return };
     let num_experts = log.num_experts().to_vec();

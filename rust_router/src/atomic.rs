@@ -7,24 +7,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::FileError;
 
-/// Number of files begun by this process, so that two writers of one path have different temporary files.
+/// Number of files created by this process. It gives two writers of one path different temporary
+/// files.
 static CREATED: AtomicU64 = AtomicU64::new(0);
 
-/// A file that is written beside its target and gets the target's name when it is complete. If it is dropped before,
-/// nothing is left.
+/// A temporary file beside its target. [`NewFile::commit`] renames it to the target; dropping it
+/// deletes it.
 #[derive(Debug)]
 pub struct NewFile {
-    /// Where its content goes; it may be written in any order.
+    /// Writer for the content. It may seek.
     pub out: BufWriter<File>,
     partial: PathBuf,
     path: PathBuf,
 }
 
 impl NewFile {
-    /// Begins a file that gets the name `path` when it is complete.
+    /// Creates the temporary file for the target `path`.
     ///
     /// # Errors
-    /// A folder that cannot be written to.
+    /// The folder cannot be written to.
     pub fn create(path: &Path) -> Result<Self, FileError> {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
@@ -34,10 +35,10 @@ impl NewFile {
         Ok(Self { out: BufWriter::with_capacity(1 << 20, file), partial, path: path.to_owned() })
     }
 
-    /// Flushes everything to the disk and gives the file its name.
+    /// Writes all data to the disk and renames the file to its target.
     ///
     /// # Errors
-    /// A disk that is full, or a target that cannot be replaced.
+    /// The disk is full, or the target cannot be replaced.
     pub fn commit(mut self) -> Result<(), FileError> {
         let flushed = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
         let renamed = flushed.and_then(|()| fs::rename(&self.partial, &self.path));
@@ -47,7 +48,7 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        // After a commit there is nothing to remove. A failure to remove the rest cannot be reported from here.
+        // After a commit the file no longer exists. `drop` cannot report a failure to remove it.
         drop(fs::remove_file(&self.partial));
     }
 }

@@ -1,34 +1,34 @@
-//! Files that cannot be read or written. Both halves of the crate have further errors of their own.
+//! Errors of files. The modules `images` and `routes` add their own errors.
 
 use std::path::{Path, PathBuf};
 
-/// A file that cannot be used.
+/// A file cannot be read, written or understood.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// The system refused to read or write it.
+    /// The system could not read or write the file.
     #[error("cannot {verb} {}: {reason}", path.display())]
     Io {
-        /// What was tried.
+        /// The attempted operation: "read" or "write".
         verb: &'static str,
         /// The file.
         path: PathBuf,
-        /// The system's words.
+        /// The system's error.
         reason: std::io::Error,
     },
-    /// Its content is not what it should be.
+    /// The content has another format, or is damaged.
     #[error("{} is not a {what} or is damaged: {reason}", path.display())]
     Format {
-        /// What it should be.
+        /// The expected kind of file.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it is not.
+        /// The first difference from the expected format.
         reason: String,
     },
 }
 
 impl FileError {
-    /// A [`FileError::Io`].
+    /// Makes a [`FileError::Io`].
     #[must_use]
     pub fn io(verb: &'static str, path: &Path, reason: std::io::Error) -> Self {
         Self::Io { verb, path: path.to_owned(), reason }

@@ -1,7 +1,7 @@
 //! From encoded or raw images to batches.
 //!
-//! A [`source`] shows the RGB bytes of an image, [`augment`] decides from counter-based random numbers which part of
-//! them is seen, and [`loader`] writes the result into a buffer that the caller owns.
+//! A [`source`] returns the RGB bytes of an image. [`augment`] selects a part of the image by
+//! counter-based random numbers. [`loader`] writes the result into a buffer that the caller owns.
 
 pub mod augment;
 pub mod batch;

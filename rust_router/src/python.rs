@@ -1,4 +1,5 @@
-//! The Python module `advmoe.rust_router`: converts and releases the interpreter, nothing else.
+//! The Python module `advmoe.rust_router`. It only converts arguments and results, and releases the
+//! interpreter lock.
 
 mod batches;
 mod files;
@@ -48,7 +49,7 @@ impl From<RouteError> for PyErr {
     }
 }
 
-/// An array that cannot be seen as a slice.
+/// The error for an array that is not contiguous in memory.
 fn contiguous(_: impl std::error::Error) -> PyErr {
     ConfigError::new_err("expected C-contiguous arrays; use numpy.ascontiguousarray")
 }

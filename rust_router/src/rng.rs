@@ -1,25 +1,28 @@
-//! Counter-based random numbers: Philox4x64-10 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011).
+//! Counter-based random numbers: Philox4x64-10 (Salmon et al., *Parallel random numbers: as easy as
+//! 1, 2, 3*, SC 2011).
 //!
-//! A draw is a pure function of (seed, stream, purpose, epoch, index), so threads only decide when it is made, never
-//! what it is. The key is `[seed, stream]` and the counter `[block, index, epoch, purpose]` with blocks counted from 1;
-//! `numpy.random.Philox(key=[seed, stream], counter=[0, index, epoch, purpose]).random_raw()` yields the same words,
-//! because NumPy increments the counter before it makes the first block.
+//! A random number is a pure function of (seed, stream, purpose, epoch, index). Its value therefore
+//! does not depend on the thread that computes it, or on the order of computation. The key is
+//! `[seed, stream]`. The counter is `[block, index, epoch, purpose]`, with blocks counted from 1.
+//! `numpy.random.Philox(key=[seed, stream], counter=[0, index, epoch, purpose]).random_raw()`
+//! returns the same words, because NumPy increments the counter before it computes the first block.
 
-/// What random words are for: each purpose has counters of its own, so no two decisions share a word.
+/// The use of a random word. Each purpose has its own counters, so no two decisions share a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Purpose {
     /// The order of an epoch.
     Shuffle = 0,
-    /// Where an image is cropped.
+    /// The crop of an image.
     Crop = 1,
     /// Whether an image is mirrored.
     Flip = 2,
-    /// Which pairs of samples are compared.
+    /// The pairs of samples that are compared.
     Pairs = 3,
 }
 
-/// The random numbers of one data stream: `seed` chooses the experiment, `stream` one of its independent sequences.
+/// The random numbers of one data stream. `seed` identifies the experiment, and `stream` one of its
+/// independent sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
     /// First half of the key.
@@ -29,16 +32,17 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Block `block` (from 0) of four words for one index in one epoch.
+    /// Four random words: block number `block` (from 0) for one purpose, epoch and index.
     #[must_use]
     pub fn block(self, purpose: Purpose, epoch: u64, index: u64, block: u64) -> [u64; 4] {
         philox([block.wrapping_add(1), index, epoch, purpose as u64], [self.seed, self.stream])
     }
 
-    /// The order of an epoch: positions `0..len` sorted by one random word each (ties keep their order).
+    /// The order of an epoch: the positions `0..len`, sorted by one random word each. Equal words
+    /// keep their order.
     ///
-    /// Position `p` has word `p % 4` of block `p / 4` of index 0, so NumPy's
-    /// `argsort(Philox(key, counter=[0, 0, epoch, 0]).random_raw(len), kind="stable")` is the same permutation.
+    /// Position `p` uses word `p % 4` of block `p / 4` of index 0. NumPy's `argsort(Philox(key,
+    /// counter=[0, 0, epoch, 0]).random_raw(len), kind="stable")` is the same permutation.
     #[must_use]
     pub fn permutation(self, epoch: u64, len: usize) -> Vec<i64> {
         let words = (0..).flat_map(|block| self.block(Purpose::Shuffle, epoch, 0, block));

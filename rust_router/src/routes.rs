@@ -1,7 +1,9 @@
-//! Which experts each sample took, and statistics of these pathways.
+//! The log of routing decisions, and statistics of pathways.
 //!
-//! A [`log`] keeps one byte per sample and MoE layer. [`pathways`] counts them. As sets of [`channels`], pathways are
-//! compared one by one ([`similarity`]) and all with each other ([`diversity`]).
+//! A pathway is the list of experts that a sample took, one per MoE layer. A [`log`] stores one
+//! byte per sample and MoE layer. [`pathways`] counts equal pathways. [`channels`] converts a
+//! pathway to the set of channels that it computes. [`similarity`] compares two pathways of one
+//! sample, and [`diversity`] the pathways of all pairs of samples.
 
 pub mod channels;
 pub mod diversity;

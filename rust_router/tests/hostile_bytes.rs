@@ -1,4 +1,5 @@
-//! Random and mutated bytes: every reader reads them or refuses them, within its bounds.
+//! Random and mutated bytes. Every reader reads or refuses them within its limits, and never
+//! panics.
 
 #[path = "../fuzz/checks.rs"]
 mod checks;
@@ -6,7 +7,8 @@ mod checks;
 use rust_router::rng::{Purpose, Stream, below};
 use rust_router::routes::log::{Key, RouteLog, Rows};
 
-/// Mutants of each seed. More are made with `HOSTILE_ROUNDS=100000 cargo test --release -p rust_router hostile`.
+/// Number of mutants of each seed file. More are tested with `HOSTILE_ROUNDS=100000 cargo test
+/// --release -p rust_router hostile`.
 fn rounds() -> u64 {
     std::env::var("HOSTILE_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(400)
 }
@@ -26,7 +28,7 @@ impl Words {
     }
 }
 
-/// A copy with some bytes changed, removed, repeated or moved; sometimes only random bytes.
+/// A copy with some bytes changed, removed, repeated or moved, or only random bytes.
 fn mutant(seed: &[u8], words: &mut Words) -> Vec<u8> {
     const EDGES: [u8; 6] = [0x00, 0x01, 0x7F, 0x80, 0xFE, 0xFF];
     if words.below(20) == 0 {

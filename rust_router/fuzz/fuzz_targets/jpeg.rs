@@ -1,4 +1,4 @@
-//! Bytes that claim to be JPEG.
+//! Fuzzes the JPEG decoder.
 #![no_main]
 
 #[allow(dead_code, reason = "each target needs one of the checks")]

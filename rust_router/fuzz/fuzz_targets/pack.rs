@@ -1,4 +1,4 @@
-//! Bytes that claim to be a pack.
+//! Fuzzes the reader of packs.
 #![no_main]
 
 #[allow(dead_code, reason = "each target needs one of the checks")]

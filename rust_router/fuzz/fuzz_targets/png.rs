@@ -1,4 +1,4 @@
-//! Bytes that claim to be PNG.
+//! Fuzzes the PNG decoder.
 #![no_main]
 
 #[allow(dead_code, reason = "each target needs one of the checks")]

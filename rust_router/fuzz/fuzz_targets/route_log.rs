@@ -1,4 +1,4 @@
-//! Bytes that claim to be a route log.
+//! Fuzzes the reader of route logs.
 #![no_main]
 
 #[allow(dead_code, reason = "each target needs one of the checks")]

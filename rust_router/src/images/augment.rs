@@ -1,42 +1,44 @@
-//! Which part of an image a batch shows: decided from its size and its random words alone, before a pixel is touched.
+//! Random crops, flips and resizing. The selected part of an image depends on its size and its
+//! random words only.
 
 use crate::images::error::{Error, Result};
 use crate::images::geometry::{Part, Size, View, Window};
 use crate::rng::{Purpose, Stream, below, unit};
 
-/// What is done to every image. Mirrors are drawn with [`mirrored`].
+/// The transform of every image. [`mirrored`] decides about flips.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Transform {
-    /// Images come in the batch's size and stay as they are.
+    /// No change: images have the size of the batch.
     AsTheyAre,
-    /// Random crop of the image's own size after padding it with zeros (CIFAR's augmentation).
+    /// Zero padding, a random crop of the original size, and a random flip (CIFAR's augmentation).
     CropFlip {
-        /// Pixels added on each side.
+        /// Number of zero pixels on each side.
         padding: u32,
-        /// Whether half of the images are mirrored.
+        /// Whether an image is mirrored with probability 1/2.
         flip: bool,
     },
-    /// A random part of the image, resized to the batch's size (ImageNet's augmentation).
+    /// A random rectangle of the image, resized to the size of the batch (ImageNet's augmentation).
     RandomResizedCrop {
-        /// Least and greatest part of the image's area.
+        /// Lowest and highest area of the rectangle, as a share of the image's area.
         scale: (f64, f64),
-        /// Least and greatest width / height.
+        /// Lowest and highest ratio of width to height.
         ratio: (f64, f64),
-        /// Whether half of the images are mirrored.
+        /// Whether an image is mirrored with probability 1/2.
         flip: bool,
     },
-    /// The shorter side resized to a length, then the middle (ImageNet's evaluation).
+    /// Resizing by the shorter side, then a center crop (ImageNet's evaluation).
     ResizeCenterCrop {
-        /// Length of the shorter side.
+        /// Length of the shorter side in pixels.
         resize: usize,
     },
 }
 
 impl Transform {
-    /// How image `index`, of size `image`, fills a batch of images of size `out` in `epoch`.
+    /// The part of image `index`, of size `image`, that is shown in `epoch` in a batch of images of
+    /// size `out`.
     ///
     /// # Errors
-    /// This transform cannot turn an image of this size into one of the batch's size.
+    /// The transform cannot produce the size `out` from an image of size `image`.
     pub fn view(self, stream: Stream, epoch: u64, index: u64, image: Size, out: Size) -> Result<View> {
         let upright = Window::default();
         match self {
@@ -65,7 +67,8 @@ impl Transform {
                     return Err(Error::ResizeTooSmall { resize, out });
                 }
                 let part = Part { top: 0, left: 0, height, width };
-                // Python's round, as torchvision's center_crop has it: halves go to the even number.
+                // torchvision's center_crop uses Python's round, which rounds halves to the even
+                // number.
                 let middle = |of: usize, shown: usize| ((of - shown) as f64 / 2.0).round_ties_even() as isize;
                 let window = Window { top: middle(size.0, out.0), left: middle(size.1, out.1), mirrored: false };
                 Ok(View { resized: Some((part, size)), window })
@@ -80,8 +83,9 @@ pub fn mirrored(stream: Stream, epoch: u64, index: u64) -> bool {
     stream.block(Purpose::Flip, epoch, index, 0)[0] >> 63 == 1
 }
 
-/// torchvision's `RandomResizedCrop.get_params`: ten attempts, one block of words each (area, ratio, top, left), then the
-/// largest middle part of an allowed ratio.
+/// The algorithm of torchvision's `RandomResizedCrop.get_params`. Each of ten attempts uses one
+/// block of words (area, ratio, top, left). If all attempts fail, the result is the largest
+/// centered rectangle of an allowed ratio.
 fn random_part(
     stream: Stream,
     epoch: u64,
@@ -138,7 +142,8 @@ mod tests {
             let part = random_part(STREAM, 0, index, (height, width), scale, ratio);
             prop_assert!(part.height >= 1 && part.top + part.height <= height);
             prop_assert!(part.width >= 1 && part.left + part.width <= width);
-            // Rounding each side by half a pixel moves the ratio of sides of 20 pixels and more by less than 6 %.
+            // Rounding each side by half a pixel moves the ratio of sides of 20 pixels and more by
+            // less than 6 %.
             if part.height >= 20 && part.width >= 20 {
                 let aspect = part.width as f64 / part.height as f64;
                 prop_assert!((0.7..1.42).contains(&aspect), "{}", aspect);

@@ -1,4 +1,4 @@
-//! Writing images into a batch: the value of each byte and the order of the axes.
+//! Writes images into a batch: converts the values, and orders the axes.
 
 use crate::images::geometry::{ImageView, Window};
 
@@ -11,16 +11,17 @@ pub enum Layout {
     Interleaved,
 }
 
-/// The value in the batch of each byte of each channel.
+/// A table `[channel][byte]` of the values that bytes have in a batch.
 pub type Levels<T> = [[T; 256]; 3];
 
-/// Bytes as they are.
+/// The table that keeps bytes unchanged.
 #[must_use]
 pub fn byte_levels() -> Box<Levels<u8>> {
     tabulate(|_, level| level)
 }
 
-/// `(level / 255 - mean) / std` in 32-bit floats, each operation rounded as torch and NumPy round it.
+/// The table of `(byte / 255 - mean[c]) / std[c]` in 32-bit floats. Each operation is rounded as in
+/// torch and NumPy.
 #[must_use]
 pub fn float_levels(mean: [f32; 3], std: [f32; 3]) -> Box<Levels<f32>> {
     tabulate(|c, level| (f32::from(level) / 255.0 - mean[c]) / std[c])
@@ -34,9 +35,9 @@ fn tabulate<T: Copy + Default>(value: impl Fn(usize, u8) -> T) -> Box<Levels<T>>
     levels
 }
 
-/// Writes the window of `image` that starts at `window` and has `height` rows into `out`.
+/// Writes the part of `image` that starts at `window` and has `height` rows into `out`.
 ///
-/// The width follows from `out`, which holds `3 * height * width` elements.
+/// `out` has `3 * height * width` elements, which determines the width.
 pub fn write<T: Copy>(
     image: ImageView<'_>,
     window: Window,
@@ -46,7 +47,7 @@ pub fn write<T: Copy>(
     out: &mut [T],
 ) {
     let width = out.len() / (3 * height);
-    // Columns of the window that lie in the image; the others stay zero.
+    // The columns of the window that lie inside the image. All other columns are zero.
     let inside = clip(window.left, width, image.width);
     let source_start = if inside.is_empty() { 0 } else { 3 * inside.start.saturating_add_signed(window.left) };
     let source_len = 3 * inside.len();
@@ -56,7 +57,8 @@ pub fn write<T: Copy>(
         Some(&image.rgb[3 * row * image.width + source_start..][..source_len])
     };
     match layout {
-        // One plane after another: three sweeps over a row in the cache are faster than one that feeds three planes.
+        // Writes one plane after another: reading a cached row three times is faster than writing
+        // three planes at once.
         Layout::Planar => {
             for c in 0..3 {
                 let levels = &levels[c];
@@ -100,14 +102,14 @@ pub fn write<T: Copy>(
     }
 }
 
-/// The part of `0..len` that, moved by `offset`, lies in `0..limit`.
+/// The numbers `i` in `0..len` with `i + offset` in `0..limit`.
 fn clip(offset: isize, len: usize, limit: usize) -> std::ops::Range<usize> {
     let end = limit.saturating_add_signed(offset.saturating_neg()).min(len);
     let start = 0_usize.saturating_add_signed(offset.saturating_neg()).min(end);
     start..end
 }
 
-/// Zeroes a row outside `inside` and returns the part inside.
+/// Fills a row outside `inside` with `zero`, and returns the part inside.
 fn frame<'a, T: Copy>(row: &'a mut [T], inside: &std::ops::Range<usize>, zero: T) -> &'a mut [T] {
     row[..inside.start].fill(zero);
     row[inside.end..].fill(zero);

@@ -1,8 +1,10 @@
-//! JPEG and PNG to RGB bytes, told apart by their first bytes, never by a file's name.
+//! Decodes JPEG and PNG to RGB bytes. The first bytes of an image determine its format, not the
+//! name of the file.
 //!
-//! Gray, CMYK, palette, 16-bit and interlaced images become 8-bit RGB; an alpha channel is dropped and EXIF is not read,
-//! as Pillow's `convert("RGB")` does. JPEG differs from libjpeg-turbo by a few levels at most, because its inverse
-//! cosine transform rounds differently.
+//! Gray, CMYK, palette, 16-bit and interlaced images become 8-bit RGB. As with Pillow's
+//! `convert("RGB")`, an alpha channel is dropped and EXIF is ignored. Decoded JPEG images differ
+//! from those of libjpeg-turbo by a few of 255 levels, because the inverse cosine transform rounds
+//! differently.
 
 mod jpeg;
 mod png;
@@ -12,10 +14,10 @@ use crate::images::geometry::{MAX_PIXELS, Size};
 /// Longest side of an image, in pixels.
 const MAX_SIDE: usize = 1 << 16;
 
-/// Why bytes are not an image we can show.
+/// The reason why bytes cannot be decoded.
 pub type Reason = String;
 
-/// Formats by their first bytes.
+/// The formats.
 enum Format {
     Jpeg,
     Png,
@@ -32,10 +34,10 @@ impl Format {
     }
 }
 
-/// Decodes an image into `rgb`, whose memory is used again, and returns its height and width.
+/// Decodes an image into `rgb`, reusing its memory. Returns height and width.
 ///
 /// # Errors
-/// Bytes that are not a whole JPEG or PNG image of at most [`MAX_PIXELS`].
+/// The bytes are not a complete JPEG or PNG image of at most [`MAX_PIXELS`].
 pub fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     match Format::of(bytes)? {
         Format::Jpeg => jpeg::decode(bytes, rgb),
@@ -43,13 +45,14 @@ pub fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     }
 }
 
-/// Decodes at least the first `rows` rows of an image, and returns the number of decoded rows and the width.
+/// Decodes at least the first `rows` rows of an image. Returns the number of decoded rows and the
+/// width.
 ///
-/// The pixels equal those of the whole image. Damage below these rows may go unnoticed. Afterwards, `bytes` may describe
-/// a shorter image.
+/// The pixels equal those of [`decode`]. Damage below these rows may remain undetected. The
+/// function may change the height in the header of `bytes`.
 ///
 /// # Errors
-/// As [`decode`].
+/// The errors of [`decode`].
 pub fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     match Format::of(bytes)? {
         Format::Jpeg => jpeg::decode_top(bytes, rows, rgb),
@@ -57,10 +60,10 @@ pub fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Result<Si
     }
 }
 
-/// Height and width, from the header alone.
+/// Height and width of an image, from its header.
 ///
 /// # Errors
-/// Bytes that do not begin like a JPEG or PNG image of at most [`MAX_PIXELS`].
+/// The bytes do not start with the header of a JPEG or PNG image of at most [`MAX_PIXELS`].
 pub fn size(bytes: &[u8]) -> Result<Size, Reason> {
     let (height, width) = match Format::of(bytes)? {
         Format::Jpeg => jpeg::size(bytes),

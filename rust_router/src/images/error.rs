@@ -1,43 +1,44 @@
-//! What can go wrong with images. A mistake of this crate itself is a panic instead.
+//! Errors of images. A bug of this crate causes a panic instead.
 
 use std::path::PathBuf;
 
 use super::geometry::Size;
 use crate::error::FileError;
 
-/// One variant per cause; the message says what was expected, what came and, for an image, which one it is.
+/// An error with one variant per cause. Messages contain the expected value, the actual value, and
+/// the image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A loader without threads.
+    /// The number of loader threads is 0.
     #[error("expected at least 1 loader thread, got 0")]
     NoThreads,
-    /// A pool of threads that the system did not give.
+    /// The system cannot start the threads.
     #[error("cannot start {num_threads} loader threads ({reason}); use fewer")]
     Threads {
-        /// How many were asked for.
+        /// Requested number of threads.
         num_threads: usize,
-        /// The system's words.
+        /// The system's error.
         reason: String,
     },
-    /// A buffer that does not hold the batch.
+    /// The buffer does not have the size of the batch.
     #[error("expected a buffer of {num_images} x {} x {} x 3, got {elements} elements", size.0, size.1)]
     Buffer {
-        /// Images of the batch.
+        /// Number of images in the batch.
         num_images: usize,
-        /// Their height and width.
+        /// Height and width of the images.
         size: Size,
-        /// Elements of the buffer.
+        /// Number of elements of the buffer.
         elements: usize,
     },
-    /// Raw bytes that are not a whole number of images.
+    /// The raw bytes are not a whole number of images.
     #[error("expected whole {}x{} RGB images ({} bytes), got {bytes} bytes", size.0, size.1, size.0 * size.1 * 3)]
     Pixels {
         /// Height and width of each image.
         size: Size,
-        /// How many bytes there are.
+        /// Number of bytes.
         bytes: usize,
     },
-    /// A place of an encoded image that cannot be one.
+    /// The position of an encoded image is impossible.
     #[error("image {row} is said to be {length} bytes of file {file}; expected at most {most}, of {num_files} files")]
     Span {
         /// Row of the image.
@@ -46,20 +47,20 @@ pub enum Error {
         length: u64,
         /// Number of its file.
         file: u32,
-        /// The greatest length.
+        /// Highest allowed length in bytes.
         most: u64,
-        /// How many files there are.
+        /// Number of files.
         num_files: usize,
     },
-    /// A row that the source does not have.
+    /// The source does not have this row.
     #[error("row {row} is outside the {len} images of the source; use rows from 0 to {}", len.saturating_sub(1))]
     Row {
-        /// The row asked for.
+        /// The requested row.
         row: i64,
-        /// How many rows there are.
+        /// Number of rows.
         len: usize,
     },
-    /// An image whose size is not the batch's, under a transform that does not resize.
+    /// The size of an image differs from the size of the batch, and the transform does not resize.
     #[error(
         "expected images of {}x{}, but image {index} is {}x{}; resize them, or load sizes apart",
         expected.0, expected.1, size.0, size.1
@@ -67,49 +68,49 @@ pub enum Error {
     ImageSize {
         /// Row of the image.
         index: u64,
-        /// Its height and width.
+        /// Height and width of the image.
         size: Size,
-        /// Those of the batch.
+        /// Height and width in the batch.
         expected: Size,
     },
-    /// A shorter side that leaves no room for the middle.
+    /// The resized image is smaller than the crop.
     #[error("expected to resize to at least {}x{}, got {resize}", out.0, out.1)]
     ResizeTooSmall {
-        /// Length of the shorter side.
+        /// Length of the shorter side after resizing.
         resize: usize,
-        /// Height and width of the middle.
+        /// Height and width of the crop.
         out: Size,
     },
-    /// An image that cannot be resized as asked.
+    /// An image cannot be resized.
     #[error("image {row}: {reason}")]
     Resize {
         /// Row of the image.
         row: usize,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
-    /// An image that cannot be read or decoded.
+    /// An image cannot be read or decoded.
     #[error("image {row} ({} at byte {offset}): {reason}", file.display())]
     Sample {
-        /// Its row.
+        /// Row of the image.
         row: usize,
-        /// The file it lies in.
+        /// The file that contains the image.
         file: PathBuf,
-        /// Where it begins in the file.
+        /// The image's first byte in the file.
         offset: u64,
-        /// Why it cannot be shown.
+        /// The reason.
         reason: String,
     },
-    /// An image without bytes that was to be packed.
+    /// An image to be packed has no bytes.
     #[error("image {row} has no bytes; leave it out or fetch its source again")]
     Empty {
-        /// Its row in the pack.
+        /// Row of the image in the pack.
         row: usize,
     },
-    /// The caller asked to stop.
+    /// The caller stopped the batch.
     #[error("loading was stopped by its caller")]
     Stopped,
-    /// A file that cannot be used.
+    /// An error of a file.
     #[error(transparent)]
     File(#[from] FileError),
 }

@@ -1,20 +1,20 @@
-//! Sizes, rectangles and views of images: the values that sources, transforms and batches exchange.
+//! Sizes, rectangles and views of images, which sources, transforms and batches exchange.
 
-/// The largest image that is decoded or made by resizing, in pixels (8192 x 8192). It bounds the memory that a hostile
-/// header can make one thread allocate.
+/// The largest number of pixels of a decoded or resized image (8192 x 8192). It limits the memory
+/// that one thread allocates because of a malicious header.
 pub const MAX_PIXELS: usize = 1 << 26;
 
-/// Height and width.
+/// Height and width in pixels.
 pub type Size = (usize, usize);
 
-/// One image in memory: `height * width * 3` bytes, rows first, channels last.
+/// One image in memory: `[height, width, 3]` bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct ImageView<'a> {
-    /// The bytes.
+    /// The bytes, `height * width * 3` of them.
     pub rgb: &'a [u8],
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// Columns.
+    /// Number of columns.
     pub width: usize,
 }
 
@@ -25,43 +25,45 @@ pub struct Part {
     pub top: usize,
     /// First column.
     pub left: usize,
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// Columns.
+    /// Number of columns.
     pub width: usize,
 }
 
-/// Where the output lies in the image. Outside the image, the output is zero.
+/// The position of the output in the image. The output is zero outside the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Window {
-    /// Row of the image shown in the output's first row.
+    /// Row of the image in the first row of the output. It may be negative.
     pub top: isize,
-    /// Column of the image shown at the window's left edge.
+    /// Column of the image at the left edge of the window. It may be negative.
     pub left: isize,
-    /// Left and right exchanged.
+    /// Whether left and right are exchanged.
     pub mirrored: bool,
 }
 
-/// How an image fills an output: a part of the image is resized first, if at all, and a window of the result is shown.
+/// The path from an image to an output: a part of the image may be resized, and a window of the
+/// result is the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
-    /// The part that is resized, and to what size.
+    /// The part that is resized, and its new size; `None` without resizing.
     pub resized: Option<(Part, Size)>,
-    /// What the output shows of the result.
+    /// The position of the output in the resized part or, without resizing, in the image.
     pub window: Window,
 }
 
 impl View {
-    /// The number of rows, from the first, that a view of an image of size `image` needs.
+    /// The number of top rows of an image of size `image` that this view needs.
     #[must_use]
     pub fn bottom(&self, image: Size) -> usize {
         self.resized.map_or(image.0, |(part, _)| part.top + part.height)
     }
 
-    /// Refuses a view that resizes to more than [`MAX_PIXELS`], as an image of one row and many columns would be.
+    /// Checks that the resized part has at most [`MAX_PIXELS`]. An image of one row and many
+    /// columns can exceed them.
     ///
     /// # Errors
-    /// The size that is too large.
+    /// The resized part would have more pixels.
     pub fn check(&self) -> Result<(), String> {
         match self.resized {
             Some((_, (height, width))) if height.saturating_mul(width) > MAX_PIXELS => {

@@ -1,4 +1,4 @@
-//! Filling one batch, on one thread or several, always with the same bytes.
+//! Fills batches on one thread or several. The bytes do not depend on the number of threads.
 
 use std::cell::RefCell;
 use std::sync::{Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::images::resize::Resizer;
 use crate::images::source::{Scratch, Source};
 use crate::rng::Stream;
 
-/// Threads that fill batches. They belong to the process that made them.
+/// Threads that fill batches. They belong to the process that created them.
 #[derive(Debug)]
 pub struct Workers {
     pool: Option<rayon::ThreadPool>,
@@ -20,10 +20,10 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// `num_threads` threads; with 1 the caller's own thread does the work.
+    /// Starts `num_threads` threads. With 1, the calling thread does the work.
     ///
     /// # Errors
-    /// No threads asked for, or more than the system gives.
+    /// `num_threads` is 0, or the system cannot start so many threads.
     pub fn new(num_threads: usize) -> Result<Self> {
         let process = std::process::id();
         let pool = match num_threads {
@@ -38,7 +38,7 @@ impl Workers {
         Ok(Self { pool, process })
     }
 
-    /// Whether batches are filled on the thread that asks for them.
+    /// Whether the calling thread fills the batches.
     #[must_use]
     pub fn are_only_the_caller(&self) -> bool {
         self.pool.is_none()
@@ -47,49 +47,51 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // The threads of a pool do not exist in a forked child, where telling them to end could wait forever.
+        // A forked child does not have the threads of the pool. Ending them there could block
+        // forever.
         if self.process != std::process::id() {
             std::mem::forget(self.pool.take());
         }
     }
 }
 
-/// How every image is processed, in any batch.
+/// The processing of every image, which is the same in all batches.
 #[derive(Debug)]
 pub struct Recipe<T> {
-    /// Random numbers.
+    /// Random numbers of crops and flips.
     pub stream: Stream,
-    /// Which part of an image is seen.
+    /// Crops, flips and resizing.
     pub transform: Transform,
-    /// What bytes become.
+    /// The values of bytes in the batch.
     pub levels: Box<Levels<T>>,
     /// Order of the batch's axes.
     pub layout: Layout,
-    /// Leave out images that cannot be read or decoded, instead of failing the batch.
+    /// Whether an image that cannot be read or decoded is left out. Otherwise such an image is an
+    /// error.
     pub skip_bad: bool,
 }
 
 /// An image that was left out.
 #[derive(Debug)]
 pub struct Skipped {
-    /// Its place in the batch, where there are zeros now.
+    /// Its position in the batch, which is filled with zeros.
     pub position: usize,
-    /// What is wrong with it.
+    /// The reason.
     pub error: Error,
 }
 
-/// Which images a batch has, and of what size.
+/// The images of one batch, and their size.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
-    /// Rows of the source, in the batch's order.
+    /// Rows of the source, in the order of the batch.
     pub rows: &'a [i64],
-    /// The epoch that sees them.
+    /// The epoch, which selects the random numbers.
     pub epoch: u64,
-    /// Height of the batch's images.
+    /// Height of the images in the batch, in pixels.
     pub height: usize,
-    /// Width of the batch's images.
+    /// Width of the images in the batch, in pixels.
     pub width: usize,
-    /// Called before every image; once it returns true, the rest of the batch is not made.
+    /// Called before every image. If it returns true, the remaining images are not made.
     pub stop: &'a (dyn Fn() -> bool + Sync),
 }
 
@@ -97,12 +99,13 @@ thread_local! {
     static SCRATCH: RefCell<(Scratch, Resizer)> = RefCell::default();
 }
 
-/// Fills `out` with `rows.len()` images of `height * width * 3` elements, and returns the skipped images in the order of
-/// the batch. The result depends on the recipe, the rows and the epoch alone.
+/// Fills `out` with `rows.len()` images of `height * width * 3` elements. Returns the skipped
+/// images in the order of the batch. The result depends only on the source, the recipe, the rows
+/// and the epoch.
 ///
 /// # Errors
-/// The buffer has another size, the source does not have a row, an image has a size that the transform cannot change to
-/// the batch's, the caller stopped the batch, or an image cannot be read or decoded and is not to be skipped.
+/// The buffer has the wrong size; the source lacks a row; the transform cannot produce the size of
+/// the batch; an image cannot be read or decoded, and `skip_bad` is false; or `stop` returned true.
 pub fn fill<T: Copy + Send + Sync>(
     workers: &Workers,
     source: &dyn Source,
@@ -198,7 +201,7 @@ mod tests {
         }
     }
 
-    /// Asks to stop while the third image is shown.
+    /// A source that requests a stop while its third image is made.
     #[derive(Default)]
     struct Impatient {
         shown: AtomicUsize,

@@ -1,6 +1,7 @@
-//! Packs: many encoded images in one file, with their labels and a text about their origin.
+//! Packs: files with many encoded images, their labels, and a text about their origin.
 //!
-//! Little-endian. A header of 64 bytes, the images one after another, the index, the text; nothing behind it.
+//! All numbers are little-endian. A pack consists of a header of 64 bytes, the images, the index
+//! and the text.
 //!
 //! | bytes | header |
 //! |---|---|
@@ -8,10 +9,11 @@
 //! | 8–11 | version, 1 |
 //! | 12–15 | CRC-32 of index and text |
 //! | 16–23 | n, number of images |
-//! | 24–31 | where the index begins |
+//! | 24–31 | start of the index |
 //! | 32–39 | length of the text |
 //!
-//! The index holds n + 1 image starts (u64, absolute; the last is the index's own) and n labels (i64).
+//! The index contains n + 1 positions (u64: the starts of the images, then the start of the index)
+//! and n labels (i64).
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
@@ -26,7 +28,7 @@ const MAGIC: &[u8; 8] = b"ADVMPACK";
 const VERSION: u32 = 1;
 const HEADER: u64 = 64;
 
-/// An unfinished pack. If it is dropped before [`PackWriter::finish`], no file is left.
+/// Writes a pack. If it is dropped before [`PackWriter::finish`], no file remains.
 #[derive(Debug)]
 pub struct PackWriter {
     file: NewFile,
@@ -36,7 +38,7 @@ pub struct PackWriter {
 }
 
 impl PackWriter {
-    /// Begins a pack that gets the name `path` when it is finished.
+    /// Starts a pack. The file appears at `path` after [`PackWriter::finish`].
     ///
     /// # Errors
     /// The folder cannot be written to.
@@ -61,10 +63,10 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Writes index, text and header, and gives the file its name.
+    /// Writes index, text and header, and renames the file to its final name.
     ///
     /// # Errors
-    /// A full disk.
+    /// The disk is full.
     pub fn finish(mut self, text: &str) -> Result<()> {
         let mut index: Vec<u8> = self.starts.iter().flat_map(|start| start.to_le_bytes()).collect();
         index.extend(self.labels.iter().flat_map(|label| label.to_le_bytes()));
@@ -86,16 +88,16 @@ impl PackWriter {
 /// The index of a pack.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Pack {
-    /// Where each image lies in the pack.
+    /// The position of each image in the pack.
     pub spans: Vec<Span>,
-    /// Labels.
+    /// The label of each image.
     pub labels: Vec<i64>,
-    /// The text about their origin.
+    /// The text about the origin of the images.
     pub text: String,
 }
 
 impl Pack {
-    /// Reads and checks a pack's header, index and text; of its images only where they lie.
+    /// Reads and checks header, index and text of a pack. It does not read the images.
     ///
     /// # Errors
     /// The file is missing, is not a pack, or is damaged.
@@ -105,10 +107,11 @@ impl Pack {
         Ok(pack.map_err(|reason| FileError::Format { what: "pack", path: path.to_owned(), reason })?)
     }
 
-    /// [`Self::open`] for any reader of bytes; the error is the reason why they are no pack.
+    /// Reads a pack from any reader, like [`Self::open`]. The used memory is at most a small
+    /// multiple of the number of bytes.
     ///
     /// # Errors
-    /// The bytes are not a whole pack. Memory stays within a small multiple of the bytes' length.
+    /// The bytes are not a complete pack. The error is the reason.
     pub fn read(mut file: impl Read + Seek) -> std::result::Result<Self, String> {
         let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
         let mut header = [0; HEADER as usize];
@@ -142,10 +145,10 @@ impl Pack {
         Ok(Self { spans: spans.collect(), labels, text })
     }
 
-    /// The images of the pack, whose file is `path`.
+    /// The images of the pack at `path`.
     ///
     /// # Errors
-    /// An image is too long to be one.
+    /// An image has more bytes than an image may have.
     pub fn source(&self, path: &Path) -> Result<Encoded> {
         Encoded::new(vec![path.to_owned()], self.spans.clone())
     }

@@ -1,4 +1,4 @@
-//! Resizing a part of an image with antialiased bilinear filtering, as Pillow and torchvision do.
+//! Resizes a part of an image with an antialiased bilinear filter, as Pillow and torchvision do.
 
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -6,7 +6,7 @@ use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions};
 
 use crate::images::geometry::{ImageView, Part, Size};
 
-/// A resizer and its reusable memory.
+/// A resizer that reuses its memory.
 #[derive(Default)]
 pub struct Resizer {
     inner: fast_image_resize::Resizer,
@@ -14,15 +14,16 @@ pub struct Resizer {
 }
 
 impl Resizer {
-    /// `part` of `image`, resized to `size`. Pixels outside the part have no influence.
+    /// Resizes `part` of `image` to `size`. Pixels outside the part have no influence.
     ///
     /// # Errors
-    /// The reason why the part or the size is impossible.
+    /// The part or the size is impossible. The error is the reason.
     pub fn resize(&mut self, image: ImageView<'_>, part: Part, size: Size) -> Result<ImageView<'_>, String> {
         let side = |pixels: usize| u32::try_from(pixels).map_err(|e| e.to_string());
         let (height, width) = size;
         self.rgb.resize(height * width * 3, 0);
-        // The typed interface compiles the resizer for RGB bytes alone, not for every type of pixel there is.
+        // The typed interface compiles the resizer for RGB bytes only and not for all types of
+        // pixels.
         let source = TypedImageRef::<U8x3>::from_buffer(side(image.width)?, side(image.height)?, image.rgb);
         let source = source.map_err(|e| e.to_string())?;
         let (left, top) = (side(part.left)?, side(part.top)?);
@@ -41,9 +42,10 @@ mod tests {
 
     #[test]
     fn halving_averages_over_a_tent_and_ignores_what_is_cropped_away() {
-        // Gray levels 0 8 16 24 between two columns of 255 that are cropped away. A tent of radius 2 around the centers 1
-        // and 3 of the part weighs its pixels 1.5 : 1.5 : 0.5, of 3.5, and 0.5 : 1.5 : 1.5:
-        // (1.5 * 0 + 1.5 * 8 + 0.5 * 16) / 3.5 = 5.7 and (0.5 * 8 + 1.5 * 16 + 1.5 * 24) / 3.5 = 18.3.
+        // The part has gray levels 0 8 16 24, between two columns of 255 that are cropped. The
+        // filter is a tent of radius 2 around the centers 1 and 3 of the part. Its weights are 1.5
+        // : 1.5 : 0.5 (sum 3.5), and 0.5 : 1.5 : 1.5: (1.5 * 0 + 1.5 * 8 + 0.5 * 16) / 3.5 = 5.7
+        // and (0.5 * 8 + 1.5 * 16 + 1.5 * 24) / 3.5 = 18.3.
         let rgb: Vec<u8> = [255, 0, 8, 16, 24, 255].iter().flat_map(|&level| [level; 3]).collect();
         let image = ImageView { rgb: &rgb, height: 1, width: 6 };
         let part = Part { top: 0, left: 1, height: 1, width: 4 };

@@ -1,4 +1,5 @@
-//! Sources of images: RGB bytes by row number, from memory or decoded from spans of files.
+//! Sources of images. A source returns the RGB bytes of an image by its row number, from memory or
+//! from files.
 
 use std::fs::File;
 use std::io;
@@ -17,21 +18,23 @@ pub struct Scratch {
     rgb: Vec<u8>,
 }
 
-/// Images reachable by row from several threads at once.
+/// Images by row number. Several threads may read at the same time.
 pub trait Source: Sync {
-    /// How many images there are.
+    /// Number of images.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Whether there are no images.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Shows image `row`, from the source's own memory or from `scratch`. `choose` makes the view from the size of the
-    /// image; only the rows that this view needs are decoded.
+    /// Returns image `row` and its view. The bytes lie in the source's own memory or in `scratch`.
+    /// `choose` maps the size of the image to the view. The source decodes only the rows that this
+    /// view needs.
     ///
     /// # Errors
-    /// The source does not have the row, the image cannot be read or decoded, or `choose` refuses its size.
+    /// The source has no such row, the image cannot be read or decoded, or `choose` returns an
+    /// error.
     fn image<'a>(
         &'a self,
         row: usize,
@@ -40,7 +43,7 @@ pub trait Source: Sync {
     ) -> Result<(ImageView<'a>, View)>;
 }
 
-/// Images of one size, side by side in memory: `[num, height, width, 3]`.
+/// Images of one size in memory: `[num, height, width, 3]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Pixels<'a> {
     rgb: &'a [u8],
@@ -49,10 +52,10 @@ pub struct Pixels<'a> {
 }
 
 impl<'a> Pixels<'a> {
-    /// Sees `rgb` as images of `height * width * 3` bytes.
+    /// Uses `rgb` as images of `height * width * 3` bytes.
     ///
     /// # Errors
-    /// Bytes that are not a whole number of such images.
+    /// `rgb` is not a whole number of such images.
     pub fn new(rgb: &'a [u8], height: usize, width: usize) -> Result<Self> {
         let bytes = height * width * 3;
         if bytes == 0 || !rgb.len().is_multiple_of(bytes) {
@@ -82,36 +85,36 @@ impl Source for Pixels<'_> {
     }
 }
 
-/// Where the bytes of one encoded image lie.
+/// The position of one encoded image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// Which of the source's files.
+    /// Number of the file in the source.
     pub file: u32,
-    /// First byte.
+    /// First byte in the file.
     pub offset: u64,
-    /// Number of bytes; 0 means up to the end of the file.
+    /// Number of bytes. 0 means all bytes up to the end of the file.
     pub length: u64,
 }
 
-/// JPEG and PNG images in files: whole files, or parts of a pack.
+/// JPEG and PNG images in files. An image is a whole file or a part of a pack.
 #[derive(Debug)]
 pub struct Encoded {
     files: Vec<PathBuf>,
-    /// Open files; empty where there are too many files to keep open.
+    /// Open files. The list is empty if there are too many files to keep them open.
     handles: Vec<OnceLock<File>>,
     spans: Vec<Span>,
 }
 
 impl Encoded {
-    /// Most files that are kept open.
+    /// Highest number of files that are kept open.
     const MAX_OPEN: usize = 512;
-    /// Longest encoded image, in bytes.
+    /// Highest number of bytes of an encoded image.
     const MAX_BYTES: u64 = 1 << 28;
 
-    /// Images at `spans` of `files`. Nothing is read yet.
+    /// The images at `spans` of `files`. This function does not read the files.
     ///
     /// # Errors
-    /// A span of a file that is not in the list, or longer than an image may be.
+    /// A span has a file number outside `files`, or is longer than an image may be.
     pub fn new(files: Vec<PathBuf>, spans: Vec<Span>) -> Result<Self> {
         for (row, span) in spans.iter().enumerate() {
             if span.file as usize >= files.len() || span.length > Self::MAX_BYTES {
@@ -124,20 +127,20 @@ impl Encoded {
         Ok(Self { files, handles, spans })
     }
 
-    /// Height and width of image `row`, from its header.
+    /// Height and width of image `row`, read from its header.
     ///
     /// # Errors
-    /// As [`Source::image`].
+    /// The errors of [`Source::image`].
     pub fn size(&self, row: usize) -> Result<Size> {
         let mut bytes = Vec::new();
         let span = self.read(row, &mut bytes)?;
         guarded(|| decode::size(&bytes)).map_err(|reason| self.sample(row, span, reason))
     }
 
-    /// Reads the encoded bytes of image `row`.
+    /// Reads the encoded bytes of image `row` into `bytes`.
     ///
     /// # Errors
-    /// A row that is not there, or a file that cannot be read that far.
+    /// The source has no such row, or the file cannot be read or is too short.
     pub fn read(&self, row: usize, bytes: &mut Vec<u8>) -> Result<Span> {
         let span = *self.spans.get(row).ok_or(Error::Row { row: row as i64, len: self.spans.len() })?;
         let path = &self.files[span.file as usize];
@@ -154,17 +157,18 @@ impl Encoded {
     }
 }
 
-/// The reason given for a panic in a decoder, which means a damaged image and must not end the epoch.
+/// The reason given for a panic in a decoder, which means a damaged image and must not end the
+/// epoch.
 const PANIC: &str = "the decoder gave up on it";
 
 /// Runs a decoder; errors and panics both become an `Err` with a reason.
 ///
 /// # Errors
-/// As those of [`decode`].
+/// The errors of `decode`, and panics.
 pub fn guarded<T>(
     decode: impl FnOnce() -> std::result::Result<T, decode::Reason>,
 ) -> std::result::Result<T, decode::Reason> {
-    // After a panic, the buffer may hold anything; the next image overwrites it.
+    // After a panic the buffer may contain anything. The next image overwrites it.
     catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err(PANIC.into()))
 }
 
@@ -203,7 +207,8 @@ fn keep_open<'a>(handle: &'a OnceLock<File>, path: &Path) -> io::Result<&'a File
     }
 }
 
-/// Opens a file that has an end. Opening a named pipe would wait for a writer, and a device may never end.
+/// Opens a regular file. Opening a named pipe would block until there is a writer, and a device may
+/// have no end.
 fn open_regular(path: &Path) -> io::Result<File> {
     if std::fs::metadata(path)?.is_file() {
         File::open(path)
@@ -251,7 +256,7 @@ mod tests {
     use crate::rng::Stream;
 
     #[test]
-    fn a_thread_of_an_image_is_not_blown_up() {
+    fn an_image_of_one_row_is_not_enlarged_beyond_the_limit() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("1x60000.png");
         let mut encoder = png::Encoder::new(File::create(&path).unwrap(), 60_000, 1);

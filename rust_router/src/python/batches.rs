@@ -1,4 +1,4 @@
-//! Batches, for Python.
+//! Python bindings of batches.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -16,38 +16,38 @@ use crate::images::loader::{self, Recipe, Request, Skipped, Workers};
 use crate::images::source::{self, Pixels, Source, Span};
 use crate::rng::Stream;
 
-/// The order of an epoch: a permutation of `range(len)`, a pure function of its arguments.
+/// The order of an epoch: a permutation of `range(len)`. It is a pure function of its arguments.
 #[pyfunction]
 pub(super) fn epoch_order(py: Python<'_>, seed: u64, stream: u64, epoch: u64, len: usize) -> Bound<'_, PyArray1<i64>> {
     py.detach(|| Stream { seed, stream }.permutation(epoch, len)).to_pyarray(py)
 }
 
-/// What is done to every image.
+/// The transform of every image.
 #[pyclass(frozen, from_py_object)]
 #[derive(Clone)]
 pub(super) struct Transform(augment::Transform);
 
 #[pymethods]
 impl Transform {
-    /// Nothing.
+    /// No change.
     #[staticmethod]
     fn as_they_are() -> Self {
         Self(augment::Transform::AsTheyAre)
     }
 
-    /// Random crop of the image's own size after zero padding, then a random mirror.
+    /// Zero padding, a random crop of the original size, and a random flip.
     #[staticmethod]
     fn crop_flip(padding: u32, flip: bool) -> Self {
         Self(augment::Transform::CropFlip { padding, flip })
     }
 
-    /// A random part, resized to the batch's size, then a random mirror.
+    /// A random rectangle, resized to the size of the batch, and a random flip.
     #[staticmethod]
     fn random_resized_crop(scale: (f64, f64), ratio: (f64, f64), flip: bool) -> Self {
         Self(augment::Transform::RandomResizedCrop { scale, ratio, flip })
     }
 
-    /// The shorter side resized to a length, then the middle.
+    /// Resizing by the shorter side, then a center crop.
     #[staticmethod]
     fn resize_center_crop(resize: usize) -> Self {
         Self(augment::Transform::ResizeCenterCrop { resize })
@@ -60,7 +60,8 @@ pub(super) struct EncodedSource(source::Encoded);
 
 #[pymethods]
 impl EncodedSource {
-    /// Image i is `lengths[i]` bytes of `files[file_indices[i]]` from `offsets[i]` on; a length of 0 means all that follow.
+    /// Image i consists of `lengths[i]` bytes of `files[file_indices[i]]`, starting at
+    /// `offsets[i]`. A length of 0 means all bytes up to the end of the file.
     #[new]
     fn new(
         files: Vec<PathBuf>,
@@ -81,13 +82,13 @@ impl EncodedSource {
         self.0.len()
     }
 
-    /// Height and width of an image, from its header.
+    /// Height and width of an image, read from its header.
     fn size(&self, py: Python<'_>, row: usize) -> PyResult<(usize, usize)> {
         Ok(py.detach(|| self.0.size(row))?)
     }
 }
 
-/// A flag that ends the work of other threads within one image's time.
+/// A flag that stops the work of other threads within the time of one image.
 #[pyclass(frozen)]
 #[derive(Default)]
 pub(super) struct Stop(AtomicBool);
@@ -99,24 +100,25 @@ impl Stop {
         Self::default()
     }
 
-    /// Asks the work that holds this flag to end.
+    /// Stops the work that holds this flag.
     fn set(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// What ends the making of a batch: a flag or, where the interpreter's thread makes it itself, a signal to the process.
+/// The condition that stops a batch: a flag or, if the thread of the interpreter fills the batch, a
+/// signal to the process.
 struct Interruption<'a> {
     stop: &'a Stop,
     asks_python: bool,
     began: Instant,
-    /// When Python was last asked, in milliseconds.
+    /// Time of the last check for signals in Python, in milliseconds.
     asked: AtomicU64,
     signal: OnceLock<PyErr>,
 }
 
 impl<'a> Interruption<'a> {
-    /// How long a signal waits at most beside the time of one image, in milliseconds.
+    /// Longest wait of a signal, in addition to the time of one image, in milliseconds.
     const PATIENCE: u64 = 20;
 
     fn new(stop: &'a Stop, asks_python: bool) -> Self {
@@ -139,14 +141,14 @@ impl<'a> Interruption<'a> {
     }
 }
 
-/// Images as Python holds them.
+/// Images in a NumPy array or in files.
 #[derive(FromPyObject)]
 enum Images<'py> {
     Pixels(PyReadonlyArray4<'py, u8>),
     Encoded(Bound<'py, EncodedSource>),
 }
 
-/// Fills batches with the interpreter released. Belongs to the process that made it.
+/// Fills batches with the interpreter lock released. It belongs to the process that created it.
 #[pyclass(frozen)]
 pub(super) struct BatchFiller {
     workers: Workers,
@@ -198,8 +200,9 @@ impl BatchFiller {
         })
     }
 
-    /// Writes the images of `rows`, as `epoch` sees them, into `out`: uint8 or float32, `[B, 3, H, W]` or, with
-    /// `channels_last`, `[B, H, W, 3]`, C-contiguous. Returns place and error of the images that were skipped.
+    /// Writes the images of `rows` in `epoch` into `out`: a C-contiguous array of uint8 or float32,
+    /// `[B, 3, H, W]` or, with `channels_last`, `[B, H, W, 3]`. Returns position and error of each
+    /// skipped image.
     fn fill<'py>(
         &self,
         py: Python<'py>,

@@ -1,4 +1,4 @@
-//! Single images and packs, for Python.
+//! Python bindings of single images and packs.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::images::{decode, pack};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 
-/// A pack in the making; nothing is left of one that is not finished.
+/// Writes a pack. A pack that is not finished leaves no file.
 #[pyclass(frozen)]
 pub(super) struct PackWriter(Mutex<Option<pack::PackWriter>>);
 
@@ -38,22 +38,22 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Completes the file; `text` says where its images came from.
+    /// Completes the file. `text` describes the origin of the images.
     fn finish(&self, py: Python<'_>, text: &str) -> PyResult<()> {
         let writer = self.take()?;
         Ok(py.detach(|| writer.finish(text))?)
     }
 
-    /// Gives the file up, if it is not finished.
+    /// Deletes the file if it is not finished.
     fn close(&self) {
         drop(self.take());
     }
 }
 
-/// Offsets, lengths and labels of a pack's images, and its text.
+/// Offsets `[n]`, lengths `[n]` and labels `[n]` of the images of a pack, and its text.
 type PackContents<'py> = (Array1<'py, u64>, Array1<'py, u64>, Array1<'py, i64>, String);
 
-/// What a pack holds, without its images.
+/// Reads the index of a pack, without its images.
 #[pyfunction]
 pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<PackContents<'_>> {
     let pack = py.detach(|| pack::Pack::open(&path))?;

@@ -1,4 +1,4 @@
-//! The route log, for Python.
+//! Python bindings of the route log.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -16,20 +16,20 @@ use crate::routes::{channels, file, log, pathways, similarity};
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;
 type Array2<'py, T> = Bound<'py, PyArray2<T>>;
 
-/// A condition's name and epoch.
+/// Name and epoch of a condition.
 type PyKey = (String, u32);
 
 fn key((condition, epoch): PyKey) -> Key {
     Key { condition, epoch }
 }
 
-/// Which channels each expert of each MoE layer computes.
+/// The channels that each expert of each MoE layer computes.
 #[pyclass(frozen)]
 pub(super) struct Channels(channels::Channels);
 
 #[pymethods]
 impl Channels {
-    /// One table `[expert, channel]` for each layer.
+    /// Takes one bool table `[expert, channel]` per layer.
     #[new]
     fn new(layers: Vec<PyReadonlyArray2<'_, bool>>) -> PyResult<Self> {
         let mut channels = channels::Channels::new();
@@ -39,21 +39,22 @@ impl Channels {
         Ok(Self(channels))
     }
 
-    /// Channels of all layers together.
+    /// Number of channels of all layers together.
     #[getter]
     fn num_channels(&self) -> usize {
         self.0.num_channels()
     }
 }
 
-/// Which expert every MoE layer chose for every sample, under every condition. Safe to share between threads.
+/// The expert of every sample in every MoE layer, by condition. Threads may share a log.
 #[pyclass(frozen)]
 pub(super) struct RouteLog(Mutex<log::RouteLog>);
 
 impl RouteLog {
-    /// Works on the log with the interpreter released.
+    /// Calls a function with the log while the interpreter lock is released.
     fn with<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut log::RouteLog) -> Result<T> + Send) -> Result<T> {
-        // A panic while the log was changed leaves complete columns behind or none: `append` checks before it adds.
+        // A panic cannot leave incomplete columns, because `append` checks all rows before it adds
+        // them.
         py.detach(|| work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
@@ -71,23 +72,23 @@ impl RouteLog {
         Ok(Self(Mutex::new(py.detach(|| file::load(&path))?)))
     }
 
-    /// Writes the log to a file, whole or not at all.
+    /// Writes the log to a file. The file appears complete or not at all.
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         Ok(self.with(py, |log| file::save(log, &path))?)
     }
 
-    /// Experts of each MoE layer.
+    /// Number of experts of each MoE layer.
     #[getter]
     fn num_experts(&self, py: Python<'_>) -> PyResult<Vec<u16>> {
         Ok(self.with(py, |log| Ok(log.num_experts().to_vec()))?)
     }
 
-    /// Conditions and epochs that have rows, in order.
+    /// Conditions and epochs with rows, in order.
     fn keys(&self, py: Python<'_>) -> PyResult<Vec<PyKey>> {
         Ok(self.with(py, |log| Ok(log.keys().map(|key| (key.condition.clone(), key.epoch)).collect()))?)
     }
 
-    /// Adds rows `[B]`, experts `[B, L]`; classes are -1 where unknown.
+    /// Adds rows `[B]` with experts `[B, L]`. Unknown labels and predictions are -1.
     fn append(
         &self,
         py: Python<'_>,
@@ -106,9 +107,9 @@ impl RouteLog {
         Ok(self.with(py, |log| log.append(key(condition), rows))?)
     }
 
-    /// Adds all rows of another log, which replace ours.
+    /// Adds all rows of another log. They replace rows with the same key.
     fn merge(&self, py: Python<'_>, other: &Self) -> PyResult<()> {
-        // A copy: two logs merged into each other at once must not wait for one another.
+        // The copy avoids a deadlock if two threads merge two logs into each other.
         let other = other.with(py, |log| Ok(log.clone()))?;
         Ok(self.with(py, |log| log.merge(&other))?)
     }
@@ -121,7 +122,8 @@ impl RouteLog {
         })?)
     }
 
-    /// Indices `[n]`, experts `[n, L]`, labels `[n]` and predictions `[n]` of a condition, by ascending index.
+    /// Indices `[n]`, experts `[n, L]`, labels `[n]` and predictions `[n]` of a condition, sorted
+    /// by index.
     #[expect(clippy::type_complexity, reason = "four columns")]
     fn rows<'py>(
         &self,
@@ -134,7 +136,7 @@ impl RouteLog {
         Ok((rows.indices.to_pyarray(py), experts, rows.labels.to_pyarray(py), rows.predictions.to_pyarray(py)))
     }
 
-    /// Samples by `[layer, class, expert]`; with one class, whatever their label.
+    /// Number of samples `[layer, class, expert]`. With one class, labels are ignored.
     fn expert_load<'py>(
         &self,
         py: Python<'py>,
@@ -150,7 +152,7 @@ impl RouteLog {
         counts.into_pyarray(py).reshape(shape)
     }
 
-    /// Distinct pathways `[U, L]` and how many samples took each `[U]`, the most frequent first.
+    /// Distinct pathways `[U, L]` and their numbers of samples `[U]`, in descending order.
     fn unique<'py>(&self, py: Python<'py>, condition: PyKey) -> PyResult<(Array2<'py, u8>, Array1<'py, u64>)> {
         let (experts, counts, num_layers) = self.with(py, |log| {
             let table = log.table(&key(condition))?;
@@ -163,8 +165,9 @@ impl RouteLog {
         Ok((experts.into_pyarray(py).reshape(shape)?, counts.into_pyarray(py)))
     }
 
-    /// Samples that both conditions have, changes by layer `[L]`, samples by number of changed layers `[L + 1]`, and
-    /// outcomes: survived right, fooled right, survived wrong, fooled wrong, unknown.
+    /// Number of samples that both conditions have; changed samples by layer `[L]`; samples by
+    /// number of changed layers `[L + 1]`; and samples by outcome: router survived and prediction
+    /// correct, fooled and correct, survived and wrong, fooled and wrong, unknown.
     #[expect(clippy::type_complexity, reason = "four numbers with names in the line above")]
     fn compare(&self, py: Python<'_>, before: PyKey, after: PyKey) -> PyResult<(u64, Vec<u64>, Vec<u64>, [u64; 5])> {
         let found = self.with(py, |log| {
@@ -174,7 +177,8 @@ impl RouteLog {
         Ok((found.matched, found.changed_by_layer, found.by_num_changed, found.outcomes))
     }
 
-    /// IoU and cosine `[n]` of every sample's pathway with a mask over the channels of all layers.
+    /// IoU `[n]` and cosine `[n]` of each sample's pathway with a mask over the channels of all
+    /// layers.
     fn mask_similarity<'py>(
         &self,
         py: Python<'py>,
@@ -203,7 +207,8 @@ impl RouteLog {
         Ok((indices.into_pyarray(py), ious.into_pyarray(py)))
     }
 
-    /// Pairs of samples by IoU, how many pairs, whether these are all, mean IoU and mean intersection.
+    /// Pairs of samples by IoU `[num_bins]`, their number, whether these are all pairs, the mean
+    /// IoU and the mean intersection.
     #[pyo3(signature = (condition, channels, *, num_bins, max_exact, sampled, seed))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn diversity<'py>(

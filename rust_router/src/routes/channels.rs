@@ -1,7 +1,8 @@
-//! Pathways as sets of channels: which channels each expert of each MoE layer computes.
+//! Pathways as sets of channels.
 //!
-//! A pathway's channel set is the union over layers of its experts' channels, so |P ∩ Q| is a sum over layers of
-//! |expert ∩ expert|, read from small tables; no mask is ever built for a sample.
+//! The channel set of a pathway is the union of the channels of its experts over all layers. |P ∩
+//! Q| is therefore the sum over layers of |expert ∩ expert|. These numbers are looked up in small
+//! tables, and no mask is built for a sample.
 
 use crate::routes::error::{Error, Result};
 use crate::routes::log::Table;
@@ -35,16 +36,18 @@ pub struct Channels {
 }
 
 impl Channels {
-    /// An empty network; add its layers in order.
+    /// No layers. Add the layers in order with [`Channels::push`].
     #[must_use]
     pub fn new() -> Self {
         Self { layers: Vec::new() }
     }
 
-    /// Adds a layer: `members[expert * num_channels + channel]` says whether an expert computes a channel.
+    /// Adds a layer. `members[expert * num_channels + channel]` is true if the expert computes the
+    /// channel.
     ///
     /// # Errors
-    /// A layer without channels, without experts or with more than 256, or an expert without channels.
+    /// The layer has no channels, no experts or more than 256 experts, or an expert has no
+    /// channels.
     pub fn push(&mut self, members: Vec<bool>, num_channels: usize) -> Result<()> {
         let layer = self.layers.len();
         if num_channels == 0 || members.is_empty() || !members.len().is_multiple_of(num_channels) {
@@ -62,18 +65,19 @@ impl Channels {
         Ok(())
     }
 
-    /// Channels of all layers together.
+    /// Number of channels of all layers together.
     #[must_use]
     pub fn num_channels(&self) -> usize {
         self.layers.iter().map(|layer| layer.num_channels).sum()
     }
 
-    /// Channels of each pathway.
+    /// Number of channels of each expert, by layer.
     pub(crate) fn sizes(&self) -> Vec<Vec<u32>> {
         self.by_expert(|_, expert| overlap(expert, expert))
     }
 
-    /// A number for each expert of each layer.
+    /// `number(start, members)` of each expert, by layer. `start` is the first channel of the
+    /// layer.
     pub(crate) fn by_expert(&self, number: impl Fn(usize, &[bool]) -> u32) -> Vec<Vec<u32>> {
         let mut start = 0;
         let mut tables = Vec::with_capacity(self.layers.len());
@@ -98,7 +102,7 @@ impl Default for Channels {
     }
 }
 
-/// The sum of a pathway's numbers, from tables of one number for each expert of each layer.
+/// The sum over the experts of a pathway. `tables[layer][expert]` is the number of one expert.
 pub(crate) fn sum(tables: &[Vec<u32>], pathway: &[u8]) -> Result<u32> {
     let parts = tables.iter().zip(pathway).map(|(table, &expert)| table.get(usize::from(expert)).copied());
     parts
@@ -145,7 +149,8 @@ pub(crate) mod tests {
         log.table(&key).unwrap().clone()
     }
 
-    /// Experts as circular windows of channels, of sizes that differ from layer to layer and, if asked, by expert.
+    /// Experts as circular windows of channels, of sizes that differ from layer to layer and, if
+    /// asked, by expert.
     pub(crate) fn windows(num_experts: &[u16], uneven: bool) -> Channels {
         let mut channels = Channels::new();
         for (layer, &n) in num_experts.iter().enumerate() {

@@ -1,6 +1,7 @@
-//! How much the pathways of different samples differ: IoU over all pairs of them.
+//! The diversity of pathways: their IoU over all pairs of samples.
 //!
-//! Equal pathways are merged first. A run of layers with at most 256 combinations of experts is one table look-up.
+//! Equal pathways are merged first. Consecutive layers with at most 256 combinations of experts
+//! need one table look-up per pair.
 
 use crate::rng::{Purpose, Stream, below};
 use crate::routes::channels::{Channels, ExpertPairs, sum};
@@ -9,37 +10,40 @@ use crate::routes::log::Table;
 use crate::routes::pathways;
 use crate::routes::similarity::iou;
 
-/// How much the pathways of different samples differ.
+/// Differences between the pathways of different samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diversity {
-    /// Pairs of samples by IoU, in bins of equal width from 0 to 1, the last of which includes 1.
+    /// Number of pairs of samples by IoU, in bins of equal width from 0 to 1. The last bin includes
+    /// 1.
     pub histogram: Vec<u64>,
-    /// Pairs in the histogram.
+    /// Number of pairs in the histogram.
     pub pairs: u64,
-    /// Whether these are all pairs, or a random sample of them.
+    /// Whether the histogram contains all pairs, and not a random sample of pairs.
     pub exact: bool,
     /// Mean IoU of the pairs in the histogram.
     pub mean_iou: f64,
-    /// Mean |P ∩ Q| over all pairs of samples, always exact.
+    /// Mean |P ∩ Q| over all pairs of samples. It is exact in both cases.
     pub mean_intersection: f64,
 }
 
-/// How many pairs are looked at, and how they are chosen if they are too many.
+/// The number of pairs that are compared.
 #[derive(Clone, Copy, Debug)]
 pub struct PairBudget {
-    /// More pairs of distinct pathways than this are sampled.
+    /// Highest number of pairs of distinct pathways that are all compared. If there are more, pairs
+    /// are sampled.
     pub max_exact: u64,
-    /// How many pairs of samples are drawn then.
+    /// Number of sampled pairs of samples.
     pub sampled: u64,
-    /// Seed of that draw.
+    /// Seed of the sampling.
     pub seed: u64,
 }
 
-/// The diversity of a table's pathways over all pairs of its samples. Equal pathways are merged first, so the work grows
-/// with the square of the number of distinct pathways, not of samples.
+/// The diversity of the pathways of a table. Time grows with the square of the number of distinct
+/// pathways, and not with the square of the number of samples.
 ///
 /// # Errors
-/// Channels of other layers than the table's, fewer than two samples, no bins, or more than 2^20.
+/// Channels and table have different layers, there are fewer than two samples, or `num_bins` is not
+/// in 1..=2^20.
 pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: PairBudget) -> Result<Diversity> {
     channels.check(table)?;
     if table.len() < 2 {
@@ -74,7 +78,8 @@ pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: Pa
     Ok(Diversity { histogram, pairs, exact, mean_iou: tally.iou_sum / pairs as f64, mean_intersection })
 }
 
-/// Σ over layers and pairs of experts of |e ∩ f| · n_e · n_f (n_e (n_e − 1) / 2 on the diagonal), over all pairs of samples.
+/// Mean of |P ∩ Q| over all pairs of samples. Experts e and f of a layer contribute |e ∩ f| for n_e
+/// · n_f pairs, where n_e samples took e; e = f contributes for n_e (n_e − 1) / 2 pairs.
 fn mean_intersection(table: &Table, pairs: &ExpertPairs) -> Result<f64> {
     let max_experts = pairs.layers.iter().map(|(n, _)| *n).max().unwrap_or(1);
     let load = pathways::load(table, 1, max_experts)?;
@@ -90,7 +95,7 @@ fn mean_intersection(table: &Table, pairs: &ExpertPairs) -> Result<f64> {
     Ok(total as f64 / (samples * (samples - 1.0) / 2.0))
 }
 
-/// A histogram of IoU in the making.
+/// A histogram of IoU that is being filled.
 struct Tally {
     histogram: Vec<u64>,
     pairs: u64,
@@ -102,8 +107,8 @@ impl Tally {
         Self { histogram: vec![0; num_bins], pairs: 0, iou_sum: 0.0 }
     }
 
-    /// Counts `weight` pairs of sets. Ratios of such small integers are not rounded across the edge of a bin, so the bin
-    /// is that of exact arithmetic.
+    /// Counts `weight` pairs of sets. The rounding of a ratio of such small integers does not cross
+    /// the edge of a bin, so the bin equals that of exact arithmetic.
     #[inline]
     fn add(&mut self, intersection: u32, a: u32, b: u32, weight: u64) {
         let iou = iou(intersection, a, b);
@@ -116,7 +121,8 @@ impl Tally {
     }
 }
 
-/// Pathways re-coded so that a run of layers with at most 256 combinations of experts is one byte.
+/// Pathways encoded with one byte per group of consecutive layers that have at most 256
+/// combinations of experts.
 struct Grouped {
     groups: Vec<Group>,
 }
@@ -147,12 +153,12 @@ impl Grouped {
         Self { groups }
     }
 
-    /// Adds all pairs of samples: those of equal pathways, and those of different ones.
+    /// Adds all pairs of samples: pairs with equal pathways, and pairs with different pathways.
     fn tally(&self, unique: &[(&[u8], u64)], sizes: &[u32], tally: &mut Tally) {
         const BLOCK: usize = 1024;
         let mut shared = [0_u32; BLOCK];
-        // Where all pathways have one size, as with experts of one size in each layer, |P ∩ Q| says all about a pair, and
-        // the pairs are only counted by it here.
+        // If all pathways have the same number of channels, the IoU of a pair depends on |P ∩ Q|
+        // only, so it suffices to count the pairs by |P ∩ Q|.
         let one_size = sizes.iter().all(|size| *size == sizes[0]);
         let mut by_intersection = vec![0_u64; if one_size { sizes[0] as usize + 1 } else { 0 }];
         for (p, (&(_, p_count), &p_size)) in unique.iter().zip(sizes).enumerate() {
@@ -253,7 +259,8 @@ mod tests {
         for _ in 0..2 {
             channels.push(vec![true, true, false, false, false, false, true, true], 4).unwrap();
         }
-        // Pathways 00, 00, 01, 11: of six pairs one is equal (IoU 1), three differ in one layer (2 / 6), two in both (0).
+        // Pathways 00, 00, 01, 11. Of the six pairs, one is equal (IoU 1), three differ in one
+        // layer (2 / 6), and two differ in both layers (0).
         let table = table(&[2, 2], &[0, 0, 0, 0, 0, 1, 1, 1]);
         let got = diversity(&table, &channels, 3, BUDGET).unwrap();
         assert_eq!(got.histogram, [2, 3, 1]);

@@ -1,18 +1,18 @@
-//! What can go wrong with routes. A mistake of this crate itself is a panic instead.
+//! Errors of routes. A bug of this crate causes a panic instead.
 
 use super::log::{Key, MAX_CONDITION};
 use crate::error::FileError;
 
-/// Most classes that load is counted for.
+/// Highest number of classes for which load is counted.
 pub const MAX_CLASSES: usize = 1 << 20;
 
-/// Most bins of a histogram.
+/// Highest number of bins of a histogram.
 pub const MAX_BINS: usize = 1 << 20;
 
-/// One variant per cause; the message says what was expected and what came.
+/// An error with one variant per cause. Messages contain the expected value and the actual value.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A model with an impossible number of experts.
+    /// A layer has no experts or more than 256.
     #[error("expected 1 to 256 experts in every MoE layer, got {num_experts} in layer {layer}")]
     NumExperts {
         /// The MoE layer.
@@ -20,13 +20,13 @@ pub enum Error {
         /// Its number of experts.
         num_experts: usize,
     },
-    /// A condition that cannot have this name.
+    /// The name of a condition is empty or too long, or contains a null character.
     #[error("expected a condition's name of 1 to {MAX_CONDITION} characters, got {name:?}")]
     ConditionName {
         /// The name.
         name: String,
     },
-    /// A column without one entry per sample.
+    /// A column does not have one entry per sample.
     #[error("expected {expected} {column}, one for each sample, got {len}")]
     ColumnLength {
         /// Name of the column.
@@ -36,80 +36,80 @@ pub enum Error {
         /// Length of the column.
         len: usize,
     },
-    /// A table of experts without one entry per sample and layer.
+    /// The table of experts does not have one entry per sample and layer.
     #[error("expected {num_samples} x {num_layers} expert indices (samples x MoE layers), got {len}")]
     ExpertTable {
         /// Number of samples.
         num_samples: usize,
         /// Number of MoE layers.
         num_layers: usize,
-        /// Entries of the table.
+        /// Number of entries of the table.
         len: usize,
     },
-    /// A negative sample index.
+    /// A sample index is negative.
     #[error("expected sample indices from 0, got {index}")]
     SampleIndex {
         /// The index.
         index: i64,
     },
-    /// A class below -1.
+    /// A class is below -1.
     #[error("expected classes from 0, or -1 for unknown, got {class}")]
     Class {
         /// The class.
         class: i32,
     },
-    /// An expert that its layer does not have.
+    /// An expert index is too large for its layer.
     #[error("expected experts 0 to {last} in MoE layer {layer}, got {expert}")]
     Expert {
         /// The MoE layer.
         layer: usize,
-        /// Its last expert.
+        /// Highest expert index of the layer.
         last: u16,
         /// The expert.
         expert: u8,
     },
-    /// A log of another model.
+    /// Two logs belong to different models.
     #[error("expected a route log of {ours:?} experts per MoE layer, got {theirs:?}")]
     OtherModel {
-        /// Experts per layer of this log.
+        /// Number of experts per layer in this log.
         ours: Vec<u16>,
-        /// Experts per layer of the other.
+        /// Number of experts per layer in the other log.
         theirs: Vec<u16>,
     },
-    /// A condition without rows.
+    /// The log has no rows of this condition.
     #[error("the route log has no {:?} of epoch {}; it has {}", key.condition, key.epoch, listed(known))]
     NoSuchCondition {
-        /// What was asked for.
+        /// The requested condition.
         key: Key,
-        /// What there is.
+        /// The conditions of the log.
         known: Vec<Key>,
     },
-    /// Two conditions without a common sample.
+    /// Two conditions have no common sample.
     #[error("expected samples that both conditions have, found none")]
     NothingInCommon,
-    /// An impossible number of classes.
+    /// The number of classes is out of range.
     #[error("expected 1 to {MAX_CLASSES} classes, got {num_classes}")]
     NumClasses {
         /// The number.
         num_classes: usize,
     },
-    /// A label that is unknown or no class.
+    /// A label is unknown or out of range.
     #[error("expected labels 0 to {last}, got {label} for sample {index}")]
     Label {
-        /// The last class.
+        /// Highest class.
         last: usize,
         /// The label.
         label: i32,
         /// Index of the sample.
         index: i64,
     },
-    /// A layer without channels or experts.
+    /// A layer has no channels or no experts.
     #[error("expected [experts, channels] for MoE layer {layer}, got an empty table")]
     EmptyLayer {
         /// The MoE layer.
         layer: usize,
     },
-    /// A layer with more experts than a byte can tell apart.
+    /// A layer has more than 256 experts.
     #[error("expected at most 256 experts in MoE layer {layer}, got {num_experts}")]
     TooManyExperts {
         /// The MoE layer.
@@ -117,7 +117,7 @@ pub enum Error {
         /// Its number of experts.
         num_experts: usize,
     },
-    /// An expert that computes nothing.
+    /// An expert has no channels.
     #[error("expert {expert} of MoE layer {layer} has no channels")]
     NoChannels {
         /// The MoE layer.
@@ -125,43 +125,43 @@ pub enum Error {
         /// The expert.
         expert: usize,
     },
-    /// Channels of a model with other layers.
+    /// Channels and log have different numbers of layers.
     #[error("expected the channels of {expected} MoE layers (at least one), got {got}")]
     NumLayers {
-        /// Layers of the log.
+        /// Number of layers of the log.
         expected: usize,
-        /// Layers with channels.
+        /// Number of layers with channels.
         got: usize,
     },
-    /// A pathway through experts that have no channels.
+    /// A pathway contains an expert without a table of channels.
     #[error("expected a pathway through {num_experts:?} experts per MoE layer, got {pathway:?}")]
     Pathway {
-        /// Experts of each layer.
+        /// Number of experts of each layer.
         num_experts: Vec<usize>,
         /// The pathway.
         pathway: Vec<u8>,
     },
-    /// A mask of another length than the channels'.
+    /// The length of a mask differs from the number of channels.
     #[error("expected a mask of {expected} channels, got {got}")]
     MaskLength {
-        /// Channels of all layers.
+        /// Number of channels of all layers.
         expected: usize,
         /// Length of the mask.
         got: usize,
     },
-    /// Too few samples to compare.
+    /// There are fewer than two samples.
     #[error("expected at least 2 samples, got {num_samples}")]
     TooFewSamples {
-        /// How many there are.
+        /// Number of samples.
         num_samples: usize,
     },
-    /// An impossible number of bins.
+    /// The number of bins is out of range.
     #[error("expected 1 to {MAX_BINS} bins, got {num_bins}")]
     NumBins {
         /// The number.
         num_bins: usize,
     },
-    /// A log that cannot be read or written.
+    /// A log cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
 }

@@ -1,6 +1,6 @@
-//! Route logs as files: NumPy's `.npz`, which `numpy.load` reads without this crate.
+//! Route logs as files in NumPy's `.npz` format. `numpy.load` reads them without this crate.
 //!
-//! Arrays, little-endian, C order; n rows, L MoE layers, C conditions:
+//! All arrays are little-endian and in C order, with n rows, L MoE layers and C conditions:
 //!
 //! | name | type | shape | meaning |
 //! |---|---|---|---|
@@ -8,12 +8,12 @@
 //! | `num_experts` | uint16 | `[L]` | experts of each MoE layer |
 //! | `condition_names` | str | `[C]` | names of the conditions |
 //! | `condition` | uint16 | `[n]` | row of `condition_names` |
-//! | `epoch` | uint32 | `[n]` | epoch of training, else 0 |
+//! | `epoch` | uint32 | `[n]` | epoch of training; 0 outside training |
 //! | `index` | int64 | `[n]` | sample index |
-//! | `label`, `prediction` | int32 | `[n]` | classes, -1 where unknown |
+//! | `label`, `prediction` | int32 | `[n]` | classes; -1 if unknown |
 //! | `expert` | uint8 | `[n, L]` | expert that each layer chose |
 //!
-//! Rows are in ascending order of (condition, epoch, index), so equal logs give equal files.
+//! Rows are sorted by (condition, epoch, index), so equal logs give equal files.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, Write};
@@ -29,7 +29,7 @@ use crate::routes::log::{Key, MAX_CONDITION, RouteLog, Rows};
 
 const VERSION: i64 = 1;
 
-/// Writes a log; the file is there whole or not at all.
+/// Writes a log. The file appears complete or not at all.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -42,7 +42,7 @@ pub fn save(log: &mut RouteLog, path: &Path) -> Result<()> {
 /// Reads a log written by [`save`] or by `numpy.savez`.
 ///
 /// # Errors
-/// The file is missing, is not a route log, or holds rows that no model can have.
+/// The file is missing, is not a route log, or contains impossible rows.
 pub fn load(path: &Path) -> Result<RouteLog> {
     let file = File::open(path).map_err(|e| FileError::io("read", path, e))?;
     let log = read(BufReader::new(file));
@@ -97,7 +97,8 @@ fn write(log: &mut RouteLog, out: impl Write + Seek) -> io::Result<()> {
     npz.finish()?.flush()
 }
 
-/// The start of an `.npy` file, version 1.0: padded so that the data begins at a multiple of 64 bytes.
+/// The header of an `.npy` file, version 1.0, padded so that the data start at a multiple of 64
+/// bytes.
 fn header(descr: &str, shape: &str) -> Vec<u8> {
     let mut dict = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}");
     let unpadded = 10 + dict.len() + 1;
@@ -106,10 +107,10 @@ fn header(descr: &str, shape: &str) -> Vec<u8> {
     [&b"\x93NUMPY\x01\x00"[..], &(dict.len() as u16).to_le_bytes(), dict.as_bytes()].concat()
 }
 
-/// Reads a log from any reader of bytes; the error is the reason why they are no log.
+/// Reads a log from any reader. The used memory is at most a small multiple of the unpacked size.
 ///
 /// # Errors
-/// The bytes are not a route log. Memory stays within a small multiple of the unpacked size.
+/// The bytes are not a route log. The error is the reason.
 pub fn read(bytes: impl Read + Seek) -> std::result::Result<RouteLog, String> {
     let mut npz = ZipArchive::new(bytes).map_err(|e| e.to_string())?;
     let mut column = |name: &str, descr: &str| -> std::result::Result<Array, String> {
@@ -154,7 +155,7 @@ pub fn read(bytes: impl Read + Seek) -> std::result::Result<RouteLog, String> {
     Ok(log)
 }
 
-/// An `.npy` array as it lies in the file.
+/// The content of an `.npy` file.
 struct Array {
     shape: Vec<usize>,
     item_size: usize,
@@ -162,7 +163,8 @@ struct Array {
 }
 
 impl Array {
-    /// Reads an array whose type begins with `descr`; strings are followed by their length.
+    /// Reads an array of type `descr`. For strings, `descr` is `<U`, and the file adds their
+    /// length.
     fn read(mut file: impl Read, descr: &str) -> std::result::Result<Self, String> {
         let mut start = [0; 10];
         file.read_exact(&mut start).map_err(|e| e.to_string())?;
@@ -176,7 +178,7 @@ impl Array {
             format!("expected type {descr} in C order, got {:?}", dict.trim_end().chars().take(120).collect::<String>())
         })?;
         let size = shape.iter().try_fold(item_size, |size, &n| size.checked_mul(n)).ok_or("its shape is too large")?;
-        // The vector grows with the bytes that arrive, not with the size in the header.
+        // The vector grows with the bytes that are read, and not with the size in the header.
         let mut bytes = Vec::new();
         file.take((size as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
         if bytes.len() != size {
@@ -206,7 +208,7 @@ impl Array {
     }
 }
 
-/// Bytes per item and shape, if the header is of a C-ordered array of that type.
+/// Bytes per item and shape; `None` if the array is not in C order or has another type.
 fn parse_header(dict: &str, descr: &str) -> Option<(usize, Vec<usize>)> {
     let value = |key: &str| Some(dict.split_once(&format!("'{key}':"))?.1.trim_start());
     if !value("fortran_order")?.starts_with("False") {

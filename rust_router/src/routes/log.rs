@@ -1,16 +1,18 @@
-//! Which expert every MoE layer chose for every sample, under every condition: one byte per layer and sample.
+//! The route log: the expert of every sample in every MoE layer, by condition. It uses one byte per
+//! layer and sample.
 //!
-//! Rows are keyed by (condition, epoch, sample index); a new row replaces an old one with the same key. Appending a
-//! batch twice, or merging the logs of several ranks in any order, changes nothing.
+//! The key of a row is (condition, epoch, sample index). A new row replaces an old row with the
+//! same key. The result therefore does not change if a batch is appended twice, or if the logs of
+//! several ranks are merged in another order.
 
 use std::collections::BTreeMap;
 
 use crate::routes::error::{Error, Result};
 
-/// Longest name of a condition, in characters.
+/// Highest number of characters in the name of a condition.
 pub const MAX_CONDITION: usize = 128;
 
-/// The circumstances under which samples were routed.
+/// The condition under which samples were routed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// "clean", or the name of the attack.
@@ -19,7 +21,7 @@ pub struct Key {
     pub epoch: u32,
 }
 
-/// Some samples' rows, in any order. Labels and predictions are classes, or -1 where they are not known.
+/// Rows of samples in any order. Labels and predictions are classes, or -1 if unknown.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// Sample indices.
@@ -32,7 +34,7 @@ pub struct Rows<'a> {
     pub predictions: &'a [i32],
 }
 
-/// The rows of one condition, in ascending order of their sample index, each index once.
+/// The rows of one condition, sorted by sample index. Each index occurs once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     indices: Vec<i64>,
@@ -40,7 +42,7 @@ pub struct Table {
     labels: Vec<i32>,
     predictions: Vec<i32>,
     num_layers: usize,
-    /// Rows from here on came out of order and wait to be sorted in.
+    /// The rows before this position are sorted. Later rows came out of order and are sorted later.
     ordered: usize,
 }
 
@@ -55,7 +57,7 @@ impl Table {
         self.indices.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no rows.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.indices.is_empty()
@@ -81,7 +83,8 @@ impl Table {
     }
 
     fn push(&mut self, rows: Rows<'_>) {
-        /// At least so many rows out of order are kept before they are sorted in, which bounds the memory of repeated rows.
+        /// Rows out of order are sorted when there are more than this. The limit bounds the memory
+        /// of repeated rows.
         const PATIENCE: usize = 1 << 16;
         self.indices.extend_from_slice(rows.indices);
         self.experts.extend_from_slice(rows.experts);
@@ -97,7 +100,7 @@ impl Table {
         }
     }
 
-    /// Sorts all rows and drops replaced ones.
+    /// Sorts all rows and drops replaced rows.
     fn sort(&mut self) {
         if self.ordered == self.len() {
             return;
@@ -117,7 +120,8 @@ impl Table {
     }
 }
 
-/// Route tables by condition and epoch, of a model with a given number of experts in each MoE layer.
+/// Route tables by condition and epoch, of a model with a given number of experts in each MoE
+/// layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteLog {
     num_experts: Vec<u16>,
@@ -128,7 +132,7 @@ impl RouteLog {
     /// An empty log for a model whose MoE layers have `num_experts` experts (1 to 256 each).
     ///
     /// # Errors
-    /// A layer with no expert or more than 256.
+    /// A layer has no expert or more than 256.
     pub fn new(num_experts: Vec<u16>) -> Result<Self> {
         if let Some((layer, n)) = num_experts.iter().enumerate().find(|(_, n)| !(1..=256).contains(*n)) {
             return Err(Error::NumExperts { layer, num_experts: usize::from(*n) });
@@ -136,22 +140,23 @@ impl RouteLog {
         Ok(Self { num_experts, tables: BTreeMap::new() })
     }
 
-    /// Experts of each MoE layer.
+    /// Number of experts of each MoE layer.
     #[must_use]
     pub fn num_experts(&self) -> &[u16] {
         &self.num_experts
     }
 
-    /// Conditions and epochs that have rows, in order.
+    /// Conditions and epochs with rows, in order.
     pub fn keys(&self) -> impl Iterator<Item = &Key> {
         self.tables.keys()
     }
 
-    /// Adds rows to a condition, replacing those of the same sample.
+    /// Adds rows to a condition. They replace older rows of the same samples.
     ///
     /// # Errors
-    /// The columns have different lengths, a layer does not have an expert, a sample index is negative, a class is below
-    /// -1, or the condition has no name. Then nothing is added.
+    /// The columns have different lengths, an expert index is too large, a sample index is
+    /// negative, a class is below -1, or the name of the condition is not allowed. In these cases
+    /// no row is added.
     pub fn append(&mut self, key: Key, rows: Rows<'_>) -> Result<()> {
         let num_layers = self.num_experts.len();
         let expected = rows.indices.len();
@@ -183,10 +188,10 @@ impl RouteLog {
         Ok(())
     }
 
-    /// Adds all rows of another log of the same model; its rows replace ours.
+    /// Adds all rows of another log of the same model. They replace rows with the same key.
     ///
     /// # Errors
-    /// A log of a model with other MoE layers.
+    /// The other log has other numbers of experts.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if self.num_experts != other.num_experts {
             return Err(Error::OtherModel { ours: self.num_experts.clone(), theirs: other.num_experts.clone() });
@@ -203,7 +208,7 @@ impl RouteLog {
         self.tables.retain(|key, _| key.epoch >= epoch);
     }
 
-    /// Sorts rows that were appended out of order, so that tables can be read.
+    /// Sorts rows that were appended out of order. Tables can be read afterwards.
     pub fn sort(&mut self) {
         self.tables.values_mut().for_each(Table::sort);
     }
@@ -214,10 +219,10 @@ impl RouteLog {
         self.tables.iter()
     }
 
-    /// The tables of two conditions, which may be the same.
+    /// The tables of two conditions, which may be equal.
     ///
     /// # Errors
-    /// A condition that has no rows.
+    /// A condition has no rows.
     pub fn pair(&mut self, a: &Key, b: &Key) -> Result<(&Table, &Table)> {
         self.sort();
         let find = |key: &Key| {
@@ -230,7 +235,7 @@ impl RouteLog {
     /// The table of one condition.
     ///
     /// # Errors
-    /// A condition that has no rows.
+    /// The condition has no rows.
     pub fn table(&mut self, key: &Key) -> Result<&Table> {
         self.pair(key, key).map(|(table, _)| table)
     }
@@ -245,7 +250,8 @@ mod tests {
         Key { condition: condition.into(), epoch: 0 }
     }
 
-    /// Rows of a two-layer model whose content follows from the index, as that of a deterministic model does.
+    /// Appends rows of a two-layer model. Their content is a function of the index, as with a
+    /// deterministic model.
     fn append(log: &mut RouteLog, condition: &str, indices: &[i64]) {
         let experts: Vec<u8> = indices.iter().flat_map(|i| [(i % 2) as u8, (i / 2 % 3) as u8]).collect();
         let labels: Vec<i32> = indices.iter().map(|i| (i % 10) as i32).collect();

@@ -1,16 +1,19 @@
-//! Statistics of route tables: expert load, distinct pathways, and differences between two conditions.
+//! Statistics of route tables: expert load, distinct pathways, and differences between two
+//! conditions.
 
 use std::collections::HashMap;
 
 use crate::routes::error::{Error, MAX_CLASSES, Result};
 use crate::routes::log::Table;
 
-/// How many samples of each class each expert got, `[layer, class, expert]`; with `num_classes` 1 labels are ignored.
+/// Number of samples of each class that each expert got, `[layer, class, expert]`. If `num_classes`
+/// is 1, labels are ignored.
 ///
-/// Layers with fewer experts than `max_experts` have zeros behind them.
+/// A layer with fewer than `max_experts` experts is padded with zeros.
 ///
 /// # Errors
-/// A label is unknown or not below `num_classes` (unless that is 1), or `num_classes` is 0 or above [`MAX_CLASSES`].
+/// `num_classes` is 0 or above [`MAX_CLASSES`], or it is above 1 and a label is unknown or too
+/// large.
 pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
     if !(1..=MAX_CLASSES).contains(&num_classes) {
         return Err(Error::NumClasses { num_classes });
@@ -27,7 +30,8 @@ pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec
     Ok(counts)
 }
 
-/// Distinct pathways and how many samples took each, the most frequent first, equal counts in order of their experts.
+/// Distinct pathways, each with its number of samples. They are sorted by descending number, then
+/// by their experts.
 #[must_use]
 pub fn unique(table: &Table) -> Vec<(&[u8], u64)> {
     let mut counts: HashMap<&[u8], u64> = HashMap::new();
@@ -39,21 +43,22 @@ pub fn unique(table: &Table) -> Vec<(&[u8], u64)> {
     unique
 }
 
-/// How the routing of the same samples differs between two conditions.
+/// Differences in the routing of the same samples between two conditions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Comparison {
-    /// Samples that both conditions have.
+    /// Number of samples that both conditions have.
     pub matched: u64,
-    /// Samples whose choice changed, by layer.
+    /// Number of samples with another expert, by layer.
     pub changed_by_layer: Vec<u64>,
-    /// Samples by their number of changed layers, from none to all.
+    /// Number of samples with 0, 1, ... changed layers.
     pub by_num_changed: Vec<u64>,
-    /// The second condition's samples by (router survives, prediction right): yes-yes, no-yes, yes-no, no-no, which are
-    /// ❶ to ❹ of the paper's dissection; and those whose label or prediction is not known.
+    /// Number of samples by (router survives, prediction is correct) under the second condition:
+    /// yes-yes, no-yes, yes-no, no-no. These are the classes 1 to 4 of the paper (Figs. 4 and 5).
+    /// The last number counts samples whose label or prediction is unknown.
     pub outcomes: [u64; 5],
 }
 
-/// Pairs of rows `(in a, in b)` of the samples that both tables have.
+/// Pairs (row in `a`, row in `b`) of the samples that both tables have.
 pub fn matches<'a>(a: &'a Table, b: &'a Table) -> impl Iterator<Item = (usize, usize)> + 'a {
     let (ours, theirs) = (a.rows().indices, b.rows().indices);
     let mut other = 0;
@@ -65,10 +70,10 @@ pub fn matches<'a>(a: &'a Table, b: &'a Table) -> impl Iterator<Item = (usize, u
     })
 }
 
-/// Compares the routing under two conditions, sample by sample; predictions are those of `b`.
+/// Compares the routing under two conditions, sample by sample. Predictions are taken from `b`.
 ///
 /// # Errors
-/// Tables without a common sample.
+/// The tables have no common sample.
 pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
     let num_layers = a.num_layers();
     let mut result = Comparison {
@@ -110,7 +115,8 @@ mod tests {
         Key { condition: condition.into(), epoch: 0 }
     }
 
-    /// Three samples of two classes in a model of two layers, and what an attack makes of them and of a fourth.
+    /// A model of two layers: three clean samples of two classes; the same samples and a fourth one
+    /// under an attack.
     fn log() -> RouteLog {
         let mut log = RouteLog::new(vec![2, 3]).unwrap();
         let clean =
@@ -131,7 +137,8 @@ mod tests {
         let mut log = log();
         let clean = log.table(&key("clean")).unwrap();
         assert_eq!(load(clean, 1, 3).unwrap(), [2, 1, 0, 1, 0, 2]);
-        // Layer 0: class 0 took expert 0 once; class 1 experts 0 and 1. Layer 1: class 0 expert 2; class 1 experts 2, 0.
+        // Layer 0: class 0 took expert 0 once; class 1 experts 0 and 1. Layer 1: class 0 expert 2;
+        // class 1 experts 2, 0.
         assert_eq!(load(clean, 2, 3).unwrap(), [1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1]);
         let message = load(log.table(&key("pgd")).unwrap(), 2, 3).unwrap_err().to_string();
         assert_eq!(message, "expected labels 0 to 1, got -1 for sample 0");
@@ -150,8 +157,9 @@ mod tests {
     fn a_comparison_dissects_the_samples_both_have() {
         let mut log = log();
         let (clean, attacked) = log.pair(&key("clean"), &key("pgd")).unwrap();
-        // Sample 0 keeps (0, 2) and is wrong: third kind. Sample 1 goes (0, 2) -> (1, 1) and is right: second kind.
-        // Sample 2 keeps (1, 0) and is predicted 0 instead of 1: third kind. Sample 3 is only in one of them.
+        // Sample 0 keeps (0, 2) and is wrong: class 3. Sample 1 changes from (0, 2) to (1, 1) and
+        // is correct: class 2. Sample 2 keeps (1, 0) and is predicted 0 instead of 1: class 3. Only
+        // one condition has sample 3.
         let expected = Comparison {
             matched: 3,
             changed_by_layer: vec![1, 1],

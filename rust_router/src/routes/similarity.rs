@@ -1,27 +1,28 @@
-//! Similarity of a sample's pathway to a mask, or to its pathway under another condition: intersection over union and
-//! cosine of the two sets of channels.
+//! The similarity of a sample's pathway to a mask, or to its pathway under another condition. It is
+//! measured by intersection over union (IoU) and by the cosine of the two sets of channels.
 
 use crate::routes::channels::{Channels, ExpertPairs, overlap, sum};
 use crate::routes::error::{Error, Result};
 use crate::routes::log::Table;
 use crate::routes::pathways;
 
-/// |A ∩ B| / |A ∪ B|; two empty sets are alike.
+/// |A ∩ B| / |A ∪ B|, in [0, 1]. It is 1 for two empty sets.
 pub(crate) fn iou(intersection: u32, a: u32, b: u32) -> f64 {
     let union = a + b - intersection;
     if union == 0 { 1.0 } else { f64::from(intersection) / f64::from(union) }
 }
 
-/// |A ∩ B| / √(|A| |B|), the cosine of the two indicator vectors; 0 if one of the sets is empty.
+/// |A ∩ B| / √(|A| |B|), the cosine of the two indicator vectors, in [0, 1]. It is 0 if one of the sets is empty.
 fn cosine(intersection: u32, a: u32, b: u32) -> f64 {
     let norms = (f64::from(a) * f64::from(b)).sqrt();
     if norms == 0.0 { 0.0 } else { f64::from(intersection) / norms }
 }
 
-/// IoU and cosine of each row's pathway with one mask over the channels of all layers, in the table's order.
+/// IoU and cosine of each row's pathway with a mask over the channels of all layers, in the order
+/// of the table.
 ///
 /// # Errors
-/// Channels of other layers than the table's, or a mask of another length than the channels'.
+/// Channels and table have different layers, or the mask does not have one entry per channel.
 pub fn with_mask(table: &Table, channels: &Channels, mask: &[bool]) -> Result<(Vec<f64>, Vec<f64>)> {
     channels.check(table)?;
     if mask.len() != channels.num_channels() {
@@ -40,10 +41,10 @@ pub fn with_mask(table: &Table, channels: &Channels, mask: &[bool]) -> Result<(V
     Ok((ious, cosines))
 }
 
-/// IoU of each common sample's two pathways, with the sample indices.
+/// The indices of the samples that both tables have, and the IoU of the two pathways of each.
 ///
 /// # Errors
-/// Channels of other layers than the tables', or tables without a common sample.
+/// Channels and tables have different layers, or the tables have no common sample.
 pub fn between(a: &Table, b: &Table, channels: &Channels) -> Result<(Vec<i64>, Vec<f64>)> {
     channels.check(a)?;
     let sizes = channels.sizes();
@@ -88,9 +89,11 @@ mod tests {
     #[test]
     fn the_pathways_of_common_samples_are_compared() {
         let channels = windows(&[2, 2], false);
-        // Windows of 2 of 5 and of 3 of 7 channels: experts 0 and 1 of layer 0 have none in common, of layer 1 none either.
+        // Windows of 2 of 5 and of 3 of 7 channels: experts 0 and 1 of layer 0 have none in common,
+        // of layer 1 none either.
         let (before, after) = (table(&[2, 2], &[0, 0, 0, 1, 1, 1]), table(&[2, 2], &[0, 0, 1, 1]));
-        // Sample 1 goes 01 -> 11 and keeps the 3 of layer 1, of 2 + 3 + 2 in either pathway; sample 2 is not in both.
+        // Sample 1 goes 01 -> 11 and keeps the 3 of layer 1, of 2 + 3 + 2 in either pathway; sample
+        // 2 is not in both.
         assert_eq!(between(&before, &after, &channels).unwrap(), (vec![0, 1], vec![1.0, 3.0 / 7.0]));
     }
 }

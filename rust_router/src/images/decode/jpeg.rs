@@ -1,4 +1,4 @@
-//! JPEG to RGB bytes, either the whole image or its top rows.
+//! Decodes JPEG to RGB bytes, either the whole image or its top rows.
 
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
@@ -37,12 +37,14 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     Ok((height, width))
 }
 
-/// Decodes `rows` rows or some more, by writing a lower height into the header: the decoder stops there.
+/// Decodes at least `rows` rows. It writes a lower height into the header, and the decoder stops at
+/// this height.
 pub(super) fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     if let Some(frame) = Frame::find(bytes)
         && frame.one_scan
     {
-        // One row of blocks more than asked for: with subsampled color, it contributes to the row above.
+        // One more row of blocks: with subsampled color, it contributes to the pixels of the row
+        // above.
         let height = (rows.div_ceil(frame.block_rows) + 1) * frame.block_rows;
         if let Ok(height) = u16::try_from(height)
             && usize::from(height) < frame.height
@@ -53,21 +55,23 @@ pub(super) fn decode_top(bytes: &mut [u8], rows: usize, rgb: &mut Vec<u8>) -> Re
     decode(bytes, rgb)
 }
 
-/// What the frame header says (ITU-T T.81, B.2.2), in a file without anything unusual before it.
+/// The content of the frame header (ITU-T T.81, B.2.2). Files with unusual segments before it are
+/// not supported.
 struct Frame {
     height: usize,
     width: usize,
-    /// Where the two bytes of the height lie.
+    /// Position of the two bytes of the height.
     height_at: usize,
-    /// Rows of pixels in a row of blocks.
+    /// Rows of pixels per row of blocks.
     block_rows: usize,
-    /// Whether rows come one after another: sequential, and all components in one scan.
+    /// Whether rows are stored one after another: the JPEG is sequential and has all components in
+    /// one scan.
     one_scan: bool,
 }
 
 impl Frame {
     fn find(bytes: &[u8]) -> Option<Self> {
-        let mut at = 2; // behind the start of image
+        let mut at = 2; // after the start of image
         let mut frame = None;
         loop {
             (*bytes.get(at)? == 0xFF).then_some(())?;
@@ -76,12 +80,12 @@ impl Frame {
             let length = usize::from(u16::from_be_bytes(*bytes.get(at + 1..)?.first_chunk()?));
             let segment = bytes.get(at + 3..at + 1 + length)?;
             match marker {
-                0x00 | 0x01 | 0xD0..=0xD9 => return None, // these have no length
+                0x00 | 0x01 | 0xD0..=0xD9 => return None, // markers without a length
                 0xDA => {
                     let (frame, num_components): (Self, u8) = frame?;
                     return Some(Self { one_scan: frame.one_scan && *segment.first()? == num_components, ..frame });
                 }
-                0xC4 | 0xC8 | 0xCC => {} // tables, in between the numbers of the frames
+                0xC4 | 0xC8 | 0xCC => {} // tables, whose numbers lie between those of frames
                 0xC0..=0xCF if frame.is_some() => return None,
                 0xC0..=0xCF => {
                     let &[_, h1, h0, w1, w0, num_components, ref components @ ..] = segment else { return None };
@@ -107,7 +111,8 @@ impl Frame {
 mod tests {
     use super::*;
 
-    /// A file's headers: an application's segment, the frame and one scan, of 300 x 400 pixels in color.
+    /// A file's headers: an application's segment, the frame and one scan, of 300 x 400 pixels in
+    /// color.
     fn headers(frame: u8, components_in_scan: u8) -> Vec<u8> {
         [
             &[0xFF, 0xD8, 0xFF, 0xE0, 0, 4, 1, 2][..],
@@ -137,7 +142,8 @@ mod tests {
 
     #[test]
     fn a_height_is_lowered_to_whole_blocks_and_one_more_and_never_raised() {
-        // 16 rows to a block: 40 rows need 3 blocks and have a fourth; 270 need 17, and 18 blocks are all 300 rows already.
+        // 16 rows to a block: 40 rows need 3 blocks and have a fourth; 270 need 17, and 18 blocks
+        // are all 300 rows already.
         for (rows, height) in [(1, 32), (40, 64), (256, 272), (257, 288), (272, 288), (273, 300), (300, 300)] {
             let mut bytes = headers(0xC0, 3);
             assert!(decode_top(&mut bytes, rows, &mut Vec::new()).is_err()); // no image follows

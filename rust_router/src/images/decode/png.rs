@@ -1,4 +1,4 @@
-//! PNG to RGB bytes.
+//! Decodes PNG to RGB bytes.
 
 use std::io::Cursor;
 
@@ -35,7 +35,8 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
             }
         }
         gray => {
-            // Backwards, because the three bytes of a pixel end behind its gray one.
+            // From the last pixel to the first: the RGB bytes of a pixel must not overwrite gray
+            // bytes not yet read.
             for pixel in (0..pixels).rev() {
                 let level = rgb[gray * pixel];
                 rgb[3 * pixel..3 * pixel + 3].fill(level);
