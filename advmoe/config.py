@@ -38,6 +38,7 @@ Loss = Literal["trades", "pgd_at"]
 RouterStatistics = Literal["stored", "batch"]
 RouterStep = Literal["exact", "reuse"]
 Precision = Literal["fp32", "bf16_attack", "bf16"]
+Compile = Literal["off", "kernels", "graphs"]
 AttackRouting = Literal["fixed", "mixture", "margin"]
 AttackStart = Literal["uniform", "gaussian", "clean"]
 
@@ -435,6 +436,15 @@ class ScheduleConfig(Settings):
             noun="precision",
         ),
     ] = "fp32"
+    compile: Annotated[
+        Compile,
+        Setting(
+            "Whether the network's passes in training are compiled: off, kernels (fewer and fused ones) or graphs "
+            "(of kernels that a GPU starts together). All N experts are then computed, and one is selected. It takes "
+            "a minute or more at the start.",
+            noun="compile",
+        ),
+    ] = "off"
     router_lr: Annotated[
         float | None,
         Setting(

@@ -64,6 +64,25 @@ def test_the_batch_size_changes_nothing(model: RoutedNetwork, images: ImageSet) 
         np.testing.assert_array_equal(parts.adversarial_pathways_IL, whole.adversarial_pathways_IL)
 
 
+@pytest.mark.parametrize("kind", ["moe", "s_dense"])
+def test_batches_of_one_shape_give_the_same_figures(
+    tiny_vgg: Callable[..., RoutedNetwork], images: ImageSet, kind: str
+) -> None:
+    net = tiny_vgg(seed=3, warm=True, kind=kind).eval()
+    own = labeled_by(net, images)
+    shapes: set[int] = set()
+    attack = AttackConfig(eps=EPS, steps=3, step_size=EPS / 2)
+    expected = evaluate(net, own, attack, batch_size=24)
+    told: list[tuple[int, float, float]] = []
+    net.register_forward_pre_hook(lambda _, inputs: shapes.add(len(inputs[0])))
+    found = evaluate(net, own, attack, batch_size=10, one_shape=True, progress=lambda *what: told.append(what))
+    assert shapes == {10}, "24 images are 2 batches of 10 and one of 4, filled up"
+    assert [number for number, _, _ in told] == [10, 20, 24]
+    assert 0 < expected.ra < 1
+    for name in ("right_I", "robust_I", "clean_pathways_IL", "adversarial_pathways_IL"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_the_same_seed_gives_the_same_figures_and_another_seed_other_starts(
     model: RoutedNetwork, images: ImageSet
 ) -> None:

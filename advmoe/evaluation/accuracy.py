@@ -18,7 +18,7 @@ from advmoe.attacks.pgd import cross_entropy_objective, pgd, plain
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig, to_dict
-from advmoe.data.loader import BatchLoader
+from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import ImageSet
 from advmoe.distributed import gather, own_rows, together
 from advmoe.errors import AdvMoEError
@@ -105,15 +105,27 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
+    one_shape: bool | None = None,
 ) -> Evaluation:
     """SA and RA of a model on all the images given, in fp32; the model is left in the mode it was in.
 
     Several ranks share the batches, and all get the whole result; `progress` hears of this rank's images only.
 
+    Args:
+        model: any kind.
+        images: to attack.
+        attack: what RA is measured under.
+        batch_size: images attacked at a time.
+        seed: of the attack's starts.
+        progress: hears of each batch.
+        one_shape: whether all passes get batches of one shape, whose kernels a GPU has chosen before: the last batch
+            is filled up, and images that are broken already are attacked on. The figures are the same. By default on a
+            GPU.
+
     Raises:
         AdvMoEError: logits, or a gradient of the attack, are not finite.
     """
-    mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress))
+    mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress, one_shape))
     batches = sorted(chain.from_iterable(gather(mine)), key=lambda arrays: int(arrays[0][0]))
     _, right, robust, clean_IL, adversarial_IL = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return Evaluation(right, robust, attack, seed, clean_IL, adversarial_IL)
@@ -126,34 +138,46 @@ def _attack_batches(
     batch_size: int,
     seed: int,
     progress: Progress | None,
+    one_shape: bool | None,
 ) -> list[tuple[np.ndarray, ...]]:
     """Of each of this rank's batches: rows of the images, right, robust, clean and adversarial pathways."""
     device = model.mean.device
     rows = own_rows(len(images), batch_size)
     loader = BatchLoader(images, batch_size=batch_size, indices=rows, pin_memory=device.type == "cuda")
+    one_shape = not model.mean.is_cpu if one_shape is None else one_shape
+    size = min(batch_size, len(rows)) if one_shape else 0
     found: list[tuple[np.ndarray, ...]] = []
     done = correct = robust = 0
     with evaluating(model), full_precision(model):
         for batch in loader.epoch(0):
+            number = len(batch.labels)
+            if number < size:
+                batch = _filled(batch, size)
             x, y = batch.images.to(device), batch.labels.to(device)
             with torch.no_grad():
                 logits, routing = model.forward_with_routing(x)
             check_finite(logits, routing)
             right = logits.argmax(dim=1) == y
             victims = Victims(model=model, images=x, labels=y, indices=batch.indices, attack=attack, seed=seed)
-            if model.expert_layouts:
+            if model.expert_layouts or (one_shape and attack.restarts == 1):
                 survived, adversarial_routing = _attack_all(victims, right)
             else:  # no router to look at, so nothing is spent on images that are done
                 survived, adversarial_routing = right.clone(), routing
                 survived[right] = untargeted(victims.take(right))[1]
             pathways = (routing.expert_index_BL, adversarial_routing.expert_index_BL)
-            found.append(tuple(each.cpu().numpy() for each in (batch.indices, right, survived, *pathways)))
+            found.append(tuple(each[:number].cpu().numpy() for each in (batch.indices, right, survived, *pathways)))
             if progress is not None:
-                done += len(y)
-                correct += int(right.sum())
-                robust += int(survived.sum())
+                done += number
+                correct += int(right[:number].sum())
+                robust += int(survived[:number].sum())
                 progress(done, correct / done, robust / done)
     return found
+
+
+def _filled(batch: Batch, size: int) -> Batch:
+    """A batch with its last image as often as it takes to have so many."""
+    places = torch.arange(size).clamp(max=len(batch.labels) - 1)
+    return Batch(batch.images[places], batch.labels[places], batch.indices[places])
 
 
 def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:

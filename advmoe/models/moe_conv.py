@@ -45,9 +45,10 @@ def _stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 _known_stretches = lru_cache(maxsize=1024)(_stretches)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler would trace through it, row by row
 def stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """`_stretches`, remembered; a compiler traces through it instead."""
-    return _stretches(rows) if torch.compiler.is_compiling() else _known_stretches(rows)
+    """`_stretches`, remembered."""
+    return _known_stretches(rows)
 
 
 def expert_rows(bank: Tensor, rows: tuple[int, ...]) -> Tensor:

@@ -58,6 +58,8 @@ class RoutedNetwork(nn.Module):
     std: Tensor
     rows_per_image: int = 1
     """What is routed as one: an image (1), or each of its tokens."""
+    compiled: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] | None = None
+    """Takes the place of `compute` for a while (`advmoe.models.compiled`)."""
     class_names: tuple[str, ...] = ()
     """Name of each logit, if the model comes from a checkpoint that tells them."""
 
@@ -93,6 +95,14 @@ class RoutedNetwork(nn.Module):
             tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
         check_images(images, self.config.image_size, in_training=self.training)
+        if self.compiled is not None and tape_type is RoutingTape:
+            return self.compiled(images, pathways)
+        return self.compute(images, pathways, tape_type)
+
+    def compute(
+        self, images: Tensor, pathways: Tensor | None = None, tape_type: TapeType = RoutingTape
+    ) -> tuple[Tensor, Routing]:
+        """What `forward_with_routing` computes, from images that are checked: one graph without a break."""
         if not self.expert_layouts:
             tape = RoutingTape(self.routers, (), images.new_zeros((images.shape[0], 0), dtype=torch.int64))
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from advmoe.device import read
 from advmoe.distributed import any_rank, equalize, from_leader, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
+from advmoe.models.compiled import CompiledNetwork
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
@@ -102,6 +104,7 @@ class Trainer:
         if initial is not None:
             start_from(self.model, initial, reinitialize=config.reinitialize, seed=config.seed)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
+        self._compiled = self._new_compiled()
         self.average = self._new_average()
         self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
         self.steps_per_epoch = len(self.loaders[-1])
@@ -180,7 +183,8 @@ class Trainer:
         ]
         for level in self.levels:
             set_rates(level.optimizer, lambda peak: self.schedule.rate(self.step, peak or self.config.lr))
-        results = self.method.step(levels, batches, self.config, noise, self.step)
+        with nullcontext() if self._compiled is None else self._compiled.running():
+            results = self.method.step(levels, batches, self.config, noise, self.step)
         of_last = results[-1]
         assert of_last is not None
         self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], of_last)
@@ -355,6 +359,20 @@ class Trainer:
 
     def _new_sums(self) -> list[EpochSums]:
         return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]
+
+    def _new_compiled(self) -> CompiledNetwork | None:
+        way = self.config.compile
+        if way == "off":
+            return None
+        check(
+            way != "graphs" or self.device.type == "cuda", "compile graphs needs a GPU; use kernels or off", "compile"
+        )
+        check(
+            world().size == 1,
+            f"compile {way} works in one process, and there are {world().size}; leave it off",
+            "compile",
+        )
+        return CompiledNetwork(self.model, graphs=way == "graphs")
 
     def _new_average(self) -> AveragedModel | None:
         if self.config.ema == 0:

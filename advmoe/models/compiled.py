@@ -1,0 +1,70 @@
+"""A network's passes, compiled: fewer and fused kernels, on a GPU started together.
+
+A compiled graph cannot depend on who takes which expert, so all experts are computed and one is selected
+(`advmoe.models.dispatch.select`). Logits and gradients are the same up to rounding. What is random, the noise of an
+attack, is drawn outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmoe.errors import ConfigError
+from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Routing
+
+GRAPHS = 32
+"""Forms of one network that are compiled at most: modes of its parts, what needs gradients, numbers of images."""
+
+
+class CompiledNetwork:
+    """The passes of one network, each compiled when it first occurs.
+
+    Args:
+        network: may change its modes, and what needs gradients: each combination is compiled once.
+        graphs: whether a GPU gets all kernels of a pass at once (CUDA graphs).
+        backend: what compiles.
+
+    Raises:
+        ConfigError: later, where the machine has no compiler.
+    """
+
+    def __init__(self, network: RoutedNetwork, *, graphs: bool = False, backend: str = "inductor") -> None:
+        self._network = network
+        self._graphs = graphs
+        how: dict[str, Any] = {"recompile_limit": GRAPHS, "isolate_recompiles": True}
+        self._compute: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] = torch.compile(
+            lambda images, pathways: network.compute(images, pathways),
+            fullgraph=True,
+            dynamic=False,
+            backend=backend,
+            mode="reduce-overhead" if graphs else None,
+            **how,
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the network's passes are compiled, but for those of attacks that change the routing."""
+        self._network.compiled = self._run
+        try:
+            yield
+        finally:
+            del self._network.compiled
+
+    def _run(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
+        try:
+            logits, routing = self._compute(images, pathways)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"the network cannot be compiled here: {reason}; leave it uncompiled", "compile"
+            ) from error
+        if not self._graphs:
+            return logits, routing
+        # the next pass through a graph writes its outputs to the same place
+        return logits.clone(), Routing(*(None if part is None else part.clone() for part in routing))  # type: ignore[arg-type]
