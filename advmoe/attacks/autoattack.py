@@ -3,9 +3,10 @@
 The standard version runs APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9 target classes (or all
 other classes, if there are fewer), then Square with 5,000 queries. Other libraries give weaker variants the same name.
 
-The attacks are the package's own. Its checks are not run here; `advmoe.evaluation.diagnostics` has them. Only the
-random numbers come from this module: they belong to the image, so an image's result depends neither on its neighbors
-in the batch nor on their number, except for the rounding of convolutions.
+The attacks are the package's own. Its checks are not run; `advmoe.evaluation.diagnostics` has them.
+Only the random numbers come from this module. They are a function of the image, so an image's
+result depends neither on its neighbors in the batch nor on their number, except for the rounding of
+convolutions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from advmoe.errors import ConfigError
 from advmoe.seeding import generator_for, seeded
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The attacks of the standard version, in their order: each sees what the ones before it left."""
+"""The attacks of the standard version in their order. Each sees the images that the earlier ones did not break."""
 SQUARE_QUERIES = 5000
 """Queries of Square in the standard version."""
 LOGGER = "auto-attack"
@@ -40,9 +41,9 @@ class AutoAttackResult:
     """Outcome on one batch."""
 
     adversarial: Tensor
-    """[B, 3, H, W]: the successful ones; clean images where nothing was found."""
+    """[B, 3, H, W]: the successful adversarial images, and clean images where no attack succeeded."""
     robust_after: dict[str, Tensor]
-    """Attack -> [B]: not broken by it or any attack before it."""
+    """Attack -> [B]: whether the image withstands this attack and all attacks before it."""
 
 
 def package() -> ModuleType:
@@ -107,7 +108,7 @@ def autoattack(
     perturb = {
         "apgd-ce": runner.apgd.perturb,
         "apgd-t": runner.apgd_targeted.perturb,
-        "fab-t": runner.fab.perturb,  # draws nothing: its first and only restart begins at the image
+        "fab-t": runner.fab.perturb,  # draws no random number: its only restart begins at the image
         "square": runner.square.perturb,
     }
     with seeded(seed), _silenced():
@@ -136,7 +137,9 @@ def _uniform(images: Tensor, shape: tuple[int, ...], seed: int, number: int) -> 
 
 
 def _start_each_image_by_itself(apgd: Any, seed: int) -> None:
-    """Give APGD its usual starts, a random direction scaled to the ball's surface, but each image its own."""
+    """Give APGD its usual starts, a random direction scaled to the ball's surface, but from random
+    numbers of each image.
+    """
     run, numbers = apgd.attack_single_run, itertools.count()
 
     def attack_single_run(x: Tensor, y: Tensor) -> Any:
@@ -147,14 +150,16 @@ def _start_each_image_by_itself(apgd: Any, seed: int) -> None:
 
 
 def _stripe_each_image_by_itself(square: Any, seed: int) -> None:
-    """Give each image its own stripes to start from; the squares that follow are the same for all, as ever."""
+    """Give each image its own stripes as start of Square. The squares that follow are the same for
+    all images, as in the package.
+    """
     run, choose = square.attack_single_run, square.random_choice
 
     def attack_single_run(x: Tensor, y: Tensor) -> Any:
         def random_choice(shape: list[int]) -> Tensor:
             if len(shape) < x.ndim:
                 return choose(shape)  # type: ignore[no-any-return]
-            torch.manual_seed(seed)  # so that the squares do not depend on how many images there are
+            torch.manual_seed(seed)  # the squares must not depend on the number of images
             return _uniform(x, tuple(shape[1:]), seed, 0).sign()
 
         square.random_choice = random_choice
@@ -165,7 +170,7 @@ def _stripe_each_image_by_itself(square: Any, seed: int) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Without the package's messages: the diagnostics check what they warn of."""
+    """Suppress the package's warnings, because the diagnostics check the same things."""
     logger = logging.getLogger(LOGGER)
     disabled, logger.disabled = logger.disabled, True
     try:

@@ -1,14 +1,14 @@
-"""Attacks that know about routing: they steer images onto weak pathways, flip routers, or attack experts alone.
+"""Attacks on the routing: they move images onto weak pathways, flip routers, or attack the experts alone.
 
-With the pathway P fixed, a network is an ordinary CNN f_P. The model computes f_P(x) wherever all routers along P
-choose P. So the attack on the model splits into one constrained problem per pathway, without a gradient through an
-argmax:
+With a fixed pathway P, a network is an ordinary CNN f_P. The model computes f_P(x) wherever all
+routers along P choose P. The attack on the model therefore splits into one constrained problem per
+pathway, and no problem needs a gradient through an argmax:
 
     maximize CE(f_P(x'), y)  subject to  margin_r(x'; P) > 0 for every router r.
 
-With few routers the route attack tries all pathways, and the split is exact. Otherwise it tries the weakest pathways
-seen on other images, and then those one flip away from the image's present one. The constraint enters as a penalty.
-Every success is replayed on the model itself.
+With few routers, the route attack tries all pathways, and the split is exact. Otherwise it tries
+the weakest pathways of other images, and then the pathways one flip away from the image's own. The
+constraint is a penalty in the objective. Every success is checked on the model itself.
 
 Shape suffixes: B batch, L MoE layers (times tokens where those are routed), M pathways, N experts,
 R routers (likewise).
@@ -33,22 +33,23 @@ from advmoe.models.network import RoutedNetwork
 PENALTY = 5.0
 """Weight of a violated router margin against the cross-entropy, both in nats."""
 SAFETY = 0.05
-"""Margin at which a router counts as won over. It is above 0, so that rounding does not undo it."""
+"""Margin at which a router counts as flipped. It is above 0, so that rounding does not undo the flip."""
 FLIP_STEPS = 10
-"""Steps of the attack that looks for the smallest radius at which a router flips."""
+"""Steps of the attack that finds the smallest radius at which a router flips."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouteAttackConfig:
-    """How far the route attack searches."""
+    """Limits of the route attack's search."""
 
     exhaustive: int = 16
     """The attack tries all pathways if there are at most this many."""
     sampled: int = 4
-    """Otherwise: how many pathways of other images it tries on each image, the one on which the image looks weakest
-    first."""
+    """Otherwise: number of other images' pathways that it tries on each image, those on which the
+    image is weakest first."""
     greedy: int = 4
-    """Otherwise: how many pathways one flip away from the image's own it tries after that, the nearest flip first."""
+    """Otherwise: number of pathways one flip away from the image's own that it tries then, the
+    smallest margin first."""
 
 
 def decisions(model: RoutedNetwork) -> list[int]:
@@ -98,7 +99,7 @@ def disturbed_view(model: RoutedNetwork, pathways_BL: Tensor) -> Forward:
 
 
 def disturbing(objective: Objective, num_classes: int) -> Objective:
-    """An objective of the logits, less the margins by which routers still keep to their clean choice."""
+    """An objective of the logits, minus the margins by which routers still prefer their clean choice."""
 
     def both(outputs: Tensor, rows: Tensor) -> Tensor:
         kept = F.relu(SAFETY + outputs[:, num_classes:]).sum(dim=1)
@@ -108,7 +109,7 @@ def disturbing(objective: Objective, num_classes: int) -> Objective:
 
 
 def steering_objective(labels_B: Tensor, num_classes: int) -> Objective:
-    """CE on the target pathway, less the margins that routers still lack for it."""
+    """CE on the target pathway, minus the margins by which routers still miss it."""
 
     def objective(outputs: Tensor, rows: Tensor) -> Tensor:
         logits, margins = outputs[:, :num_classes], outputs[:, num_classes:]
@@ -150,7 +151,7 @@ def steer(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor,
 def route_attack(
     victims: Victims, *, observed_ML: Tensor, nearby: Tensor, config: RouteAttackConfig
 ) -> tuple[Tensor, Tensor]:
-    """Search the pathways for one on which the image can be broken.
+    """Search for a pathway on which the image can be broken.
 
     Args:
         victims: images that an MoE-CNN classifies correctly. The attack's steps are spent on each pathway.
@@ -212,9 +213,9 @@ def weakest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tens
 
 @torch.no_grad()
 def nearest_flips(model: RoutedNetwork, images: Tensor, rank: int) -> Tensor:
-    """The pathway each image would take if the router with the (rank + 1)-th smallest margin took its second choice.
+    """Each image's pathway if the router with the (rank + 1)-th smallest margin took its second choice.
 
-    Layers after that one are routed anew, [B, L].
+    The layers after that router are routed anew, [B, L].
     """
     places = decisions(model)
     routing = model.forward_with_routing(images)[1]
@@ -250,9 +251,10 @@ def attack_routers(victims: Victims, pathways_BL: Tensor) -> tuple[Tensor, Tenso
 
 
 def flip_radius(victims: Victims, pathways_BL: Tensor, radii: list[float]) -> Tensor:
-    """The smallest of some ascending radii at which a router can be made to leave its clean choice, [B]; inf if none.
+    """The smallest of some ascending radii at which some router leaves its clean choice, [B]; inf if none does.
 
-    Up to the first flip an image stays on its clean pathway, so the margins are attacked along that pathway.
+    Before the first flip an image stays on its clean pathway, so the attack uses the margins along
+    that pathway.
     """
     model = victims.network
     classes = model.config.num_classes
@@ -277,7 +279,7 @@ def flip_radius(victims: Victims, pathways_BL: Tensor, radii: list[float]) -> Te
 
 
 def attack_every_pathway(victims: Victims, pathways_ML: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images are right whatever pathway they are given: a bound that no routing trick hides behind.
+    """The images that are right on every pathway. No trick of the routing can hide a weakness from this bound.
 
     Returns:
         Two masks [B]: right on all of the pathways when clean, and right on all of them under an attack on each.

@@ -1,8 +1,8 @@
 """Projected gradient descent (Madry et al., 2018): the project's only loop that climbs a loss over images.
 
-Training and evaluation, every model kind and every routing variant go through `pgd`; they differ in the objective, the
-start and the forward function only. No parameter gradient is ever computed here, and BatchNorm runs on its stored
-statistics.
+Training and evaluation use `pgd` for every kind of model and every treatment of the routing. They
+differ in objective, start and forward function only. No gradient of a parameter is computed, and
+BatchNorm uses its stored statistics.
 
 Shape suffixes: B batch, H height, K classes, L MoE layers, W width.
 """
@@ -25,14 +25,16 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, K], positions of these images in the batch [b]) -> loss [b] that the attack increases."""
 Won = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [b, K], positions [b]) -> bool [b]: these images are done."""
+"""(outputs [b, K], positions [b]) -> bool [b]: the attack on these images may end."""
 Watch = Callable[[Tensor], None]
-"""Sees the outputs [B, K] of every iterate."""
+"""Called with the outputs [B, K] of every iterate."""
 
 
 @dataclass
 class GradientCount:
-    """How many gradients an attack took, and how many of them were zero everywhere: such an image never moves."""
+    """Number of gradients of an attack, and of gradients that were zero everywhere. An image with
+    such a gradient does not move.
+    """
 
     taken: int = 0
     zero: int = 0
@@ -54,7 +56,7 @@ def forced(model: Callable[[Tensor, Tensor], Tensor], pathways_BL: Tensor) -> Fo
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse images that are not in [0, 1]: the radius of an attack is in those units, and so is its clamp.
+    """Refuse images outside [0, 1], the range in which the attack's radius is given and to which it clamps.
 
     Raises:
         ConfigError: some pixel lies outside.
@@ -77,7 +79,7 @@ def misclassified(labels_B: Tensor) -> Won:
 
 
 def kl_objective(clean_logits_BK: Tensor) -> Objective:
-    """KL(f(x) || f(x')), the inner maximization of TRADES; the clean prediction is a constant."""
+    """KL(f(x) || f(x')), the inner maximization of TRADES. The clean prediction is a constant."""
     clean_log_p_BK = clean_logits_BK.detach().log_softmax(dim=1)
     return lambda logits, rows: F.kl_div(
         logits.log_softmax(dim=1), clean_log_p_BK[rows], reduction="none", log_target=True
@@ -108,7 +110,9 @@ def starting_point(
 
 
 def _empty_union(images: Tensor, place: Place) -> Tensor:
-    """Memory for the whole union, laid out as the images are: random numbers are drawn in the order of memory."""
+    """Memory for the whole union in the memory format of the images, because random numbers are
+    drawn in memory order.
+    """
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return torch.empty(
         (place.total, *images.shape[1:]),
@@ -190,7 +194,7 @@ def pgd(
 
 
 def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
-    """d loss / d images; zero where the loss does not depend on them (a model that hides its gradient altogether)."""
+    """d loss / d images; zero if the loss does not depend on the images, as for a model that hides its gradient."""
     if not loss.requires_grad:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(loss, images, allow_unused=True, materialize_grads=True)

@@ -1,12 +1,13 @@
-"""The gradients that an attacker can see through hard routing. No tape here changes a decision or an output.
+"""Gradients through hard routing, as attackers may use them. No tape here changes a decision or an output.
 
 The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`). An attack on the
 unmodified model therefore treats the pathway as constant. A surrogate gradient shows more, but each surrogate has a
 blind spot: straight-through hides the experts that were not chosen, and a confident softmax has almost no gradient. An
 attack that follows one surrogate alone flatters the model.
 
-The tapes differ in the backward pass only. Whatever an attack finds through one of them holds for the model itself, up
-to rounding. `RoutedNetwork.forward_with_routing` takes the tape as an argument; nothing is stored on a module.
+The tapes differ in the backward pass only, so an adversarial image that one of them finds is
+adversarial for the model itself, up to rounding. `RoutedNetwork.forward_with_routing` takes the
+tape as an argument; no module stores it.
 
 Shape suffixes: B batch, C channels, H height, L MoE layers, N experts, W width.
 """
@@ -28,15 +29,15 @@ from advmoe.models.routing import Decision, Routing, RoutingTape, gate
 GATES: tuple[RouterGradient, ...] = ("advantage", "softmax", "straight_through")
 """Surrogate gradients of the argmax that cost one expert."""
 TEMPERATURES = (1.0, 10.0)
-"""Temperatures of the softmax relaxation; the higher, the more an attack sees of experts far from being chosen."""
+"""Temperatures of the softmax relaxation. At a higher one, an attack sees more of experts with low logits."""
 
 
 DETACHED = "detached"
-"""The view that is the model itself: no gradient passes its routers."""
+"""Name of the view that is the model itself: no gradient passes its routers."""
 
 
 class SeeingTape(RoutingTape):
-    """The routers' logits depend on the images in autograd's eyes too; the decisions stay without a gradient."""
+    """For autograd, the routers' logits depend on the images too. The decisions have no gradient."""
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
         """The layer's input itself."""
@@ -58,7 +59,7 @@ class GatedTape(SeeingTape):
         self._router_gradient = router_gradient
 
     def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
-        """The decision with this tape's gate."""
+        """The decision, with the gate of this tape."""
         decision = super().decide(layer, x_BCHW)
         if decision.logits_BN is None:
             return decision
@@ -69,7 +70,8 @@ class GatedTape(SeeingTape):
 class MixtureTape(SeeingTape):
     """Gradient of the experts' mixture weighted by softmax(router logits / temperature) (BPDA, Athalye et al., 2018).
 
-    The only relaxation that sees what the experts not chosen would compute. It costs N experts instead of one.
+    Only this relaxation sees the outputs of the experts that were not chosen. It costs N experts
+    instead of one.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class MixtureTape(SeeingTape):
         self._temperature = temperature
 
     def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
-        """The chosen expert's output in value, the mixture's in gradient."""
+        """The value is the chosen expert's output; the gradient is the mixture's."""
         decision = self.decide(layer, x_BCHW)
         logits_BN = decision.logits_BN
         if logits_BN is None or not logits_BN.requires_grad:
@@ -101,14 +103,14 @@ class MixtureTape(SeeingTape):
 
 
 class SteeredTape(SeeingTape):
-    """Takes a given pathway, and asks the routers along it all the same, with gradients.
+    """Takes a given pathway, and also asks the routers along it, with gradients.
 
-    Where every router agrees with the given pathway, the model itself takes it, and computes the same output. A layer
-    whose given expert is -1 is left to its router.
+    If every router agrees with the given pathway, the model takes it too and computes the same
+    output. A layer whose given expert is -1 follows its router.
     """
 
     def decide(self, layer: int, x_BCHW: Tensor) -> Decision:
-        """The expert given, beside the logits of the router that would have decided."""
+        """The given expert, with the logits of the layer's router."""
         assert self._forced_BL is not None
         router = self._router_of_layer[layer]
         if router not in self._decisions:
@@ -137,10 +139,11 @@ def mixture_view(model: RoutedNetwork, temperature: float = TEMPERATURES[0]) -> 
 
 
 def routing_views(model: nn.Module, temperatures: Sequence[float] = TEMPERATURES) -> dict[str, Forward]:
-    """All the views of a model that an attack should follow, by name. Every view has the model's own outputs.
+    """All views of a model that an attack should follow, by name. Every view has the model's own outputs.
 
-    `detached` is the model itself, those named after a router gradient add its gate, `mixture@T` mixes the experts at
-    temperature T. A network without a choice of experts has one view: {"own": model}.
+    `detached` is the model itself. A view named after a router gradient adds its gate. `mixture@T`
+    mixes the experts at temperature T. A network without a choice of experts has one view: {"own":
+    model}.
     """
     if not is_routed(model):
         return {"own": plain(model)}

@@ -1,4 +1,4 @@
-"""The untargeted attack with random restarts: the one behind every robust accuracy (RA) reported.
+"""The untargeted attack with random restarts, on which every reported robust accuracy (RA) is based.
 
 Shape suffixes: A attempts, B batch.
 """
@@ -21,8 +21,8 @@ def untargeted(
 ) -> tuple[Tensor, Tensor]:
     """Attack correctly classified images by cross-entropy, with all restarts of the attack.
 
-    The first restart sees the whole batch. The others see the images that are left, several restarts at a time: as
-    many as fit into a batch of the size given.
+    The first restart attacks the whole batch. Later ones attack the remaining images, several
+    restarts at a time: as many as fit into a batch of the given size.
 
     Args:
         victims: the images.
@@ -75,12 +75,14 @@ def untargeted(
 
 
 def _repeated(forward: Forward, repeats: Tensor) -> Forward:
-    """The view of a batch in which each image stands as often as `repeats` has its position."""
+    """A view in which each image stands as often as `repeats` contains its position."""
     return lambda images, rows: forward(images, repeats[rows])
 
 
 def _first_to_win(labels: Tensor, num_images: int) -> Won:
-    """An image's restarts run side by side; one that wins ends those after it, so that the outcome is as one by one."""
+    """The restarts of an image run side by side. A restart that wins ends the later ones, so the
+    outcome equals that of running them one by one.
+    """
     image_of = torch.arange(len(labels), device=labels.device) % num_images
     restart_of = torch.arange(len(labels), device=labels.device) // num_images
     winner = torch.full((num_images,), len(labels), device=labels.device)

@@ -1,4 +1,4 @@
-"""What an attack is run on: a model, images with labels and numbers, the attack's settings and a seed."""
+"""The input of an attack: a model, images with labels and numbers, the attack's settings and a seed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Victims:
     labels: Tensor
     """[B]."""
     indices: Tensor
-    """[B], on the CPU: the images' numbers in their data set. They are the keys of the random starts, so neither the
-    batch size nor the order of the images changes a result."""
+    """[B], on the CPU: the images' numbers in their data set, the keys of the random starts. A
+    result therefore depends neither on the batch size nor on the order of the images."""
     attack: AttackConfig
     """Radius, steps, restarts and kind of start."""
     seed: int

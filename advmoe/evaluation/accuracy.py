@@ -1,4 +1,4 @@
-"""Standard accuracy (SA) and robust accuracy under PGD (RA), together with what such numbers mean nothing without.
+"""Standard accuracy (SA), robust accuracy under PGD (RA), and the checks that make these numbers meaningful.
 
 Shape suffixes: B batch, I images of a set, L MoE layers, N experts, R routers.
 """
@@ -38,13 +38,14 @@ class Evaluation:
     right_I: np.ndarray
     """Which clean images are classified correctly, bool [images]."""
     robust_I: np.ndarray
-    """Which are classified correctly when clean and at every point the attack tried, bool [images]."""
+    """Images that are right when clean and at every point that the attack tried, bool [images]."""
     attack: AttackConfig
     seed: int
     clean_pathways_IL: np.ndarray
     """Expert of each clean image in each MoE layer, int64 [images, L]."""
     adversarial_pathways_IL: np.ndarray
-    """The same after all steps of the attack's first start, for every image, also one that was wrong when clean."""
+    """Likewise after all steps of the attack's first start, for every image, including images that
+    were wrong when clean."""
 
     @property
     def images(self) -> int:
@@ -69,7 +70,7 @@ class Evaluation:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures for a JSON file: SA and RA in per cent, the attack that they hold for, and what it did to routers."""
+        """Figures for a JSON file: SA and RA in per cent, the attack, and its effect on the routers."""
         figures = {
             "images": self.images,
             "sa": round(100 * self.sa, 2),
@@ -82,9 +83,10 @@ class Evaluation:
 
 
 def check_finite(logits: Tensor, routing: Routing) -> None:
-    """Refuse a model whose figures would mean nothing.
+    """Refuse a model with logits that are not finite, whose figures would be meaningless.
 
-    The argmax of NaNs is expert 0: with NaN routers the clean predictions look sound, while attacks get no gradient.
+    The argmax of NaNs is expert 0. With NaN routers, clean predictions look sound while attacks get
+    no gradient.
 
     Raises:
         AdvMoEError: a logit of the classifier or of a router is not finite.
@@ -107,9 +109,10 @@ def evaluate(
     progress: Progress | None = None,
     one_shape: bool | None = None,
 ) -> Evaluation:
-    """SA and RA of a model on all the images given, in fp32; the model is left in the mode it was in.
+    """SA and RA of a model on all given images, in fp32. The model keeps its mode.
 
-    Several ranks share the batches, and all get the whole result; `progress` hears of this rank's images only.
+    Several ranks divide the batches, and each gets the whole result. `progress` counts this rank's
+    images only.
 
     Args:
         model: any kind.
@@ -140,7 +143,7 @@ def _attack_batches(
     progress: Progress | None,
     one_shape: bool | None,
 ) -> list[tuple[np.ndarray, ...]]:
-    """Of each of this rank's batches: rows of the images, right, robust, clean and adversarial pathways."""
+    """For each batch of this rank: rows of the images, right, robust, clean and adversarial pathways."""
     device = model.mean.device
     rows = own_rows(len(images), batch_size)
     loader = BatchLoader(images, batch_size=batch_size, indices=rows, pin_memory=device.type == "cuda")
@@ -161,7 +164,7 @@ def _attack_batches(
             victims = Victims(model=model, images=x, labels=y, indices=batch.indices, attack=attack, seed=seed)
             if model.expert_layouts or (one_shape and attack.restarts == 1):
                 survived, adversarial_routing = _attack_all(victims, right)
-            else:  # no router to look at, so nothing is spent on images that are done
+            else:  # without routers, the attack may stop at images that are done
                 survived, adversarial_routing = right.clone(), routing
                 survived[right] = untargeted(victims.take(right))[1]
             pathways = (routing.expert_index_BL, adversarial_routing.expert_index_BL)
@@ -181,7 +184,7 @@ def _filled(batch: Batch, size: int) -> Batch:
 
 
 def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:
-    """Attack every image for all steps: routers are judged by images that were wrong when clean, too.
+    """Attack every image for all steps, so that router statistics include images that were wrong when clean.
 
     Returns:
         Which images are right and stay right at every point of every start [B], and the routing after the last step of

@@ -1,4 +1,4 @@
-"""Everything that a route log says about a model, as plain values for tables, JSON and figures.
+"""The analysis of a route log, as plain values for tables, JSON and figures.
 
 Shape suffixes: I images of a set, K classes, L MoE layers, N experts.
 """
@@ -18,7 +18,7 @@ from advmoe.routing_log import ExpertLoad, RouteLog
 
 CLEAN = "clean"
 FREQUENT = 10
-"""Most frequent pathways that are listed."""
+"""Number of most frequent pathways in the result."""
 
 
 def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None = None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
 
 
 def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
-    """What the routers did under one condition: load [layers][experts], by class [layers][classes][experts]."""
+    """Statistics of the routers under one condition: load [layers][experts], by class [layers][classes][experts]."""
     by_class = log.expert_load(name, num_classes=model.config.num_classes).merged(len(model.expert_layouts))
     load = ExpertLoad(counts_LKN=by_class.counts_LKN.sum(axis=1, keepdims=True))
     pathways, frequency = log.unique_pathways(name)
@@ -85,7 +85,7 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
 
 
 def flow(experts_IL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[float]]]:
-    """How images move from layer to layer: the share of images that take expert i and then expert j.
+    """Flow of images between layers: the share of images that take expert i and, in the next layer, expert j.
 
     Returns:
         [layers - 1][experts][experts]; empty where tokens are routed, since the tokens of an image part.

@@ -1,4 +1,6 @@
-"""The result of an evaluation as one JSON object: RobustBench's vocabulary, and under `advmoe` what it lacks."""
+"""The result of an evaluation as one JSON object: fields of RobustBench's model cards, and further
+ones under `advmoe`.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,19 @@ def percent(share: float) -> float:
 
 
 def standard_error(per_cent: float, images: int) -> float:
-    """Of a share of so many independent images, in points; both in per cent."""
+    """Standard error of a share of independent images, in points. The share is in per cent."""
     share = per_cent / 100
     return 100 * math.sqrt(share * (1 - share) / images)
 
 
 def pixels(eps: float) -> str:
-    """A radius the way the field writes it: 8/255."""
+    """A radius in the usual notation: 8/255."""
     levels = Fraction(eps * 255).limit_denominator(100)
     return f"{levels}/255" if levels.denominator == 1 else f"{float(levels):g}/255"
 
 
 def figures(result: SuiteResult) -> dict[str, Any]:
-    """All figures in per cent; those of attacks that were not run are absent."""
+    """All figures in per cent. Figures of attacks that were not run are absent."""
 
     def ra(*attacks: Attack) -> float:
         return percent(result.ra(*attacks))
@@ -102,7 +104,7 @@ class DiagnosticEntry(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CardNumbers(Settings):
-    """What stands under `advmoe` in a card, apart from `ra_pgdK`, whose key names the attack's steps K."""
+    """The fields under `advmoe` in a card, except `ra_pgdK`, whose key contains the attack's steps K."""
 
     images: Annotated[int, Setting("Images evaluated.", at_least=1)]
     seed: int
@@ -145,7 +147,7 @@ class CardNumbers(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CardFile(Settings):
-    """What a card file holds: RobustBench's vocabulary, and ours."""
+    """The fields of a card file: those of RobustBench, and `advmoe`."""
 
     name: str
     dataset: str
@@ -246,7 +248,7 @@ def latencies(numbers: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were computed with."""
+    """Versions of the software that computed the numbers."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("advmoe", "pyautoattack"):
         try:

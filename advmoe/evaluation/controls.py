@@ -1,6 +1,6 @@
-"""Controls: what an MoE-CNN is worth with its routing or its experts replaced by something that learned nothing.
+"""Controls: an MoE-CNN whose routing or experts are replaced by something that learned nothing.
 
-If a control does as well as the model, the model's robustness does not come from what the control replaces.
+If a control is as good as the model, the replaced part does not cause the model's robustness.
 
 Shape suffixes: N experts, S slots of an expert.
 """

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, the multiply-adds of one inference as they are executed, and the time it takes."""
+"""The cost of a model: parameters, executed multiply-adds of one inference, and time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from advmoe.models.modes import evaluating
 class Cost:
     """Cost of a model.
 
-    `gflops` follows the paper's tables and most of the field: a multiplication with its addition counts as one
-    operation (1 GFLOP here = 1e9 multiply-adds). Convolutions, linear layers and attention are counted,
-    elementwise work is not.
+    `gflops` counts as the paper's tables do: a multiplication with its addition is one operation (1
+    GFLOP = 1e9 multiply-adds). Convolutions, linear layers and attention are counted; elementwise
+    operations are not.
     """
 
     parameters: int
@@ -33,7 +33,7 @@ class Cost:
 
 @torch.no_grad()
 def measure_cost(model: nn.Module, image_size: int) -> Cost:
-    """Count the operations that one inference really executes, routers included.
+    """Count the operations that one inference executes, including those of the routers.
 
     Args:
         model: a module from images [B, 3, H, W] in [0, 1] to logits; a routed one computes one expert per image, and
@@ -51,16 +51,16 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
 
 
 LATENCY_SECONDS = 2.0
-"""How long each batch size is timed; at least `LATENCY_RUNS` and at most 100 runs are made."""
+"""Time for each batch size; at least `LATENCY_RUNS` and at most 100 runs are made."""
 LATENCY_RUNS = 3
 
 
 @torch.inference_mode()
 def measure_latency(model: nn.Module, images: Tensor, batch_sizes: Sequence[int]) -> dict[int, float]:
-    """Milliseconds per image of one inference by batch size, on the device the model is on.
+    """Milliseconds per image of one inference, by batch size, on the model's device.
 
-    The batch sizes take turns, so that they meet the machine in the same state; the median of each counts, after a
-    run that does not.
+    The batch sizes take turns, so that the state of the machine affects all alike. The first run of
+    each is not counted; the result is the median of the others.
 
     Args:
         model: a module from images to logits.
@@ -94,7 +94,7 @@ def measure_latency(model: nn.Module, images: Tensor, batch_sizes: Sequence[int]
 
 
 def hardware(device: torch.device) -> str:
-    """What times were measured on, in words."""
+    """Description of the hardware on which times are measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -1,8 +1,9 @@
-"""Checks that a robust accuracy (RA) has to pass before anybody should believe it.
+"""Checks that a robust accuracy (RA) has to pass before it can be trusted.
 
-Each looks for one way in which a defense, or the evaluation itself, is known to fool attacks (Athalye et al., 2018;
-Carlini et al., 2019; Croce & Hein, 2020; the NaN routers of earlier MoE results). They run on a sample of the images.
-A failed check makes the number untrusted, not wrong: it says why the attack may have been too weak.
+Each check looks for one known way in which a defense, or the evaluation itself, fools attacks
+(Athalye et al., 2018; Carlini et al., 2019; Croce & Hein, 2020; the NaN routers of earlier MoE
+results). The checks use a sample of the images. A failed check does not prove the number wrong. It
+names a reason why the attack may have been too weak.
 
 Shape suffixes: B batch, I images of a set, K classes, L MoE layers, N experts, R routers.
 """
@@ -41,12 +42,12 @@ from advmoe.routing_log import ExpertLoad
 from advmoe.seeding import seeded
 
 TOLERANCE = 0.02
-"""Share of images by which a stronger attack, or another way to run the model, may differ before a check fails: what
-the field calls the same number. A single image may always differ."""
+"""Share of images by which the result may change under a stronger attack, or another way of running
+the model, before a check fails. A single image may always change."""
 BLACK_BOX = 0.002
-"""The same for Square, which sees no gradient: the limit that AutoAttack's authors chose for their own warning."""
+"""Likewise for Square, which sees no gradient. AutoAttack's authors chose this limit for their own warning."""
 LARGE_EPS = AttackConfig(eps=1.0, steps=50, step_size=0.05, start="clean")
-"""An attack that may replace the image; it starts at the clean image, so that it depends on gradients alone."""
+"""An attack that may replace the whole image. It starts at the clean image, so that it depends on gradients only."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Diagnostic:
     value: str
     """What was seen."""
     expected: str
-    """What a sound evaluation shows, and what a failure points to."""
+    """The result of a sound evaluation, and the meaning of a failure."""
 
 
 def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries: int = 500) -> list[Diagnostic]:
-    """Run all checks; those that need finite outputs are left out if there are none.
+    """Run all checks. If outputs are not finite, the checks that need finite outputs are left out.
 
     Args:
         sample: some images, right and wrong ones, under the attack whose RA is to be believed.
@@ -125,7 +126,7 @@ def check_finite(sample: Victims) -> Diagnostic:
 
 @torch.no_grad()
 def check_logits(sample: Victims) -> Diagnostic:
-    """A softmax inside the model flattens the gradient of the attack's own softmax."""
+    """The model must return logits: a softmax inside it flattens the gradient of the attack's own softmax."""
     outputs = sample.model(sample.images)
     probabilities = bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-4).all())
     seen = "each row sums to 1" if probabilities else f"from {outputs.min():.3g} to {outputs.max():.3g}"
@@ -134,7 +135,7 @@ def check_logits(sample: Victims) -> Diagnostic:
 
 @torch.no_grad()
 def check_deterministic(sample: Victims) -> Diagnostic:
-    """A random defense has to be attacked in expectation, which is not done here."""
+    """Equal images must get equal logits. An attack on a random defense would need the expected gradient."""
     with seeded(sample.seed):
         first, second = sample.model(sample.images), sample.model(sample.images)
     difference = float((first - second).abs().max())
@@ -144,7 +145,7 @@ def check_deterministic(sample: Victims) -> Diagnostic:
 
 @torch.no_grad()
 def check_batch_invariant(sample: Victims) -> Diagnostic:
-    """An image's prediction is its own: no batch statistics, no knowledge of the position."""
+    """An image's prediction must not depend on the other images of the batch or on the image's position."""
     model, images = sample.model, sample.images
     whole = model(images)
     reversed_order = model(images.flip(0)).flip(0)
@@ -162,7 +163,9 @@ def check_batch_invariant(sample: Victims) -> Diagnostic:
 
 
 def check_input_range(sample: Victims) -> Diagnostic:
-    """Images fed in [0, 1] to a model that expects normalized ones give chance accuracy and a meaningless radius."""
+    """Images in [0, 1] must suit the model. A model that expects normalized images has chance
+    accuracy on them, and the attack's radius has no meaning.
+    """
     images = sample.images
     mean, std = images.mean(dim=(0, 2, 3), keepdim=True), images.std(dim=(0, 2, 3), keepdim=True)
     plain, normalized = _accuracy(sample, images), _accuracy(sample, (images - mean) / std.clamp_min(1e-6))
@@ -176,7 +179,7 @@ def check_input_range(sample: Victims) -> Diagnostic:
 
 @torch.no_grad()
 def check_label_blind(sample: Victims) -> Diagnostic:
-    """Equal images have equal predictions; a model that tells them apart gets labels from elsewhere."""
+    """Equal images must get equal predictions. A model that separates them gets labels from elsewhere."""
     gray = torch.full_like(sample.images, 0.5)
     distinct = int(sample.model(gray).argmax(dim=1).unique().numel())
     seen = f"{distinct} distinct predictions for {len(gray)} equal images"
@@ -184,7 +187,7 @@ def check_label_blind(sample: Victims) -> Diagnostic:
 
 
 def check_attack(sample: Victims, withstood: Tensor | None, square_queries: int) -> list[Diagnostic]:
-    """Checks on what PGD does to this model."""
+    """Checks on the results of PGD on this model."""
     attack = sample.attack
     right = sample.right()
     victims = sample.take(right)
@@ -245,7 +248,7 @@ def check_attack(sample: Victims, withstood: Tensor | None, square_queries: int)
 
 
 def _attacked_further(survivors: Victims, adversarial: Tensor) -> int:
-    """How many survivors fall if PGD goes on from where it stopped."""
+    """The number of survivors that are broken if PGD continues from its last point."""
     if not len(survivors):
         return 0
     found = pgd(
@@ -274,7 +277,7 @@ def _check_black_box(unseen: Victims, queries: int, total: int) -> Diagnostic:
 
 
 def black_box(broken: int, total: int, queries: int) -> Diagnostic:
-    """Square sees no gradient; it must not find what all attacks that do have missed.
+    """Square sees no gradient, so it should not break images that all gradient attacks missed.
 
     Args:
         broken: images broken by Square, and by no white-box attack.
@@ -301,7 +304,7 @@ def check_routing(sample: Victims) -> Diagnostic:
 
 
 def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:
-    """Does the model's own gradient flatter it? Compares plain PGD with all attacks on the routing together."""
+    """Whether plain PGD overstates robustness: compares it with all attacks on the routing together."""
     return _verdict(
         "hidden_by_routing",
         ra - ra_routing <= _slack(images),
@@ -311,7 +314,7 @@ def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:
 
 
 def routing_seen(clean_IL: NDArray[np.uint8], attacked_IL: NDArray[np.uint8], num_experts: int) -> Diagnostic:
-    """How the routers were used: no verdict, since a router may rightly prefer one expert.
+    """The use of the experts, without a verdict, because a router may rightly prefer one expert.
 
     Args:
         clean_IL: the experts that each clean image took.

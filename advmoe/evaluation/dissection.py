@@ -1,4 +1,4 @@
-"""What became of each adversarial example: router and prediction, each fooled or not (paper, Sec. 3, Figs. 4 and 5)."""
+"""The fate of each adversarial example: router and prediction, each fooled or not (paper, Sec. 3, Figs. 4 and 5)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from advmoe.routing_log import Condition, RouteChange, RouteLog
 
 
 def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
-    """The pathways that an evaluation saw, under the conditions `clean`, `pgd` (after its last step) and `worst`."""
+    """The pathways of an evaluation under the conditions `clean`, `pgd` (after its last step) and `worst`."""
     log = RouteLog([model.config.num_experts] * (len(model.expert_layouts) * model.rows_per_image))
     for name, pathways in result.arrays.items():
         kind, _, condition = name.partition("/")
@@ -26,11 +26,11 @@ def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
 
 
 def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> dict[str, Any]:
-    """Shares of all images in per cent: the four classes, and what they add up to.
+    """Shares of all images in per cent: the four classes, and their sums.
 
-    All images were attacked, also those that are wrong when clean. Under `pgd` the MoE's robustness is the accuracy
-    after the last step, which may lie above RA: for that, being wrong at any step counts. Under `worst` it is
-    `ra_worst`.
+    All images count, including images that are wrong when clean. Under `pgd`, the MoE's robustness
+    is the accuracy after the last step. It may exceed RA, for which an image must be right at every
+    step. Under `worst` it is `ra_worst`.
     """
     change: RouteChange = log.compare(clean, attack)
     parts = change.dissection

@@ -1,4 +1,4 @@
-"""A few test images beside their attacked versions, for people to look at."""
+"""A few test images and their attacked versions, to look at."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from advmoe.files import write_atomically
 from advmoe.models.modes import evaluating
 
 SHOWN = 6
-"""Images kept: half of them broken by PGD, half of them not, as far as there are such."""
+"""Number of images: half of them broken by PGD, half not, as far as such images exist."""
 
 
 def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
-    """Clean images that the model gets right, and what PGD makes of them.
+    """Clean images that the model classifies correctly, and their versions after PGD.
 
     Returns:
         `clean` and `attacked` [n, H, W, 3] uint8, `difference` [n, H, W, 3] in levels of 255, `label`, and
@@ -64,7 +64,7 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
 
 
 def load_examples(path: Path) -> Arrays:
-    """Read what `save_examples` wrote; empty if there is nothing that can be read."""
+    """Read the file of `save_examples`; the result is empty if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)

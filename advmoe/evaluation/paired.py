@@ -1,9 +1,10 @@
-"""Models compared on the same images: the difference of two shares and its standard error.
+"""Compares models on the same images: the difference of two shares and its standard error.
 
-Two models err on much the same images, so the error of their difference is smaller than the errors of the two shares
-suggest. With n images, of which `only_a` are right under model A alone and `only_b` under model B alone, the difference
-is (only_a - only_b) / n, and its standard error is that of the mean of n values in {-1, 0, 1} (as in McNemar's test):
-sqrt(only_a + only_b - (only_a - only_b)^2 / n) / n.
+Two models often err on the same images, so the error of their difference is smaller than the errors
+of both shares suggest. Let n be the number of images, `only_a` the number that only model A
+classifies correctly, and `only_b` the number that only model B does. The difference is (only_a -
+only_b) / n. Its standard error is that of the mean of n values in {-1, 0, 1} (as in McNemar's
+test): sqrt(only_a + only_b - (only_a - only_b)^2 / n) / n.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA
 from advmoe.files import write_atomically
 
 IMAGES = ("index", "label")
-"""Arrays that say which images the outcomes are of."""
+"""Arrays that identify the images."""
 COMPARED = (SA, RA, RA_PGD, RA_AA, RA_WORST)
-"""Figures that are kept image by image."""
+"""Figures that are stored image by image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much better one model is than another, in points of per cent."""
+    """The difference between two models, in points of per cent."""
 
     points: float
     error: float
@@ -38,7 +39,7 @@ class Difference:
 
 
 def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Difference:
-    """Our share less theirs, over the same images [n] in the same order."""
+    """Our share minus theirs, over the same images [I] in the same order."""
     images = len(ours)
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     net = only_ours - only_theirs
@@ -47,7 +48,9 @@ def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Dif
 
 
 def outcomes(result: SuiteResult) -> Arrays:
-    """Which images are right, and stay right under the attacks: `index`, `label`, and one bool [n] for each figure."""
+    """The images that are right, and stay right under the attacks: `index`, `label`, and one bool
+    [I] for each figure.
+    """
     kept: Arrays = {name: result.arrays[name] for name in IMAGES}
     kept |= {SA.key: result.arrays["right"], RA.key: result.robust(result.table), RA_PGD.key: result.robust([PGD])}
     if after := result.ran("autoattack"):

@@ -1,4 +1,4 @@
-"""Pathways as sets of channels: how near they are to the mask of a Sparse-CNN, and to each other (paper, Fig. 6)."""
+"""Pathways as sets of channels: their similarity to the mask of a Sparse-CNN and to each other (paper, Fig. 6)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSimilarity:
-    """Pathways against a Sparse-CNN's mask pathway, under one condition."""
+    """Similarity of pathways to a Sparse-CNN's mask pathway, under one condition."""
 
     condition: str
     iou: NDArray[np.float64]
@@ -29,7 +29,7 @@ class MaskSimilarity:
 
 
 def pathway_channels(model: RoutedNetwork) -> PathwayChannels:
-    """Which channels each expert of each MoE layer computes: the backbone's, or filters of their own (`separate`)."""
+    """The channels that each expert of each MoE layer computes: those of the backbone, or own filters (`separate`)."""
     layouts = model.expert_layouts
     return PathwayChannels(
         [[layout.channels(expert) for expert in range(layout.num_experts)] for layout in layouts],
@@ -68,5 +68,5 @@ def mask_similarity(
 
 
 def diversity(log: RouteLog, condition: Condition, channels: PathwayChannels) -> Diversity:
-    """IoU over pairs of images: 1 if all take one pathway."""
+    """IoU of pathways over pairs of images; it is 1 if all images take one pathway."""
     return log.diversity(condition, channels, bins=BINS)

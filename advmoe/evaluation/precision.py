@@ -1,4 +1,4 @@
-"""Numbers are measured in fp32, whatever a model was trained in."""
+"""Evaluation in fp32, whatever precision a model was trained in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advmoe.errors import ConfigError
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Without TF32, bf16 and autocast, which round differently from batch to batch and can mask gradients.
+    """Switches TF32, bf16 and autocast off. They round differently from batch to batch and can mask gradients.
 
     Raises:
         ConfigError: the model's parameters are not fp32.
@@ -39,7 +39,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 def _switches() -> list[tuple[Any, str, Any]]:
     """(object, attribute, value) that make fp32 arithmetic exact.
 
-    From torch 2.9 on the older `allow_tf32` raises as soon as anybody has used `fp32_precision`; this one never does.
+    Since torch 2.9, reading the older `allow_tf32` raises an error after any use of
+    `fp32_precision`; this setting does not.
     """
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv"):

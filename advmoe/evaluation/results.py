@@ -1,4 +1,4 @@
-"""What an evaluation measures, and its outcome: one row per image, from which all figures are computed.
+"""The settings of an evaluation, and its outcome: one row per image, from which all figures are computed.
 
 Attacks by family (`advmoe.evaluation.vocabulary.Attack`). Each gives one bool per image, true where the image is
 classified correctly both clean and attacked:
@@ -39,7 +39,8 @@ EVERY_PATHWAY_CLEAN = Attack("every_pathway", "clean")
 EVERY_PATHWAY = Attack("every_pathway", "attacked")
 WORST = Attack("worst")
 CONDITIONS = ("clean", "pgd", "worst")
-"""Under which predictions and pathways are kept: clean, after the last step of PGD, and where the worst case ended."""
+"""Conditions under which predictions and pathways are stored: clean, after the last step of PGD,
+and at the worst case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class SuiteConfig:
     attack: AttackConfig
     """The PGD attack of RA. All attacks here use its radius, steps and start."""
     routing: bool = True
-    """Attack the routing too, where there is one."""
+    """Whether to attack the routing as well, if the model has one."""
     autoattack: bool = False
     """Run AutoAttack."""
     eps_sweep: tuple[float, ...] = ()
@@ -61,7 +62,7 @@ class SuiteConfig:
     pathways: int = 8
     """Number of most frequent clean pathways on which an image has to be right for `every_pathway`."""
     diagnosed: int = 100
-    """Images that the diagnostics look at; 0 leaves them out."""
+    """Number of images for the diagnostics; 0 leaves them out."""
     square_queries: int = 500
     """Queries of the black-box diagnostic."""
 
@@ -111,12 +112,14 @@ class SuiteResult:
 
     @property
     def table(self) -> list[Attack]:
-        """The attacks behind the RA of a table: every model gets PGD, a routed one the attacks on its routing too."""
+        """The attacks behind the RA of a table: PGD for every model, and the attacks on the routing
+        for a routed one.
+        """
         return self.ran("pgd", "view", "route")
 
     @property
     def white_box(self) -> list[Attack]:
-        """Attacks on the model itself that see its gradient, at the full radius; AutoAttack's together."""
+        """Attacks on the model itself, at the full radius, that use its gradient. AutoAttack counts as one."""
         return [*self.table, *(attack for attack in self.ran("autoattack") if attack.detail == STANDARD[-2])]
 
     def robust(self, attacks: Iterable[Attack]) -> NDArray[np.bool_]:

@@ -38,14 +38,14 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 
 FLIP_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Radii at which routers are tried for a flip, as shares of eps."""
+"""Radii at which flips of routers are tried, as shares of eps."""
 OBSERVED = 32
-"""Most frequent clean pathways that the route attack chooses from."""
+"""Number of most frequent clean pathways from which the route attack chooses."""
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and pathways [B, L] (no columns for a model without routing); refuses those that are not finite."""
+    """Logits and pathways [B, L] (no columns without routing). Refuses values that are not finite."""
     if isinstance(model, RoutedNetwork):
         logits, routing = model.forward_with_routing(images)
     else:
@@ -56,25 +56,25 @@ def predict(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 UNDER_WAY = ("worst", "broken", "attacked")
-"""Fields of `BatchRun` that a batch under way is kept with, beside its arrays."""
+"""Fields of `BatchRun` that are stored for an unfinished batch, in addition to its arrays."""
 
 
 @dataclass
 class BatchRun:
-    """One batch on its way through the suite: what is known of its images so far."""
+    """One batch during the suite, with the results for its images so far."""
 
     batch: Victims
-    """All images, also those that are wrong when clean."""
+    """All images, including those that are wrong when clean."""
     right: Tensor
     """[B], bool: classified correctly when clean."""
     config: SuiteConfig
     arrays: Arrays
     worst: Tensor
-    """[B, 3, H, W]: the first adversarial version found that the model gets wrong; see `conclude` for the others."""
+    """[B, 3, H, W]: the first adversarial version that the model gets wrong; `conclude` fills in the others."""
     broken: Tensor
     """[B], bool."""
     attacked: Tensor
-    """[B, 3, H, W]: every image after all steps of plain PGD, whether it won or not, and if it was wrong when clean."""
+    """[B, 3, H, W]: every image after all steps of plain PGD, whether or not it won or was wrong when clean."""
 
     @property
     def victims(self) -> Victims:
@@ -82,7 +82,7 @@ class BatchRun:
         return self.batch.take(self.right)
 
     def record(self, attack: Attack, robust_V: Tensor, found: Tensor | None = None) -> None:
-        """Note which victims withstood an attack, and keep the versions that broke the model itself."""
+        """Record the victims that withstood an attack, and keep the versions that broke the model itself."""
         robust = torch.zeros_like(self.right)
         robust[self.right] = robust_V
         self.arrays[attack.column] = robust.cpu().numpy()
@@ -95,20 +95,20 @@ class BatchRun:
         self.broken[rows] = True
 
     def withstood(self, attack: Attack) -> Tensor:
-        """The victims that an attack recorded before did not break, [V] bool."""
+        """The victims that an earlier attack did not break, [V] bool."""
         return torch.from_numpy(self.arrays[attack.column]).to(self.right.device)[self.right]
 
     def observe(self, condition: str, images: Tensor) -> None:
-        """Note predictions and pathways under a condition."""
+        """Record predictions and pathways under a condition."""
         logits, pathways = predict(self.batch.model, images)
         self.arrays[f"prediction/{condition}"] = logits.argmax(dim=1).cpu().numpy()
         self.arrays[f"pathway/{condition}"] = pathways.to(torch.uint8).cpu().numpy()
 
     def conclude(self) -> None:
-        """Note the worst case: who withstood everything, and the version of each image that decided it.
+        """Record the worst case: the images that withstood all attacks, and the decisive version of each image.
 
-        Images that survived, or were wrong when clean, are replaced by their attacked version where that does not
-        change the verdict. So the router statistics cover attacked images only.
+        Images that survived or were wrong when clean are replaced by their attacked version, if
+        this does not change the verdict. Router statistics therefore cover attacked images only.
         """
         self.record(WORST, ~self.broken[self.right])
         still = predict(self.batch.model, self.attacked)[0].argmax(dim=1) == self.batch.labels
@@ -117,7 +117,7 @@ class BatchRun:
         self.observe("worst", self.worst)
 
     def unfinished(self) -> Arrays:
-        """Everything needed to go on with this batch."""
+        """All arrays from which this batch can be continued."""
         return self.arrays | {f"batch/{name}": getattr(self, name).cpu().numpy() for name in UNDER_WAY}
 
     def restore(self, kept: Arrays) -> None:
@@ -129,7 +129,7 @@ class BatchRun:
 
 
 def begin(batch: Victims, config: SuiteConfig) -> BatchRun:
-    """Look at the clean images of a batch."""
+    """Evaluate the clean images of a batch."""
     x = batch.images
     right = predict(batch.model, x)[0].argmax(dim=1) == batch.labels
     arrays: Arrays = {
@@ -148,12 +148,12 @@ class Stage(NamedTuple):
     title: str
     """For the person watching."""
     gives: str
-    """An array that the batch has once the stage is done."""
+    """An array that exists once the stage is done."""
     work: Callable[[], None]
 
 
 def stages(run: BatchRun, common_ML: Tensor) -> list[Stage]:
-    """What to do with a batch, in order."""
+    """The stages of a batch, in order."""
     chosen: list[Stage] = []
     radii = iter(run.config.eps_sweep)
     for attack in planned(run.config, run.batch.model):
@@ -187,7 +187,7 @@ def _pgd(run: BatchRun) -> None:
     if is_routed(batch.model):
         objective = cross_entropy_objective(batch.labels)
         run.attacked = pgd(plain(batch.model), batch.images, objective, batch.attack, start=batch.starts())
-    else:  # no router to dissect, so nothing is spent on images that are done
+    else:  # without routers, the attack may stop at images that are done
         run.attacked = batch.images.clone()
         run.attacked[run.right] = found
     run.observe("pgd", run.attacked)
@@ -196,7 +196,7 @@ def _pgd(run: BatchRun) -> None:
 def _view(run: BatchRun, attack: Attack) -> None:
     forward = routing_views(run.batch.model, run.config.temperatures)[attack.detail]
     found, robust = untargeted(run.victims, forward)
-    robust |= run.victims.right(found)  # a view rounds differently; the model itself decides
+    robust |= run.victims.right(found)  # a view rounds differently, so the model itself decides
     run.record(attack, robust, found)
 
 
@@ -239,8 +239,9 @@ def _every_pathway(run: BatchRun, common_ML: Tensor) -> None:
 
 
 def _autoattack(run: BatchRun, attack: Attack) -> None:
-    """One of the four attacks, on what those before it left. Its random numbers are an image's own, so this is the same
-    as running all four at once."""
+    """One of the four attacks, on the images that the earlier ones left. Random numbers are a
+    function of the image, so the result equals that of running all four at once.
+    """
     number = STANDARD.index(attack.detail)
     victims = run.victims
     left = torch.ones_like(run.right[run.right])

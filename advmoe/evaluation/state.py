@@ -1,4 +1,4 @@
-"""Arrays that grow batch by batch, and within a batch attack by attack, and survive an interruption."""
+"""Arrays that grow batch by batch, and attack by attack within a batch. They survive an interruption."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from advmoe.errors import CheckpointError
 from advmoe.files import write_atomically, write_text_atomically
 
 IDENTITY, DONE = "identity", "images done"
-"""Names of the arrays that hold what the state belongs to, as JSON, and how many images were done before a batch."""
+"""Names of two arrays: the identity of the evaluation as JSON, and the number of images done before a batch."""
 
 Arrays = dict[str, NDArray[Any]]
 """One row per image in every array."""
 
 
 class EvaluationState:
-    """Results of the batches done so far, and of the batch under way.
+    """Results of the finished batches and of the unfinished one.
 
     Args:
         path: file to keep the finished batches in, written whole after each; the batch under way lies beside it. None
@@ -58,11 +58,11 @@ class EvaluationState:
 
     @property
     def under_way(self) -> Arrays:
-        """What was kept of the batch under way; empty if nothing was."""
+        """The stored arrays of the unfinished batch; empty if there are none."""
         return self._under_way
 
     def keep(self, batch: Arrays) -> None:
-        """Save the batch under way as it is now."""
+        """Save the unfinished batch in its present state."""
         self._under_way = batch
         if self._partial is not None:
             self._write(self._partial, batch | {DONE: np.array(self.images_done)})

@@ -1,4 +1,5 @@
-"""The whole evaluation of one model: every attack on every image, batch by batch, resumable.
+"""The whole evaluation of one model: every attack on every image, batch by batch. It can be
+interrupted and continued.
 
 Shape suffixes: I images of a set, L MoE layers, M pathways.
 """
@@ -38,9 +39,9 @@ from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
 STATE_LAYOUT = 3
-"""Raised when an array of the state changes its meaning, so that an evaluation never goes on from the old one."""
+"""Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
 Progress = Callable[[float, int, str], None]
-"""(images done, images in all, the attack that begins; empty before the first one)."""
+"""(images done, images in all, name of the attack that begins); the name is empty before the first attack."""
 
 
 def run_suite(
@@ -53,7 +54,7 @@ def run_suite(
     state_path: Path | None = None,
     progress: Progress | None = None,
 ) -> SuiteResult:
-    """Evaluate a model, in fp32; it is left in the mode it was in.
+    """Evaluate a model in fp32. The model keeps its mode.
 
     Args:
         model: a module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
@@ -133,12 +134,12 @@ def _diagnosed_before(path: Path | None, asked: dict[str, Any]) -> tuple[Diagnos
 
 
 def _choices(model: RoutedNetwork) -> int:
-    """Number of pathways there could be."""
+    """Number of possible pathways."""
     return int(model.config.num_experts ** (len(model.routers) * model.rows_per_image))
 
 
 def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size: int, seed: int) -> dict[str, Any]:
-    """What an interrupted evaluation has to have in common with the one that goes on from it."""
+    """The settings that an interrupted evaluation and its continuation must share."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -160,7 +161,7 @@ def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size
 def common_pathways(
     model: nn.Module, images: ImageSet, batch_size: int, device: torch.device
 ) -> tuple[Tensor, np.ndarray]:
-    """Distinct clean pathways [M, L] and how many images take each [M], the most frequent first."""
+    """Distinct clean pathways [M, L] and the number of images on each [M], the most frequent first."""
     pathways = [
         predict(model, batch.images.to(device))[1].cpu()
         for batch in BatchLoader(images, batch_size=batch_size).epoch(0)
@@ -174,7 +175,7 @@ def common_pathways(
 
 
 def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: torch.device) -> tuple[Diagnostic, ...]:
-    """Checks on an evenly spread sample of the images, and on what the attacks did to all of them."""
+    """Checks on evenly spaced images, and on the results of the attacks on all images."""
     config, total = result.config, len(images)
     if not config.diagnosed or not total:
         return ()

@@ -1,6 +1,7 @@
-"""The names of results: what each figure is called in cards, tables, plots and reports, and what each verdict means.
+"""The names of results: the label of each figure in cards, tables, plots and reports, and the
+meaning of each verdict.
 
-Cards (`advmoe.evaluation.card`) hold the keys. Everything that shows a figure takes its label from here.
+Cards (`advmoe.evaluation.card`) contain the keys. All other places take a figure's label from here.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ Family = Literal["pgd", "view", "route", "experts", "routers", "every_pathway", 
 
 
 class Attack(NamedTuple):
-    """An attack of an evaluation: its kind and, where there are several of that kind, which one."""
+    """An attack of an evaluation: its kind and, if there are several of that kind, a detail."""
 
     family: Family
     detail: str = ""
 
     @property
     def column(self) -> str:
-        """Its name among the arrays of an evaluation: one bool per image, true where the image withstands it."""
+        """Its name among the arrays of an evaluation: one bool per image, true if the image withstands the attack."""
         return "/".join(("robust", self.family, *([self.detail] if self.detail else ())))
 
 
@@ -68,7 +69,7 @@ FOOLED = Figure(key="routers_fooled", short="pathways changed", long="images who
 
 
 def measured(numbers: Iterable[Mapping[str, Any]], figures: Iterable[Figure] = FIGURES) -> list[Figure]:
-    """Those figures that at least one card has."""
+    """The figures that at least one card has."""
     cards = list(numbers)
     return [figure for figure in figures if any(figure.of(card) is not None for card in cards)]
 
@@ -90,14 +91,14 @@ ROBUSTNESS = (
     Fate("router_robustness", "router robustness, 1 + 3"),
     Fate("moe_robustness", "MoE robustness, 1 + 2"),
 )
-"""What the four classes add up to."""
+"""Sums of the four classes."""
 
 Verdict = Literal["trusted", "not to be trusted", "not checked"]
 Status = Literal["passed", "failed", "info", "not run"]
 
 
 def verdict_of(statuses: Iterable[Status]) -> Verdict:
-    """What the outcomes of the diagnostics together say of an evaluation."""
+    """The verdict that follows from the outcomes of all diagnostics."""
     seen = set(statuses)
     if "failed" in seen:
         return "not to be trusted"

@@ -1,8 +1,9 @@
 """BatchNorm whose batch is the union of all ranks' batches.
 
-Where one process trains alone this is torch's own BatchNorm, to the bit. With several ranks the statistics, their
-gradients and the running statistics are those that one process would compute on the union batch. torch's SyncBatchNorm
-does the same on GPUs only, and its conversion would replace the routers' centering, which is no BatchNorm.
+With one process this is torch's own BatchNorm, bit for bit. With several ranks, the statistics,
+their gradients and the running statistics equal those of one process on the union batch. torch's
+SyncBatchNorm does the same, but on GPUs only. Its conversion would also replace the routers'
+centering, which is no BatchNorm.
 
 Shape suffixes: B batch, C channels, G ranks, H height, W width.
 """
@@ -20,7 +21,7 @@ from advmoe.distributed import stack_all, sum_up, world
 def union_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and number [] of the values of each channel (axis 1) over all ranks' x.
 
-    Ranks may differ in their numbers of images; one may have none.
+    Ranks may have different numbers of images, also none.
     """
     axes = [axis for axis in range(x.ndim) if axis != 1]
     own = x.detach()

@@ -1,7 +1,7 @@
-"""Channel spaces: what the layers of a backbone write and read, and which part of them Sparse-CNN keeps.
+"""Channel spaces: the channels that layers write and read, and those of them that a Sparse-CNN keeps.
 
-Layers whose outputs are added (a residual stream) write the same channels, so that one mask prunes them together and
-the kept ones fit into a small dense network.
+Layers whose outputs are added (a residual stream) write the same channels. One mask therefore
+prunes them together, and the kept channels fit into a small dense network.
 
 Shape suffixes: C channels.
 """
@@ -40,7 +40,7 @@ class ChannelMask(nn.Module):
 
 
 class KeptChannels(nn.Module):
-    """What is left of a mask in a compact network: which of the backbone's channels the packed ones are."""
+    """The mask of a compact network: the backbone channels that were kept, in the order in which they are packed."""
 
     channels: Tensor
 
@@ -55,7 +55,7 @@ class KeptChannels(nn.Module):
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that some layers write and others read.
+    """A set of channels that some layers write and others read.
 
     `full` is their number in Dense, `size` the number really computed; `masks` choose among them in Sparse-CNN.
     """
@@ -70,15 +70,15 @@ class Channels:
 
     @property
     def masked(self) -> bool:
-        """Whether readers have to leave channels out."""
+        """Whether readers have to skip some channels."""
         return any(isinstance(mask, ChannelMask) for mask in self.masks)
 
     def mask(self) -> Tensor:
-        """1 for the channels that count, 0 for the others, [size]; asked of masked channels only."""
+        """1 for the kept channels, 0 for the others, [size]. Only masked channels have it."""
         return torch.cat([mask() for mask in self.masks])
 
     def kept_channels(self) -> Tensor:
-        """Positions of the channels that count among all `size`, int64, increasing."""
+        """Positions of the kept channels among all `size`, int64, increasing."""
         if not self.masked:
             device = self.masks[0].kept_channels().device if self.masks else None
             return torch.arange(self.size, device=device)

@@ -1,10 +1,12 @@
-"""Dispatch and combine: each image goes to its own expert and comes back to its place; nothing is computed twice.
+"""Dispatch and combine: each image is computed by its own expert and returns to its place in the batch.
 
-Images are sorted by expert, every expert works on its stretch, and the results return to batch order. Backward, the
-inverse permutation takes the place of the zero-filled, accumulating scatter that autograd derives from indexing.
+Images are sorted by expert, each expert computes its part of the sorted batch, and the results
+return to batch order. The backward pass uses the inverse permutation. Autograd would use a scatter
+that fills with zeros and accumulates.
 
-What a router learns from is computed here too, in the backward pass alone (`router_signal`): how much the loss would
-change, to first order, if the layer's output moved toward another expert's.
+The signal from which a router learns is computed here too, in the backward pass only
+(`router_signal`). It is the first-order change of the loss if the layer's output moved toward
+another expert's output.
 
 Shape suffixes: B batch (images, or tokens where those are routed), N experts.
 """
@@ -23,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from advmoe.models.routing import Decision, Signal
 
 PIECES = 1024
-"""A batch on a CPU is put together from up to this many pieces in one copy; from more, by an index in two."""
+"""Up to this many pieces are joined into a batch by one copy on the CPU. More pieces take an index and two copies."""
 
 
 class Experts(Protocol):
@@ -34,7 +36,7 @@ class Experts(Protocol):
         """N."""
 
     def output(self, expert: int, part: Tensor) -> Tensor:
-        """What an expert makes of rows [b, ...]."""
+        """Output of one expert for rows [b, ...]."""
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """<gradient_b, y_c - mean of all y_e> for each row b of a sorted batch, c being its own expert; [B]."""
@@ -50,11 +52,11 @@ class Order:
     present: tuple[int, ...]
     """Experts that have images, increasing; expert 0 alone for an empty batch."""
     counts: tuple[int, ...]
-    """How many each of them has."""
+    """Number of images of each of them."""
 
     @classmethod
     def of(cls, expert_index_B: Tensor, num_experts: int) -> Order:
-        """The order of a batch; on a GPU the host has to wait for it, because it must know the counts."""
+        """The order of a batch. On a GPU the host waits for the device, because it has to know the counts."""
         counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
         present = tuple(expert for expert, count in enumerate(counts) if count) or (0,)
         order_B = expert_index_B if len(present) == 1 else expert_index_B.argsort(stable=True)
@@ -62,7 +64,7 @@ class Order:
 
     @property
     def alone(self) -> bool:
-        """Whether one expert has all images, so that nothing has to move."""
+        """Whether one expert has all images, so that no image moves."""
         return len(self.present) == 1
 
     def sort(self, x: Tensor) -> Tensor:
@@ -74,11 +76,11 @@ class Order:
         return x.index_select(0, self.order_B)
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
-        """The stretches of a sorted tensor, one for each expert that is present."""
+        """The parts of a sorted tensor, one for each expert that is present."""
         return (x,) if self.alone else x.split(self.counts)
 
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
-        """Stretches, one for each expert that is present -> [B, ...] in batch order."""
+        """From the parts of the present experts to a tensor [B, ...] in batch order."""
         if self.alone:
             return parts[0]
         if all(is_channels_last(part) for part in parts):
@@ -96,9 +98,9 @@ class Order:
 
     @cached_property
     def _runs(self) -> tuple[list[int], dict[int, list[int]]]:
-        """The expert of each run of images in the batch that share one, and the lengths of each expert's runs.
+        """The expert of each run of consecutive images with one expert, and the lengths of each expert's runs.
 
-        Images of one expert that follow each other in the batch do so in its part too.
+        Consecutive images of one expert are consecutive in the expert's part, too.
         """
         experts, lengths = torch.unique_consecutive(self.expert_index_B, return_counts=True)
         owners: list[int] = experts.tolist()
@@ -109,7 +111,7 @@ class Order:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether images lie in memory place by place, and not channel by channel (or it makes no difference)."""
+    """Whether the memory order is channels-last, or does not matter."""
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -183,7 +185,7 @@ def router_signal(
         advantage_B = order.combine(order.split(experts.along_advantage(order, x, gradient)))
         if one_column:
             return advantage_B
-        of_other_B1 = -2.0 * advantage_B[:, None]  # the other one is as far from their mean as the one chosen
+        of_other_B1 = -2.0 * advantage_B[:, None]  # the mean lies halfway between the two experts
         if decision.signal == "sampled":
             assert decision.other_B is not None
             of_other_B1 = torch.where(decision.other_B[:, None] == chosen_B1, 0.0, of_other_B1)
@@ -244,7 +246,8 @@ def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
 def computes_all(x: Tensor, num_experts: int) -> bool:
     """Whether all experts are computed and one is selected, instead of sorting the images by expert.
 
-    A compiled graph has no other way, and on a GPU two experts cost less than the host's wait for the counts.
+    A compiled graph requires it. On a GPU, two experts cost less than the host's wait for the
+    counts.
     """
     return torch.compiler.is_compiling() or (x.is_cuda and num_experts <= 2)
 

@@ -1,4 +1,4 @@
-"""Which channels of a layer each expert owns, and where its outputs lie."""
+"""The channels that each expert of a layer owns, and their places in its output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from advmoe.errors import ConfigError
 def scaled_channels(num_channels: int, model_scale: float) -> int:
     """Channels of one expert, r * C rounded to the nearest integer.
 
-    The one place where r becomes a width: an expert and the S-Dense layer it is compared with always agree.
+    All widths come from this function, so an expert and the S-Dense layer with which it is compared
+    agree.
 
     Raises:
         ConfigError: r is outside (0, 1], or leaves no channel.
@@ -31,16 +32,17 @@ def scaled_channels(num_channels: int, model_scale: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
-    """Which channels of a layer each expert owns.
+    """The channels of a layer that each expert owns.
 
-    Expert i takes the circular window of r * C channels that starts at round(i * C / N): disjoint for N * r <= 1,
-    overlapping above. `separate` gives every expert filters of its own instead, as the authors' released code does; at
-    N = 2, r = 0.5 the two agree. What is `shared` comes first and is the same in all; the windows share out the rest.
+    Expert i owns the circular window of r * C channels that starts at round(i * C / N). Windows are
+    disjoint for N * r <= 1 and overlap above. With `separate`, every expert has its own filters
+    instead, as in the authors' released code; both agree at N = 2, r = 0.5. The `shared` channels
+    come first and belong to all experts; the windows divide the rest.
 
-    An expert's output is packed: it fills r * C slots, which the next layer reads whoever wrote them. A channel of
-    several experts sits in the same slot in all of them, so that at r = 1 every pathway is the full backbone (paper,
-    Sec. 5), whatever N. With N > 2 windows around a circle there is not always such an order; then some
-    channels change slots.
+    An expert's output is packed: it fills r * C slots, which the next layer reads for every expert
+    alike. A channel of several experts has the same slot in all of them. At r = 1 every pathway is
+    therefore the full backbone (paper, Sec. 5), for any N. For N > 2 such an assignment may not
+    exist; then some channels have different slots in different experts.
     """
 
     num_channels: int
@@ -48,7 +50,7 @@ class ExpertLayout:
     model_scale: float
     separate: bool = False
     shared: float = 0.0
-    """Share of every expert's filters that are the same ones: the layer's first channels, in the first slots."""
+    """Share of an expert's filters that all experts have: the layer's first channels, in the first slots."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -71,7 +73,9 @@ class ExpertLayout:
 
     @cached_property
     def _slots(self) -> tuple[tuple[int, ...], ...]:
-        """Channel in each slot of each expert: those with a slot by an earlier expert first, the others in the gaps."""
+        """The channel in each slot of each expert. Channels that an earlier expert has keep its
+        slot; the others fill the gaps.
+        """
         home: dict[int, int] = {}
         slots: list[tuple[int, ...]] = []
         for expert in range(self.num_experts):
@@ -101,7 +105,9 @@ class ExpertLayout:
 
     @property
     def bank_channels(self) -> tuple[int, ...]:
-        """Backbone channels that some expert owns, sorted: the rows of the weight bank. The others have no weights."""
+        """Sorted backbone channels that some expert owns: the rows of the weight bank. The other
+        channels have no weights.
+        """
         return tuple(sorted({channel for expert in range(self.num_experts) for channel in self.channels(expert)}))
 
     @cached_property

@@ -1,6 +1,7 @@
-"""The layers of a backbone, made for one model kind: the backbone says what it needs, the kind decides how.
+"""The layers of a backbone for one model kind. The backbone names the layers that it needs; the
+kind decides how they compute.
 
-Every convolution here is called as `layer(x, tape)`; layers that are not routed ignore the tape.
+Every convolution is called as `layer(x, tape)`. Layers that are not routed ignore the tape.
 
 Shape suffixes: B batch, C channels, D features, H height, W width.
 """
@@ -20,7 +21,8 @@ from advmoe.models.router import ImageRouter, Router
 from advmoe.models.routing import Decision, RoutingTape, scaled
 
 IMAGENET_SIZE = 128
-"""Images at least this wide get a backbone's ImageNet form; smaller ones (CIFAR 32, TinyImageNet 64) its CIFAR form."""
+"""Images of at least this width get the ImageNet form of a backbone. Smaller images (CIFAR 32,
+TinyImageNet 64) get the CIFAR form."""
 
 
 class Conv2d(nn.Conv2d):
@@ -39,8 +41,9 @@ class Conv2d(nn.Conv2d):
             weight = weight * self.reads.mask()[:, None, None]
         stride = self.stride
         if self.kernel_size == (1, 1) and not torch.compiler.is_exporting():
-            # Of a strided 1x1 convolution of few channels, channels-last, oneDNN writes the weight gradient past its
-            # end (torch 2.15, AVX-512): the heap is corrupted. Taking the pixels first computes the same.
+            # For a strided 1x1 convolution of few channels in channels-last format, oneDNN writes
+            # beyond the end of the weight gradient and corrupts the heap (torch 2.15, AVX-512).
+            # Selecting the pixels first gives the same result.
             x_BCHW, stride = x_BCHW[:, :, :: stride[0], :: stride[1]], (1, 1)
         return F.conv2d(x_BCHW, weight, None, stride, self.padding)
 
@@ -93,7 +96,7 @@ class RoutedConv2d(MoEConv2d):
         self.layer = layer
 
     def forward(self, x_BCHW: Tensor, tape: RoutingTape, norm: nn.Module | None = None) -> Tensor:  # type: ignore[override]
-        """Route, convolve each image with its expert, and normalize; a router that scales does so last."""
+        """Route, convolve each image with its expert, and normalize. A router that scales the output does so last."""
 
         def compute(x_BCHW: Tensor, decision: Decision) -> Tensor:
             y_BCHW = super(RoutedConv2d, self).forward(x_BCHW, decision)
@@ -122,7 +125,7 @@ class LayerFactory:
         self._unrouted = self._count_unrouted({"stage": stages, "block": blocks})
 
     def _count_unrouted(self, parts: dict[str, int]) -> tuple[str, int]:
-        """How many of which parts come before the first routed one."""
+        """Kind of part, and number of its parts before the first routed one."""
         wanted = routed_part(self.config.routed)
         if wanted is None:
             return "stage", -1
@@ -136,7 +139,7 @@ class LayerFactory:
 
     @property
     def routes(self) -> bool:
-        """Whether what is made now is routed in an MoE network."""
+        """Whether layers made now are routed in an MoE network."""
         part, before = self._unrouted
         return self.config.kind == "moe" and self._begun[part] > before
 
@@ -151,7 +154,7 @@ class LayerFactory:
         return Channels(self.config.num_classes, self.config.num_classes)
 
     def channels(self, full: float) -> Channels:
-        """New channels: `full` in the backbone, times the width multiplier; r of them in all kinds but Dense."""
+        """New channels: `full` times the width multiplier; r of them in all kinds but Dense."""
         config = self.config
         number = max(1, int(full * config.width + 0.5))
         if config.kind == "dense":
@@ -191,7 +194,7 @@ class LayerFactory:
     def routed(self, in_channels: int, full: int) -> int:
         """Number of a new MoE layer whose `full` channels are shared out among the experts.
 
-        It gets a router of its own, unless the current part of the network has one already.
+        The layer gets a new router, unless the current part of the network already has one.
         """
         config = self.config
         self.layouts.append(

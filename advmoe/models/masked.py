@@ -1,4 +1,4 @@
-"""Sparse-CNN after training: the kept channels, packed into a network that really has no others.
+"""Sparse-CNN after training: packs the kept channels into a network without the others.
 
 Shape suffixes: C channels, O outputs, P places of a channel.
 """
@@ -31,7 +31,9 @@ def open_masks(model: RoutedNetwork) -> None:
 
 
 def close_masks(model: RoutedNetwork) -> None:
-    """Start to learn which channels a Sparse-CNN keeps: scores from the present weights, only the highest count."""
+    """Start to learn the channel masks. Scores come from the present weights, and only channels
+    with the highest scores count.
+    """
     init_scores(model)
     for mask in model.masks:
         if isinstance(mask, ChannelMask):
@@ -54,7 +56,8 @@ def init_scores(model: RoutedNetwork) -> None:
 
 @torch.no_grad()
 def compact(model: RoutedNetwork) -> RoutedNetwork:
-    """A Sparse-CNN with equal outputs that holds its kept channels only; its size and cost are those of S-Dense.
+    """A network with the kept channels of a Sparse-CNN only. Its outputs are equal; its size and
+    cost are those of S-Dense.
 
     Args:
         model: a Sparse-CNN whose masks are final.
@@ -109,8 +112,9 @@ def _kept_entries(layer: nn.Module) -> dict[str, Tensor]:
 def mask_pathway(model: RoutedNetwork) -> tuple[tuple[int, ...], ...]:
     """The data-agnostic pathway M of a Sparse-CNN: the channels it keeps in each layer that MoE-CNN would route.
 
-    The layers come in the order of `expert_layouts` of the MoE-CNN on the same backbone, and the numbers are backbone
-    channels as in `ExpertLayout.channels`, so that pathways and mask can be compared (paper, Fig. 6).
+    The layers have the order of `expert_layouts` of the MoE-CNN on the same backbone. The numbers
+    are backbone channels, as in `ExpertLayout.channels`. Pathways and mask can therefore be
+    compared (paper, Fig. 6).
 
     Raises:
         ConfigError: the model is not a Sparse-CNN, or its masks are open.

@@ -1,4 +1,4 @@
-"""Modes a network is put into for a while."""
+"""Context managers that change a network's mode and restore it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm in eval mode normalize by the batch at hand; its stored statistics stay as they are."""
+    """BatchNorm in eval mode normalizes by the present batch. Its stored statistics do not change."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and not module.training]
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
@@ -23,7 +23,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode and its parameters out of autograd's sight; afterwards all is as it was."""
+    """Set every submodule to eval mode and exclude its parameters from autograd; restore both at the end."""
     modules = submodules(model)
     training = [module for module in modules if module.training]
     trainable = [parameter for parameter in own_parameters(modules) if parameter.requires_grad]
@@ -39,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def submodules(model: nn.Module) -> list[nn.Module]:
-    """All modules of a network, each once: `model.modules()` without the names, which take most of its time."""
+    """All modules of a network, each once. `model.modules()` also makes their names, which takes most of its time."""
     found: dict[int, nn.Module] = {}
     waiting = [model]
     while waiting:
@@ -59,7 +59,7 @@ def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
 
 
 def set_training(modules: Iterable[nn.Module], mode: bool) -> None:
-    """What `module.train(mode)` does, for modules that are listed already."""
+    """Like `module.train(mode)`, for modules that are already listed."""
     for module in modules:
         if module.training != mode:
             module.training = mode

@@ -1,8 +1,8 @@
-"""The MoE convolution: every image is convolved with the filters of its own expert, and with no others.
+"""The MoE convolution: convolves every image with the filters of its own expert only.
 
-The batch is dispatched (`advmoe.models.dispatch`), each expert's images go through one ordinary convolution, and the
-results come back into batch order. In training too the cost is that of one expert per image; a router that learns adds
-one more in the backward pass.
+The batch is dispatched (`advmoe.models.dispatch`): each expert convolves its images, and the
+results return to batch order. The cost is that of one expert per image, also in training. A router
+that learns adds the cost of one expert in the backward pass.
 
 Shape suffixes: B batch, C channels, H height, N experts, W width.
 """
@@ -32,7 +32,7 @@ from advmoe.models.experts import ExpertLayout
 from advmoe.models.routing import Decision
 
 Rows = tuple[tuple[int, ...], ...]
-"""Rows of a weight bank that belong to each expert, in the order of its output slots; as many for each."""
+"""Rows of a weight bank that belong to each expert, in the order of its output slots. All experts have equally many."""
 
 
 def _stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -47,12 +47,12 @@ _known_stretches = lru_cache(maxsize=1024)(_stretches)
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler would trace through it, row by row
 def stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """`_stretches`, remembered."""
+    """`_stretches` with a cache. A compiler traces through it without the cache."""
     return _known_stretches(rows)
 
 
 def expert_rows(bank: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The rows of a weight bank that an expert owns, in the order of its slots; no copy if they lie side by side."""
+    """The rows of a weight bank that an expert owns, in the order of its slots. Consecutive rows are not copied."""
     parts = [bank[start:stop] for start, stop in stretches(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -63,7 +63,7 @@ def split_rows(rows: Sequence[int], size: int) -> Rows:
 
 
 class Form(NamedTuple):
-    """What the experts of a convolution share: whose rows of the bank are whose, and the geometry."""
+    """What all experts of a convolution have in common: the assignment of rows to experts, and the geometry."""
 
     rows: Rows
     stride: list[int]
@@ -92,7 +92,9 @@ class Convolution(NamedTuple):
         return self._convolve(part, *self.of(expert))
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
-        """By convolutions with differences of filters; for two experts by one, with half of what sets them apart."""
+        """Computed by convolutions with differences of filters. Two experts need one convolution,
+        with half their difference.
+        """
         banks = [self.of(expert) for expert in range(self.num_experts)]
         if self.num_experts == 2:
             parts = order.split(0.5 * row_products(gradient, self._convolve(x, *_distance(banks[0], banks[1]))))
@@ -104,7 +106,7 @@ class Convolution(NamedTuple):
         return torch.cat(products)
 
     def all_outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """All experts' outputs for all images, where possible by one convolution."""
+        """All experts' outputs for all images, by one convolution."""
         everyone = tuple(chain.from_iterable(self.form.rows))
         bias = None if self.bias is None else expert_rows(self.bias, everyone)
         return self._convolve(x, expert_rows(self.weight, everyone), bias).chunk(self.num_experts, dim=1)
@@ -153,7 +155,7 @@ def _distance(of: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | No
 
 
 class _RoutedConvolution(torch.autograd.Function):
-    """The routed convolution as one node of autograd, which computes no gradient that nobody asks for."""
+    """The routed convolution as one node of autograd. Its backward pass computes only the gradients that are needed."""
 
     @staticmethod
     def forward(
@@ -169,7 +171,7 @@ class _RoutedConvolution(torch.autograd.Function):
         _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
         needs_x = of_weight or (of_gate and decision.signal != "own")
         needs_y = of_gate and uses_output(decision.signal, experts.num_experts)
-        # without need for its values x serves as a tensor of the right form, which costs no memory
+        # if the values of x are not needed, any tensor of its form will do, and x costs no memory
         ctx.save_for_backward(sorted_x if needs_x else x, weight, bias, y if needs_y else None)
         ctx.layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
         ctx.gate_dtype = None if gate is None else gate.dtype
@@ -207,7 +209,7 @@ class _RoutedConvolution(torch.autograd.Function):
 
 
 def _bank_gradient(bank: Tensor, rows: Rows, of_experts: dict[int, Tensor]) -> Tensor:
-    """The gradient of a bank from those of the experts that had images."""
+    """The gradient of a bank, from the gradients of the experts that had images."""
     if stretches(tuple(chain.from_iterable(rows))) == ((0, len(bank)),):  # nothing is shared: one copy
         size = len(rows[0])
         return torch.cat([of_experts.get(e, bank.new_zeros(size, *bank.shape[1:])) for e in range(len(rows))])
@@ -222,7 +224,7 @@ def _bank_gradient(bank: Tensor, rows: Rows, of_experts: dict[int, Tensor]) -> T
 
 def _routed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, decision: Decision, form: Form) -> Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # autograd sees these casts; it would not see those inside the node
+    if torch.is_autocast_enabled(device):  # autograd records casts here, but not inside the node
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if computes_all(x, len(form.rows)):
@@ -232,9 +234,9 @@ def _routed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, decision
     return y
 
 
-# The operator an exporter sees as one node. Its kernel is the function above; `moe_conv2d` below calls the function
-# itself while running eagerly, so that autograd sees its node. A schema has no list of lists: `rows` holds
-# the rows of all experts one after another, `size` of each.
+# An exporter sees this operator as one node. Its kernel is the function above. In eager mode,
+# `moe_conv2d` below calls the function itself, so that autograd sees its node. A schema has no list
+# of lists: `rows` concatenates the rows of all experts, and `size` is the number of rows of each.
 _operator = torch.library.custom_op(
     "advmoe::moe_conv2d",
     lambda x, weight, bias, expert_index, rows, size, *geometry: _routed_convolution(
@@ -300,7 +302,7 @@ def moe_conv2d(
 
 
 class ExpertAffine(nn.Module):
-    """A scale and a shift for each expert and filter, as differences from 1 and 0: at the start experts are equal."""
+    """A scale and a shift for each expert and filter, stored as differences from 1 and 0. Experts start equal."""
 
     def __init__(self, num_experts: int, size: int) -> None:
         super().__init__()
@@ -309,7 +311,7 @@ class ExpertAffine(nn.Module):
 
 
 class MoEConv2d(nn.Module):
-    """A convolution whose filters are shared out among experts (paper, Sec. 3); the decision comes from outside."""
+    """A convolution whose filters are divided among experts (paper, Sec. 3). The caller provides the decision."""
 
     def __init__(
         self,
@@ -334,7 +336,9 @@ class MoEConv2d(nn.Module):
         self.affine = ExpertAffine(layout.num_experts, layout.size) if affine else None
 
     def bank(self) -> tuple[Tensor, Tensor | None, Rows]:
-        """Filters and biases of all experts, and who has which: as they are, or scaled and shifted for each expert."""
+        """Filters and biases of all experts and the rows of each, after the scale and shift of each
+        expert if there are any.
+        """
         if self.affine is None:
             return self.weight, self.bias, self.rows
         every = torch.cat([expert_rows(self.weight, rows) for rows in self.rows])
@@ -342,7 +346,7 @@ class MoEConv2d(nn.Module):
         return weight, self.affine.shift.flatten(), split_rows(range(len(every)), self.out_channels)
 
     def fold_affine(self) -> None:
-        """Give every expert filters of its own that compute what the shared ones do with its scale and shift."""
+        """Apply each expert's scale and shift to its own copy of the shared filters."""
         weight, bias, self.rows = self.bank()
         if self.affine is not None and bias is not None:
             self.weight, self.bias, self.affine = nn.Parameter(weight.detach()), nn.Parameter(bias.detach()), None

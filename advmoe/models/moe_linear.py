@@ -1,4 +1,6 @@
-"""The MoE linear layer: every row (an image's tokens, or one token) meets the weights of its own expert only."""
+"""The MoE linear layer: multiplies every unit (an image's tokens, or one token) by the weights of
+its own expert only.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def _moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Te
     return dispatch(x, expert_index, len(rows), multiply)
 
 
-# As `advmoe::moe_conv2d`: one opaque node for exporters, while eager execution calls the function itself.
+# Like `advmoe::moe_conv2d`, this is one opaque node for exporters. Eager execution calls the
+# function itself.
 _operator = torch.library.custom_op(
     "advmoe::moe_linear",
     lambda x, weight, bias, expert_index, rows, size: _moe_linear(
@@ -62,7 +65,7 @@ def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Ten
 
 
 class MoELinear(nn.Module):
-    """A linear layer whose outputs are shared out among experts; the decision comes from outside.
+    """A linear layer whose outputs are divided among experts. The caller provides the decision.
 
     Args:
         in_features: D_in.

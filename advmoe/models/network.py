@@ -1,4 +1,4 @@
-"""What all networks share: images in, logits out, pathways on request, and the split of theta into phi and psi.
+"""The base class of all networks: logits of images, pathways on request, and parameters split into phi and psi.
 
 Shape suffixes: B batch, C channels, H height, L MoE layers, T tokens, W width.
 """
@@ -23,12 +23,13 @@ TapeType = Callable[[nn.ModuleList, Sequence[int], Tensor | None], RoutingTape]
 
 
 def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
-    """Refuse images that the arithmetic would accept, by broadcasting or as other numbers, but that are none.
+    """Refuse tensors that are no images, although the arithmetic would accept them.
 
-    Shape and type are checked always: that reads no pixel. In eval mode on the CPU, images that are not finite or lie
-    in 0..255 are refused too; this pass over the values costs a thousandth of the network. On a GPU it would wait for
-    the device in every call, and a graph that is compiled or exported cannot branch on values. Other values outside of
-    [0, 1] are let through: a diagnostic feeds normalized images on purpose.
+    Shape and type are always checked; this reads no pixel. In eval mode on the CPU, values that are
+    not finite or in 0..255 are refused too. This costs a thousandth of a forward pass. On a GPU the
+    check would wait for the device in every call, and a compiled or exported graph cannot branch on
+    values. Other values outside [0, 1] are accepted, because a diagnostic feeds normalized images
+    on purpose.
 
     Raises:
         DataError: a wrong shape or type, values that are not finite, or pixels of 0..255.
@@ -50,18 +51,19 @@ def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
 class RoutedNetwork(nn.Module):
     """Base of all backbones: a plain module from images [B, 3, H, W] in [0, 1] to logits [B, classes].
 
-    Subclasses build their layers with the factory and implement `run`. phi (the routers) lies in `self.routers`, psi is
-    everything else but the scores of Sparse-CNN's channel masks, which lie in `self.masks`.
+    Subclasses build their layers with the factory and implement `run`. `self.routers` holds phi
+    (the routers), `self.masks` the scores of Sparse-CNN's channel masks. All other parameters are
+    psi.
     """
 
     mean: Tensor
     std: Tensor
     rows_per_image: int = 1
-    """What is routed as one: an image (1), or each of its tokens."""
+    """Routed units per image: 1 for the image, or its number of tokens."""
     compiled: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] | None = None
     """Takes the place of `compute` for a while (`advmoe.models.compiled`)."""
     class_names: tuple[str, ...] = ()
-    """Name of each logit, if the model comes from a checkpoint that tells them."""
+    """Name of each logit, if the checkpoint stores names."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
@@ -108,19 +110,21 @@ class RoutedNetwork(nn.Module):
         else:
             tape = tape_type(self.routers, self.router_of_layer, None if pathways is None else self._as_rows(pathways))
         x_BCHW = (images - self.mean) / self.std
-        # Not channels-last, although it is faster: torch 2.15 (oneDNN, AVX-512) then corrupts the heap (docs/log.md).
+        # Channels-last would be faster, but corrupts the heap with torch 2.15 (oneDNN, AVX-512;
+        # docs/log.md).
         if self.expert_layouts and self.config.granularity == "image":
             tape.decide(0, x_BCHW)
-        logits = self.run(x_BCHW, tape).to(x_BCHW.dtype)  # losses are computed in fp32, whatever the convolutions use
+        # losses are computed in fp32 for every precision of the convolutions
+        logits = self.run(x_BCHW, tape).to(x_BCHW.dtype)
         return logits, self._by_image(tape.read())
 
     def _as_rows(self, pathways_BL: Tensor) -> Tensor:
-        """Pathways of images -> pathways of the rows that are routed, [B * rows_per_image, MoE layers]."""
+        """From pathways of images to pathways of routed units, [B * rows_per_image, MoE layers]."""
         pathways_BLT: Tensor = pathways_BL.unflatten(1, (-1, self.rows_per_image))
         return pathways_BLT.transpose(1, 2).flatten(0, 1)
 
     def _by_image(self, routing: Routing) -> Routing:
-        """A routing of rows -> that of their images, the decisions of each layer side by side."""
+        """From a routing of units to a routing of images, with the decisions of each layer side by side."""
         if self.rows_per_image == 1:
             return routing
         by_image = [
@@ -130,7 +134,7 @@ class RoutedNetwork(nn.Module):
         return Routing(*by_image)  # type: ignore[arg-type]
 
     def folded(self) -> RoutedNetwork:
-        """This network, or an equal one in which what only training needs is folded into the experts' filters."""
+        """This network, or an equal one whose training-only parameters are folded into the experts' filters."""
         if not self.config.expert_affine:
             return self
         network = copy.deepcopy(self)
@@ -144,7 +148,7 @@ class RoutedNetwork(nn.Module):
         return self.routers.parameters()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """psi: every parameter that is neither a router's nor a mask's."""
+        """psi: all parameters except those of routers and masks."""
         others = {id(parameter) for parameter in (*self.router_parameters(), *self.mask_parameters())}
         return (parameter for parameter in self.parameters() if id(parameter) not in others)
 

@@ -17,33 +17,34 @@ from advmoe.models.routing import Decision, compared, gate
 
 
 def in_full(x: Tensor) -> AbstractContextManager[object]:
-    """Where a network computes in bf16, a context in which its routers do not: a decision has no half."""
+    """Switches autocast off, so that routers compute in fp32 where the network computes in bf16."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class Centering(nn.BatchNorm1d):
-    """Standardizes features by running statistics, in training too, so that a decision depends on the image alone.
+    """Standardizes features by running statistics, also in training. A decision then depends on its image alone.
 
-    On the same features the training attack, the update that follows it and the finished model therefore decide alike.
-    By batch statistics a router would, in training, not even see a shift that the attack gives to all images.
+    The training attack, the following update and the finished model therefore decide alike on equal
+    features. With batch statistics, a router in training would not even see a shift that the attack
+    gives to all images.
     """
 
     NEWEST = 0.1
-    """Weight of the newest batch, after the first 1 / NEWEST batches, which count alike."""
+    """Weight of the newest batch. The first 1 / NEWEST batches have equal weights."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, affine=False)
 
     def forward(self, features_BC: Tensor) -> Tensor:
-        """[B, C] -> [B, C] by the stored statistics, which in training mode take in the batch afterwards."""
+        """[B, C] -> [B, C] by the stored statistics. In training mode, the batch updates them afterwards."""
         if not self.training:
             return super().forward(features_BC)
         assert self.running_mean is not None
         assert self.running_var is not None
         standardized_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
         assert self.num_batches_tracked is not None
-        with torch.no_grad():  # as BatchNorm does it, but with a weight that no host has to read
+        with torch.no_grad():  # like BatchNorm, but the host does not read the weight
             self.num_batches_tracked += 1
             weight = self.num_batches_tracked.reciprocal().clamp(min=self.NEWEST).to(features_BC.dtype)
             if world().size > 1:
@@ -58,9 +59,10 @@ class Centering(nn.BatchNorm1d):
 class Router(nn.Module):
     """Global average pool -> centering -> linear without bias -> N logits.
 
-    The pooled features of a ReLU network are positive and share one large direction, so that a plain linear router
-    sends every image to the same expert within a few epochs. Centering takes that direction out; as there is no bias,
-    every logit then has mean zero over the data, and no expert can win everywhere.
+    The pooled features of a ReLU network are positive and share one large direction. A plain linear
+    router therefore sends every image to the same expert within a few epochs. Centering removes
+    that direction. There is no bias, so every logit has mean zero over the data, and no expert can
+    win everywhere.
     """
 
     def __init__(self, in_channels: int, num_experts: int, *, router_gradient: RouterGradient = "dense") -> None:
@@ -74,13 +76,13 @@ class Router(nn.Module):
         """Logits [B, N] for the layer input."""
         dtype = self.linear.weight.dtype
         with in_full(x_BCHW):
-            # a sum of bf16 numbers in fp32; the plain form is what exporters expect
+            # sums bf16 numbers in fp32; exporters expect the plain form
             pooled_BC = x_BCHW.mean(dim=(2, 3)) if x_BCHW.dtype == dtype else x_BCHW.mean(dim=(2, 3), dtype=dtype)
             logits: Tensor = self.linear(self.center(pooled_BC))
         return logits
 
     def decide(self, x_BCHW: Tensor) -> Decision:
-        """The expert of each image (first of equal logits), with a gate where this router is being trained."""
+        """The expert of each image (the first of equal logits), with a gate if this router is being trained."""
         logits_BN = self(x_BCHW)
         expert_index_B = logits_BN.argmax(dim=1)
         learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()

@@ -1,8 +1,9 @@
-"""Routing: which expert each image takes in each MoE layer, as plain values.
+"""Routing as plain values: the expert of each image in each MoE layer.
 
-An MoE layer is a router plus one convolution (paper, Sec. 3). The router picks one of N experts per image; the picks of
-all layers are the image's *pathway*. Nothing here is stored on a module: a forward pass opens a `RoutingTape`, each
-layer asks it for its decision, and the tape is read out as a `Routing` at the end.
+An MoE layer is a router plus one convolution (paper, Sec. 3). The router picks one of N experts per
+image. An image's *pathway* is the list of its experts in all layers. No module stores a decision: a
+forward pass opens a `RoutingTape`, each layer asks the tape for its decision, and the tape returns
+a `Routing` at the end.
 
 Shape suffixes: B batch, C channels, H height, L MoE layers, N experts, R routers (at most L, as
 several layers may share one), W width.
@@ -20,18 +21,18 @@ from torch.autograd.function import once_differentiable
 from advmoe.config import RouterGradient
 
 Signal = Literal["own", "mean", "all", "sampled"]
-"""What a decision's gate multiplies (`Decision.gate`)."""
+"""Factor of the gate's gradient (`Decision.gate`)."""
 
 
 class Decision(NamedTuple):
-    """What one router decided for a batch. The layer's output is that of the expert chosen, whatever the gate says."""
+    """The decision of one router for a batch. The layer's output is that of the chosen expert, whatever the gate is."""
 
     expert_index_B: Tensor
     logits_BN: Tensor | None
     gate: Tensor | None = None
-    """Carries the router's gradient; None where none is wanted. Its value does not matter. With g_b the gradient of
-    the loss by image b's output, y_e the output of expert e for that image and c the expert chosen, the gradient of the
-    gate is
+    """Carries the router's gradient; None if none is needed. Its value does not matter. Let g_b be
+    the gradient of the loss by image b's output, y_e the output of expert e for that image, and c
+    the chosen expert. Then the gradient of the gate is
 
     - `own`, a gate [B]: <g_b, y_c>. It learns whether the loss wants the output scaled, which no choice can answer.
     - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, how the loss changes along what sets the chosen expert apart.
@@ -41,9 +42,9 @@ class Decision(NamedTuple):
     """
     signal: Signal = "own"
     other_B: Tensor | None = None
-    """For `sampled`: another expert for each image, int64 in [0, N)."""
+    """For `sampled`: another expert of each image, int64 in [0, N)."""
     scales: bool = False
-    """Whether the router's probability for the expert chosen multiplies the layer's output (`scaled`)."""
+    """Whether the layer's output is multiplied by the router's probability of the chosen expert (`scaled`)."""
 
 
 class Routing(NamedTuple):
@@ -54,7 +55,7 @@ class Routing(NamedTuple):
 
 
 def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradient) -> Tensor:
-    """A factor of value 1 that lets gradients through the argmax.
+    """A factor with value 1 that passes gradients through the argmax.
 
     `softmax` and `advantage`: p_e / stopgrad(p_e), whose gradient reaches all logits; they differ in what the gate
     multiplies (`Decision`). `straight_through`: 1 + logit_e - stopgrad(logit_e), the gradient reaches the chosen logit
@@ -83,7 +84,7 @@ class _Comparison(torch.autograd.Function):
             other_B1 = value_BN.scatter(1, chosen_B1, torch.inf).argmin(dim=1, keepdim=True)
         probability_B1 = (logits_BN.gather(1, other_B1) - logits_BN.gather(1, chosen_B1)).sigmoid()
         difference_B1 = value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1)
-        if ctx.relative:  # the loss is a mean over images, so this leaves a mean, too
+        if ctx.relative:  # the loss is a mean over images; so is the result
             difference_B1 = difference_B1 / difference_B1.abs().sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
         push_B1 = probability_B1 * (1.0 - probability_B1) * difference_B1
         return (
@@ -161,23 +162,24 @@ class RoutingTape:
         return self._decisions[router]
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
-        """What a router reads: the layer's input, as a constant.
+        """The input of a router: the layer's input, as a constant.
 
-        Routers learn from features and do not shape them. Away from its boundaries the argmax has derivative zero; what
-        a gate would add to the gradient of the experts, or of an attack, is not a derivative of what is computed. A
-        probability that scales the output is computed, and has a derivative.
+        Routers learn from features, but do not shape them. Away from its boundaries the argmax has
+        derivative zero, so the gradient that a gate would add to the experts, or to an attack, is
+        not a derivative of the output. A probability that scales the output has a derivative.
         """
         return x_BCHW if self._scales else x_BCHW.detach()
 
     def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
         """Output of MoE layer number `layer`: decide, then `compute(input, decision)` with the experts decided for.
 
-        A tape that routes differently (an attack's relaxation) overrides this or `decide`; layers stay as they are.
+        A tape with other routing (an attack's relaxation) overrides this method or `decide`. Layers
+        need no change.
         """
         return compute(x_BCHW, self.decide(layer, x_BCHW))
 
     def read(self) -> Routing:
-        """All decisions of the pass, once every layer has asked."""
+        """All decisions of the pass. Every layer must have asked before."""
         if self._forced_BL is not None:
             return Routing(self._forced_BL, None)
         decided = [self._decisions[router] for router in range(len(self._routers))]

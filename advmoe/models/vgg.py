@@ -22,8 +22,9 @@ HIDDEN = 4096
 class VGG16(RoutedNetwork):
     """VGG-16-BN. The first convolution reads the image and is not routed; the other 12 are.
 
-    Small images: global average pool and one linear layer, as is usual on CIFAR. ImageNet: the original three linear
-    layers on all places of the last feature maps, without their dropout: TRADES compares two passes of one network.
+    For small images, the classifier is global average pooling and one linear layer, as usual on
+    CIFAR. For ImageNet, it is the original three linear layers on all places of the last feature
+    maps, but without dropout: TRADES compares two passes of one network.
     """
 
     def __init__(self, config: ModelConfig) -> None:

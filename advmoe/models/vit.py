@@ -1,7 +1,8 @@
 """ViT-S (Dosovitskiy et al., 2021; Touvron et al., 2021) whose MLPs are experts: MoE-ViT (paper, Table 3).
 
-What is routed is the MLP of each block: expert e is a window of r of the hidden units. Attention, patch embedding and
-classifier are not routed, and r does not narrow them: S-Dense is ViT with narrower MLPs, one pathway of MoE-ViT.
+The MLP of each block is routed: expert e is a window of r of its hidden units. Attention, patch
+embedding and classifier are not routed, and r does not narrow them. S-Dense is therefore a ViT with
+narrower MLPs, equal to one pathway of MoE-ViT.
 
 Shape suffixes: B batch, C channels, D features, H height, T tokens, U routed units (an image or a
 token), W width.
@@ -113,7 +114,7 @@ class RoutedMLP(nn.Module):
         index_U = decision.expert_index_B
         if torch.compiler.is_exporting():
             y_UTD: Tensor = self.reduce(F.gelu(self.expand(x_UTD, index_U)), index_U)
-        else:  # both layers of an expert on its rows: one dispatch instead of two
+        else:  # computes both layers of an expert at once: one dispatch instead of two
             y_UTD = route(x_UTD, decision, self)
         y_UTD = scaled(y_UTD, decision)
         return y_UTD.transpose(1, 2).unsqueeze(3)
@@ -163,8 +164,8 @@ class Block(nn.Module):
 class ViT(RoutedNetwork):
     """ViT-S: 12 blocks (or `depth`), 6 heads, 384 dimensions, a class token and learned positions.
 
-    All blocks have one shape, so the whole encoder is one stage. Besides the granularities of the CNNs there is
-    `token`: each token picks its own expert.
+    All blocks have the same shape, so the whole encoder is one stage. The granularity `token`
+    exists in addition to those of the CNNs: each token picks its own expert.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -17,7 +17,8 @@ from advmoe.training.union import sum_gradients
 def perturbed_weights(
     model: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], gamma: float
 ) -> Iterator[None]:
-    """Inside, weights with two or more dimensions are moved up the loss by gamma times their own norm; then moved back.
+    """Inside the context, weights with two or more dimensions are moved up the loss by gamma times
+    their norm. They are moved back at the end.
 
     Args:
         model: the network; its buffers (BatchNorm statistics) forget the pass that finds the direction.

@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything needed to rebuild a model, and, for `last.pt`, to go on training it."""
+"""Checkpoints: one file that rebuilds a model. `last.pt` also holds the state from which training continues."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Checkpoint:
 
     model: ModelConfig
     weights: Weights
-    """State dict of the model as it was validated: the moving average of the weights where the run keeps one."""
+    """State dict of the validated model: the moving average of the weights if the run keeps one."""
     class_names: tuple[str, ...] = ()
     """Label of each output."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -59,10 +59,10 @@ class Checkpoint:
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     """State of each level's optimizer."""
     training_weights: Weights | None = None
-    """State dict that training goes on from, where `weights` is a moving average."""
+    """State dict from which training continues, if `weights` is a moving average."""
 
     def build(self) -> RoutedNetwork:
-        """The model, in eval mode; a Sparse-CNN whose masks are learned without the channels it dropped."""
+        """The model in eval mode. A Sparse-CNN with learned masks is built without its dropped channels."""
         try:
             model = build_model(self.model)
             load_weights(model, self.weights)
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give a model these weights, which must be its own in name, shape and type: nothing is filled in or converted.
+    """Load weights into a model. They must match its own in name, shape and type; none is filled in or converted.
 
     Raises:
         ConfigError: a difference; the message names the first one.
@@ -105,7 +105,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on with a stored state of an optimizer.
+    """Load a stored state into an optimizer.
 
     Raises:
         CheckpointError: the state is not one of this optimizer on these parameters.
@@ -158,7 +158,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _write(contents: dict[str, Any], path: Path) -> None:
-    """`torch.save`, with the operating system's error where it raises a RuntimeError of its own."""
+    """`torch.save`, which raises the operating system's error instead of torch's RuntimeError."""
     with path.open("wb") as file:
         refusals: list[OSError] = []
 
@@ -235,7 +235,7 @@ def _check_sums(path: Path) -> None:
         CheckpointError: bytes of the file have changed since it was written.
     """
     if not zipfile.is_zipfile(path):
-        return  # no archive at all: reading it says so
+        return  # reading the file reports that it is no archive
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -246,7 +246,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _read_archive(path: Path, map_location: str | torch.device) -> Any:
-    """What `torch.save` wrote, if it is plain data."""
+    """The content of a file of `torch.save`, if it is plain data."""
     _check_sums(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway

@@ -1,19 +1,22 @@
 """Experts that grow apart from one common filter bank.
 
-N experts of a layer each see a share of the images, and the next layer reads the same slots whichever of them wrote.
-Left to themselves they agree on nothing: a slot means something else after every decision, and all learn slowly
-(docs/log.md). So the N filters of a slot start equal, and the gradient G_e of expert e's becomes
+Each of the N experts of a layer sees a share of the images, and the next layer reads the same slots
+for all experts. Trained independently, experts give the same slot different meanings, so the next
+layer's input changes with every routing decision, and all layers learn slowly (docs/log.md). The N
+filters of a slot therefore start equal, and the gradient G_e of expert e's filter is replaced by
 
     G + specialization * (G_e - G / N),    G = sum over experts.
 
-What the experts have in common, their mean, moves by G: it learns from every image, exactly as S-Dense's filters do.
-What tells them apart moves `specialization` times as fast as under plain SGD. At 0 the network stays S-Dense; with
-N = 1 it is S-Dense at any value. Under SGD with momentum and weight decay this equals the training of shared plus
-specific filters, but the filters stay one plain bank: nothing has to be merged, saved or exported differently.
+The mean of the experts' filters moves by G: it learns from every image, exactly as S-Dense's
+filters do. The differences between experts move `specialization` times as fast as under plain SGD.
+At 0 the network stays S-Dense; for N = 1 it is S-Dense at any value. Under SGD with momentum and
+weight decay, this equals the training of shared plus specific filters. The filters stay one plain
+bank, so nothing has to be merged, saved or exported differently.
 
-Where windows overlap (N * r > 1), a filter of several experts stands for all of them in its slot: the formula's N is
-then the number of different filters in a slot, and at r = 1, where that is 1 everywhere, it is Dense's plain SGD. A
-filter that changes slots from expert to expert, as some must if N > 2, has no counterparts and is left alone.
+If windows overlap (N * r > 1), a filter of several experts counts once in its slot. N in the
+formula is then the number of different filters in a slot. At r = 1 it is 1 everywhere, which gives
+Dense's plain SGD. For N > 2, some filters have different slots in different experts; they are not
+coupled.
 
 Shape suffixes: F filters of a bank, S slots of an expert.
 """
@@ -34,7 +37,8 @@ from advmoe.models.moe_linear import MoELinear
 
 
 def slot_of_row(rows: Rows) -> tuple[int, ...]:
-    """For each row of a bank the slot it fills, in whichever expert; a row that changes slots gets a number of its own.
+    """The slot of each row of a bank, in any of its experts. A row whose slot differs between
+    experts gets its own number.
 
     Args:
         rows: rows of each expert, in the order of its slots; all rows of the bank are in some expert.
@@ -54,9 +58,9 @@ class Slots:
     slot_of_F: Tensor
     """int64 [bank], the slot of each row."""
     count_S: Tensor
-    """How many rows each slot has, at least 1."""
+    """Number of rows of each slot, at least 1."""
     copies: int | None
-    """N, where row i fills slot i % (bank / N): experts lie one after another and share nothing."""
+    """N if row i fills slot i % (bank / N): experts are consecutive and share no row."""
 
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | None = None) -> Slots:
@@ -64,14 +68,14 @@ class Slots:
         slot_of_F = torch.tensor(slots, device=device)
         size = max(slots) + 1
         tiled = list(slots) == [row % size for row in range(len(slots))] and len(slots) % size == 0
-        count_of = Counter(slots)  # here, because a device would make the host wait
+        count_of = Counter(slots)  # read here, because the host would wait for a device
         count_S = torch.tensor([max(1, count_of[slot]) for slot in range(size)], device=device)
         return cls(slot_of_F, count_S, len(slots) // size if tiled else None)
 
 
 @lru_cache(maxsize=256)
 def _shared_slots(rows: Rows, device: torch.device) -> Slots | None:
-    """The slots of a bank on a device, made once and not in every step; None if every slot has one filter only."""
+    """The slots of a bank on a device, cached between steps; None if every slot has one filter only."""
     slots = slot_of_row(rows)
     return Slots.of(slots, device) if len(set(slots)) < len(slots) else None
 
@@ -97,7 +101,7 @@ def start_equal(model: nn.Module) -> None:
 
 @torch.no_grad()
 def couple_gradients(banks: Iterable[tuple[nn.Parameter, Slots]], specialization: float) -> None:
-    """Replace gradients of expert banks by the coupled ones, in place; banks without a gradient are left alone."""
+    """Replace the gradients of expert banks by coupled gradients, in place. Banks without a gradient are skipped."""
     for weight, slots in banks:
         if weight.grad is not None:
             couple(weight.grad, slots, specialization)

@@ -21,20 +21,20 @@ NAMES = (
 
 
 class EpochSums:
-    """Sums for one level. They live in a dict of tensors, which a checkpoint in mid-epoch carries along."""
+    """Sums for one level. They are a dict of tensors, which a checkpoint in mid-epoch stores."""
 
     def __init__(self, *, routed: bool, device: torch.device) -> None:
         self._routed = routed
         self.values = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
-        """All sums side by side, as `summary` takes them."""
+        """All sums as one tensor, the input of `summary`."""
         self._sums: dict[str, Tensor] = dict(zip(NAMES, self.values.unbind(), strict=True))
 
     def add(self, result: StepResult) -> None:
-        """Count one step; of one that was not taken no more than that."""
+        """Count one step. Of a skipped step, only the step and its images count."""
         sums, taken = self._sums, result.finite
         if world().leads:
             sums["skipped"] += ~taken
-        if not result.images:  # their mean loss is no number
+        if not result.images:  # the mean loss of no images is NaN
             return
         sums["seen"] += result.images
         sums["images"] += taken * result.images
@@ -48,7 +48,7 @@ class EpochSums:
 
     @property
     def images(self) -> int:
-        """Images of all steps, also of those that were not taken."""
+        """Images of all steps, including skipped ones."""
         return int(self._sums["seen"])
 
     @property
@@ -76,7 +76,7 @@ class EpochSums:
         return figures
 
     def unite(self) -> None:
-        """Hand what all ranks have counted to rank 0; the others begin anew."""
+        """Send the sums of all ranks to rank 0; the other ranks start again from zero."""
         if world().size > 1:
             sum_up([self.values])
             if not world().leads:

@@ -1,6 +1,7 @@
-"""A step whose loss or gradient is not finite is not taken: it leaves no trace, and a run of such steps ends the run.
+"""Skips a step whose loss or gradients are not finite, without a trace. A row of such steps ends the run.
 
-No host waits for a GPU here: whether a step counts is a tensor on its device, and is read every `READ_EVERY` steps.
+The host does not wait for a GPU: whether a step counts is a tensor on the device, read every
+`READ_EVERY` steps.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from advmoe.distributed import collect
 from advmoe.training.levels import Level
 
 READ_EVERY = 50
-"""On a GPU, so many steps pass between two looks at what became of them."""
+"""On a GPU, the outcomes of steps are read once in this many steps."""
 MOST_IN_A_ROW = 10
-"""After so many steps in a row that could not be taken a run ends: it would not find back."""
+"""A run ends after this many skipped steps in a row, because it would not recover."""
 
 
 class Kept:
-    """Tensors as they are now, to go back to.
+    """A copy of tensors, to which they can be reset.
 
     Args:
         tensors: to be kept. They are changed in place, and stay the same objects.
@@ -37,13 +38,13 @@ class Kept:
 
     @torch.no_grad()
     def finite(self) -> Tensor | None:
-        """Whether the tensors hold finite numbers now, bool []; None if there are none."""
+        """Whether all values of the tensors are finite, bool []; None if there are no tensors."""
         flags = [_flat(group).isfinite().all() for group, _ in self._groups]
         return torch.stack(flags).all() if flags else None
 
     @torch.no_grad()
     def restore(self, changed: Tensor | None = None) -> None:
-        """Give the tensors their values of then back.
+        """Reset the tensors to their copied values.
 
         Args:
             changed: bool [], on their device; where it holds they keep their present values. None: they do not.
@@ -60,7 +61,9 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """What a forward pass in training changes: the running statistics of BatchNorm and of the routers' centring."""
+    """Tensors that a forward pass in training changes: the running statistics of BatchNorm and of
+    the routers' centering.
+    """
     return [
         buffer
         for module in modules
@@ -71,9 +74,9 @@ def statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = None) -> Tensor:
-    """Move the level by its gradients, unless they, the loss or the statistics are not finite.
+    """Update the level, unless its gradients, the loss or the statistics are not finite.
 
-    Then weights, momentum and statistics are, to the bit, what they were before the step.
+    A skipped step leaves weights, momentum and statistics as they were, bit for bit.
 
     Args:
         level: with the gradients of the step, those of all ranks.
@@ -102,7 +105,8 @@ def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = No
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Let the momentum of SGD begin with zeros, and not with a step that may not be taken; its first step is the same.
+    """Initialize the momentum of SGD with zeros, because the first step may be skipped. The first
+    step is unchanged by it.
 
     Args:
         optimizer: a fused one. Others would not see whether the step is to be taken.
@@ -117,7 +121,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 class Untaken(NamedTuple):
-    """An update that was not made."""
+    """A skipped update."""
 
     step: int
     """Number of the step in the run, from 1."""
@@ -132,7 +136,7 @@ class Untaken(NamedTuple):
 
 
 class Watch:
-    """Finds out which steps were not taken, some steps later where they were made on a GPU."""
+    """Finds the skipped steps. For steps on a GPU, it finds them some steps later."""
 
     def __init__(self) -> None:
         self.in_a_row = 0

@@ -21,9 +21,9 @@ LevelName = Literal["routers", "experts", "masks", "all"]
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the bi-level problem: what it may change, and the optimizer that does it.
+    """One level of the bi-level problem: the parameters that it may change, and their optimizer.
 
-    The optimizer may know more parameters than the level may change; those are left alone.
+    The optimizer may hold more parameters than the level may change. The others are not updated.
     """
 
     name: LevelName
@@ -34,7 +34,9 @@ class Level:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """What this level may change."""
+        """Parameters that this level may not change. The list is made once, because a network keeps
+        its parameter objects.
+        """
         fixed = {id(parameter) for parameter in self._fixed}
         known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         return [parameter for parameter in known if id(parameter) not in fixed]
@@ -45,13 +47,14 @@ class Level:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Put this level into training mode and hold the others fixed: no gradients, no change of their statistics.
+        """Set this level to training mode and fix the others: they get no gradients and keep their statistics.
 
-        Fixed experts run as at inference, BatchNorm on stored statistics, unless `router_statistics` says otherwise. In
-        a run's first steps stored statistics lag far behind the weights, and routers are torn away from where they
-        started; even so the experts' loss was lower (docs/log.md). Experts in training normalize by the batch, and
-        fixed routers decide on such features: not always as at inference. Taking the decisions of inference instead
-        made the experts learn worse (docs/log.md).
+        Fixed experts use stored BatchNorm statistics, as at inference, unless `router_statistics`
+        is `batch`. In a run's first steps the stored statistics lag behind the weights and the
+        routers move far from their start; the experts' loss was lower even so (docs/log.md).
+        Experts in training normalize by the batch. Fixed routers decide on such features, so their
+        decisions may differ from those at inference. Using the decisions of inference instead made
+        the experts learn worse (docs/log.md).
         """
         routers, others = self._modules
         for parameter in self._fixed:
@@ -95,9 +98,9 @@ def parts(model: RoutedNetwork) -> dict[LevelName, list[nn.Parameter]]:
 
 
 def _sgd(groups: list[dict[str, Any]], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """SGD in few passes over memory: to the bit the same as torch's plain form on a CPU, in half its time.
+    """SGD with few passes over memory. On a CPU it equals torch's plain form bit for bit, in half the time.
 
-    On a GPU the rate is a tensor: a new one is then an order like any other, and nothing is compiled anew for it.
+    On a GPU the rate is a tensor, so that a new rate needs no new compilation.
     """
     optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
@@ -109,7 +112,7 @@ def _sgd(groups: list[dict[str, Any]], config: TrainConfig, device: torch.device
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: Callable[[float | None], float]) -> None:
-    """Give each group of parameters its learning rate, which follows from the group's own peak, if it has one."""
+    """Set the learning rate of each group of parameters. A group with its own peak follows that peak."""
     for group in optimizer.param_groups:
         value = rate(group.get("peak"))
         if isinstance(group["lr"], Tensor):
@@ -123,8 +126,8 @@ def make_levels(
 ) -> list[Level]:
     """The levels of one training, each with an SGD of its own on its parameters.
 
-    Experts are coupled unless the config says otherwise (`advmoe.training.coupling`): those of a `fresh` model start
-    equal, and every optimizer that moves experts moves them together.
+    Experts are coupled unless the config says otherwise (`advmoe.training.coupling`). The experts
+    of a `fresh` model then start equal, and every optimizer that moves experts couples them.
 
     Raises:
         ConfigError: the config asks for what the model has not.

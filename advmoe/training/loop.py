@@ -1,9 +1,10 @@
 """The training loop: epochs, batches, schedule, validation, checkpoints.
 
-Everything random is a pure function of (seed, position in the run): the batches in the Rust loader, the attacks' noise
-here. A run that is stopped after any step and resumed goes on bit for bit as if it had not been stopped.
+Everything random is a pure function of the seed and the position in the run: batches come from the
+Rust loader, attack noise from here. A run may stop after any step. After resuming, its results are
+the same bit for bit.
 
-Shape suffixes: I images of a set.
+Shape suffixes: I images of a set, L MoE layers.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from advmoe.training.start import start_from
 from advmoe.training.union import placed
 
 COLLAPSED_LOAD = 0.99
-"""Load of one expert from which a layer's router counts as collapsed."""
+"""A router counts as collapsed if one of its experts has this load."""
 
 
 def _reads_at_once(device: torch.device) -> bool:
-    """Whether nothing waits for a device that is asked in every step."""
+    """Whether the host can read a value in every step without waiting for the device."""
     return device.type == "cpu"
 
 
@@ -144,7 +145,7 @@ class Trainer:
             )
 
     def request_stop(self) -> None:
-        """Ask a running `fit` to save and return after the step under way (safe to call from a signal handler)."""
+        """Ask a running `fit` to save and return after the current step. Signal handlers may call it."""
         self._stop = True
 
     def fit(self) -> bool:
@@ -203,14 +204,14 @@ class Trainer:
             self.observer.stepped(self.step, images, self._figures)
 
     def _read(self) -> None:
-        """Read what the steps since the last reading have found: for this alone the host waits for the device."""
+        """Read the figures of the steps since the last reading. Only here does the host wait for the device."""
         self._look_at_skipped()
         *routes, sums = read([*self.routing.waiting, self.sums[-1].values])
         self.routing.take(routes)
         self._figures = self.sums[-1].summary(sums)
 
     def _look_at_skipped(self) -> None:
-        """Log the updates that were not made since the last time.
+        """Log the updates that were skipped since the last time.
 
         Raises:
             TrainingError: there were too many in a row.
@@ -232,7 +233,7 @@ class Trainer:
             )
 
     def _levels(self) -> list[Level]:
-        """The levels as the phase of this step changes them; in its first step, the phase begins."""
+        """The levels as the phase of this step changes them. The first step of a phase starts the phase."""
         span = self.schedule.span(self.step)
         if self.step == span.first:
             for level in self.levels:
@@ -282,7 +283,7 @@ class Trainer:
         self.observer.validated(record)
 
     def _warn_of_collapse(self, epoch: int, load_L: list[float]) -> None:
-        """Point out, once for each layer, a router that has only one expert left."""
+        """Warn, once for each layer, of a router that uses only one expert."""
         if not self.model_config.several_experts:
             return
         new = {layer: load for layer, load in enumerate(load_L) if load >= COLLAPSED_LOAD}
@@ -386,7 +387,7 @@ class Trainer:
         return cast(RoutedNetwork, self.average.module)
 
     def _unite(self) -> None:
-        """Bring what the ranks have noted about their images to rank 0, which alone writes."""
+        """Send the ranks' records about their images to rank 0, the only one that writes."""
         for sums in self.sums:
             sums.unite()
         self.routing.unite()

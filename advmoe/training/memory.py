@@ -1,7 +1,8 @@
-"""How much memory a training step takes, before it takes it: a process that runs out is killed without a word.
+"""Estimates the memory of a training step in advance, because a process that runs out of memory is killed silently.
 
-Nearly all of it is activations: those of TRADES's two passes, clean and adversarial, live until the backward pass. They
-are measured on two images and multiplied, so that every backbone and every engine is counted as it is.
+Activations take nearly all of it. In TRADES those of both passes, clean and adversarial, live until
+the backward pass. They are measured on two images and multiplied, so the estimate holds for every
+backbone and engine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from advmoe.models.network import RoutedNetwork
 MEASURED = 2
 """Images of the measurement."""
 HEADROOM = 1.3
-"""A step may take so many times what it must: buffers of the convolutions, gradients of activations, fragments."""
+"""Upper estimate relative to the minimum: buffers of convolutions, gradients of activations, fragmentation."""
 GB = 1e9
 
 
@@ -29,9 +30,9 @@ class Memory:
     """Bytes of a training run."""
 
     needed: int
-    """What a step takes at least: weights, their gradients and momentum, images, activations."""
+    """Minimum of a step: weights, their gradients and momentum, images, activations."""
     available: int | None
-    """What the device has left; None where that is not known."""
+    """Free memory of the device; None if unknown."""
 
     def __str__(self) -> str:
         known = "" if self.available is None else f", {self.available / GB:.1f} GB are available"
@@ -42,7 +43,7 @@ def activations(model: RoutedNetwork, image_size: int) -> int:
     """Bytes that one image's forward pass keeps for the backward pass of a training step."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no storage is used for two tensors
+    held: list[Tensor] = []  # keeps tensors alive, so that no storage is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -69,14 +70,16 @@ def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memo
     passes = 1 if config.method == "standard" or config.loss != "trades" else 2
     image = 2 * passes * 3 * 4 * image_size**2
     per_image = passes * activations(model, image_size) + image
-    here = weights  # the weights themselves are there already
+    here = weights  # the weights are already allocated
     needed = copies * weights + config.batch_size * per_image
     left = available(device)
     return Memory(needed, None if left is None else left + here)
 
 
 def validation_batch(batch_size: int, image_size: int) -> int:
-    """Images attacked at a time in validation: 256 small ones, of larger ones no more than a training step takes."""
+    """Batch size of the attack in validation: 256 images of 32 x 32, or as many pixels of larger
+    images, but at least a training batch.
+    """
     return min(256, max(batch_size, 256 * 32**2 // image_size**2))
 
 
@@ -97,7 +100,7 @@ def _free_of_machine(path: Path) -> int | None:
 
 
 def _free_of_group(path: Path) -> int | None:
-    """What a container may still take."""
+    """Memory that the container may still use."""
     try:
         return int((path / "memory.max").read_text()) - int((path / "memory.current").read_text())
     except (OSError, ValueError):  # no such limit

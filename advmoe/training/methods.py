@@ -1,4 +1,4 @@
-"""The training methods by name. Each is one function of its levels and batches; the loop knows no more about it."""
+"""The training methods by name. Each is one function of its levels and batches. The loop knows nothing else of it."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from advmoe.training.steps import (
 StepFunction = Callable[
     [Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator], int], Sequence[StepResult | None]
 ]
-"""(levels, a batch and a generator of attack noise for each, config, number of the iteration in the run) -> what each
-level's update saw, or None where a level was not updated. The last level always is."""
+"""(levels, one batch and one generator of attack noise for each level, config, number of the
+iteration) -> the result of each level's update, or None if a level was not updated. The last level
+is always updated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way of training: level i is updated on the batches of its own random stream."""
+    """A training method. Level i is updated on the batches of random stream i."""
 
     levels: tuple[LevelName, ...]
-    """What is optimized separately. The last one sets the length of an epoch."""
+    """The levels, which are optimized separately. The last one sets the length of an epoch."""
     step: StepFunction
     """One iteration."""
     kinds: tuple[Kind, ...] = KINDS
     """Model kinds it is defined for."""
     phases: tuple[Phase, ...] = (Phase(),)
-    """Trainings one after the other. A run's best checkpoint is one of the last: before, the network is another."""
+    """Phases in their order. Only a checkpoint of the last phase can be a run's best, because the
+    network differs before."""
     starts_from_checkpoint: bool = False
-    """Whether it only makes sense on top of an earlier run."""
+    """Whether it has to start from an earlier run."""
     summary: str
 
     @property
@@ -59,9 +61,10 @@ def advmoe(
 ) -> list[StepResult | None]:
     """Algorithm 1: two different batches, two attacks; the experts are attacked through the routers just updated.
 
-    With `router_step` reuse the routers learn from the images that were attacked for the experts one step before. That
-    step directly precedes the routers' one, so the two are taken together, in the other order: the sequence of updates
-    is the same, and no images have to be kept from one iteration, or one checkpoint, to the next.
+    With `router_step` reuse, the routers learn from the images that were attacked for the experts
+    one step before. The experts' step directly precedes the routers' step, so both are taken
+    together, in the other order. The sequence of updates is the same, and no images have to be kept
+    between iterations or in checkpoints.
     """
     routers, experts = levels
     batch_routers, batch_experts = batches

@@ -1,6 +1,6 @@
-"""What the routers did with the training images, epoch by epoch: the route log of a run.
+"""The routing of the training images, epoch by epoch: the route log of a run.
 
-Images are logged as the training step saw them, cropped and mirrored anew in every epoch.
+Images are logged as the training step saw them, with the random crop and mirror of that epoch.
 
 Shape suffixes: B batch, I images of a set, L MoE layers, T tokens.
 """
@@ -27,7 +27,7 @@ from advmoe.training.steps import StepResult
 CLEAN, ATTACKED = "clean", "pgd"
 """Conditions of the log."""
 MOST_BYTES = 2**28
-"""Size of a run's log in memory. Where all images would take more, every k-th is logged."""
+"""Maximum size of a run's log in memory. If all images would take more, every k-th image is logged."""
 ROW_BYTES = 16
 """A row's index and classes, beside one byte for each decision."""
 
@@ -69,7 +69,7 @@ class RoutingHistory:
         return [tensor for each in self._waiting for tensor in (each.experts_BL, each.labels)]
 
     def take(self, values: Sequence[Tensor]) -> None:
-        """Log what was waiting, from its copies on the CPU; epochs before the last are forgotten."""
+        """Log the waiting routes from their copies on the CPU. Only the last two epochs are kept."""
         waiting, self._waiting = self._waiting, []
         for each, experts_BL, labels in zip(waiting, values[::2], values[1::2], strict=True):
             self._log.forget_before(each.condition[1] - 1)
@@ -89,7 +89,7 @@ class RoutingHistory:
             self._log = RouteLog(self._log.num_experts)
 
     def figures(self, epoch: int) -> dict[str, Any]:
-        """What the routers did with clean images in an epoch, per MoE layer.
+        """Statistics of the routers on clean images in one epoch, per MoE layer.
 
         Returns:
             `router_load`, the busiest expert's share of the decisions, 1/N to 1; `router_entropy` of the load, divided
@@ -119,7 +119,7 @@ class RoutingHistory:
             self._log.save(path)
 
     def resume(self, path: Path) -> None:
-        """Go on with the log that an interrupted run left; without it, statistics begin anew.
+        """Continue the log of an interrupted run. Without a log, statistics start again.
 
         Raises:
             DataError: a damaged file.

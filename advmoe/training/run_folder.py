@@ -1,4 +1,4 @@
-"""What a run leaves in its folder.
+"""The files of a run in its folder.
 
 `config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt`, `best.pt`, and on request the
 checkpoints of the last epochs, `epoch-NNNN.pt`. `skipped.jsonl`, if there were steps that could not be taken.
@@ -71,7 +71,7 @@ class RunFolder:
     def start(self, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Begin a new run with a checkpoint of its step 0, so that it can go on wherever it stops.
 
-        A run that stopped before it had any checkpoint is begun anew.
+        A run that stopped before its first checkpoint is started again.
 
         Raises:
             ConfigError: the folder already holds a run, or another process writes to it.
@@ -87,7 +87,9 @@ class RunFolder:
         save_checkpoint(self.last, checkpoint)
 
     def resume(self, epochs_done: int, steps_done: int) -> None:
-        """Go on after so many epochs and steps: what a crash left of later ones, without a checkpoint, is dropped."""
+        """Continue after this number of epochs and steps. Later records, which a crash left without
+        a checkpoint, are dropped.
+        """
         self._lock.acquire()
         self._remove_leftovers()
         self._scalars = ScalarLog(self.path, first_step=epochs_done + 1)
@@ -144,7 +146,7 @@ class RunFolder:
                 self._keep_epoch(epoch)
 
     def _keep_epoch(self, epoch: int) -> None:
-        """Give `last.pt` a second name, which stays when the next one takes its place."""
+        """Give `last.pt` a second name, which remains after the next checkpoint replaces `last.pt`."""
         kept = self.path / f"epoch-{epoch:04}.pt"
         kept.unlink(missing_ok=True)
         try:

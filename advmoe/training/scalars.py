@@ -1,6 +1,7 @@
-"""Figures for TensorBoard, written at once: a full disk is an error of the write that meets it.
+"""Writes figures for TensorBoard immediately, so that a full disk is an error of the write that meets it.
 
-TensorBoard's own writer hands events to a thread, where such an error is a traceback that nobody can catch.
+TensorBoard's own writer passes events to a thread. An error in that thread is a traceback that no
+caller can catch.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from advmoe.training.levels import LevelName
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A training of its own on what the phase before left: the rate starts at its peak, momentum at zero."""
+    """A training that starts from the weights of the phase before, with the rate at its peak and momentum zero."""
 
     length: float = 1.0
     """Epochs, as a multiple of those asked for; at least one."""
@@ -35,7 +35,7 @@ class Span:
 
 
 class Schedule:
-    """Which phase and which learning rate each step of a run has.
+    """The phase and the learning rate of each step of a run.
 
     Args:
         phases: in their order.
@@ -63,7 +63,7 @@ class Schedule:
         return cosine(step - span.first, span.steps, span.phase.peak * peak)
 
     def is_final(self, step: int) -> bool:
-        """Whether the network after this many steps is of the kind that the run is for."""
+        """Whether the network after this number of steps is of the kind that the run trains."""
         return step > self._spans[-1].first
 
 

@@ -1,8 +1,9 @@
-"""Which epoch of a run is its best, judged by what happened to each validation image.
+"""Chooses the best epoch of a run from the outcome of each validation image.
 
-The latest epoch is chosen whose RA is not below the highest by more than one standard error of the paired difference
-on the same images: a difference that chance makes easily is no reason to prefer an early epoch. Where RA cannot tell
-two such epochs apart, SA may: the earlier one is kept if its SA is higher by more than its standard error.
+The rule chooses the latest epoch whose RA is at most one standard error of the paired difference
+below the highest RA. A smaller difference may be chance, which is no reason to prefer an early
+epoch. If RA cannot separate two such epochs, SA may: the earlier one is kept if its SA is higher by
+more than its standard error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from advmoe.errors import CheckpointError
 Outcome = NDArray[np.bool_]
 """Which validation images are classified correctly [I]."""
 OUTCOMES = {"peak_robust", "best_robust", "best_right"}
-"""What is kept: of the epoch with the highest RA, and of the best one."""
+"""Outcomes that are kept: those of the epoch with the highest RA, and of the best epoch."""
 FEW_IMAGES = 200
 """Below this number of validation images the standard error of an RA of 50 % exceeds 3.5 points."""
 

@@ -1,4 +1,4 @@
-"""Which images a run trains on, and which it is validated on."""
+"""The training and validation images of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advmoe.data.views import in_memory
 
 @dataclass(frozen=True)
 class Split:
-    """The images a run uses: everything is a seeded choice from the training set, the test set is never touched."""
+    """The images of a run. All are a seeded choice from the training set; the test set is not used."""
 
     train: Images
     train_indices: np.ndarray

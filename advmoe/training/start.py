@@ -1,4 +1,4 @@
-"""The weights a run starts from, where these are not fresh.
+"""The initial weights of a run that starts from a checkpoint.
 
 Shape suffixes: F filters of a bank, S slots of an expert.
 """
@@ -26,10 +26,11 @@ from advmoe.training.coupling import expert_banks
 def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float = 0.0, seed: int = 0) -> None:
     """Give a fresh model the weights of a checkpoint.
 
-    It holds the same model, or what becomes experts (upcycling): an S-Dense, a Sparse-CNN or a Dense of the backbone.
-    Every expert then starts as a copy of that pathway; routers start fresh. A Dense is first cut down to the channels
-    with the largest weights, as AT (Sparse) begins; in ViT each expert gets its own window of the hidden units.
-    A Sparse-CNN may also start from its Dense.
+    The checkpoint holds the same model, or a network whose weights become experts (upcycling): an
+    S-Dense, a Sparse-CNN or a Dense of the backbone. Every expert then starts as a copy of that
+    pathway, and routers start fresh. A Dense is first cut down to the channels with the largest
+    weights, as at the start of AT (Sparse). In ViT each expert gets its own window of the hidden
+    units. A Sparse-CNN may also start from its Dense.
 
     Args:
         model: to be changed.
@@ -54,7 +55,9 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
     if from_dense or upcycled:
         scale = held.model_scale if kind == "dense" else wanted.model_scale
         wanted = dataclasses.replace(wanted, kind=kind, model_scale=scale, compact=held.compact)
-    if upcycled:  # the one has none of these settings, the other may have stored some that mean nothing
+    # a network without experts has no such settings; a stored config may hold some that have no
+    # effect
+    if upcycled:
         wanted, held = _without_experts(wanted), _without_experts(held)
     if held != wanted:
         raise ConfigError(
@@ -85,7 +88,7 @@ def _without_experts(config: ModelConfig) -> ModelConfig:
 @torch.no_grad()
 def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
     """Give every expert the weights of a network without experts, and all other layers theirs."""
-    built = initial.build()  # of a Sparse-CNN the kept channels alone
+    built = initial.build()  # of a Sparse-CNN, the kept channels only
     cut = initial.model.kind == "dense" and model.config.arch != "vit"
     source = _largest_channels(model.config, built) if cut else built.state_dict()
     target = model.state_dict()

@@ -31,7 +31,7 @@ from advmoe.training.union import part_of_union, sum_gradients
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update saw: sums over its batch, on the batch's device."""
+    """Sums over the batch of one update, on the batch's device."""
 
     loss: Tensor
     """Mean loss."""
@@ -46,7 +46,7 @@ class StepResult:
 
 
 class Attacked(NamedTuple):
-    """What a training attack made of a batch."""
+    """The result of a training attack on a batch."""
 
     images: Tensor
     finite: Tensor
@@ -65,8 +65,9 @@ def training_attack(
 ) -> Tensor:
     """K-step PGD on the loss's own inner objective, against the model as it is now, BatchNorm in eval mode.
 
-    TRADES increases KL(f(x) || f(x')), PGD-AT the cross-entropy. `attack_routing` says what it sees of the routing; it
-    always takes place on the model's own outputs.
+    The attack increases KL(f(x) || f(x')) for TRADES and the cross-entropy for PGD-AT.
+    `attack_routing` chooses the gradient of the routing that it sees. The outputs are always those
+    of the model itself.
     """
     with evaluating(model), arithmetic(images, half=config.precision != "fp32"):
         if config.loss == "trades":
@@ -159,7 +160,8 @@ def update(level: Level, loss: Tensor, before: Kept) -> Tensor:
 def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
     """A share of a batch, two images at least, and their rows in it.
 
-    Batches are shuffled, so evenly spread images are as good as any; and all ranks have equally many of them.
+    Batches are shuffled, so evenly spaced images are a random choice, and all ranks have equally
+    many of them.
     """
     first, total = batch.place or Place(0, len(batch.labels))
     number = max(2, round(share * total))
@@ -169,7 +171,7 @@ def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
     before = sum(position < first for position in positions)
     own = range(before, before + sum(first <= position < first + len(batch.labels) for position in positions))
     place = batch.place and Place(before, number)
-    # on the images' device, because the host would have to wait for a copy
+    # on the images' device, because the host would wait for a copy
     rows = _positions(own, total, number, batch.labels.device) - first
     indices = batch.indices[_positions(own, total, number, batch.indices.device) - first]
     return Batch(batch.images[rows], batch.labels[rows], indices, place), rows

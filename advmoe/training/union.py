@@ -1,8 +1,9 @@
 """A step of several ranks as one step on the union of their batches.
 
-Every rank's loss is the part that its images have in the mean over the union, so the sum of all ranks' losses is the
-loss of one process that has all the images, and the sum of their gradients is its gradient. Ranks may differ in their
-numbers of images: batches that cannot be shared out evenly, images that cannot be decoded.
+A rank's loss is the part of its images in the mean loss over the union. The sum of all ranks'
+losses is therefore the loss of one process with all images, and the sum of their gradients is its
+gradient. Ranks may have different numbers of images, because a batch does not divide evenly or an
+image cannot be decoded.
 
 Shape suffixes: G ranks, J streams of batches.
 """
@@ -40,10 +41,10 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
 
 
 def part_of_union(loss: Tensor, batch: Batch) -> Tensor:
-    """This rank's part of the mean loss over the union, from the mean loss of its own batch."""
+    """This rank's part of the mean loss over the union, computed from the mean loss of its batch."""
     if batch.place is None:
         return loss
-    if not len(batch.labels):  # the mean over no image is NaN, but its gradient flows to no image
+    if not len(batch.labels):  # the mean over no image is NaN, and no image gets a gradient
         return torch.nan_to_num(loss * 0.0)
     return loss * (len(batch.labels) / batch.place.total)
 
