@@ -42,12 +42,12 @@ _WITH_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names whose modules import torch, which takes seconds, come when they are asked for (PEP 562)."""
+    """Names whose modules import torch are imported on first use (PEP 562), because importing torch takes seconds."""
     if name not in _WITH_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WITH_TORCH[name]), name)
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion and `dir`, whether their modules are imported yet or not."""
+    """The public names, for completion and `dir`, including those whose modules are not imported yet."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,8 +1,9 @@
-"""What a run is, as plain data: the model, the attack, the training. Checkpoints store all of it as plain dicts.
+"""A run as plain data: the model, the attack, the training. Checkpoints store all of it as plain dicts.
 
-Each part of the system has a class of its own here. `ModelConfig` and `TrainConfig` are made of them, so that a part
-can take the whole configuration and look at its own fields only. To add an option, add a field: its type, default,
-bounds and help are what the library checks, what checkpoints store and what the command line offers.
+Each part of the system has its own class here. `ModelConfig` and `TrainConfig` inherit from these
+classes, so a part can take the whole configuration and read its own fields. To add an option, add a
+field. The library checks its type and bounds, checkpoints store it, and the command line offers it
+with its help and default.
 """
 
 from __future__ import annotations
@@ -46,20 +47,24 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUTER_GRADIENTS: tuple[RouterGradient, ...] = get_args(RouterGradient)
 
 CHECKPOINT_MINUTES = 10.0
-"""Between checkpoints in mid-epoch, where nobody says otherwise: what a crash may cost."""
+"""Minutes between checkpoints in mid-epoch by default: the work that a crash may cost."""
 
 Triple = tuple[float, float, float]
 
 
 def check_eps(eps: float) -> None:
-    """Raise ConfigError unless eps is a radius in pixel units of [0, 1]."""
+    """Check that eps is a radius in pixel units of [0, 1].
+
+    Raises:
+        ConfigError: It is not.
+    """
     if not 0.0 <= eps <= 1.0:
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
         check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", "eps")
 
 
 def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> None:
-    """Refuse a setting that is not at its default, because nothing would read it.
+    """Refuse a setting that differs from its default, because nothing would read it.
 
     Args:
         config: The configuration that has the setting.
@@ -76,7 +81,8 @@ def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> N
 
 
 def routed_part(routed: str) -> tuple[str, int] | None:
-    """("stage" or "block", number of the last ones that are routed), or None for all of the backbone.
+    """The kind of part ("stage" or "block") and the number of last parts that are routed; None for
+    the whole backbone.
 
     Raises:
         ConfigError: not `all`, `last-N-stages` or `last-N-blocks`.
@@ -92,7 +98,7 @@ def routed_part(routed: str) -> tuple[str, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Settings):
-    """The network before anything is routed."""
+    """The backbone, without its routing."""
 
     panel: ClassVar[str] = "Model"
 
@@ -281,7 +287,7 @@ class ModelConfig(RoutersConfig, ExpertsConfig, BackboneConfig):
 
     @property
     def several_experts(self) -> bool:
-        """Whether there is a choice for routers to make: an MoE-CNN with N > 1."""
+        """Whether the routers have a choice: an MoE-CNN with N > 1."""
         return self.kind == "moe" and self.num_experts > 1
 
 
@@ -311,7 +317,7 @@ class ModelSettings(TypedDict, total=False):
 
 
 def model_config(**settings: Any) -> ModelConfig:
-    """A model's description from the settings somebody asked for.
+    """A model's configuration from the settings that a user gave.
 
     Raises:
         ConfigError: a value that cannot be, or an option of routers for a kind that has none. (A config that was stored
@@ -354,7 +360,7 @@ class AttackConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAttack(Settings):
-    """What can be chosen of the attack in training. The radius usually comes from the data set."""
+    """Settings of the attack in training. The radius usually comes from the data set."""
 
     panel: ClassVar[str] = "Attack in training"
 
@@ -387,7 +393,7 @@ class TrainingAttack(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Settings):
-    """How long and how fast the weights move."""
+    """Length of the training, learning rates and weights."""
 
     panel: ClassVar[str] = "Training"
 
@@ -490,7 +496,7 @@ class ScheduleConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Settings):
-    """What adversarial training minimizes. Method `standard` uses none of it."""
+    """The loss of adversarial training. Method `standard` uses none of these settings."""
 
     panel: ClassVar[str] = "Objective"
 
@@ -528,7 +534,7 @@ class ObjectiveConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStepConfig(Settings):
-    """How AdvMoE's lower level, the routers' step, is taken. The defaults are Algorithm 1; the others cost less."""
+    """Settings of AdvMoE's lower level, the routers' step. The defaults are Algorithm 1; other values cost less."""
 
     panel: ClassVar[str] = "Router step (method advmoe)"
 
@@ -558,7 +564,7 @@ class RouterStepConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(Settings):
-    """Which images a run sees, and how."""
+    """The images of a run, and their augmentation."""
 
     panel: ClassVar[str] = "Images"
 
@@ -639,7 +645,11 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
 
 
 def check_together(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ConfigError where a training asks for what the model has not."""
+    """Check that the model has everything that the training needs.
+
+    Raises:
+        ConfigError: It has not.
+    """
     check(
         model.several_experts or train.attack_routing == "fixed",
         f"attack_routing {train.attack_routing} needs routers with a choice; leave it out or use kind moe with 2 "

@@ -1,4 +1,4 @@
-"""The device to compute on, by name, and how to read from it."""
+"""Devices by name, and reads of tensors from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def read(values: Sequence[Tensor]) -> list[Tensor]:
-    """The values on the CPU, after one wait for all of them."""
+    """Copies of the tensors on the CPU, after a single wait for all of them."""
     if not any(value.is_cuda for value in values):
         return [value.cpu() for value in values]
     copies = [torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in values]

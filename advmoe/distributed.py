@@ -1,10 +1,11 @@
-"""Many processes that act as one: the ranks that `torchrun` starts, and the collectives they need.
+"""Several processes that act as one: the ranks that `torchrun` starts, and their collectives.
 
-A process that was not started by torchrun, or is the only one, is a world of one rank. All functions here then return
-their argument at once: a single process pays nothing and computes the same bits as without this module.
+A process without torchrun, or alone under it, is a world of one rank. All functions here then
+return their argument immediately. A single process thus computes the same bits as without this
+module, at no cost.
 
-Tensors travel over NCCL between GPUs and over gloo between CPUs. Plain objects and tensors on the CPU always travel
-over gloo, so that an exchange of a flag never waits for a GPU.
+NCCL exchanges tensors between GPUs, gloo between CPUs. Plain objects and tensors on the CPU always
+use gloo, so that the exchange of a flag never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ T = TypeVar("T")
 MEETING_SECONDS = 600.0
 """How long a rank waits for the others to start."""
 COLLECTIVE_SECONDS = 1800.0
-"""How long a rank waits for the others in a collective: rank 0 may be reading or downloading a data set meanwhile."""
+"""Time limit of a collective. It is long, because rank 0 may be reading or downloading a data set."""
 ECHO_SECONDS = 1.0
-"""How long a rank that has lost contact waits for the reason to be said by another one."""
+"""Time that a rank without contact waits for another rank to report the reason."""
 GROUP = "ADVMOE_GROUP"
-"""Environment variable that keeps the meetings of several commands apart that one torchrun starts one after another."""
+"""Environment variable that separates the meetings of several commands that one torchrun starts one after another."""
 
 
 class Place(NamedTuple):
-    """Where a rank's batch lies in the union of all ranks' batches of a step."""
+    """Position of a rank's batch in the union of all ranks' batches of a step."""
 
     first: int
     """Position of its first image."""
@@ -59,7 +60,7 @@ def world() -> World:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """Meet the other ranks, and be one of them inside.
+    """Connect to the other ranks for the duration of the context.
 
     Args:
         device: where this rank computes.
@@ -76,7 +77,7 @@ def joined(device: torch.device) -> Iterator[World]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         meeting, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
-        # One store may outlive several starts, with the addresses of processes that are gone.
+        # A store may outlive several starts, and then holds addresses of processes that have ended.
         start = f"{restarts()}/{described.size}/{os.environ['MASTER_PORT']}"
         _store = PrefixStore(f"advmoe/{os.environ.get(GROUP, '')}/{start}", meeting)
         _await_all(_store, described)
@@ -87,7 +88,7 @@ def joined(device: torch.device) -> Iterator[World]:
             world_size=described.size,
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         )
-    except (RuntimeError, ValueError) as error:  # torch's errors of its stores and groups
+    except (RuntimeError, ValueError) as error:  # errors of torch's stores and groups
         raise LostRankError(
             f"rank {described.rank} did not meet all {described.size} ranks within {MEETING_SECONDS:g} s at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_line(error)}); "
@@ -100,25 +101,25 @@ def joined(device: torch.device) -> Iterator[World]:
         failed = False
     finally:
         _world = World()
-        if not failed or backend == "gloo":  # with work of a lost rank under way, NCCL would wait for it
+        if not failed or backend == "gloo":  # NCCL would wait for unfinished work with a lost rank
             dist.destroy_process_group()
 
 
 def _await_all(store: Store, described: World) -> None:
-    """Wait until every rank is there, before a group is made, which waits much longer."""
+    """Wait until every rank is there. Making a group would wait much longer."""
     store.set(f"here/{described.rank}", "")
     everybody = [f"here/{rank}" for rank in range(described.size)]
     store.wait(everybody, timedelta(seconds=MEETING_SECONDS))
 
 
 def first_to_say(message: str, *, lost: bool = False) -> bool:
-    """Whether this rank is to print an error: what several ranks find out is printed once.
+    """Whether this rank prints an error, so that an error of several ranks is printed once.
 
     Args:
         message: what the error says.
         lost: it is only the echo of an error of another rank, which is left the time to say it.
     """
-    if _store is None:  # no rank has met the others yet, so all meet with the same error
+    if _store is None:  # no rank has met the others yet, so all have the same error
         return launched().leads
     try:
         if lost:
@@ -126,24 +127,24 @@ def first_to_say(message: str, *, lost: bool = False) -> bool:
             return int(_store.add("said", 1)) == 1
         _store.add("said", 1)
         return int(_store.add(f"said/{message}", 1)) == 1
-    except RuntimeError:  # the rank that keeps the store is gone
+    except RuntimeError:  # the rank with the store has ended
         return True
 
 
 def keep_for_restarts(key: str) -> None:
-    """Note something that this command is to know if torchrun restarts it."""
+    """Store a note that this command reads after a restart by torchrun."""
     if isinstance(_store, PrefixStore):
         _lasting(_store).set(f"advmoe/{os.environ.get(GROUP, '')}/{key}", "")
 
 
 def kept_before_restart(key: str) -> bool:
-    """Whether this was noted before a restart."""
+    """Whether this note was stored before a restart."""
     name = f"advmoe/{os.environ.get(GROUP, '')}/{key}"
     return restarts() > 0 and isinstance(_store, PrefixStore) and _lasting(_store).check([name])
 
 
 def _lasting(store: Store) -> Store:
-    """The store below the prefixes, which differ from one start to the next."""
+    """The store without the prefixes, which differ between starts."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return store
@@ -155,7 +156,7 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Turn torch's errors about peers into ours."""
+    """Convert torch's errors about other ranks into errors of this package."""
     try:
         yield
     except RuntimeError as error:
@@ -187,7 +188,7 @@ def collect(value: T) -> list[T]:
 
 
 def agree(numbers: Sequence[int]) -> Tensor:
-    """As many whole numbers of every rank, int64 [size, numbers] on the CPU, on every rank."""
+    """The whole numbers of every rank, int64 [size, numbers] on the CPU, on every rank."""
     return stack_all(torch.tensor(numbers, dtype=torch.int64))
 
 
@@ -197,9 +198,9 @@ def any_rank(*conditions: bool) -> list[bool]:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Do something that may fail on some ranks only: if it does, all raise the error of the first such rank.
+    """Run an action that may fail on some ranks only. If it fails, all ranks raise the error of the first such rank.
 
-    Without this, the others would wait in their next collective for a rank that is gone.
+    Otherwise the other ranks would wait for the failed one in their next collective.
 
     Raises:
         AdvMoEError: whatever `action` raises.
@@ -220,7 +221,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def from_leader(action: Callable[[], T]) -> T:
-    """Let rank 0 do something; all get its result.
+    """Run an action on rank 0; all ranks get its result.
 
     Raises:
         AdvMoEError: whatever `action` raises, on all ranks.
@@ -233,9 +234,9 @@ def from_leader(action: Callable[[], T]) -> T:
 
 
 def leader_first(action: Callable[[], T]) -> T:
-    """Do something that the first to do it makes easier for the others, such as reading files that may be missing.
+    """Run an action that is faster after another rank did it, such as reading files that may have to be downloaded.
 
-    Rank 0 goes first, then the first rank of each other machine, then the rest.
+    Rank 0 runs it first, then the first rank of each other machine, then the other ranks.
 
     Raises:
         AdvMoEError: whatever `action` raises.
@@ -248,9 +249,9 @@ def leader_first(action: Callable[[], T]) -> T:
 
 
 def own_rows(num_images: int, batch_size: int, first_batch: int = 0) -> NDArray[np.int64]:
-    """Rows of an image set that this rank evaluates: of the batches from `first_batch` on, it takes turns with others.
+    """Rows of an image set that this rank evaluates: every `size`-th batch, from `first_batch` on.
 
-    Batches are the same in every world, so results are too, to the last bit.
+    Batches are the same in every world, so the results are equal bit for bit.
     """
     rows = np.arange(first_batch * batch_size, num_images, dtype=np.int64)
     mine: NDArray[np.int64] = rows[(rows // batch_size - first_batch) % _world.size == _world.rank]
@@ -300,7 +301,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def equalize(tensors: Sequence[Tensor]) -> None:
-    """Give all ranks rank 0's values."""
+    """Copy rank 0's values to all ranks."""
     if _world.size == 1:
         return
     with _answered(), torch.no_grad():

@@ -1,6 +1,6 @@
-"""Errors a user can cause, each with one line that says what was expected, what came and what to do.
+"""Errors that a user can cause. Each message is one line: what was expected, what came, and what to do.
 
-Everything else (a bug of ours) stays a plain Python exception with its traceback.
+Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class CheckpointError(AdvMoEError):
 
 
 class LostRankError(AdvMoEError):
-    """Another rank of a distributed run is gone, or does not answer. It has said why; this one cannot know."""
+    """Another rank of a distributed run has ended or does not answer. That rank reports the reason;
+    this one cannot know it.
+    """
 
 
 class TrainingError(AdvMoEError):

@@ -1,4 +1,4 @@
-"""The paper's tables and figures as experiments: which runs they need, how large, and what they show."""
+"""The paper's tables and figures as experiments: their runs, the size of the runs, and the results they show."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from advmoe.recipes import Recipe, recipes, shown_in
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 ROUTING = "routing"
-"""Under which key of a run's result the analysis of its route log stands."""
+"""Key of the analysis of the route log in a run's result."""
 UNDER_PGD = f"{ROUTING}.conditions.pgd.dissection"
 RADII = ",".join(f"{level}/255" for level in (2, 4, 6, 8, 10, 12))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the runs of an experiment are: options of `advmoe train` and `advmoe evaluate`."""
+    """Size of the runs of an experiment, as options of `advmoe train` and `advmoe evaluate`."""
 
     train: str = ""
     evaluate: str = ""
@@ -30,7 +30,7 @@ class Size:
     dataset: str | None = None
     """Used in place of every recipe's data set."""
     only: Mapping[str, str] = field(default_factory=dict)
-    """Experiment -> the runs it is made of, if it is not all of them."""
+    """Experiment -> its runs, for experiments that use only some of them."""
 
 
 CIFAR10_RESNET18 = "*cifar10-resnet18*"
@@ -60,13 +60,13 @@ SIZES: Mapping[Scale, Size] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A table or figure: what its evaluation needs beyond SA and RA, and what it shows of the results."""
+    """A table or figure: the options of its evaluation beyond SA and RA, and the results that it shows."""
 
     title: str
     evaluate: str = ""
     """Further options of `advmoe evaluate`."""
     columns: Mapping[str, str]
-    """Title of a column -> where it is in a run's result, as keys joined by dots."""
+    """Title of a column -> place of its value in a run's result, as keys joined by dots."""
     mask: bool = False
     """Compare pathways with the mask pathway of the Sparse-CNN among the runs."""
     also: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Experiment:
 
     @property
     def routing(self) -> bool:
-        """Whether it shows something of the routing, so that the route logs have to be analyzed."""
+        """Whether it shows results on the routing, which need an analysis of the route logs."""
         return any(path.startswith(f"{ROUTING}.") for path in self.columns.values())
 
 
@@ -142,7 +142,7 @@ def _fits(recipe: Recipe, pattern: str) -> bool:
 
 
 def independent(chosen: Iterable[Recipe]) -> list[list[Recipe]]:
-    """The runs in groups that need nothing of each other: runs that go on from one and the same run stay together."""
+    """The runs in independent groups. Runs that start from the same run are in one group."""
     known = recipes()
     groups: dict[str, list[Recipe]] = {}
     for recipe in chosen:

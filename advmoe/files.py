@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and folders that one process at a time writes to."""
+"""Writes files that are never seen half-written, and locks folders to one process at a time."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """The same for a text, in UTF-8."""
+    """Likewise for a text, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed writes of these files left in a folder that nobody else writes to now."""
+    """Remove temporary files that killed processes left. No other process may be writing to the folder."""
     for name in names:
         for pattern in (f".{name}.*", f"{name}.*.partial"):
             for leftover in folder.glob(pattern):
@@ -54,10 +54,10 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 
 
 class FolderLock:
-    """The right to write to a folder, held by one process at a time.
+    """A lock on a folder: one process at a time may write to it.
 
-    The operating system releases the lock when its process ends, however it ends, so a stale lock does not exist.
-    A file beside it names the owner, for the message that others get.
+    The operating system releases the lock when its process ends in any way, so there are no stale
+    locks. A file beside the lock names the owner for error messages.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,11 +81,11 @@ class FolderLock:
             raise ConfigError(
                 f"{owner} is writing to {self._folder}; wait until it has ended, or choose another folder", "out"
             ) from None
-        with contextlib.suppress(OSError):  # a full disk takes the name away, not the lock
+        with contextlib.suppress(OSError):  # on a full disk only the owner's name is lost, not the lock
             self._owner.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
 
     def release(self) -> None:
-        """Let others write, and leave nothing behind."""
+        """Release the lock and remove its files."""
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)

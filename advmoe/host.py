@@ -1,7 +1,7 @@
-"""Settings of the process that make training on a CPU faster. The command line makes them; a library must not.
+"""Process settings that make training on a CPU faster. The command line applies them; a library must not.
 
-A program that trains with this library calls `prepare_process()` once, before its first convolution. Whoever has set
-the variables named below in the environment keeps their own choice.
+A program that trains with this library calls `prepare_process()` once, before its first
+convolution. The environment variables named below take precedence.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import ctypes
 import os
 
 PRIMITIVES = 8192
-"""Convolutions oneDNN remembers. Every size of sub-batch is one of its own, and its default of 1024 is soon full."""
+"""Number of convolutions that oneDNN caches. Each size of a sub-batch is one, so its default of 1024 fills up soon."""
 KEPT = 2**30
-"""Freed bytes that are kept for the next tensor. Memory that was returned costs a page fault per 4 KiB."""
+"""Freed bytes that the process keeps for later tensors. Returned memory costs a page fault per 4 KiB."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, <malloc.h>
 _OLD_LIMIT = 2**25  # older versions of glibc accept no larger threshold for mmap
 
 
 def compute_deterministically() -> None:
-    """Let a GPU give the same bits in every run, for some of its speed; a CPU does without being asked.
+    """Make a GPU compute the same bits in every run, at some cost in speed. A CPU does so by default.
 
     Raises:
         RuntimeError: later, if an operation of the network has no deterministic form.
@@ -31,10 +31,10 @@ def compute_deterministically() -> None:
 
 
 def prepare_process() -> None:
-    """Let oneDNN remember more convolutions (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`) and glibc keep freed memory.
+    """Make oneDNN cache more convolutions (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`) and glibc keep freed memory.
 
-    The latter is left alone if `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` or `GLIBC_TUNABLES` is set, and on
-    systems without glibc.
+    glibc is not changed if `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_` or `GLIBC_TUNABLES`
+    is set. Systems without glibc are not changed either.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):

@@ -1,7 +1,8 @@
 """Models on the hub: `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` instead of the path of a checkpoint.
 
-A repository holds the model as safetensors (weights and configuration, no pickle). `$HF_ENDPOINT` names another server,
-`$HF_TOKEN` or `hf auth login` gives access to private repositories, and files are cached as by every other library.
+A repository contains the model as safetensors (weights and configuration, no pickle).
+`$HF_ENDPOINT` names another server. `$HF_TOKEN` or `hf auth login` gives access to private
+repositories. Files are cached in the hub library's usual folder.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>.+))
 
 
 def is_address(place: Path | str) -> bool:
-    """Whether a place is one on the hub."""
+    """Whether a path is an address on the hub."""
     return str(place).startswith("hf:")
 
 
 def fetch(place: Path | str) -> Path:
-    """The local copy of a model file: the path itself, or the file that an address on the hub means.
+    """The local copy of a model file: the path itself, or the downloaded file of an address on the hub.
 
     Raises:
         ConfigError: the address is malformed, or the hub's library is not installed.
@@ -46,7 +47,11 @@ def fetch(place: Path | str) -> Path:
 
 
 def check_repository(name: str) -> None:
-    """Raise ConfigError unless a name can be that of a repository."""
+    """Check that a name can be that of a repository.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
         raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
 
@@ -71,7 +76,7 @@ def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[ModuleType]:
-    """The hub's library; its errors, and those of the network, become one line.
+    """The hub's library. Its errors, and network errors, become one-line errors of this package.
 
     Raises:
         ConfigError: the library is not installed.

@@ -1,4 +1,4 @@
-"""Complete runs by name: the paper's tables and figures, and how a few settings become a full configuration."""
+"""Complete runs by name, one or more for each of the paper's tables and figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Recipe:
     attack: Mapping[str, Any] = field(default_factory=dict)
     """`eps`, `steps` or `step_size` of the attack in training, as `resolve` takes them."""
     starts_from: str | None = None
-    """Recipe whose best checkpoint this run goes on from."""
+    """Recipe whose best checkpoint is the start of this run."""
 
 
 def shown_in(recipe: Recipe) -> list[str]:
@@ -154,8 +154,8 @@ def _fig5() -> Iterator[Recipe]:
 def _fig6() -> Iterator[Recipe]:
     """Fig. 6: mask and MoE-CNN start from one Dense.
 
-    Channels of networks that were trained apart have no common order, so that any pathway's IoU with the mask would be
-    that of two independent choices of channels: 1/3 at r = 0.5.
+    Networks that were trained separately have no common order of channels. The IoU of any pathway
+    with the mask would then be that of two independent choices of channels: 1/3 at r = 0.5.
     """
     for name, kind, method, summary in (
         ("at-sparse", "sparse_cnn", "mask_at", "AT of the mask on AT (Dense)"),

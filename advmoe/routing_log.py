@@ -30,7 +30,7 @@ Condition = str | tuple[str, int]
 
 
 class PathwayChannels:
-    """Which channels each expert of each MoE layer computes: what makes pathways comparable as sets of channels.
+    """The channels that each expert of each MoE layer computes. They make pathways comparable as sets of channels.
 
     Args:
         layers: For each layer the channels of each of its experts, `layers[layer][expert]`.
@@ -62,7 +62,7 @@ class PathwayChannels:
         return self._compiled.num_channels
 
     def mask(self, pathway: Sequence[int]) -> NDArray[np.bool_]:
-        """A pathway written out: [C], bool, the layers one after another."""
+        """A pathway as a mask: [C], bool, the layers one after another."""
         return np.concatenate([table[expert] for table, expert in zip(self.tables, pathway, strict=True)])
 
 
@@ -85,7 +85,7 @@ class ExpertLoad:
     """How samples spread over experts."""
 
     counts_LKN: NDArray[np.uint64]
-    """[L, K, N]: samples of a class that took an expert; K is 1 where classes were not asked for."""
+    """[L, K, N]: number of samples of a class that took an expert. K is 1 if classes were not requested."""
 
     @property
     def share(self) -> NDArray[np.float64]:
@@ -96,7 +96,7 @@ class ExpertLoad:
 
     @property
     def entropy(self) -> NDArray[np.float64]:
-        """[L, K]: entropy of the shares in bits, 0 for one expert only to log2 N for an even spread."""
+        """[L, K]: entropy of the shares in bits, from 0 for a single expert to log2 N for equal shares."""
         share = self.share
         logs = np.log2(share, where=share > 0, out=np.zeros_like(share))
         entropy_LK: NDArray[np.float64] = -(share * logs).sum(axis=2) + 0.0
@@ -104,12 +104,12 @@ class ExpertLoad:
 
     @property
     def evenness(self) -> NDArray[np.float64]:
-        """[L, K]: entropy relative to that of an even spread over N experts: 0 is a collapsed router, 1 is balance."""
+        """[L, K]: entropy relative to that of equal shares: 0 is a collapsed router, 1 is balance."""
         evenness_LK: NDArray[np.float64] = self.entropy / np.log2(max(2, self.counts_LKN.shape[2]))
         return evenness_LK
 
     def merged(self, num_layers: int) -> ExpertLoad:
-        """The load of each MoE layer, where tokens are routed and a layer has a decision for each of them."""
+        """The load of each MoE layer, if tokens are routed and a layer has one decision for each token."""
         counts_LTKN = self.counts_LKN.reshape(num_layers, -1, *self.counts_LKN.shape[1:])
         return ExpertLoad(counts_LKN=counts_LTKN.sum(axis=1))
 
@@ -145,7 +145,7 @@ class Dissection:
 
 @dataclass(frozen=True, kw_only=True)
 class RouteChange:
-    """How routing differs between two conditions or epochs, over the samples that both have."""
+    """Differences in routing between two conditions or epochs, over the samples of both."""
 
     num_samples: int
     """Samples that both have."""
@@ -154,7 +154,7 @@ class RouteChange:
     by_num_changed: NDArray[np.int64]
     """[L + 1]: samples by their number of changed layers."""
     dissection: Dissection | None
-    """With the predictions of the second condition; None where a label or prediction is not known."""
+    """The dissection by the second condition's predictions; None if a label or prediction is unknown."""
 
     @property
     def survival(self) -> float:
@@ -164,7 +164,7 @@ class RouteChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How alike the pathways of different samples are."""
+    """Similarity of the pathways of different samples."""
 
     histogram: NDArray[np.uint64]
     """[bins]: pairs of samples by the IoU of their pathways."""
@@ -173,9 +173,9 @@ class Diversity:
     num_pairs: int
     """Pairs in the histogram."""
     exact: bool
-    """All pairs, or a random sample of them."""
+    """Whether the histogram has all pairs, and not a random sample of them."""
     mean_iou: float
-    """Over the pairs in the histogram."""
+    """Mean over the pairs in the histogram."""
     mean_intersection: float
     """Mean number of shared channels over all pairs; always exact."""
 
@@ -233,7 +233,7 @@ class RouteLog:
         labels: Tensor | ArrayLike | None = None,
         predictions: Tensor | ArrayLike | None = None,
     ) -> None:
-        """Adds a batch; rows of samples that the condition already has are replaced.
+        """Adds a batch. It replaces rows of samples that the condition already has.
 
         Args:
             condition: Under what circumstances the samples were routed.
@@ -256,7 +256,7 @@ class RouteLog:
         )
 
     def merge(self, other: RouteLog) -> None:
-        """Adds all rows of another log of the same model, which replace ours.
+        """Adds all rows of another log of the same model. They replace existing rows.
 
         Raises:
             ConfigError: A log of a model with other MoE layers.
@@ -264,7 +264,7 @@ class RouteLog:
         self._log.merge(other._log)
 
     def forget_before(self, epoch: int) -> None:
-        """Drops all rows of earlier epochs, which bounds the log of a long training."""
+        """Drops all rows of earlier epochs, to limit the size of the log in a long training."""
         self._log.forget_before(_key(("", epoch))[1])
 
     def routes(self, condition: Condition) -> Routes:
@@ -287,7 +287,7 @@ class RouteLog:
         return self._log.unique(_key(condition))
 
     def compare(self, before: Condition, after: Condition) -> RouteChange:
-        """What changed from one condition (clean) to another (an attack), or from one epoch to another."""
+        """Changes from one condition (clean) to another (an attack), or from one epoch to another."""
         matched, by_layer, by_num, outcomes = self._log.compare(_key(before), _key(after))
         known = Dissection(
             survived_right=outcomes[0], fooled_right=outcomes[1], survived_wrong=outcomes[2], fooled_wrong=outcomes[3]
@@ -324,8 +324,9 @@ class RouteLog:
     ) -> Diversity:
         """IoU over pairs of samples.
 
-        Equal pathways are merged first. If more than `max_exact` pairs of distinct ones remain, `sampled` pairs of
-        samples are drawn instead: at the default each bin's share has a standard error below 0.03 %.
+        Equal pathways are merged first. If more than `max_exact` pairs of distinct pathways remain,
+        `sampled` random pairs of samples are used. With the default, each bin's share has a
+        standard error below 0.03 %.
         """
         if bins < 1 or max_exact < 0 or sampled < 1:
             raise ConfigError(f"expected bins and sampled >= 1, max_exact >= 0, got {bins}, {sampled}, {max_exact}")
@@ -350,7 +351,7 @@ def _key(condition: Condition) -> tuple[str, int]:
 
 
 def _column(values: Tensor | ArrayLike, dtype: type[IntegerT], name: str, num_axes: int = 1) -> NDArray[IntegerT]:
-    """Integers of another width, refused where they would not fit."""
+    """Converts integers to another width, and refuses values that do not fit."""
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     if array.ndim != num_axes or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
         raise ConfigError(f"expected {name} as integers with {num_axes} axes, got {array.dtype} {list(array.shape)}")

@@ -1,4 +1,4 @@
-"""A run as a TOML file: every setting of the model, the training and the attack, and where its inputs lie.
+"""A run as a TOML file: every setting of the model, the training and the attack, and the places of its inputs.
 
 data_dir = "/data/pets"    # optional, as is `init`, the checkpoint that the run starts from
 
@@ -31,14 +31,14 @@ from advmoe.errors import ConfigError
 from advmoe.schema import Settings, check, conform, fields_of, shown
 
 NONE = "none"
-"""How a file, or an option, says that a setting has no value."""
+"""The text for "no value" in files and options."""
 
 SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "train": TrainConfig, "attack": TrainingAttack}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """The contents of a file: settings by section, as far as they are given."""
+    """The contents of a file: the given settings, by section."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ def read_run_file(path: Path) -> RunFile:
 
 
 def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, init: Path | None) -> str:
-    """The text of a file that gives this run again. The seed and all defaults stand in it."""
+    """The text of a file that repeats this run. It contains the seed and all defaults."""
     attack = train.attack
     contents = {
         name: str(path if str(path).startswith("hf:") else path.resolve())
@@ -90,7 +90,7 @@ def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, i
 
 
 def _checked(path: Path, section: str, owner: type[Settings], name: str, value: Any) -> Any:
-    """A value of a section, if the field of this name takes it."""
+    """A value of a section, checked against the field of its name."""
     known = {each.name: each for each in fields_of(owner)}
     if name not in known or name in {"attack", "val_attack"}:
         raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}", "config")

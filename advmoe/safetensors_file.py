@@ -1,7 +1,7 @@
 """Models as safetensors files: weights and configuration without pickle, so reading one cannot run code.
 
-The tensors are the state dict. The metadata has one entry, `advmoe`: a JSON object with the model configuration, the
-class names, what is known of the training, and a checksum of the tensors.
+The tensors are the state dict. The metadata has one entry, `advmoe`: a JSON object with the model
+configuration, the class names, facts about the training, and a checksum of the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = ("format", "version", "model", "class_names", "train", "metrics")
 
 
 def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write the contents of a checkpoint file, without what only going on with the training needs.
+    """Write a checkpoint without the entries that only a continued training needs.
 
     Args:
         path: the file to write; it holds either its old content or the complete new one.

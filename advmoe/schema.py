@@ -1,8 +1,8 @@
 """Settings as fields of dataclasses: one line gives a setting's type, default, bounds and help.
 
-A field is declared as `steps: Annotated[int, Setting("Gradient steps.", at_least=0)] = 2`. Its type and bounds are
-checked when the object is made, its help and default are those of the command line (`advmoe.cli.options`), and its type
-is the description that values from a file are checked against (`conform`).
+A field is declared as `steps: Annotated[int, Setting("Gradient steps.", at_least=0)] = 2`. An
+object checks types and bounds of its fields when it is made. The command line shows help and
+default (`advmoe.cli.options`). Values from files are checked against the type (`conform`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from advmoe.errors import ConfigError
 T = TypeVar("T")
 
 LONGEST_SHOWN = 60
-"""Characters of a refused value that a message repeats."""
+"""Maximum length of a refused value in a message."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field besides its name, type and default."""
+    """Facts about a field besides its name, type and default."""
 
     help: str
     """One sentence for the command line and for readers of the code."""
@@ -40,9 +40,9 @@ class Setting:
     at_most: float = math.inf
     below: float = math.inf
     usual: str = ""
-    """The end of a message that refuses a value, such as the customary value."""
+    """Text at the end of a message that refuses a value, such as the customary value."""
     default: str = ""
-    """What help says of the default, where it depends on other settings."""
+    """Text about the default in the help, if the default depends on other settings."""
     option: bool = True
     """Whether the command line offers it."""
 
@@ -78,8 +78,8 @@ class Field:
 class Settings:
     """Base of all configurations: checks types, choices and bounds of every field when an object is made.
 
-    Integers that stand for floats become floats, and lists that stand for tuples become tuples, so that equal
-    settings are equal objects, whichever file or program they come from.
+    Integers become floats and lists become tuples where the field's type requires it. Equal
+    settings are therefore equal objects, whatever their source.
     """
 
     panel: ClassVar[str] = ""
@@ -112,7 +112,12 @@ def fields_of(cls: type[Any]) -> tuple[Field, ...]:
 
 
 def check(condition: bool, message: str, *options: str) -> None:
-    """Raise ConfigError(message) about these options unless `condition` holds."""
+    """Check a condition on some settings.
+
+    Raises:
+        ConfigError: It does not hold. The message is `message`; the error names the settings
+            `options`.
+    """
     if not condition:
         raise ConfigError(message, *options)
 
@@ -132,7 +137,7 @@ def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: one line, not too long."""
+    """A value as text for a message: one line of limited length."""
     text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
@@ -228,7 +233,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The inverse of `to_dict`; unknown fields are an error, because ignoring them would change what the run means.
+    """The inverse of `to_dict`. Unknown fields are an error, because ignoring them would change the
+    meaning of the run.
 
     Raises:
         ConfigError: an unknown field, or a value the config refuses.

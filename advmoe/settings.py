@@ -1,4 +1,4 @@
-"""How a data set and a few settings become the full configuration of a run."""
+"""Makes the full configuration of a run from a data set and a few settings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DEFAULT_METHODS: dict[Kind, MethodName] = {
     "dense": "at",
     "s_dense": "at",
 }
-"""Training method of each model kind, where none is named."""
+"""Default training method of each model kind."""
 
 OWNERS = (ModelConfig, TrainConfig, TrainingAttack)
 """The classes whose fields together are the settings of a run."""
 
 
 def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Settings by name -> those of the model, of the training and of the attack in training.
+    """Split settings by name into those of the model, of the training and of the attack in training.
 
     Raises:
         ConfigError: a name that no configuration has.
@@ -42,14 +42,15 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 DEFAULT_ARCH = "vgg16"
-"""Backbone where none is named, as in the paper's first table."""
+"""The default backbone, as in the paper's first table."""
 
 
 def defaults_of(info: DatasetInfo) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the model and of the training that suit a data set.
 
-    The known sets get the paper's. A folder of one's own is usually small and trained on a small machine: a quarter of
-    ResNet-18's width, which takes images of every size, and batches of which an epoch has eight or more.
+    Known sets get the paper's settings. A folder is usually small and trained on a small machine.
+    It gets a quarter of ResNet-18's width, which takes images of every size, and a batch size with
+    at least eight batches per epoch.
     """
     if info.name != "folder":
         return {"arch": DEFAULT_ARCH}, {}

@@ -1,4 +1,4 @@
-"""Who this process is among those that `torchrun` started; known before torch is imported."""
+"""The rank of this process among those that `torchrun` started, known before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from advmoe.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process, a rank, and how many there are."""
+    """The rank of this process, and the number of ranks."""
 
     rank: int = 0
     size: int = 1
@@ -19,16 +19,16 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that writes and speaks."""
+        """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """This rank's part of `total` things, the parts as equal as they can be."""
+        """This rank's part of `total` items. The parts are as equal as possible."""
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
 
 def launched() -> World:
-    """The world that torchrun describes in the environment; one rank alone where it describes none.
+    """The world that torchrun describes in the environment; one rank if there is no description.
 
     Raises:
         ConfigError: the description is incomplete.

@@ -1,6 +1,7 @@
 """The `advmoe` command: one thin file per sub-command, wired together here.
 
-A command imports its libraries when it runs: help and mistaken arguments need none of them, and torch takes seconds.
+Each command imports its libraries when it runs. Help and wrong arguments need none of them, and
+torch takes seconds.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ app = typer.Typer(
 )
 for command in (train, evaluate, compare, analyze, report, export, push, predict, bench_onnx, info, recipes, reproduce):
     app.command()(command)
-# The server's package parses the arguments, so that `advmoe-serve` needs nothing of this one.
+# The server's package parses its own arguments, so that `advmoe-serve` does not need this package.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 TOGETHER = {"train"}
-"""Commands that several processes of torchrun carry out together."""
+"""Commands that the processes of torchrun run together."""
 
 
 def show_version(asked: bool) -> None:
-    """Print the version and stop, if that is asked for."""
+    """Print the version and exit, if requested."""
     if asked:
         print(f"advmoe {advmoe.__version__}")
         raise typer.Exit
@@ -72,7 +73,7 @@ def options(
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning of the library, as a line instead of its place in the source."""
+    """Shows a warning as one line, without its place in the source."""
     console.warn(str(message))
 
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Run the command line, and turn whatever ends it into an exit code and a line on stderr."""
+    """Run the command line. Every exception becomes an exit code and a line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     ranks = World()
 
@@ -139,7 +140,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 @cache
 def command_line() -> Any:
-    """The commands with their parameters, made once: a run needs them for parsing and for its messages."""
+    """The commands with their parameters. Parsing and messages both need them, so they are made once."""
     return typer.main.get_command(app)
 
 
@@ -151,7 +152,8 @@ def parameters_of(arguments: Sequence[str]) -> list[Any]:
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse empty values, as an unset variable of a shell script gives: a path would be the current folder.
+    """Refuse empty values, which an unset variable of a shell script gives. An empty path would be
+    the current folder.
 
     Raises:
         ConfigError: an argument, or an option that has no empty default, is empty.
@@ -168,7 +170,7 @@ def refuse_empty(arguments: Sequence[str]) -> None:
 def with_options(error: AdvMoEError, arguments: Sequence[str]) -> str:
     """The message of an error, and the options of this command that give the settings it is about.
 
-    The library knows settings, not options; this is the one place where the one leads to the other.
+    The library knows settings but no options. Only this function maps one to the other.
     """
     known = {opts for parameter in parameters_of(arguments) for opts in parameter.opts}
     options = [flag(name) for name in error.options if flag(name) in known]

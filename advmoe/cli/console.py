@@ -1,4 +1,4 @@
-"""What the command line shows: results on stdout, everything else on stderr, errors as one line."""
+"""Output of the command line: results on stdout, everything else on stderr, errors as one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 def be_quiet() -> None:
-    """Show nothing from now on but errors: another process of torchrun speaks for all."""
+    """Show only errors from now on, because another process of torchrun prints for all."""
     out.quiet = err.quiet = True
 
 
@@ -29,7 +29,7 @@ def note(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """A line on stderr about something that does not stop the command."""
+    """Print a warning on stderr."""
     err.print(f"[yellow]warning:[/] {escape(' '.join(message.split()))}", highlight=False)
 
 
@@ -40,7 +40,9 @@ def fail(message: str) -> None:
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, on one line; what is not finite, which JSON cannot say, is null."""
+    """Print one JSON object on one line of stdout. Values that are not finite, which JSON cannot
+    express, become null.
+    """
     if not out.quiet:
         print(json.dumps(_finite(value), allow_nan=False))
 

@@ -1,4 +1,4 @@
-"""The bridge to `advmoe_export`, a distribution of its own: found lazily, its errors turned into ours."""
+"""The bridge to `advmoe_export`, a separate distribution: imports it on demand and converts its errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exporter() -> ModuleType:
 
 @contextmanager
 def export_errors() -> Iterator[None]:
-    """Turn the exporter's errors into `AdvMoEError`, message unchanged."""
+    """Convert the exporter's errors into `AdvMoEError` with the same message."""
     package = exporter()
     try:
         yield

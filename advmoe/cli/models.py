@@ -1,4 +1,4 @@
-"""How commands name a trained model: by its run folder or by a checkpoint."""
+"""Trained models as arguments of commands: a run folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from advmoe.errors import CheckpointError, DataError
 from advmoe.files import write_text_atomically
 
 BEST, LAST, DATA = "best.pt", "last.pt", "data.json"
-"""Files of a run: the checkpoint that counts, the one to go on from, and where its images lie."""
+"""Files of a run: the checkpoint to use, the one to resume from, and the note of the data folder."""
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -33,13 +33,13 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def remember_data(run: Path, dataset: str, data_dir: Path | None) -> None:
-    """Note in a run's folder where its images lie, so that other commands find them."""
+    """Record the data folder in a run's folder, so that other commands find the images."""
     text = json.dumps({"dataset": dataset, "data_dir": None if data_dir is None else str(data_dir.resolve())}) + "\n"
     write_text_atomically(run / DATA, text)
 
 
 def data_dir_of(checkpoint: Path, dataset: str, given: Path | None) -> Path | None:
-    """Where to look for a data set: the folder given, otherwise the one that the checkpoint's run remembers.
+    """The data folder of a data set: the given one, otherwise the one recorded with the checkpoint's run.
 
     Raises:
         DataError: that folder is gone.

@@ -1,6 +1,7 @@
 """Options of the command line: those that several commands share, and those that come from the configurations.
 
-A field of a configuration (`advmoe.config`) is an option of the same name; its help, default and bounds stand there.
+Each field of a configuration (`advmoe.config`) is an option of the same name, with the field's
+help, default and bounds.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def option(panel: str, text: str, *names: str) -> Any:
 def takes_settings_of(*configs: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of these configurations.
 
-    The command has a parameter `settings`; in its place come the options, and it gets those that were given as a dict.
+    The options replace the command's parameter `settings`, which receives the given ones as a dict.
     """
     offered = [field for config in configs for field in fields_of(config) if field.setting.option]
     names = [field.name for field in offered]
@@ -71,7 +72,7 @@ def takes_settings_of(*configs: type[Settings]) -> Callable[[Callable[..., None]
             parameters += map(_parameter, offered) if name == "settings" else [parameter]
         with_settings.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del with_settings.__wrapped__  # typer would look through to the parameter `settings`
+        del with_settings.__wrapped__  # typer would find the parameter `settings` through it
         return with_settings
 
     return decorate
@@ -103,7 +104,7 @@ def _can_be_none(field: Field) -> bool:
 
 
 def _number(text: str, *, optional: bool) -> Any:
-    """What an option for a number accepts: a number, a fraction, or `none` where nothing is a choice."""
+    """Parse an option for a number: a number, a fraction, or `none` if the setting may have no value."""
     if optional and text == NONE:
         return NONE
     try:

@@ -77,7 +77,7 @@ def predict(
 
 @dataclass
 class Predicting:
-    """A model at work on files; what cannot be read is noted in `skipped` and left out."""
+    """Classifies files with a model. Unreadable files are recorded in `skipped` and left out."""
 
     session: Session
     top: int
@@ -85,7 +85,7 @@ class Predicting:
     skipped: dict[Path, str] = field(default_factory=dict)
 
     def of(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
-        """The predictions, in the order of the paths; no more than a batch of images is in memory."""
+        """The predictions, in the order of the paths. At most one batch of images is in memory."""
         size = self.session.metadata.batch_size or self.batch_size
         readable = self._readable(paths, progress)
         while batch := list(itertools.islice(readable, size)):
@@ -137,7 +137,7 @@ def show(title: str, predictions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_csv(predicting: Predicting, paths: Sequence[Path]) -> None:
-    """A line of names and a row per image, as they come: label_2 is the second most probable class."""
+    """Print a header and one row per image as they come. label_2 is the second most probable class."""
     writer = csv_text.writer(sys.stdout, lineterminator="\n")  # before a bar on stderr takes stdout in
     endings = ["", *(f"_{rank}" for rank in range(2, predicting.top + 1))]
     writer.writerow(["image", *(name + ending for ending in endings for name in ("label", "probability")), "pathway"])
@@ -148,14 +148,14 @@ def show_csv(predicting: Predicting, paths: Sequence[Path]) -> None:
 
 
 def refusal(skipped: Mapping[Path, str], total: int) -> str:
-    """What to say in the end about images that could not be read."""
+    """The final line about images that could not be read."""
     if total == 1:
         return next(iter(skipped.values()))
     return f"{len(skipped)} of {total} images could not be read and were skipped"
 
 
 def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
-    """An image file as `advmoe evaluate` shows one of the data set: uint8 RGB [height, width, 3] of the model's size.
+    """An image file, prepared like an image in an evaluation: uint8 RGB [height, width, 3] of the model's size.
 
     JPEG and PNG are decoded as those of data sets are, other formats by Pillow; all are resized in Rust.
 

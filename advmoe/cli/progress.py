@@ -27,7 +27,7 @@ class ImagesPerSecond(ProgressColumn):
 
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Where there is no terminal to draw a bar on, training says this often how far it is."""
+"""Without a terminal, training prints its progress at this interval, in seconds."""
 
 
 class TrainingProgress:
@@ -103,7 +103,9 @@ class TrainingProgress:
 
 @contextmanager
 def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
-    """A bar over images, with what is being done to them and the time left; in a log file, a line for each stage."""
+    """A progress bar over images, with the current attack and the remaining time. In a log file,
+    one line for each stage.
+    """
     with Progress(
         TextColumn("evaluating"),
         BarColumn(),

@@ -27,7 +27,7 @@ from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
 
 DONE = "done.json"
-"""In the folder of a finished run or evaluation: the options it was made with, and its result."""
+"""File in the folder of a finished run or evaluation with its options and its result."""
 
 
 def reproduce(
@@ -99,7 +99,7 @@ def reproduce(
         side_by_side(plan.commands(out), workers)
     results = {
         recipe.name: [plan.result(recipe, seed) for seed in plan.seeds] for recipe in plan.chosen
-    }  # what was done side by side is only read here
+    }  # parallel work is finished; its results are only read here
     if prepare:
         return
     mask = plan.mask_option()
@@ -196,7 +196,7 @@ class Plan:
         return ["--mask", str(self.folder(masks[0], self.seeds[0]) / "best.pt")] if masks else []
 
     def commands(self, out: Path) -> list[list[str]]:
-        """Commands that train and evaluate everything and need nothing of each other."""
+        """Independent commands that train and evaluate everything."""
         shared = ["--prepare", "--scale", self.scale, "--runs", str(self.runs), "--out", str(out), *self.common]
         further = {"--train": self.train, "--evaluate": self.evaluate}
         shared += [part for option, text in further.items() if text for part in (option, text)]
@@ -207,7 +207,7 @@ class Plan:
         ]
 
     def trained(self, recipe: Recipe, seed: int) -> Path:
-        """The best checkpoint of a run, which is trained, or trained to its end, if need be."""
+        """The best checkpoint of a run. An unfinished run is trained to its end first."""
         folder = self.folder(recipe, seed)
         initial: list[str] = []
         if recipe.starts_from is not None:
@@ -220,14 +220,16 @@ class Plan:
         return folder / "best.pt"
 
     def result(self, recipe: Recipe, seed: int) -> dict[str, Any]:
-        """Figures of a run, which is trained and evaluated if need be."""
+        """Figures of a run. It is trained and evaluated first if necessary."""
         checkpoint, folder = self.trained(recipe, seed), self.evaluation(recipe, seed)
         options = [*shlex.split(self.evaluate_options), "--seed", str(seed), *self.common]
         return once(folder, "evaluate", [str(checkpoint), "--out", str(folder), *options])
 
 
 def once(folder: Path, command: str, arguments: Sequence[str], *, further: Sequence[str] = ()) -> dict[str, Any]:
-    """The result of a command that leaves a folder; it is not run again if it has finished with the same arguments."""
+    """The result of a command that writes a folder. A command that finished with the same arguments
+    is not run again.
+    """
     from advmoe.files import write_text_atomically
 
     try:
@@ -303,7 +305,7 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
 
 
 def run_to_its_end(process: Sequence[str]) -> tuple[int, str]:
-    """Exit status and output of a process. A signal is passed on, and what it ends is waited for."""
+    """Exit status and output of a process. Signals are passed on to it, and the process is waited for."""
     with subprocess.Popen(process, stdout=subprocess.PIPE, text=True) as child:
         ended_by: BaseException | None = None
         while True:

@@ -1,4 +1,4 @@
-"""Runs that are repeated with several seeds: what to type, and what to show of them."""
+"""Runs with several seeds: parsing the seeds, and summarizing the results."""
 
 from __future__ import annotations
 

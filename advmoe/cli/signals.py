@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM, which Slurm, Kubernetes and `kill` send: both end a command in the same way."""
+"""Ctrl-C (SIGINT) and SIGTERM (from Slurm, Kubernetes and `kill`) end a command in the same way."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: what `KeyboardInterrupt` is to Ctrl-C."""
+    """Raised at SIGTERM, as `KeyboardInterrupt` is at Ctrl-C."""
 
 
 @contextmanager
 def handling(signum: int, handler: Handler) -> Iterator[None]:
-    """Handle a signal; where signals cannot be handled, in a thread other than the main one, do nothing."""
+    """Handle a signal. In a thread other than the main one, where this is impossible, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,7 +35,7 @@ def handling(signum: int, handler: Handler) -> Iterator[None]:
 
 
 def terminate(signum: int, frame: FrameType | None) -> None:
-    """Raise Terminated, once: the clean-up that follows is not disturbed by another SIGTERM."""
+    """Handler that raises `Terminated` once. Later SIGTERMs do not disturb the cleanup."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
@@ -62,7 +62,7 @@ def stopping(stop: Callable[[], None]) -> Iterator[list[int]]:
 
 
 def terminal_interrupts_children() -> bool:
-    """Whether Ctrl-C goes from a terminal to this process and its children alike."""
+    """Whether a terminal sends Ctrl-C both to this process and to its children."""
     try:
         with Path("/dev/tty").open() as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RUN = "Run"
 RUN_FILE = "run.toml"
-"""Where a run folder keeps its settings in the form that `--config` takes."""
+"""File of a run folder with its settings in the form that `--config` reads."""
 
 
 @takes_settings_of(ModelConfig, TrainConfig, TrainingAttack)
@@ -136,16 +136,16 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be trained, on which images, from which weights."""
+    """A planned run: the model, the images and the initial weights."""
 
     model: ModelConfig
     train: TrainConfig
     data_dir: Path | None
     init: Path | None
     size_chosen: bool
-    """Whether the size of the images was asked for, and not chosen to suit this machine."""
+    """Whether the user chose the image size. Otherwise it was chosen to suit this machine."""
     notes: Sequence[str]
-    """What to tell before the run begins."""
+    """Remarks to print before the run begins."""
 
 
 def make_plan(
@@ -156,7 +156,7 @@ def make_plan(
     data_dir: Path | None,
     settings: Mapping[str, Any],
 ) -> Plan:
-    """Settings of the command line, on top of those of a recipe or a file, on top of those that suit the data set.
+    """The settings of a run. The command line overrides a recipe or file, which overrides the data set's defaults.
 
     Raises:
         ConfigError: settings that cannot be carried out.
@@ -272,16 +272,16 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
                 complete = trainer.fit()
     if not complete:
         console.note(f"interrupted; go on with the same command and --resume --out {path}")
-        raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have got the signal
+        raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have received the signal
     best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
 
 
 def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:
-    """The last checkpoint of the folder's run, if that is to go on.
+    """The last checkpoint of the folder's run, if the run is to be resumed.
 
-    A run that torchrun has restarted goes on without being told to; but not one that the first start had to refuse,
-    because it was there before.
+    A run that torchrun restarted is resumed automatically, unless its first start had to refuse the
+    folder.
     """
     from advmoe.distributed import keep_for_restarts, kept_before_restart
     from advmoe.training.checkpoint import load_checkpoint

@@ -106,7 +106,7 @@ def _accuracy(sample: Victims, images: Tensor) -> float:
 
 
 def check_finite(sample: Victims) -> Diagnostic:
-    """sign(NaN) is 0 and argmax(NaN) is 0: NaNs look like robustness."""
+    """Check that everything is finite: sign(NaN) is 0 and argmax(NaN) is 0, so NaNs look like robustness."""
     model, x = sample.model, sample.images.clone().requires_grad_()
     rows = torch.arange(len(x), device=x.device)
     values: dict[str, Tensor] = {}

@@ -1,9 +1,10 @@
-"""Figures of an evaluation as SVG text: white background, readable when printed in gray, text stays text.
+"""Figures of an evaluation as SVG, with a white background, readable in gray print, and with real text.
 
-They are narrow, so that a phone need not shrink them. Error bars are one standard error of a share of that many images.
+Figures are narrow enough for a phone. Error bars are one standard error of a share of the images.
 
-Input are the plain values of result cards (`advmoe.evaluation.card`), analyses (`advmoe.evaluation.analysis`), logs
-(`advmoe.reports.training`) and example images (`advmoe.evaluation.examples`).
+The inputs are plain values of result cards (`advmoe.evaluation.card`), analyses
+(`advmoe.evaluation.analysis`), logs (`advmoe.reports.training`) and example images
+(`advmoe.evaluation.examples`).
 
 Shape suffixes: L MoE layers, N experts.
 """
@@ -21,10 +22,10 @@ from advmoe.evaluation.vocabulary import FATES, Figure, measured, pgd_key
 from advmoe.reports.training import robust_accuracy
 
 COLORS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
-"""One per model; neighbors differ in lightness, for gray print, and to the color-blind (after Okabe & Ito)."""
+"""One per model. Neighbors differ in lightness, for gray print and for the color-blind (after Okabe & Ito)."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = len(COLORS)
-"""Models beyond which a color for each tells nobody anything."""
+"""With more models than this, a color for each would not help."""
 WIDTH = 4.6
 """Inches."""
 FATE_STYLES = (("#1b6ca8", ""), ("#8fc1e3", "//"), ("#f0a6a0", ".."), ("#a4343a", "xx"))
@@ -301,7 +302,9 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
 
 
 def pathways_flow(flow: Sequence[Sequence[Sequence[float]]], title: str) -> str:
-    """Pathways as bands from layer to layer: how many images take which expert, and which one after it."""
+    """Pathways as bands from layer to layer: the number of images that take an expert and, in the
+    next layer, another one.
+    """
     import numpy as np
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path

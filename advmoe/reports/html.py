@@ -50,7 +50,7 @@ def render(
         raise ConfigError("reports need jinja2; pip install 'advmoe[reports]'") from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text())
-    # The SVG comes from matplotlib, which escapes the names it is given.
+    # matplotlib makes the SVG, and escapes the names in it.
     drawn = {
         "accuracies": figures.accuracies(cards),
         "radius": figures.radius_curve(cards),
@@ -91,14 +91,14 @@ def _row(figure: Figure, cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def _passed(cards: Sequence[Card]) -> list[str]:
-    """Of many models, those of which one line says that they passed; a few are all shown check by check."""
+    """With many models, one line lists those that passed all checks. Few models are shown check by check."""
     if len(cards) <= figures.MANY:
         return []
     return [card["name"] for card in cards if card["advmoe"]["trusted"] and card["advmoe"]["diagnostics"]]
 
 
 def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
-    """Everything without which the numbers mean nothing."""
+    """The facts that the numbers depend on."""
 
     def attack(numbers: Mapping[str, Any]) -> str:
         used = numbers["attack"]
@@ -126,7 +126,7 @@ def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
 
 
 def _routing(name: str, analysis: Analysis, mark: Any) -> dict[str, Any]:
-    """What the template shows of one model's routing; the dissection stands in a figure of its own."""
+    """Values for the template about one model's routing. The dissection has its own figure."""
     conditions = [
         {
             "name": condition,

@@ -1,4 +1,4 @@
-"""The model card of a repository on the hub: what a model is, how robust it is under which attack, how to use it."""
+"""The model card of a repository on the hub: the model, its robustness under each attack, and its use."""
 
 from __future__ import annotations
 
