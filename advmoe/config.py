@@ -56,7 +56,7 @@ def check_eps(eps: float) -> None:
     """Check that eps is a radius in pixel units of [0, 1].
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: eps is outside [0, 1].
     """
     if not 0.0 <= eps <= 1.0:
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 else ""
@@ -69,8 +69,8 @@ def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> N
     Args:
         config: The configuration that has the setting.
         name: The setting.
-        place: What the setting has no effect on.
-        remedy: What to do other than leave it out.
+        place: The place where the setting has no effect, for the message.
+        remedy: An alternative to leaving the setting out, for the message.
 
     Raises:
         ConfigError: The setting has another value than its default.
@@ -85,7 +85,7 @@ def routed_part(routed: str) -> tuple[str, int] | None:
     the whole backbone.
 
     Raises:
-        ConfigError: not `all`, `last-N-stages` or `last-N-blocks`.
+        ConfigError: Not `all`, `last-N-stages` or `last-N-blocks`.
     """
     if routed == "all":
         return None
@@ -320,8 +320,9 @@ def model_config(**settings: Any) -> ModelConfig:
     """A model's configuration from the settings that a user gave.
 
     Raises:
-        ConfigError: a value that cannot be, or an option of routers for a kind that has none. (A config that was stored
-            may hold such values: they were the defaults of its day, and mean nothing.)
+        ConfigError: A value is invalid, or a setting of routers differs from its default for a kind
+            without routers. (A stored config may hold such values: they were defaults then, and
+            have no effect.)
     """
     config = from_dict(ModelConfig, settings)
     if config.kind != "moe":
@@ -648,7 +649,7 @@ def check_together(model: ModelConfig, train: TrainConfig) -> None:
     """Check that the model has everything that the training needs.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: The model lacks something that a setting of the training needs.
     """
     check(
         model.several_experts or train.attack_routing == "fixed",

@@ -17,7 +17,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     Under torchrun, `cuda` without a number is the GPU of the process's local rank.
 
     Raises:
-        ConfigError: the name is unknown, or the device is not there.
+        ConfigError: The name is unknown, or the device is not there.
     """
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

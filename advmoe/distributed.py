@@ -31,7 +31,7 @@ from advmoe.world import World, launched, restarts
 T = TypeVar("T")
 
 MEETING_SECONDS = 600.0
-"""How long a rank waits for the others to start."""
+"""Time limit for all ranks to start."""
 COLLECTIVE_SECONDS = 1800.0
 """Time limit of a collective. It is long, because rank 0 may be reading or downloading a data set."""
 ECHO_SECONDS = 1.0
@@ -63,11 +63,11 @@ def joined(device: torch.device) -> Iterator[World]:
     """Connect to the other ranks for the duration of the context.
 
     Args:
-        device: where this rank computes.
+        device: Device of this rank.
 
     Raises:
-        ConfigError: the environment describes no world.
-        LostRankError: the others do not come.
+        ConfigError: The environment describes no world.
+        LostRankError: The others do not come.
     """
     global _world, _store
     described = launched()
@@ -116,8 +116,8 @@ def first_to_say(message: str, *, lost: bool = False) -> bool:
     """Whether this rank prints an error, so that an error of several ranks is printed once.
 
     Args:
-        message: what the error says.
-        lost: it is only the echo of an error of another rank, which is left the time to say it.
+        message: Message of the error.
+        lost: Whether this error only follows from another rank's error. That rank gets time to print its own.
     """
     if _store is None:  # no rank has met the others yet, so all have the same error
         return launched().leads
@@ -203,7 +203,7 @@ def together(action: Callable[[], T]) -> T:
     Otherwise the other ranks would wait for the failed one in their next collective.
 
     Raises:
-        AdvMoEError: whatever `action` raises.
+        AdvMoEError: `action` raised it.
     """
     if _world.size == 1:
         return action()
@@ -224,7 +224,7 @@ def from_leader(action: Callable[[], T]) -> T:
     """Run an action on rank 0; all ranks get its result.
 
     Raises:
-        AdvMoEError: whatever `action` raises, on all ranks.
+        AdvMoEError: `action` raised it; all ranks raise it.
     """
     result = together(lambda: [action() if _world.leads else None])
     if _world.size > 1:
@@ -239,7 +239,7 @@ def leader_first(action: Callable[[], T]) -> T:
     Rank 0 runs it first, then the first rank of each other machine, then the other ranks.
 
     Raises:
-        AdvMoEError: whatever `action` raises.
+        AdvMoEError: `action` raised it.
     """
     mine = 0 if _world.leads else 1 if _world.local_rank == 0 else 2
     done: list[T] = []

@@ -10,8 +10,8 @@ class AdvMoEError(Exception):
     """Base of all errors caused by input: the command line prints its message on one line and exits with 1.
 
     Args:
-        message: what was expected, what came, what to do.
-        *options: names of the settings and parameters the message is about. The command line adds how to give them.
+        message: The expected value, the actual value, and the remedy.
+        *options: Names of the settings and parameters the message is about. The command line adds how to give them.
     """
 
     def __init__(self, message: str = "", *options: str) -> None:

@@ -26,7 +26,7 @@ class Size:
     train: str = ""
     evaluate: str = ""
     made_smaller: str = ""
-    """What differs from the paper, in words."""
+    """Differences from the paper, in words."""
     dataset: str | None = None
     """Used in place of every recipe's data set."""
     only: Mapping[str, str] = field(default_factory=dict)
@@ -117,12 +117,12 @@ def selected(name: str, scale: Scale, only: Sequence[str]) -> list[Recipe]:
     """The runs of an experiment.
 
     Args:
-        name: of the experiment.
-        scale: may stand for fewer runs.
-        only: patterns of recipe names as in a shell, or parts of them; all runs of the scale if empty.
+        name: Name of the experiment.
+        scale: May stand for fewer runs.
+        only: Patterns of recipe names as in a shell, or parts of them; all runs of the scale if empty.
 
     Raises:
-        ConfigError: a pattern that fits no run.
+        ConfigError: A pattern that fits no run.
     """
     shown = {name, *EXPERIMENTS[name].also}
     known = [recipe for recipe in recipes().values() if shown & set(shown_in(recipe))]

@@ -19,7 +19,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)`, then put the file in place of `path` in one move.
 
     Raises:
-        OSError: the file cannot be written; `path` is as it was, and the error names it.
+        OSError: The file cannot be written; `path` is as it was, and the error names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -70,7 +70,7 @@ class FolderLock:
         """Take the lock, unless this object holds it already.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: Another process holds it.
         """
         if self._lock.is_locked:
             return

@@ -21,7 +21,7 @@ def compute_deterministically() -> None:
     """Make a GPU compute the same bits in every run, at some cost in speed. A CPU does so by default.
 
     Raises:
-        RuntimeError: later, if an operation of the network has no deterministic form.
+        RuntimeError: Later, if an operation of the network has no deterministic form.
     """
     import torch
 

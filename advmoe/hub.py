@@ -31,8 +31,8 @@ def fetch(place: Path | str) -> Path:
     """The local copy of a model file: the path itself, or the downloaded file of an address on the hub.
 
     Raises:
-        ConfigError: the address is malformed, or the hub's library is not installed.
-        CheckpointError: there is no such repository, or it cannot be reached.
+        ConfigError: The address is malformed, or the hub's library is not installed.
+        CheckpointError: There is no such repository, or it cannot be reached.
     """
     if not is_address(place):
         return Path(place)
@@ -50,7 +50,7 @@ def check_repository(name: str) -> None:
     """Check that a name can be that of a repository.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: The name is malformed.
     """
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
         raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
@@ -63,8 +63,8 @@ def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
         The address of the repository in a browser.
 
     Raises:
-        ConfigError: the name is malformed, or the hub's library is not installed.
-        CheckpointError: the hub refuses the upload or cannot be reached.
+        ConfigError: The name is malformed, or the hub's library is not installed.
+        CheckpointError: The hub refuses the upload or cannot be reached.
     """
     check_repository(repository)
     with hub_errors(repository) as hub:
@@ -79,8 +79,8 @@ def hub_errors(what: str) -> Iterator[ModuleType]:
     """The hub's library. Its errors, and network errors, become one-line errors of this package.
 
     Raises:
-        ConfigError: the library is not installed.
-        CheckpointError: anything that goes wrong.
+        ConfigError: The library is not installed.
+        CheckpointError: The hub or the network failed.
     """
     try:
         import huggingface_hub

@@ -50,7 +50,7 @@ def recipe(name: str) -> Recipe:
     """The recipe of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is none.
     """
     known = recipes()
     if name not in known:

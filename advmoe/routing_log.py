@@ -33,8 +33,8 @@ class PathwayChannels:
     """The channels that each expert of each MoE layer computes. They make pathways comparable as sets of channels.
 
     Args:
-        layers: For each layer the channels of each of its experts, `layers[layer][expert]`.
-        num_channels: For each layer its channels.
+        layers: Channels of each expert of each layer, `layers[layer][expert]`.
+        num_channels: Number of channels of each layer.
 
     Raises:
         ConfigError: A channel that a layer does not have, or an expert without channels.

@@ -51,7 +51,7 @@ def read_run_file(path: Path) -> RunFile:
     """Read a run.
 
     Raises:
-        ConfigError: the file is missing or no TOML, or it has a key or a value that no run has.
+        ConfigError: The file is missing or no TOML, or it has a key or a value that no run has.
     """
     try:
         contents = tomllib.loads(path.read_text())

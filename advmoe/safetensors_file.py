@@ -28,8 +28,8 @@ def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
     """Write a checkpoint without the entries that only a continued training needs.
 
     Args:
-        path: the file to write; it holds either its old content or the complete new one.
-        contents: entries of a checkpoint file by name; `weights` is the state dict.
+        path: The file to write; it holds either its old content or the complete new one.
+        contents: Entries of a checkpoint file by name; `weights` is the state dict.
     """
     from safetensors.torch import save_file
 
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint file, as `torch.load` would give them.
 
     Raises:
-        CheckpointError: the file is no safetensors file, damaged, or not written by this project.
+        CheckpointError: The file is no safetensors file, damaged, or not written by this project.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -126,7 +126,7 @@ def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
     """`value` if it is one of `choices`.
 
     Raises:
-        ConfigError: it is not; the message names the choices and the closest one.
+        ConfigError: `value` is another; the message names the choices and the closest one.
     """
     known = sorted(choices)
     if value in known:
@@ -147,16 +147,16 @@ def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) ->
     """`value` if it is of a type and within bounds, otherwise an error that says what was expected.
 
     Args:
-        value: anything, such as an element of a file.
-        kind: a class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a `Settings` class.
-        noun: what the value is, for the message.
-        setting: bounds for numbers.
+        value: Anything, such as an element of a file.
+        kind: A class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a `Settings` class.
+        noun: Name of the value, for the message.
+        setting: Bounds for numbers.
 
     Returns:
         The value: integers as floats where floats are expected, lists as tuples, mappings as `Settings`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: The value is of another type or out of bounds.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -237,7 +237,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     meaning of the run.
 
     Raises:
-        ConfigError: an unknown field, or a value the config refuses.
+        ConfigError: An unknown field, or a value the config refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in set(values) - set(fields))

@@ -29,7 +29,7 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """Split settings by name into those of the model, of the training and of the attack in training.
 
     Raises:
-        ConfigError: a name that no configuration has.
+        ConfigError: A name that no configuration has.
     """
     names = [{field.name for field in fields_of(owner)} for owner in OWNERS]
     known = set[str]().union(*names)
@@ -65,13 +65,13 @@ def resolve(
     """Full configurations from a data set and the settings that differ from the defaults.
 
     Args:
-        info: gives classes, image size, normalization and the usual radius.
-        model: fields of `ModelConfig`.
-        train: fields of `TrainConfig`.
-        **attack: fields of `TrainingAttack`; the radius is the data set's by default.
+        info: Gives classes, image size, normalization and the usual radius.
+        model: Fields of `ModelConfig`.
+        train: Fields of `TrainConfig`.
+        **attack: Fields of `TrainingAttack`; the radius is the data set's by default.
 
     Raises:
-        ConfigError: a value that cannot be carried out.
+        ConfigError: A value is invalid, or two values contradict each other.
     """
     chosen = from_dict(TrainingAttack, {"eps": info.eps, **attack})
     described = model_config(

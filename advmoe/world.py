@@ -31,7 +31,7 @@ def launched() -> World:
     """The world that torchrun describes in the environment; one rank if there is no description.
 
     Raises:
-        ConfigError: the description is incomplete.
+        ConfigError: The description is incomplete.
     """
     size = os.environ.get("WORLD_SIZE") or "1"
     if size == "1":
@@ -48,5 +48,5 @@ def launched() -> World:
 
 
 def restarts() -> int:
-    """How often torchrun has started this process anew after a failure."""
+    """Number of times that torchrun has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)

@@ -50,7 +50,7 @@ def package() -> ModuleType:
     """The pyautoattack package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: The package is not installed.
     """
     try:
         import pyautoattack
@@ -69,14 +69,14 @@ def autoattack(
     """Run AutoAttack on a batch of correctly classified images.
 
     Args:
-        victims: the images, at least one. Of their attack only the radius counts. The model's parameters must be
+        victims: The images, at least one. Of their attack only the radius counts. The model's parameters must be
             frozen (`advmoe.models.modes.evaluating`), so that FAB does not compute their gradients.
-        attacks: all of the standard version, or some.
-        square_queries: queries of Square.
-        progress: called with the name of each attack as it begins.
+        attacks: All of the standard version, or some.
+        square_queries: Queries of Square.
+        progress: Called with the name of each attack as it begins.
 
     Raises:
-        ConfigError: the package is missing, there are too few classes for the targeted losses (at least 3 others), or
+        ConfigError: The package is missing, there are too few classes for the targeted losses (at least 3 others), or
             images outside [0, 1].
     """
     images, labels, model, seed = victims.images, victims.labels, victims.model, victims.seed

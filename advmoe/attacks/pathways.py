@@ -68,7 +68,9 @@ def decision_of_place(model: RoutedNetwork) -> list[int]:
 
 
 def router_margins(logits_BRN: Tensor, expert_BR: Tensor) -> Tensor:
-    """How far each router prefers a given expert over the best other one, [B, R]; negative if it does not."""
+    """Margin by which each router prefers a given expert to the best other one, [B, R]; negative if
+    it prefers the other.
+    """
     chosen_BR = logits_BRN.gather(2, expert_BR.unsqueeze(2)).squeeze(2)
     others_BRN = logits_BRN.scatter(2, expert_BR.unsqueeze(2), -torch.inf)
     return chosen_BR - others_BRN.amax(dim=2)
@@ -154,10 +156,10 @@ def route_attack(
     """Search for a pathway on which the image can be broken.
 
     Args:
-        victims: images that an MoE-CNN classifies correctly. The attack's steps are spent on each pathway.
-        observed_ML: pathways of other images, clean or attacked.
-        nearby: adversarial versions that another attack left behind; the nearest flips are looked for from there.
-        config: how far to search.
+        victims: Images that an MoE-CNN classifies correctly. The attack's steps are spent on each pathway.
+        observed_ML: Pathways of other images, clean or attacked.
+        nearby: Adversarial versions that another attack left behind; the nearest flips are looked for from there.
+        config: Limits of the search.
 
     Returns:
         Adversarial images, and a mask [B] of those that no pathway broke.

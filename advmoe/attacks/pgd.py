@@ -59,7 +59,7 @@ def check_images(images: Tensor) -> None:
     """Refuse images outside [0, 1], the range in which the attack's radius is given and to which it clamps.
 
     Raises:
-        ConfigError: some pixel lies outside.
+        ConfigError: A pixel is outside [0, 1].
     """
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ConfigError(
@@ -93,9 +93,10 @@ def starting_point(
 
     Args:
         images: [B, 3, H, W].
-        config: kind of start and radius.
-        generator: of the noise.
-        place: of the images in a union of batches, whose noise is drawn as a whole: each image gets its own part.
+        config: Kind of start and radius.
+        generator: Generator of the noise.
+        place: Place of the images in a union of batches. The noise of the whole union is drawn, and
+            each image gets its part.
     """
     if config.start == "clean" or config.eps == 0:
         return images.clone()
@@ -142,20 +143,20 @@ def pgd(
     """Adversarial images within eps of `images` and within [0, 1].
 
     Args:
-        forward: the model under attack, or a view of it, in eval mode (see `evaluating`).
+        forward: The model under attack, or a view of it, in eval mode (see `evaluating`).
         images: [B, 3, H, W] in [0, 1].
-        objective: what to increase.
-        config: radius, steps and step size. Restarts are the caller's business.
-        start: first candidates, [B, 3, H, W] (see `starting_point`).
-        won: if given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
+        objective: The loss that the attack increases.
+        config: Radius, steps and step size. Restarts are the caller's business.
+        start: First candidates, [B, 3, H, W] (see `starting_point`).
+        won: If given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
             that iterate and spends no further work on it. An adversary may stop whenever it has won.
-        watch: if given, sees the outputs of all images at every iterate; not together with `won`.
-        count: if given, counts the gradients.
-        sound: if given, bool [], it becomes false where an output or a gradient is not finite, instead of an error
+        watch: If given, sees the outputs of all images at every iterate; not together with `won`.
+        count: If given, counts the gradients.
+        sound: If given, bool [], it becomes false where an output or a gradient is not finite, instead of an error
             that the host would have to wait for.
 
     Raises:
-        AdvMoEError: an output or a gradient is not finite, and there is no `sound`. sign(NaN) would leave the image
+        AdvMoEError: An output or a gradient is not finite, and there is no `sound`. sign(NaN) would leave the image
             where it is, and argmax of NaNs is class 0: either would pass for robustness.
     """
     adversarial = start.detach().clone()

@@ -25,19 +25,19 @@ def untargeted(
     restarts at a time: as many as fit into a batch of the given size.
 
     Args:
-        victims: the images.
-        forward: the view of the model that the attack follows (`advmoe.attacks.relaxations`), or the model on fixed
+        victims: The images.
+        forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or the model on fixed
             pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
-        count: if given, counts the gradients.
-        first_restart: number of the first start to try; the caller has tried those before it.
+        count: If given, counts the gradients.
+        first_restart: Number of the first start to try; the caller has tried those before it.
 
     Returns:
         Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
         images that no restart broke.
 
     Raises:
-        ConfigError: images outside [0, 1].
-        AdvMoEError: see `pgd`.
+        ConfigError: Images outside [0, 1].
+        AdvMoEError: See `pgd`.
     """
     images, attack = victims.images, victims.attack
     forward = forward or plain(victims.model)

@@ -59,7 +59,7 @@ class Victims:
         """First candidates for every restart of every image, [len(restarts) * B, 3, H, W], restart by restart.
 
         Args:
-            restarts: numbers of the restarts. The same number gives an image the same start.
+            restarts: Numbers of the restarts. The same number gives an image the same start.
         """
         drawn = [
             starting_point(image[None], self.attack, generator_for(self.seed, restart, index))
@@ -70,6 +70,6 @@ class Victims:
 
     @torch.no_grad()
     def right(self, images: Tensor | None = None) -> Tensor:
-        """Which images, or which versions of them, the model classifies correctly, [B] bool."""
+        """Whether the model classifies each image, or the given version of it, correctly, [B] bool."""
         logits: Tensor = self.model(self.images if images is None else images)
         return logits.argmax(dim=1) == self.labels

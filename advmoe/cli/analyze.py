@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from advmoe.models.network import RoutedNetwork
 
 ANALYSIS = "analysis.json"
-"""What the command adds to the folder, beside the figures."""
+"""File with the analysis that the command adds to the folder, beside the figures."""
 
 
 def analyze(

@@ -156,7 +156,7 @@ def refuse_empty(arguments: Sequence[str]) -> None:
     the current folder.
 
     Raises:
-        ConfigError: an argument, or an option that has no empty default, is empty.
+        ConfigError: An argument, or an option that has no empty default, is empty.
     """
     may_be_empty = {
         name for parameter in parameters_of(arguments) if parameter.default == "" for name in parameter.opts

@@ -106,7 +106,7 @@ def check_same_images(cards: list[dict[str, Any]], found: list[Arrays]) -> None:
     """Refuse models that were not evaluated on the same images by the same PGD.
 
     Raises:
-        ConfigError: they were not.
+        ConfigError: The images or the attacks differ.
     """
     from advmoe.evaluation.paired import IMAGES
 

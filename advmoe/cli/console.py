@@ -77,7 +77,7 @@ def number(text: str, what: str) -> float:
     """A number that may be written as a fraction, such as 8/255.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: The text is neither a number nor a fraction.
     """
     numerator, slash, denominator = text.partition("/")
     try:
@@ -90,7 +90,7 @@ def existing_folder(path: Path) -> Path:
     """The path, if its folder exists.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: The folder does not exist.
     """
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")

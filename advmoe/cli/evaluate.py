@@ -156,7 +156,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """What to call it in a card."""
+        """The model's name in a card."""
         ending = "" if self.control is None else f", {self.control} control"
         file = self.path.name if is_address(self.path) else self.path.stem
         return f"{self.path.resolve().parent.name}/{file}{ending}"
@@ -167,8 +167,8 @@ class Subject:
         """The data set and its test images, all or a seeded choice, decoded.
 
         Raises:
-            ConfigError: the checkpoint does not name a data set, and none was given.
-            CheckpointError: it tells other classes apart.
+            ConfigError: The checkpoint does not name a data set, and none was given.
+            CheckpointError: It tells other classes apart.
         """
         from advmoe.data.sources import load_dataset
         from advmoe.data.views import in_memory
@@ -190,7 +190,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What is measured, and on which images."""
+    """The settings of an evaluation and its images."""
 
     config: SuiteConfig
     dataset: str
@@ -245,7 +245,7 @@ class Measuring:
         return card, result
 
     def _latency(self, model: RoutedNetwork) -> dict[int, float]:
-        """Of single images and of batches as they were evaluated, in fp32 as everything else."""
+        """Milliseconds per image, for single images and for the batches of the evaluation, in fp32."""
         from advmoe.data.loader import BatchLoader
         from advmoe.evaluation.cost import measure_latency
         from advmoe.evaluation.precision import full_precision
@@ -276,7 +276,7 @@ def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDAr
     """The channels of an MoE-CNN's experts, and a Sparse-CNN's mask over them.
 
     Raises:
-        ConfigError: the model is no MoE-CNN, or they are on different backbones.
+        ConfigError: The model is no MoE-CNN, or they are on different backbones.
     """
     from advmoe.evaluation.pathways import mask_of, pathway_channels
     from advmoe.training.checkpoint import load_checkpoint
@@ -289,7 +289,7 @@ def training_radius(contents: Checkpoint) -> float:
     """The radius that a model was trained for.
 
     Raises:
-        ConfigError: its checkpoint does not say.
+        ConfigError: The checkpoint does not store a radius.
     """
     trained = contents.train.get("attack", {}).get("eps")
     if trained is None:
@@ -314,7 +314,7 @@ def _recipe_of(run: str) -> str | None:
 
 
 def _training_seconds(run: Path) -> float | None:
-    """How long a run's training steps took, from the speed that its log holds for each epoch; None without a log."""
+    """Seconds of a run's training steps, computed from the speed of each epoch in the log; None without a log."""
     try:
         config = json_text.loads((run / "config.json").read_text())["train"]
         records = [json_text.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

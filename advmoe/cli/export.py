@@ -183,7 +183,7 @@ def given(context: typer.Context, name: str) -> bool:
 
 
 def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
-    """What the file says about the model it came from."""
+    """Metadata of the file about the model."""
     from advmoe.training.checkpoint import file_digest
 
     described = to_dict(contents.model)

@@ -18,7 +18,7 @@ def exporter() -> ModuleType:
     """The package `advmoe_export`.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: `advmoe_export` is not installed.
     """
     try:
         import advmoe_export

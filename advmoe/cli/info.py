@@ -38,7 +38,7 @@ SUMMARY = (
     "metrics.epoch",
     "metrics.val_sa",
 )
-"""What of a checkpoint is shown without `--all`, with RA on the validation images."""
+"""Facts of a checkpoint that are shown without `--all`, besides RA on the validation images."""
 
 
 def info(
@@ -69,7 +69,7 @@ def info(
 
 
 def summary(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that matter most, long ones cut."""
+    """The most important facts; long ones are cut."""
     chosen = {
         name: value
         for name, value in facts.items()
@@ -80,7 +80,7 @@ def summary(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:
-    """What an exported model says about itself."""
+    """Facts from the metadata of an exported model."""
     facts = dataclasses.asdict(metadata)
     return {name: value for name, value in facts.items() if name not in {"model", "tool"}} | {
         f"{part}.{name}": value for part in ("model", "tool") for name, value in facts[part].items()

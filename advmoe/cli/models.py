@@ -16,7 +16,7 @@ def checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the best one of a run folder.
 
     Raises:
-        CheckpointError: a folder without one.
+        CheckpointError: A folder without one.
     """
     if not path.is_dir():
         return path
@@ -42,7 +42,7 @@ def data_dir_of(checkpoint: Path, dataset: str, given: Path | None) -> Path | No
     """The data folder of a data set: the given one, otherwise the one recorded with the checkpoint's run.
 
     Raises:
-        DataError: that folder is gone.
+        DataError: The recorded folder no longer exists.
     """
     if given is not None:
         return given

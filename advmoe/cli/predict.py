@@ -160,7 +160,7 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
     JPEG and PNG are decoded as those of data sets are, other formats by Pillow; all are resized in Rust.
 
     Raises:
-        DataError: the file is missing or cannot be decoded.
+        DataError: The file is missing or cannot be decoded.
     """
     import numpy as np
 

@@ -176,7 +176,7 @@ class Plan:
 
     @property
     def made_smaller(self) -> str:
-        """What differs from the paper, in words."""
+        """Differences from the paper, in words."""
         own = [f"options {text}" for text in (self.train, self.evaluate) if text]
         return "; ".join(([self.size.made_smaller] if self.size.made_smaller else []) + own)
 
@@ -185,7 +185,7 @@ class Plan:
         return self.runs / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
 
     def evaluation(self, recipe: Recipe, seed: int) -> Path:
-        """Where a run's evaluation for this table or figure lies."""
+        """Folder of a run's evaluation for this table or figure."""
         return self.folder(recipe, seed) / f"evaluation-{self.name}"
 
     def mask_option(self) -> list[str]:
@@ -257,7 +257,7 @@ def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None
     """Run commands of ours at the same time, one on each worker; a worker is a GPU, or None for any device.
 
     Raises:
-        AdvMoEError: one failed; the others have been finished.
+        AdvMoEError: One failed; the others have been finished.
         KeyboardInterrupt, Terminated: the processes were asked to stop, and have.
     """
     waiting, failed = list(commands), 0
@@ -286,9 +286,9 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
     """Run a command of ours in a process of its own; its progress shows, its result comes back.
 
     Raises:
-        AdvMoEError: it failed; it has said why.
-        KeyboardInterrupt: it was interrupted, or this process was.
-        Terminated: the same by SIGTERM.
+        AdvMoEError: The command failed; it has printed the reason.
+        KeyboardInterrupt: It was interrupted, or this process was.
+        Terminated: The same by SIGTERM.
     """
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))

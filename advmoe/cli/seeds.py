@@ -26,7 +26,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Seeds from a list with commas.
 
     Raises:
-        ConfigError: something else, or a seed twice.
+        ConfigError: The text is no such list, or has a seed twice.
     """
     parts = text.split(",")
     if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 20 for part in parts):

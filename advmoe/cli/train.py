@@ -159,7 +159,7 @@ def make_plan(
     """The settings of a run. The command line overrides a recipe or file, which overrides the data set's defaults.
 
     Raises:
-        ConfigError: settings that cannot be carried out.
+        ConfigError: Settings that cannot be carried out.
     """
     from advmoe.data.sources import dataset_info
     from advmoe.training.checkpoint import file_digest
@@ -219,7 +219,7 @@ def make_plan(
 
 
 class Saving(NamedTuple):
-    """Which checkpoints a run writes, beside those at the end of an epoch."""
+    """Checkpoints that a run writes in addition to those at the end of an epoch."""
 
     keep: int = 0
     minutes: float = CHECKPOINT_MINUTES
@@ -240,7 +240,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
     """Train one model in one folder.
 
     Raises:
-        typer.Exit: the run was interrupted, and saved.
+        typer.Exit: The run was interrupted, and saved.
     """
     from advmoe.data.sources import load_dataset
     from advmoe.distributed import from_leader, leader_first, world

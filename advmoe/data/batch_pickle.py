@@ -18,7 +18,7 @@ import numpy as np
 from advmoe.errors import DataError
 
 Batch = dict[str, Any]
-"""What a batch file holds; arrays are NumPy arrays, text is ``str``."""
+"""Contents of a batch file. Arrays are NumPy arrays, text is ``str``."""
 
 
 def load_batch(raw: bytes, *, where: str) -> Batch:

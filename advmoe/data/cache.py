@@ -33,7 +33,7 @@ def packed(
     Args:
         shards: The parquet files.
         pack: The file to keep their images in; written whole or not at all.
-        hub: Which columns to read.
+        hub: Names of the columns to read.
         info: The names of the classes, and of the data set for messages.
         progress: Told while the pack is made.
 

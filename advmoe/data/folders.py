@@ -45,7 +45,7 @@ def folder_info(data_dir: Path) -> DatasetInfo:
     """The class names of the image folder at `data_dir`, a size that suits its images, and warnings.
 
     Raises:
-        DataError: It is not an image folder.
+        DataError: `data_dir` is not an image folder.
     """
     return load_folder(data_dir).info
 

@@ -87,7 +87,7 @@ class BatchLoader:
         indices: Rows to use, in this order; all by default.
         batch_size: Images per batch and rank, at most.
         shuffle: A new order every epoch.
-        augment: What is done to each image; random choices are new in every epoch. Without it, and with `CropFlip`,
+        augment: Transform of each image; random choices are new in every epoch. Without it, and with `CropFlip`,
             all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
         stream: Chooses one of the experiment's independent sequences.
@@ -99,7 +99,7 @@ class BatchLoader:
         step_size: Images of all ranks in a full step, by default `world_size * batch_size`; a smaller number need not
             be a multiple of the world size.
         prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
-        dtype: torch.float32 or torch.uint8.
+        dtype: Torch.float32 or torch.uint8.
         mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
         std: Divides the difference.
         channels_last: Images in torch.channels_last memory format.

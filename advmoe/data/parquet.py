@@ -26,12 +26,12 @@ UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 @dataclass(frozen=True, kw_only=True)
 class HubLayout:
-    """How a data set is laid out in its repository on the hub."""
+    """Layout of a data set in its repository on the hub."""
 
     repository: str
     """``owner/name``."""
     folder: str
-    """Where the parquet files are in the repository."""
+    """Folder of the parquet files in the repository."""
     train: str
     """Name of the split to train on."""
     test: str

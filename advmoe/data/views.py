@@ -14,7 +14,7 @@ from advmoe.data.sets import Images, ImageSet, Progress
 from advmoe.data.transforms import CropFlip, RandomResizedCrop, ResizeCenterCrop, Transform, compiled, output_size
 
 SHORTER_SIDE = 8 / 7
-"""Shorter side before the middle is taken, relative to the size: 256 for 224, as ImageNet models are evaluated."""
+"""Shorter side of a resized image relative to the size cut out of it: 256 for 224, as usual for ImageNet models."""
 
 
 def training_transform(images: Images, size: int, *, flip: bool) -> Transform:

@@ -36,7 +36,7 @@ class Evaluation:
     """Outcome on a set of images. Shares are in [0, 1]."""
 
     right_I: np.ndarray
-    """Which clean images are classified correctly, bool [images]."""
+    """Whether each clean image is classified correctly, bool [images]."""
     robust_I: np.ndarray
     """Images that are right when clean and at every point that the attack tried, bool [images]."""
     attack: AttackConfig
@@ -89,7 +89,7 @@ def check_finite(logits: Tensor, routing: Routing) -> None:
     no gradient.
 
     Raises:
-        AdvMoEError: a logit of the classifier or of a router is not finite.
+        AdvMoEError: A logit of the classifier or of a router is not finite.
     """
     for whose, values in (("the classifier", logits), ("the routers", routing.logits_BRN)):
         if values is not None and not values.isfinite().all():
@@ -115,18 +115,18 @@ def evaluate(
     images only.
 
     Args:
-        model: any kind.
-        images: to attack.
-        attack: what RA is measured under.
-        batch_size: images attacked at a time.
-        seed: of the attack's starts.
-        progress: hears of each batch.
-        one_shape: whether all passes get batches of one shape, whose kernels a GPU has chosen before: the last batch
+        model: A model of any kind.
+        images: To attack.
+        attack: The attack of RA.
+        batch_size: Images attacked at a time.
+        seed: Seed of the attack's starts.
+        progress: Hears of each batch.
+        one_shape: Whether all passes get batches of one shape, whose kernels a GPU has chosen before: the last batch
             is filled up, and images that are broken already are attacked on. The figures are the same. By default on a
             GPU.
 
     Raises:
-        AdvMoEError: logits, or a gradient of the attack, are not finite.
+        AdvMoEError: Logits, or a gradient of the attack, are not finite.
     """
     mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress, one_shape))
     batches = sorted(chain.from_iterable(gather(mine)), key=lambda arrays: int(arrays[0][0]))

@@ -25,9 +25,9 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     """Expert load, pathways, dissection and similarity for each condition of a log.
 
     Args:
-        log: as written by an evaluation, with the condition `clean` and some attacks.
-        model: the MoE-CNN it is of; its weights are not needed.
-        sparse: a Sparse-CNN on the same backbone, to whose mask pathway the pathways are compared (Fig. 6).
+        log: The log of an evaluation, with the condition `clean` and some attacks.
+        model: The MoE-CNN it is of; its weights are not needed.
+        sparse: A Sparse-CNN on the same backbone, to whose mask pathway the pathways are compared (Fig. 6).
 
     Returns:
         `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for attacks, the dissection;
@@ -35,7 +35,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
         with the mask pathway. The last two are absent where experts are no channels of a common backbone.
 
     Raises:
-        ConfigError: the log has no clean condition or is of another model, or the Sparse-CNN is on another backbone.
+        ConfigError: The log has no clean condition or is of another model, or the Sparse-CNN is on another backbone.
     """
     names = [name for name, _ in log.conditions]
     layers = len(model.expert_layouts) * model.rows_per_image

@@ -184,17 +184,17 @@ def make_card(
     """The card of an evaluated checkpoint.
 
     Args:
-        result: its evaluation.
-        name: what to call it.
-        dataset: whose test images were used.
-        model: what it is.
-        train: how it was trained, as in the checkpoint.
-        cost: what it costs.
-        device: hardware the evaluation ran on.
-        latency: milliseconds per image by batch size on that hardware, if measured.
-        training_seconds: how long its training took, if that is known.
-        recipe: the run of the paper that it is, if it is one.
-        control: which control of the model it is (`advmoe.evaluation.controls`), if it is one.
+        result: The outcome of the evaluation.
+        name: The model's name in the card.
+        dataset: Name of the data set with the test images.
+        model: The model's configuration.
+        train: The training configuration in the checkpoint.
+        cost: The cost of the model.
+        device: Hardware the evaluation ran on.
+        latency: Milliseconds per image by batch size on that hardware, if measured.
+        training_seconds: Duration of the training, if known.
+        recipe: Name of the paper's run, if the model is from one.
+        control: Name of the control (`advmoe.evaluation.controls`), if the model is one.
     """
     numbers = figures(result)
     verdict = verdict_of(diagnostic.status for diagnostic in result.diagnostics)
@@ -268,7 +268,7 @@ def load_card(path: Path) -> dict[str, Any]:
     """Read a card, checked against `CardFile`.
 
     Raises:
-        DataError: the file is missing or no card of this project.
+        DataError: The file is missing or no card of this project.
     """
     try:
         card = json.loads(path.read_text())

@@ -29,14 +29,14 @@ def controlled(model: nn.Module, control: Control, seed: int) -> RoutedNetwork:
     """A copy of the model under a control.
 
     Args:
-        model: an MoE-CNN with a choice of experts.
+        model: An MoE-CNN with a choice of experts.
         control: `random` draws new weights for each router and keeps the statistics that center its features;
             `averaged` gives every output channel of an expert the mean filter of all experts there and sends every
             image to that expert; `inverted` negates the routers' logits.
-        seed: of the random routers.
+        seed: Seed of the random routers.
 
     Raises:
-        ConfigError: the model has no choice of experts.
+        ConfigError: The model has no choice of experts.
     """
     check(
         is_routed(model),

@@ -36,9 +36,9 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
     """Count the operations that one inference executes, including those of the routers.
 
     Args:
-        model: a module from images [B, 3, H, W] in [0, 1] to logits; a routed one computes one expert per image, and
+        model: A module from images [B, 3, H, W] in [0, 1] to logits; a routed one computes one expert per image, and
             since all experts of a layer have the same size, any image gives the same count.
-        image_size: height and width of the images.
+        image_size: Height and width of the images.
     """
     parameter = next(model.parameters())
     image = torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype)
@@ -63,9 +63,9 @@ def measure_latency(model: nn.Module, images: Tensor, batch_sizes: Sequence[int]
     each is not counted; the result is the median of the others.
 
     Args:
-        model: a module from images to logits.
+        model: A module from images to logits.
         images: [B, 3, H, W] in [0, 1], real ones: a routed model sends them to different experts. Used in turn.
-        batch_sizes: none larger than B.
+        batch_sizes: Batch sizes, at most B.
     """
     images = images.to(next(model.parameters()).device)
     batches = {size: images[: len(images) // size * size].split(size) for size in sorted(set(batch_sizes))}

@@ -66,13 +66,13 @@ def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries
     """Run all checks. If outputs are not finite, the checks that need finite outputs are left out.
 
     Args:
-        sample: some images, right and wrong ones, under the attack whose RA is to be believed.
+        sample: Some images, right and wrong ones, under the attack whose RA is checked.
         withstood: [B], bool: images that the other white-box attacks of the evaluation did not break; None if there
             were no others.
-        square_queries: queries of the black-box check; 0 leaves it out.
+        square_queries: Queries of the black-box check; 0 leaves it out.
 
     Raises:
-        ConfigError: images outside [0, 1].
+        ConfigError: Images outside [0, 1].
     """
     check_images(sample.images)
     with evaluating(sample.model), full_precision(sample.model):
@@ -280,9 +280,9 @@ def black_box(broken: int, total: int, queries: int) -> Diagnostic:
     """Square sees no gradient, so it should not break images that all gradient attacks missed.
 
     Args:
-        broken: images broken by Square, and by no white-box attack.
-        total: images in all.
-        queries: that Square made for each.
+        broken: Images broken by Square, and by no white-box attack.
+        total: Images in all.
+        queries: Queries of Square for each image.
     """
     return _verdict(
         "black_box",
@@ -317,8 +317,8 @@ def routing_seen(clean_IL: NDArray[np.uint8], attacked_IL: NDArray[np.uint8], nu
     """The use of the experts, without a verdict, because a router may rightly prefer one expert.
 
     Args:
-        clean_IL: the experts that each clean image took.
-        attacked_IL: the same where PGD ended.
+        clean_IL: The experts that each clean image took.
+        attacked_IL: The same where PGD ended.
         num_experts: N.
     """
     counts_LN = np.stack([(clean_IL == expert).sum(axis=0) for expert in range(num_experts)], axis=1)

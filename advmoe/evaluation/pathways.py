@@ -41,7 +41,7 @@ def mask_of(model: RoutedNetwork, routed: RoutedNetwork) -> NDArray[np.bool_]:
     """The mask pathway of a Sparse-CNN as one mask over the channels of all MoE layers of a routed network, [C].
 
     Raises:
-        ConfigError: not a Sparse-CNN, or the experts are not channels of its backbone.
+        ConfigError: Not a Sparse-CNN, or the experts are not channels of its backbone.
     """
     every, at = mask_pathway(model), routed.routed_places
     widths = [table.shape[1] for table in pathway_channels(routed).tables]

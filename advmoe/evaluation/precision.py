@@ -17,7 +17,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     """Switches TF32, bf16 and autocast off. They round differently from batch to batch and can mask gradients.
 
     Raises:
-        ConfigError: the model's parameters are not fp32.
+        ConfigError: The model's parameters are not fp32.
     """
     kinds = {str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()}
     if kinds - {"torch.float32", "torch.float64"}:

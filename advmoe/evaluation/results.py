@@ -58,7 +58,7 @@ class SuiteConfig:
     temperatures: tuple[float, ...] = TEMPERATURES
     """Of the mixture views."""
     route: RouteAttackConfig = dataclasses.field(default_factory=RouteAttackConfig)
-    """How far the route attack searches."""
+    """Limits of the route attack's search."""
     pathways: int = 8
     """Number of most frequent clean pathways on which an image has to be right for `every_pathway`."""
     diagnosed: int = 100

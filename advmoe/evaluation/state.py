@@ -24,12 +24,12 @@ class EvaluationState:
     """Results of the finished batches and of the unfinished one.
 
     Args:
-        path: file to keep the finished batches in, written whole after each; the batch under way lies beside it. None
+        path: File to keep the finished batches in, written whole after each; the batch under way lies beside it. None
             to keep them in memory only.
-        identity: what the results belong to: model, images, settings. Plain values.
+        identity: Model, images and settings of the results, as plain values.
 
     Raises:
-        CheckpointError: the file holds results of another model, other images or other settings, or cannot be read.
+        CheckpointError: The file holds results of another model, other images or other settings, or cannot be read.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class EvaluationState:
 
 
 def read_note(path: Path, identity: dict[str, Any]) -> Any:
-    """What was noted for this identity; None if nothing was, or for another one."""
+    """The note stored for this identity; None if there is none, or only for another identity."""
     try:
         stored = json.loads(path.read_text())
         return stored["content"] if stored[IDENTITY] == json.loads(json.dumps(identity)) else None

@@ -57,19 +57,19 @@ def run_suite(
     """Evaluate a model in fp32. The model keeps its mode.
 
     Args:
-        model: a module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
-        images: the test images.
-        config: what to measure.
-        batch_size: images attacked at a time; changes nothing but memory and the rounding of convolutions.
-        seed: of everything random.
-        state_path: where to keep the results of each batch and, of the batch under way, of each attack. An interrupted
+        model: A module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
+        images: The test images.
+        config: Settings of the evaluation.
+        batch_size: Images attacked at a time; changes nothing but memory and the rounding of convolutions.
+        seed: Seed of everything random.
+        state_path: File for the results of each batch and, in the unfinished batch, of each attack. An interrupted
             evaluation goes on from there. The outcome of the diagnostics lies beside it.
-        progress: called as work goes on.
+        progress: Called as work goes on.
 
     Raises:
-        CheckpointError: the state at `state_path` belongs to another evaluation.
+        CheckpointError: The state at `state_path` belongs to another evaluation.
         ConfigError: AutoAttack is asked for and not installed, or the model is not in fp32.
-        AdvMoEError: logits or gradients are not finite.
+        AdvMoEError: Logits or gradients are not finite.
     """
     tell = progress or (lambda *_: None)
     subject = identity(model, images, config, batch_size, seed)

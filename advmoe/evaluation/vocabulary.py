@@ -32,9 +32,9 @@ class Figure:
 
     key: str
     short: str
-    """For axes and narrow tables."""
+    """Label on axes and in narrow tables."""
     long: str
-    """For reports and the command line."""
+    """Label in reports and on the command line."""
 
     def of(self, numbers: Mapping[str, Any]) -> float | None:
         """Its value among the figures of a card; None if it was not measured."""
@@ -106,7 +106,7 @@ def verdict_of(statuses: Iterable[Status]) -> Verdict:
 
 
 class Reading(NamedTuple):
-    """How to read a diagnostic that failed."""
+    """Explanation of a failed diagnostic."""
 
     meaning: str
     next_step: str
@@ -166,7 +166,7 @@ READINGS: Mapping[str, Reading] = {
         "Report the RA under the attacks on the routing, and for S-Dense the RA under the same PGD.",
     ),
 }
-"""By the name of the check."""
+"""Explanations by the name of the check."""
 
 
 def failed_readings(diagnostics: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Reading]]:

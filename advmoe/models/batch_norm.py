@@ -66,11 +66,12 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, number = ctx.saved_tensors
         (gradient_y,) = gradients
-        # As if mean and var were constants:
+        # Gradient with mean and var as constants:
         gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
             gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
-        # Through them: - weight / std * (mean of gradient + normalized x * mean of (gradient * normalized x)).
+        # Gradient through mean and var: - weight / std * (mean of gradient + normalized x * mean of
+        # (gradient * normalized x)).
         of_bias, of_weight = gradient_bias.clone(), gradient_weight.clone()
         sum_up([of_bias, of_weight])
         rstd = (var + ctx.eps).rsqrt()

@@ -26,12 +26,12 @@ class CompiledNetwork:
     """The passes of one network, each compiled when it first occurs.
 
     Args:
-        network: may change its modes, and what needs gradients: each combination is compiled once.
-        graphs: whether a GPU gets all kernels of a pass at once (CUDA graphs).
-        backend: what compiles.
+        network: May change its modes, and what needs gradients: each combination is compiled once.
+        graphs: Whether a GPU gets all kernels of a pass at once (CUDA graphs).
+        backend: Backend of the compiler.
 
     Raises:
-        ConfigError: later, where the machine has no compiler.
+        ConfigError: Later, where the machine has no compiler.
     """
 
     def __init__(self, network: RoutedNetwork, *, graphs: bool = False, backend: str = "inductor") -> None:

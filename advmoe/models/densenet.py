@@ -23,7 +23,7 @@ def dense_blocks(config: ModelConfig) -> tuple[int, ...]:
     """Bottleneck layers in each dense block, for the depth asked for (default: 100 on small images, else 121).
 
     Raises:
-        ConfigError: no DenseNet-BC has that depth; the message names the nearest that exists.
+        ConfigError: No DenseNet-BC has that depth; the message names the nearest that exists.
     """
     if config.image_size >= IMAGENET_SIZE:
         depth = config.depth or 121

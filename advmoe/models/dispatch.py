@@ -164,12 +164,12 @@ def router_signal(
     """The gradient of a decision's gate, from that of the layer's output (`advmoe.models.routing.Decision`).
 
     Args:
-        decision: names the signal.
-        experts: of the layer.
-        order: of the batch.
-        x: the layer's input [B, ...], sorted.
-        y_B: inner products of the layer's output and its gradient, in batch order, where `uses_output`.
-        gradient: of the loss by the layer's output, sorted.
+        decision: Names the signal.
+        experts: Experts of the layer.
+        order: Order of the batch.
+        x: The layer's input [B, ...], sorted.
+        y_B: Inner products of the layer's output and its gradient, in batch order, where `uses_output`.
+        gradient: Gradient of the loss by the layer's output, sorted.
 
     Returns:
         [B] for `own` and `mean`, [B, N] for `all` and `sampled`, in batch order.
@@ -232,7 +232,8 @@ class _Gate(torch.autograd.Function):
 def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
     """Each row's output by its own expert, with the router's gradient attached.
 
-    Where a graph must not depend on the data (`computes_all`), all experts are computed and one is selected.
+    If a graph must not depend on the data (`computes_all`), all experts are computed and one is
+    selected.
     """
     if computes_all(x, experts.num_experts):
         return select([experts.output(expert, x) for expert in range(experts.num_experts)], decision)

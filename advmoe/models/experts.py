@@ -16,7 +16,7 @@ def scaled_channels(num_channels: int, model_scale: float) -> int:
     agree.
 
     Raises:
-        ConfigError: r is outside (0, 1], or leaves no channel.
+        ConfigError: R is outside (0, 1], or leaves no channel.
     """
     if not 0.0 < model_scale <= 1.0:
         raise ConfigError(f"model scale r must be in (0, 1], got {model_scale:g}; the paper's default is 0.5")

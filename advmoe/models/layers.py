@@ -52,9 +52,9 @@ class Linear(nn.Linear):
     """A linear layer; it reads only the channels that Sparse-CNN keeps.
 
     Args:
-        reads: channels of its input.
-        writes: channels of its output.
-        places: neighboring inputs that belong to one channel (H * W of flattened feature maps).
+        reads: Channels of its input.
+        writes: Channels of its output.
+        places: Neighboring inputs that belong to one channel (H * W of flattened feature maps).
     """
 
     def __init__(self, reads: Channels, writes: Channels, *, places: int = 1) -> None:

@@ -60,13 +60,13 @@ def compact(model: RoutedNetwork) -> RoutedNetwork:
     cost are those of S-Dense.
 
     Args:
-        model: a Sparse-CNN whose masks are final.
+        model: A Sparse-CNN whose masks are final.
 
     Returns:
         A new network in the same mode, on the same device; the given one if it is compact already.
 
     Raises:
-        ConfigError: the model is not a Sparse-CNN, or its masks are open.
+        ConfigError: The model is not a Sparse-CNN, or its masks are open.
     """
     _require_masks(model, "can be compacted")
     if model.config.compact:
@@ -117,7 +117,7 @@ def mask_pathway(model: RoutedNetwork) -> tuple[tuple[int, ...], ...]:
     compared (paper, Fig. 6).
 
     Raises:
-        ConfigError: the model is not a Sparse-CNN, or its masks are open.
+        ConfigError: The model is not a Sparse-CNN, or its masks are open.
     """
     _require_masks(model, "has a mask pathway")
     return tuple(

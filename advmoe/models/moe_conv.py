@@ -277,14 +277,14 @@ def moe_conv2d(
     """Convolve image b with the filters of the expert chosen for it.
 
     Args:
-        x_BCHW: layer input.
-        weight: weight bank [bank, C, kh, kw]; expert e convolves with its rows rows[e].
-        bias: bias bank [bank] or None, shared out in the same way.
-        decision: the experts chosen, with a gate where a router learns; or just the experts, int64 [B], each one of
+        x_BCHW: Layer input.
+        weight: Weight bank [bank, C, kh, kw]; expert e convolves with its rows rows[e].
+        bias: Bias bank [bank] or None, shared out in the same way.
+        decision: The experts chosen, with a gate where a router learns; or just the experts, int64 [B], each one of
             range(len(rows)).
-        rows: bank rows of each expert, in the order of its output channels.
-        stride: as in `torch.nn.functional.conv2d`, the same in both directions, as is padding.
-        padding: zeros added on each side.
+        rows: Bank rows of each expert, in the order of its output channels.
+        stride: Stride as in `torch.nn.functional.conv2d`, the same in both directions.
+        padding: Zeros added on each side, in both directions.
 
     Returns:
         [B, len(rows[0]), H', W'], in batch order.

@@ -49,10 +49,10 @@ def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Ten
     Args:
         x: [U, ..., D_in]. What is routed as one lies along U: an image with all its tokens ([B, T, D_in]), or a single
             token ([B * T, D_in]).
-        weight: weight bank [bank, D_in]; expert e multiplies by its rows rows[e].
-        bias: bias bank [bank] or None, shared out in the same way.
+        weight: Weight bank [bank, D_in]; expert e multiplies by its rows rows[e].
+        bias: Bias bank [bank] or None, shared out in the same way.
         expert_index: int64 [U], each one of range(len(rows)).
-        rows: bank rows of each expert, in the order of its outputs.
+        rows: Bank rows of each expert, in the order of its outputs.
 
     Returns:
         [U, ..., len(rows[0])], in the order of x.
@@ -69,8 +69,8 @@ class MoELinear(nn.Module):
 
     Args:
         in_features: D_in.
-        bank: outputs of all experts together.
-        rows: which of them each expert has, in the order of its outputs.
+        bank: Outputs of all experts together.
+        rows: Outputs of each expert, in order.
     """
 
     def __init__(self, in_features: int, bank: int, rows: Rows) -> None:

@@ -32,7 +32,7 @@ def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
     on purpose.
 
     Raises:
-        DataError: a wrong shape or type, values that are not finite, or pixels of 0..255.
+        DataError: A wrong shape or type, values that are not finite, or pixels of 0..255.
     """
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise DataError(f"expected images [B, 3, {size}, {size}], got {list(images.shape)}")
@@ -94,7 +94,7 @@ class RoutedNetwork(nn.Module):
             images: [B, 3, H, W] in [0, 1].
             pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing). Where tokens are
                 routed, L counts the decisions of all MoE layers and tokens, layer by layer.
-            tape_type: makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
+            tape_type: Makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
         """
         check_images(images, self.config.image_size, in_training=self.training)
         if self.compiled is not None and tape_type is RoutingTape:
@@ -104,7 +104,7 @@ class RoutedNetwork(nn.Module):
     def compute(
         self, images: Tensor, pathways: Tensor | None = None, tape_type: TapeType = RoutingTape
     ) -> tuple[Tensor, Routing]:
-        """What `forward_with_routing` computes, from images that are checked: one graph without a break."""
+        """The computation of `forward_with_routing` on checked images, as one graph without a break."""
         if not self.expert_layouts:
             tape = RoutingTape(self.routers, (), images.new_zeros((images.shape[0], 0), dtype=torch.int64))
         else:

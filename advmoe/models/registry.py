@@ -28,7 +28,7 @@ def build_model(config: ModelConfig) -> RoutedNetwork:
     """The network a config describes, with fresh weights from torch's current random state.
 
     Raises:
-        ConfigError: the architecture is unknown or cannot be built with these settings.
+        ConfigError: The architecture is unknown or cannot be built with these settings.
     """
     one_of("architecture", config.arch, ARCHITECTURES)
     return ARCHITECTURES[config.arch](config)
@@ -43,14 +43,14 @@ def create_model(arch: str, **settings: Unpack[ModelSettings]) -> RoutedNetwork:
     """A model by name: `create_model("vgg16", kind="moe", num_classes=10, num_experts=2, model_scale=0.5)`.
 
     Args:
-        arch: name of the backbone, one of `list_models()`.
-        **settings: fields of `advmoe.config.ModelConfig`.
+        arch: Name of the backbone, one of `list_models()`.
+        **settings: Fields of `advmoe.config.ModelConfig`.
 
     Returns:
         A module from images [B, 3, H, W] in [0, 1] to logits [B, num_classes], in training mode.
 
     Raises:
-        ConfigError: an unknown setting, a value that cannot be, or settings that do not go together.
+        ConfigError: An unknown setting, a value that cannot be, or settings that do not go together.
     """
     return build_model(model_config(arch=arch, **settings))
 

@@ -134,10 +134,10 @@ class RoutingTape:
     """Collects the routing decisions of one forward pass, or replays a given pathway.
 
     Args:
-        routers: the network's routers.
-        router_of_layer: index of the router that decides for each MoE layer; a router decides once, on the input of the
+        routers: The network's routers.
+        router_of_layer: Index of the router that decides for each MoE layer; a router decides once, on the input of the
             first layer that asks.
-        forced_BL: pathways to take instead of asking the routers, int64 [B, L].
+        forced_BL: Pathways to take instead of asking the routers, int64 [B, L].
     """
 
     def __init__(self, routers: nn.ModuleList, router_of_layer: Sequence[int], forced_BL: Tensor | None = None) -> None:

@@ -85,10 +85,10 @@ class RoutedMLP(nn.Module):
     """N experts, each a window of the hidden units with output weights of its own.
 
     Args:
-        layer: number of this MoE layer.
+        layer: Number of this MoE layer.
         dim: D.
-        layout: how the hidden units are shared out.
-        per_token: each token picks its expert, instead of all tokens of an image together.
+        layout: Division of the hidden units among the experts.
+        per_token: Each token picks its expert, instead of all tokens of an image together.
     """
 
     def __init__(self, layer: int, dim: int, layout: ExpertLayout, *, per_token: bool) -> None:

@@ -21,7 +21,7 @@ CAPTIONS = {
     "diversity": "How alike the pathways of different images are.",
     "mask": "How near pathways are to the mask of the Sparse-CNN.",
 }
-"""Of the figures of one model's routing."""
+"""Explanations of the figures of one model's routing."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -35,10 +35,10 @@ def render(
     """The report as one HTML text.
 
     Args:
-        cards: result cards, at least one, with different names.
-        analyses: name of a card -> analysis of its routing; absent for models without routing.
-        logs: name of a card -> the log of its training, epoch by epoch, if there is one.
-        examples: name of a card -> some of its images, clean and attacked, if there are any.
+        cards: Result cards, at least one, with different names.
+        analyses: Name of a card -> analysis of its routing; absent for models without routing.
+        logs: Name of a card -> the log of its training, epoch by epoch, if there is one.
+        examples: Name of a card -> some of its images, clean and attacked, if there are any.
 
     Raises:
         ConfigError: jinja2 or matplotlib is not installed.

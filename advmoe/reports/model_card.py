@@ -23,11 +23,11 @@ def model_card(
     """The text of README.md, with the hub's header.
 
     Args:
-        contents: the model and what is known of its training.
+        contents: The model and what is known of its training.
         repository: OWNER/NAME.
-        license: identifier of the license of the weights.
-        evaluation: result card of an evaluation, or None if there is none.
-        onnx: whether the repository holds an ONNX file.
+        license: Identifier of the license of the weights.
+        evaluation: Result card of an evaluation, or None if there is none.
+        onnx: Whether the repository holds an ONNX file.
     """
     model, train = contents.model, contents.train
     dataset = train.get("dataset", "unknown")

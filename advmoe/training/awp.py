@@ -21,10 +21,10 @@ def perturbed_weights(
     their norm. They are moved back at the end.
 
     Args:
-        model: the network; its buffers (BatchNorm statistics) forget the pass that finds the direction.
-        parameters: what may be perturbed.
-        loss: evaluates the loss at the present weights.
-        gamma: relative size of the perturbation.
+        model: The network; its buffers (BatchNorm statistics) forget the pass that finds the direction.
+        parameters: Parameters that may be perturbed.
+        loss: Evaluates the loss at the present weights.
+        gamma: Relative size of the perturbation.
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
     unmoved = Kept(statistics(submodules(model)))

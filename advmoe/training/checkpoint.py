@@ -78,7 +78,7 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
     """Load weights into a model. They must match its own in name, shape and type; none is filled in or converted.
 
     Raises:
-        ConfigError: a difference; the message names the first one.
+        ConfigError: A difference; the message names the first one.
     """
     own = model.state_dict()
     for name in (*own, *weights):
@@ -108,7 +108,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load a stored state into an optimizer.
 
     Raises:
-        CheckpointError: the state is not one of this optimizer on these parameters.
+        CheckpointError: The state is not one of this optimizer on these parameters.
     """
     try:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -179,7 +179,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a checkpoint file, in hexadecimal.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: There is no such file.
     """
     path = fetch(path)
     if not path.is_file():
@@ -192,7 +192,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     """Read a checkpoint without executing any code it may contain.
 
     Raises:
-        CheckpointError: the file is missing, cannot be read, or is not a checkpoint of this project.
+        CheckpointError: The file is missing, cannot be read, or is not a checkpoint of this project.
     """
     path = fetch(path)
     if not path.is_file():
@@ -232,7 +232,7 @@ def _check_sums(path: Path) -> None:
     """Refuse an archive whose checksums are wrong. `torch.load` does not look at them.
 
     Raises:
-        CheckpointError: bytes of the file have changed since it was written.
+        CheckpointError: Bytes of the file have changed since it was written.
     """
     if not zipfile.is_zipfile(path):
         return  # reading the file reports that it is no archive
@@ -262,12 +262,12 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwo
     """The model of a checkpoint, in eval mode: a plain module from images [B, 3, H, W] in [0, 1] to logits.
 
     Args:
-        path: a file such as `runs/NAME/best.pt`, or `hf://owner/name` on the hub.
-        device: where to compute; `auto` is CUDA if there is one.
+        path: A file such as `runs/NAME/best.pt`, or `hf://owner/name` on the hub.
+        device: Device of the model; `auto` is CUDA if there is one.
 
     Raises:
-        CheckpointError: see `load_checkpoint`.
-        ConfigError: there is no such device.
+        CheckpointError: See `load_checkpoint`.
+        ConfigError: There is no such device.
     """
     place = resolve_device(device)
     return load_checkpoint(path).build().to(place)

@@ -41,7 +41,7 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
     experts gets its own number.
 
     Args:
-        rows: rows of each expert, in the order of its slots; all rows of the bank are in some expert.
+        rows: Rows of each expert, in the order of its slots; all rows of the bank are in some expert.
     """
     slots: dict[int, set[int]] = {}
     for own in rows:
@@ -53,7 +53,7 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Which rows of a bank share a slot."""
+    """The assignment of a bank's rows to slots."""
 
     slot_of_F: Tensor
     """int64 [bank], the slot of each row."""

@@ -62,7 +62,7 @@ class EpochSums:
         Empty as long as no step was taken.
 
         Args:
-            values: a copy of `values` that was read before; by default they are read now.
+            values: A copy of `values` that was read before; by default they are read now.
         """
         sums = dict(zip(NAMES, (self.values if values is None else values).tolist(), strict=True))
         images, attacked = sums["images"], sums["attacked"]
@@ -90,7 +90,7 @@ class EpochSums:
         """Go on from a checkpoint's sums.
 
         Raises:
-            ConfigError: they are not those of an epoch.
+            ConfigError: The state does not hold the sums of an epoch.
         """
         if "images" in state:  # a run of the time before these were counted ended at the first such step
             state = {"seen": state["images"], "skipped": torch.zeros_like(state["images"])} | state

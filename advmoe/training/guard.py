@@ -26,7 +26,7 @@ class Kept:
     """A copy of tensors, to which they can be reset.
 
     Args:
-        tensors: to be kept. They are changed in place, and stay the same objects.
+        tensors: Tensors to copy. They are changed in place, and stay the same objects.
     """
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class Kept:
         """Reset the tensors to their copied values.
 
         Args:
-            changed: bool [], on their device; where it holds they keep their present values. None: they do not.
+            changed: Bool [], on their device; where it holds they keep their present values. None: they do not.
         """
         for group, values in self._groups:
             back = values if changed is None else torch.where(changed, _flat(group), values)
@@ -79,10 +79,10 @@ def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = No
     A skipped step leaves weights, momentum and statistics as they were, bit for bit.
 
     Args:
-        level: with the gradients of the step, those of all ranks.
-        loss: of all ranks.
-        before: the statistics before the first pass of the step.
-        ask: whether the host may look at tensors; by default on the CPU only.
+        level: With the gradients of the step, those of all ranks.
+        loss: Loss of all ranks.
+        before: The statistics before the first pass of the step.
+        ask: Whether the host may look at tensors; by default on the CPU only.
 
     Returns:
         Whether the step was taken, bool [], the same on all ranks.
@@ -109,7 +109,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     step is unchanged by it.
 
     Args:
-        optimizer: a fused one. Others would not see whether the step is to be taken.
+        optimizer: A fused one. Others would not see whether the step is to be taken.
     """
     assert all(group["fused"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
@@ -148,7 +148,7 @@ class Watch:
         self._waiting.append((step, level, images, loss, finite))
 
     def read(self) -> list[Untaken]:
-        """What was not taken of the updates noted since the last time; to be called by all ranks at the same step."""
+        """The skipped ones among the updates since the last call. All ranks call this at the same step."""
         if not self._waiting:
             return []
         waiting, self._waiting = self._waiting, []

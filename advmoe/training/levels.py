@@ -72,7 +72,7 @@ class Level:
 
     @cached_property
     def _fixed(self) -> list[nn.Parameter]:
-        """What this level may not change. Listed once: a network's parameters stay the same objects for life."""
+        """Parameters that this level may not change, listed once: a network keeps its parameter objects."""
         return [
             parameter
             for name, parameters in parts(self.model).items()
@@ -130,7 +130,7 @@ def make_levels(
     of a `fresh` model then start equal, and every optimizer that moves experts couples them.
 
     Raises:
-        ConfigError: the config asks for what the model has not.
+        ConfigError: The config asks for what the model has not.
     """
     check_together(model.config, config)
     specialization = config.specialization

@@ -63,18 +63,18 @@ class Trainer:
     """One run on one data set.
 
     Args:
-        model_config: the model to train.
-        config: how to train it.
-        dataset: its training half is split into training and validation images.
-        folder: where to write.
-        device: where to compute.
-        observer: who watches.
-        resume: contents of the folder's `last.pt` to go on from, or None for a new run.
-        initial: checkpoint whose weights a new run starts from, or None for fresh ones.
+        model_config: The model to train.
+        config: The training configuration.
+        dataset: Its training half is split into training and validation images.
+        folder: Folder of the run.
+        device: Device of the training.
+        observer: Observer of the run.
+        resume: Contents of the folder's `last.pt` to go on from, or None for a new run.
+        initial: Checkpoint whose weights a new run starts from, or None for fresh ones.
 
     Raises:
-        ConfigError: settings that do not go together, or a folder that holds another run.
-        CheckpointError: the run to resume was started with other settings.
+        ConfigError: Settings that do not go together, or a folder that holds another run.
+        CheckpointError: The run to resume was started with other settings.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class Trainer:
             Whether the run is complete.
 
         Raises:
-            TrainingError: too many losses in a row are not finite.
-            DataError: an image cannot be decoded, and the config does not say to skip such.
+            TrainingError: Too many losses in a row are not finite.
+            DataError: An image cannot be decoded, and the config does not say to skip such.
         """
         self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
         saved = began = time.monotonic()
@@ -214,7 +214,7 @@ class Trainer:
         """Log the updates that were skipped since the last time.
 
         Raises:
-            TrainingError: there were too many in a row.
+            TrainingError: There were too many in a row.
         """
         found = self.watch.read()
         if found:
@@ -297,7 +297,7 @@ class Trainer:
             )
 
     def _count_skipped(self, epoch: int) -> int:
-        """How many images the epoch's batches lacked."""
+        """Number of images that are missing from the epoch's batches."""
         number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
         if number:
             example = next((message for loader in self.loaders for message in loader.skipped.values()), "")

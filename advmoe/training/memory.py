@@ -111,7 +111,7 @@ def check_memory(model: RoutedNetwork, config: TrainConfig, image_size: int) -> 
     """The memory of a run, and a warning if it may not fit.
 
     Raises:
-        ConfigError: it cannot fit.
+        ConfigError: The minimum exceeds the free memory.
     """
     memory = estimate(model, config, image_size)
     if memory.available is None or HEADROOM * memory.needed <= memory.available:

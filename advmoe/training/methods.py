@@ -162,7 +162,7 @@ def resolve_method(name: MethodName, model: ModelConfig, *, has_init: bool = Fal
     """The method, checked against the model it is to train.
 
     Raises:
-        ConfigError: the method is not defined for this kind of model.
+        ConfigError: The method is not defined for this kind of model.
     """
     method = METHODS[name]
     check(

@@ -45,8 +45,8 @@ class RoutingHistory:
     """The routes of the epoch under way and of the one before, by row of the training images.
 
     Args:
-        model: the network whose routing is logged.
-        num_images: training images.
+        model: The network whose routing is logged.
+        num_images: Training images.
     """
 
     def __init__(self, model: RoutedNetwork, num_images: int) -> None:
@@ -65,7 +65,7 @@ class RoutingHistory:
 
     @property
     def waiting(self) -> list[Tensor]:
-        """What is to be read from the device."""
+        """Tensors to read from the device."""
         return [tensor for each in self._waiting for tensor in (each.experts_BL, each.labels)]
 
     def take(self, values: Sequence[Tensor]) -> None:
@@ -122,8 +122,8 @@ class RoutingHistory:
         """Continue the log of an interrupted run. Without a log, statistics start again.
 
         Raises:
-            DataError: a damaged file.
-            ConfigError: the log of another model.
+            DataError: A damaged file.
+            ConfigError: The log of another model.
         """
         if self._num_layers and path.exists():
             self._log.merge(RouteLog.load(path))

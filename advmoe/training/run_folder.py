@@ -26,9 +26,9 @@ class RunFolder:
     """Writer of one run's folder. Use as a context manager: one process at a time may hold a folder.
 
     Args:
-        path: the folder.
-        keep: of so many epochs, the last ones, the checkpoint at their end is kept beside `last.pt`.
-        minutes: between checkpoints in mid-epoch.
+        path: The folder.
+        keep: Number of last epochs whose checkpoints are kept beside `last.pt`.
+        minutes: Between checkpoints in mid-epoch.
     """
 
     def __init__(self, path: Path, *, keep: int = 0, minutes: float = CHECKPOINT_MINUTES) -> None:
@@ -74,7 +74,7 @@ class RunFolder:
         A run that stopped before its first checkpoint is started again.
 
         Raises:
-            ConfigError: the folder already holds a run, or another process writes to it.
+            ConfigError: The folder already holds a run, or another process writes to it.
         """
         if self.last.exists() or self.best.exists():
             raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
@@ -105,7 +105,7 @@ class RunFolder:
         """Append updates that were not made.
 
         Raises:
-            TrainingError: the disk is full, or the folder cannot be written to any more.
+            TrainingError: The disk is full, or the folder cannot be written to any more.
         """
         with self._writing(self.skipped), self.skipped.open("a") as file:
             file.write("".join(json.dumps(update) + "\n" for update in updates))
@@ -114,7 +114,7 @@ class RunFolder:
         """Append an epoch's record to the JSON lines and its numbers to TensorBoard.
 
         Raises:
-            TrainingError: the disk is full, or the folder cannot be written to any more.
+            TrainingError: The disk is full, or the folder cannot be written to any more.
         """
         with self._writing(self.metrics):
             with self.metrics.open("a") as file:
@@ -127,13 +127,13 @@ class RunFolder:
         """Write `routes.npz`, `last.pt`, and `best.pt` without the optimizers' state if these weights are the best.
 
         Args:
-            checkpoint: what to save.
-            routing: what the routers did.
-            best: whether this is the best epoch so far.
-            epoch: the epoch that has just ended, or None in the middle of one.
+            checkpoint: The checkpoint to save.
+            routing: The route log of the run.
+            best: Whether this is the best epoch so far.
+            epoch: The epoch that has just ended, or None in the middle of one.
 
         Raises:
-            TrainingError: the disk is full, or the folder cannot be written to any more.
+            TrainingError: The disk is full, or the folder cannot be written to any more.
         """
         with self._writing(self.last):
             routing.save(self.routes)

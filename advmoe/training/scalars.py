@@ -22,8 +22,9 @@ class ScalarLog:
     """An event file in a folder, created with the first record.
 
     Args:
-        folder: where TensorBoard looks for it.
-        first_step: what the folder's other files hold from this step on is void, because a run went back there.
+        folder: Folder that TensorBoard reads.
+        first_step: First step of the file. Records of other files from this step on are void,
+            because the run went back.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:

@@ -15,13 +15,13 @@ class Phase:
     """A training that starts from the weights of the phase before, with the rate at its peak and momentum zero."""
 
     length: float = 1.0
-    """Epochs, as a multiple of those asked for; at least one."""
+    """Epochs relative to the requested number; at least one."""
     peak: float = 1.0
-    """Peak learning rate, as a multiple of the one asked for."""
+    """Peak learning rate relative to the requested one."""
     part: LevelName | None = None
-    """The only part of the network that is changed; None: all that the method's levels change."""
+    """The only part of the network that changes; None: every level of the method."""
     begin: Callable[[RoutedNetwork], None] | None = None
-    """What is done to the network before the first step."""
+    """Change of the network before the first step."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Schedule:
     """The phase and the learning rate of each step of a run.
 
     Args:
-        phases: in their order.
-        epochs: what was asked for.
-        steps_per_epoch: iterations of an epoch.
+        phases: The phases in their order.
+        epochs: Requested number of epochs.
+        steps_per_epoch: Iterations of an epoch.
     """
 
     def __init__(self, phases: Sequence[Phase], epochs: int, steps_per_epoch: int) -> None:
@@ -58,7 +58,7 @@ class Schedule:
         return next(span for span in reversed(self._spans) if span.first <= step)
 
     def rate(self, step: int, peak: float) -> float:
-        """The learning rate of a step, where `peak` is the one asked for."""
+        """The learning rate of a step, if `peak` is the requested peak."""
         span = self.span(step)
         return cosine(step - span.first, span.steps, span.phase.peak * peak)
 

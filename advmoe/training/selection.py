@@ -18,7 +18,7 @@ from torch import Tensor
 from advmoe.errors import CheckpointError
 
 Outcome = NDArray[np.bool_]
-"""Which validation images are classified correctly [I]."""
+"""Whether each validation image is classified correctly [I]."""
 OUTCOMES = {"peak_robust", "best_robust", "best_right"}
 """Outcomes that are kept: those of the epoch with the highest RA, and of the best epoch."""
 FEW_IMAGES = 200
@@ -51,8 +51,8 @@ class Selection:
         """Whether the epoch that has just ended is the best so far.
 
         Args:
-            right: correct clean images [I].
-            robust: images that are correct under attack [I].
+            right: Correct clean images [I].
+            robust: Images that are correct under attack [I].
         """
         known = self._outcomes
         if not known or robust.sum() >= known["peak_robust"].sum():
@@ -74,7 +74,7 @@ class Selection:
         """Go on from a checkpoint's outcomes.
 
         Raises:
-            CheckpointError: they are of something else.
+            CheckpointError: The outcomes are of other images or another form.
         """
         forms = {(value.dtype, value.shape) for value in state.values()}
         if state and (state.keys() != OUTCOMES or len(forms) != 1 or next(iter(forms))[0] != torch.bool):

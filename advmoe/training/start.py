@@ -33,14 +33,14 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
     units. A Sparse-CNN may also start from its Dense.
 
     Args:
-        model: to be changed.
-        initial: the checkpoint.
-        reinitialize: share of every expert's own filters that are drawn anew from the normal distribution with the
+        model: The model that gets the weights.
+        initial: The checkpoint.
+        reinitialize: Share of every expert's own filters that are drawn anew from the normal distribution with the
             bank's mean and deviation, so that experts differ from the start (Drop-Upcycling, Nakamura et al., 2025).
-        seed: of that choice.
+        seed: Seed of the filters drawn anew.
 
     Raises:
-        ConfigError: the checkpoint holds another model, or one that has experts already is to be drawn anew.
+        ConfigError: The checkpoint holds another model, or one that has experts already is to be drawn anew.
     """
     wanted, kind = model.config, initial.model.kind
     from_dense = wanted.kind == "sparse_cnn" and kind == "dense"

@@ -23,9 +23,9 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
     """The batches of one step, each with its place in the union of all ranks' batches.
 
     Args:
-        batches: one batch of each stream.
-        union_size: images of all ranks in a full step.
-        counted: whether the ranks have to ask each other for their numbers of images, because some may be left out.
+        batches: One batch of each stream.
+        union_size: Images of all ranks in a full step.
+        counted: Whether the ranks have to ask each other for their numbers of images, because some may be left out.
     """
     if world().size == 1:
         return list(batches)
@@ -59,8 +59,8 @@ def sum_gradients(gradients: Iterable[Tensor | None], loss: Tensor) -> Tensor:
     """Add up gradients over all ranks, in place, in one exchange with the loss.
 
     Args:
-        gradients: those of one level's parameters; None, on all ranks alike, where the loss does not depend on one.
-        loss: this rank's part of the loss.
+        gradients: Gradients of one level's parameters; None, on all ranks alike, if the loss does not depend on one.
+        loss: This rank's part of the loss.
 
     Returns:
         The loss of the union: not finite if the loss of any rank is not.
