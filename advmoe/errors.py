@@ -38,4 +38,4 @@ class LostRankError(AdvMoEError):
 
 
 class TrainingError(AdvMoEError):
-    """A training run that cannot go on, such as one whose loss is no longer finite."""
+    """A training run that cannot continue, for example because its loss is no longer finite."""

@@ -189,7 +189,7 @@ def _fig8() -> Iterator[Recipe]:
     for arch in ("resnet18", "wrn28_10"):
         for scale in (0.2, 0.5, 0.8):
             for name, (kind, method, title) in BASELINES.items():
-                if kind == "dense" and scale != 0.5:  # Dense has r = 1 whatever the others have
+                if kind == "dense" and scale != 0.5:  # Dense has r = 1 in every experiment
                     continue
                 yield Recipe(
                     name=f"fig8-{arch}-{name}" + ("" if kind == "dense" else f"-r{scale:g}"),

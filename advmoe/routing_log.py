@@ -1,4 +1,4 @@
-"""The route log: which expert every MoE layer chose for every sample, under every condition, and what follows from it.
+"""The route log: the expert that every MoE layer chose for every sample under every condition, and statistics of it.
 
 A log holds one byte per layer and sample, keyed by condition ("clean", an attack's name), epoch and sample index. A row
 that comes again replaces the old one, so appending a batch twice or merging the logs of several ranks in any order

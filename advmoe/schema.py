@@ -144,7 +144,7 @@ def shown(value: Any) -> str:
 
 
 def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) -> Any:
-    """`value` if it is of a type and within bounds, otherwise an error that says what was expected.
+    """Check a value's type and bounds.
 
     Args:
         value: Anything, such as an element of a file.

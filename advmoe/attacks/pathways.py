@@ -135,7 +135,8 @@ def steer(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor,
     """Attack each image along one target pathway.
 
     Returns:
-        The images at the last step or where they won, and a mask [B] of those that the model still gets right.
+        The images at the last step, or at the step where they won, and a mask [B] of images that
+            the model still classifies correctly.
     """
     model, labels = victims.network, victims.labels
     classes = model.config.num_classes

@@ -69,7 +69,7 @@ def options(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
-    """Options before any command; their help is that of the program."""
+    """Options before any command. Their help is the help of the program."""
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

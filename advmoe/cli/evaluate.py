@@ -167,8 +167,8 @@ class Subject:
         """The data set and its test images, all or a seeded choice, decoded.
 
         Raises:
-            ConfigError: The checkpoint does not name a data set, and none was given.
-            CheckpointError: It tells other classes apart.
+            ConfigError: The checkpoint names no data set, and none was given.
+            CheckpointError: The checkpoint was trained for other classes.
         """
         from advmoe.data.sources import load_dataset
         from advmoe.data.views import in_memory
@@ -202,7 +202,7 @@ class Measuring:
     def card_of(
         self, subject: Subject, out: Path | None, *, masked: tuple[PathwayChannels, NDArray[np.bool_]] | None = None
     ) -> tuple[dict[str, Any], SuiteResult]:
-        """Evaluate a model; what is in `out` of an earlier attempt is not done again."""
+        """Evaluate a model. Results of an earlier attempt in `out` are not computed again."""
         from advmoe.attacks.autoattack import package
         from advmoe.evaluation.card import make_card
         from advmoe.evaluation.cost import hardware, measure_cost
@@ -276,7 +276,7 @@ def _comparable(model: RoutedNetwork, mask: Path) -> tuple[PathwayChannels, NDAr
     """The channels of an MoE-CNN's experts, and a Sparse-CNN's mask over them.
 
     Raises:
-        ConfigError: The model is no MoE-CNN, or they are on different backbones.
+        ConfigError: The model is no MoE-CNN, or the two networks have different backbones.
     """
     from advmoe.evaluation.pathways import mask_of, pathway_channels
     from advmoe.training.checkpoint import load_checkpoint

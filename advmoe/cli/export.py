@@ -198,8 +198,8 @@ def real_images(
     """Seeded choices of images of the data set the model was trained on, from the folder that its run remembers.
 
     Returns:
-        uint8 test images [number, H, W, 3] and their classes, and uint8 training images [calibrated, H, W, 3]; None for
-        what is not asked for.
+        uint8 test images [number, H, W, 3] and their classes, and uint8 training images
+            [calibrated, H, W, 3]; None for each one that was not requested.
     """
     import numpy as np
 

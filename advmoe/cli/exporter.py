@@ -40,7 +40,7 @@ def export_errors() -> Iterator[None]:
 
 
 def open_session(path: Path, providers: Sequence[str], *, threads: int | None = None) -> Session:
-    """An exported model, ready to run on so many threads (None: onnxruntime's choice)."""
+    """An exported model that runs on this number of threads (None: onnxruntime's choice)."""
     with export_errors():
         session: Session = exporter().Session(path, providers=tuple(providers), threads=threads)
         return session

@@ -1,4 +1,4 @@
-"""Options of the command line: those that several commands share, and those that come from the configurations.
+"""Options of the command line: options that several commands share, and options made from configurations.
 
 Each field of a configuration (`advmoe.config`) is an option of the same name, with the field's
 help, default and bounds.

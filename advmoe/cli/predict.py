@@ -157,7 +157,7 @@ def refusal(skipped: Mapping[Path, str], total: int) -> str:
 def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
     """An image file, prepared like an image in an evaluation: uint8 RGB [height, width, 3] of the model's size.
 
-    JPEG and PNG are decoded as those of data sets are, other formats by Pillow; all are resized in Rust.
+    JPEG and PNG are decoded as in data sets, other formats by Pillow. Rust resizes all of them.
 
     Raises:
         DataError: The file is missing or cannot be decoded.

@@ -257,8 +257,8 @@ def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None
     """Run commands of ours at the same time, one on each worker; a worker is a GPU, or None for any device.
 
     Raises:
-        AdvMoEError: One failed; the others have been finished.
-        KeyboardInterrupt, Terminated: the processes were asked to stop, and have.
+        AdvMoEError: One command failed; the others have finished.
+        KeyboardInterrupt, Terminated: The processes were asked to stop, and have ended.
     """
     waiting, failed = list(commands), 0
     running: dict[int, subprocess.Popen[bytes]] = {}
@@ -283,7 +283,7 @@ def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None
 
 
 def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
-    """Run a command of ours in a process of its own; its progress shows, its result comes back.
+    """Run a command of this package in its own process. Its progress is shown, and its result is returned.
 
     Raises:
         AdvMoEError: The command failed; it has printed the reason.
@@ -348,7 +348,7 @@ def cell(results: Sequence[Mapping[str, Any]], path: str) -> str:
 
 
 def show(plan: Plan, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """The table, in groups of data set and backbone, with what was made smaller."""
+    """The table, in groups of data set and backbone, with a note of everything that was made smaller."""
     experiment = plan.experiment
     groups: dict[str, list[Recipe]] = {}
     for recipe in plan.chosen:

@@ -34,7 +34,7 @@ class BatchFiles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Paths of all batch files, as they stand in the archive."""
+        """Paths of all batch files inside the archive."""
         return tuple(f"{self.folder}/{name}" for name in (*self.train, *self.test))
 
 

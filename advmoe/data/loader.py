@@ -1,9 +1,11 @@
 """Batches of images as tensors, filled by Rust. Their bytes do not depend on the number of threads,
 on resumption or on the world size.
 
-Shapes: B batch, H rows, W columns. The order of an epoch, the crops and the mirrors are pure functions of (seed,
-stream, epoch, index), drawn from counter-based Philox numbers, so a batch can be made without making those before it.
-Two loaders that differ only in `stream` are independent: AdvMoE draws its two batches from two of them.
+Shapes: B batch, H height, W width.
+
+The order of an epoch, the crops and the mirrors are pure functions of (seed, stream, epoch, index),
+drawn from counter-based Philox numbers. A batch therefore needs no earlier batch. Two loaders that
+differ only in `stream` are independent; AdvMoE draws its two batches from two such loaders.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.integer]) -> ImageSet:
-        """The images at ``indices`` (a copy, in that order) as a set of their own."""
+        """A new set with copies of the images at ``indices``, in that order."""
         return ImageSet(
             images=np.ascontiguousarray(self.images[indices]),
             labels=self.labels[indices],
@@ -95,7 +95,7 @@ class EncodedSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.integer]) -> EncodedSet:
-        """The images at ``indices``, in that order, as a set of their own."""
+        """A new set with the images at ``indices``, in that order."""
         return replace(
             self,
             file_index=self.file_index[indices],
@@ -142,9 +142,9 @@ class DatasetInfo:
     flip: bool = True
     """Whether mirroring keeps an image's class, so that training may mirror images."""
     train_size: int | None = None
-    """Images in the complete training set; ``None`` where only the files tell."""
+    """Number of images in the complete training set; ``None`` if only the files tell it."""
     test_size: int | None = None
-    """Images in the complete test set; ``None`` where only the files tell."""
+    """Number of images in the complete test set; ``None`` if only the files tell it."""
     notes: tuple[str, ...] = ()
     """Remarks for the user who trains on the data set: how the size was chosen, and the limits of few images."""
 

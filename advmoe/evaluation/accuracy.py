@@ -178,7 +178,7 @@ def _attack_batches(
 
 
 def _filled(batch: Batch, size: int) -> Batch:
-    """A batch with its last image as often as it takes to have so many."""
+    """A batch, filled up with copies of its last image to a given size."""
     places = torch.arange(size).clamp(max=len(batch.labels) - 1)
     return Batch(batch.images[places], batch.labels[places], batch.indices[places])
 

@@ -24,8 +24,8 @@ class EvaluationState:
     """Results of the finished batches and of the unfinished one.
 
     Args:
-        path: File to keep the finished batches in, written whole after each; the batch under way lies beside it. None
-            to keep them in memory only.
+        path: File of the finished batches, written whole after each one. The unfinished batch has a
+            file beside it. None keeps both in memory only.
         identity: Model, images and settings of the results, as plain values.
 
     Raises:
@@ -117,7 +117,7 @@ def read_note(path: Path, identity: dict[str, Any]) -> Any:
 
 
 def write_note(path: Path, identity: dict[str, Any], content: Any) -> None:
-    """Keep plain values, together with what they belong to."""
+    """Store plain values together with the identity that they belong to."""
     write_text_atomically(path, json.dumps({IDENTITY: identity, "content": content}) + "\n")
 
 

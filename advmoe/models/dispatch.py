@@ -254,7 +254,9 @@ def computes_all(x: Tensor, num_experts: int) -> bool:
 
 
 def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:
-    """The chosen one of all experts' outputs, each [B, ...]; value and gradients are those of `route`."""
+    """Selects the chosen expert's output from all outputs, each [B, ...]. Value and gradients equal
+    those of `route`.
+    """
     y = _pick(outputs, decision.expert_index_B)
     if decision.gate is None:
         return y

@@ -150,7 +150,7 @@ def _average(values: Sequence[Tensor]) -> Tensor:
 
 
 def _distance(of: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Filters and biases of one expert, less those of another."""
+    """Filters and biases of one expert minus those of another."""
     return of[0] - other[0], None if of[1] is None or other[1] is None else of[1] - other[1]
 
 

@@ -34,11 +34,14 @@ class Decision(NamedTuple):
     the gradient of the loss by image b's output, y_e the output of expert e for that image, and c
     the chosen expert. Then the gradient of the gate is
 
-    - `own`, a gate [B]: <g_b, y_c>. It learns whether the loss wants the output scaled, which no choice can answer.
-    - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, how the loss changes along what sets the chosen expert apart.
-    - `all`, a gate [B, N]: <g_b, y_e - y_c> in column e, how the loss changes toward every other expert. Costs N
-      experts backward, and one for N = 2.
-    - `sampled`, a gate [B, N]: the same in column `other_B[b]` alone. Costs one expert backward.
+    - `own`, a gate [B]: <g_b, y_c>. The router only learns whether scaling the output lowers the loss;
+      choosing an expert cannot scale it.
+    - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, the change of the loss if the chosen expert
+      differed more from the mean expert.
+    - `all`, a gate [B, N]: <g_b, y_e - y_c> in column e, the change of the loss toward each other
+      expert. It costs N experts in the backward pass, and one expert for N = 2.
+    - `sampled`, a gate [B, N]: the same in column `other_B[b]` only. It costs one expert in the
+      backward pass.
     """
     signal: Signal = "own"
     other_B: Tensor | None = None
@@ -57,9 +60,10 @@ class Routing(NamedTuple):
 def gate(logits_BN: Tensor, expert_index_B: Tensor, router_gradient: RouterGradient) -> Tensor:
     """A factor with value 1 that passes gradients through the argmax.
 
-    `softmax` and `advantage`: p_e / stopgrad(p_e), whose gradient reaches all logits; they differ in what the gate
-    multiplies (`Decision`). `straight_through`: 1 + logit_e - stopgrad(logit_e), the gradient reaches the chosen logit
-    only (as in the authors' released code). The softmax form is evaluated in log space, where nothing underflows.
+    `softmax` and `advantage` are p_e / stopgrad(p_e), whose gradient reaches all logits. They
+    differ in the factor of the gate's gradient (`Decision`). `straight_through` is 1 + logit_e -
+    stopgrad(logit_e), whose gradient reaches the chosen logit only, as in the authors' released
+    code. The softmax form is computed in log space, where nothing underflows.
     """
     score_BN = logits_BN if router_gradient == "straight_through" else logits_BN.log_softmax(dim=1)
     score_B = score_BN.gather(1, expert_index_B.unsqueeze(1)).squeeze(1)
@@ -108,8 +112,9 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     the mean of their sizes over the batch (with several ranks, over this rank's part of it). A router then learns
     equally fast however alike its experts are. The direction of its step stays that of the loss.
 
-    The softmax mixture of more experts would compare with the mean instead. Then the logit chosen rises wherever its
-    expert is better than the mean, also where another one is better still: that never ends a wrong choice.
+    With more experts, the gradient of the softmax mixture would compare the chosen expert with the
+    mean. The chosen logit would then rise whenever its expert is better than the mean, even if
+    another expert is better still. A wrong choice would never end.
     """
     chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
     if not sampled and number > 2:

@@ -12,7 +12,7 @@ LOG = "metrics.jsonl"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a log, one an epoch; empty if there is no log that can be read."""
+    """The records of a log, one per epoch; empty if the log is missing or cannot be read."""
     try:
         lines = (folder / LOG).read_text().splitlines()
         return [record for line in lines if isinstance(record := json.loads(line), dict) and "epoch" in record]

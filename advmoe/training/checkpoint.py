@@ -55,7 +55,7 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures of the epoch the weights are from."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """Position in the run, and sums of the epoch under way."""
+    """Position in the run, and sums of the unfinished epoch."""
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     """State of each level's optimizer."""
     training_weights: Weights | None = None
@@ -93,11 +93,11 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
 
 
 DEVICE_SETTINGS = {"lr", "foreach", "fused", "capturable"}
-"""Settings of an optimizer that depend on the device, or are set anew in each step."""
+"""Settings of an optimizer that depend on the device, or are set in each step."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer in the form that any device can go on from: rates are numbers."""
+    """The state of an optimizer in a form that any device can load: rates are numbers."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])

@@ -92,7 +92,7 @@ class EpochSums:
         Raises:
             ConfigError: The state does not hold the sums of an epoch.
         """
-        if "images" in state:  # a run of the time before these were counted ended at the first such step
+        if "images" in state:  # runs from before these sums existed ended at the first such step
             state = {"seen": state["images"], "skipped": torch.zeros_like(state["images"])} | state
         check(
             set(state) == set(self._sums), f"the sums of an epoch are {', '.join(self._sums)}, got {shown(list(state))}"

@@ -109,7 +109,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     step is unchanged by it.
 
     Args:
-        optimizer: A fused one. Others would not see whether the step is to be taken.
+        optimizer: A fused optimizer. Other kinds would not read whether the step is to be skipped.
     """
     assert all(group["fused"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
@@ -128,7 +128,7 @@ class Untaken(NamedTuple):
     level: str
     loss: float
     images: list[int]
-    """Rows of its images in the training set, those of all ranks."""
+    """Rows of the images of all ranks' batches in the training set."""
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""

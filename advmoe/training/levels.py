@@ -124,13 +124,13 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: Callable[[float | None], f
 def make_levels(
     names: Sequence[LevelName], model: RoutedNetwork, config: TrainConfig, *, fresh: bool = True
 ) -> list[Level]:
-    """The levels of one training, each with an SGD of its own on its parameters.
+    """The levels of one training, each with its own SGD on its parameters.
 
     Experts are coupled unless the config says otherwise (`advmoe.training.coupling`). The experts
     of a `fresh` model then start equal, and every optimizer that moves experts couples them.
 
     Raises:
-        ConfigError: The config asks for what the model has not.
+        ConfigError: The config has a setting for a part that the model lacks.
     """
     check_together(model.config, config)
     specialization = config.specialization

@@ -63,7 +63,7 @@ def activations(model: RoutedNetwork, image_size: int) -> int:
 
 
 def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memory:
-    """The memory of one step of a run, and what its device has left for it."""
+    """The memory of one step of a run, and the free memory of its device."""
     device = model.mean.device
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     copies = 2 + bool(config.momentum) + bool(config.ema) + bool(config.awp)
@@ -77,14 +77,14 @@ def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memo
 
 
 def validation_batch(batch_size: int, image_size: int) -> int:
-    """Batch size of the attack in validation: 256 images of 32 x 32, or as many pixels of larger
-    images, but at least a training batch.
+    """Batch size of the attack in validation, at most 256: a training batch, or as many images as
+    have the pixels of 256 images of 32 x 32.
     """
     return min(256, max(batch_size, 256 * 32**2 // image_size**2))
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that a device, or this process's share of the machine, has left."""
+    """Free bytes of a device, or of this process's share of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limits = [_free_of_machine(Path("/proc/meminfo")), _free_of_group(Path("/sys/fs/cgroup"))]

@@ -9,7 +9,7 @@ class Observer(Protocol):
     """An observer of a run. All methods are called from the training thread."""
 
     def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
-        """Training begins, or goes on, at global step `step`."""
+        """Training starts or resumes at global step `step`."""
 
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
         """A step ended; it processed `images`.

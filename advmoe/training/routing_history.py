@@ -29,7 +29,7 @@ CLEAN, ATTACKED = "clean", "pgd"
 MOST_BYTES = 2**28
 """Maximum size of a run's log in memory. If all images would take more, every k-th image is logged."""
 ROW_BYTES = 16
-"""A row's index and classes, beside one byte for each decision."""
+"""Bytes per row for its index and classes, in addition to one byte for each decision."""
 
 
 class _Waiting(NamedTuple):
@@ -42,7 +42,7 @@ class _Waiting(NamedTuple):
 
 
 class RoutingHistory:
-    """The routes of the epoch under way and of the one before, by row of the training images.
+    """The routes of the present and the previous epoch, by row of the training images.
 
     Args:
         model: The network whose routing is logged.
@@ -77,7 +77,7 @@ class RoutingHistory:
             self._log.append(each.condition, each.indices[logged], experts_BL[logged], labels=labels[logged])
 
     def unite(self) -> None:
-        """Hand the rows of all ranks to rank 0; the others begin anew."""
+        """Send the rows of all ranks to rank 0; the other ranks start again from empty logs."""
         self._take_all()
         if world().size == 1 or not self._num_layers:
             return

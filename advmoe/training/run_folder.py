@@ -69,7 +69,7 @@ class RunFolder:
         return self.path / "routes.npz"
 
     def start(self, config: dict[str, Any], checkpoint: Checkpoint) -> None:
-        """Begin a new run with a checkpoint of its step 0, so that it can go on wherever it stops.
+        """Start a new run with a checkpoint of step 0, so that the run can be resumed from any point.
 
         A run that stopped before its first checkpoint is started again.
 

@@ -34,7 +34,7 @@ class ScalarLog:
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
 
     def add(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Append a record's numbers; those of a list are numbered."""
+        """Append a record's numbers. Numbers in a list get their position as part of their name."""
         scalars: dict[str, float] = {}
         for name, value in figures.items():
             if isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""The phases of a run, each with a learning-rate schedule of its own."""
+"""The phases of a run, each with its own learning-rate schedule."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def clearly_better(one: Outcome, other: Outcome) -> bool:
 
 
 def standard_error_at_half(images: int) -> float:
-    """Standard error of a share of 50 %, in points: the most that a share of so many images can have."""
+    """Standard error of a share of 50 %, in points: the maximum for this number of images."""
     return 100 * math.sqrt(0.25 / max(images, 1))
 
 

@@ -40,7 +40,8 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
         seed: Seed of the filters drawn anew.
 
     Raises:
-        ConfigError: The checkpoint holds another model, or one that has experts already is to be drawn anew.
+        ConfigError: The checkpoint holds another model, or `reinitialize` is given although the
+            checkpoint already has experts.
     """
     wanted, kind = model.config, initial.model.kind
     from_dense = wanted.kind == "sparse_cnn" and kind == "dense"
@@ -131,7 +132,7 @@ def _largest_channels(wanted: ModelConfig, dense: RoutedNetwork) -> dict[str, Te
 
 @torch.no_grad()
 def _draw_anew(model: RoutedNetwork, share: float, generator: torch.Generator) -> None:
-    """Draw a share of the rows of each expert's bank anew; rows that all experts have stay."""
+    """Draw a share of the rows of each expert's bank at random. Rows that all experts have are kept."""
     for bank, slots in expert_banks(model):
         own = slots.count_S[slots.slot_of_F] > 1
         chosen = own & (torch.rand(len(bank), generator=generator).to(bank.device) < share)

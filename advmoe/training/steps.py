@@ -50,7 +50,7 @@ class Attacked(NamedTuple):
 
     images: Tensor
     finite: Tensor
-    """Whether all logits and gradients that it met were finite, bool []: else its images are not what they claim."""
+    """Whether all logits and gradients of the attack were finite, bool []. If not, the images are not adversarial."""
 
 
 def training_attack(
@@ -93,7 +93,7 @@ def arithmetic(images: Tensor, *, half: bool) -> AbstractContextManager[object]:
 
 
 def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainConfig) -> tuple[Tensor, StepResult]:
-    """The robust objective on a batch and its adversarial images, and what the passes showed.
+    """The robust objective on a batch and its adversarial images, and the outcomes of both passes.
 
     With several ranks it is this rank's part of the objective on the union of their batches.
     """
@@ -158,7 +158,7 @@ def update(level: Level, loss: Tensor, before: Kept) -> Tensor:
 
 
 def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
-    """A share of a batch, two images at least, and their rows in it.
+    """A share of a batch, at least two images, with their rows in the batch.
 
     Batches are shuffled, so evenly spaced images are a random choice, and all ranks have equally
     many of them.

@@ -25,7 +25,8 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
     Args:
         batches: One batch of each stream.
         union_size: Images of all ranks in a full step.
-        counted: Whether the ranks have to ask each other for their numbers of images, because some may be left out.
+        counted: Whether the ranks exchange their numbers of images, because some images may be left
+            out.
     """
     if world().size == 1:
         return list(batches)
