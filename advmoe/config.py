@@ -388,7 +388,9 @@ class TrainingAttack(Settings):
         return AttackConfig(eps=self.eps, steps=self.steps, step_size=step_size, start=self.start)
 
     def in_validation(self) -> AttackConfig:
-        """The attack of the same radius that selects the best checkpoint: ten steps of a quarter of it."""
+        """The attack that selects the best checkpoint: the same radius, ten steps, each a quarter
+        of the radius long.
+        """
         return AttackConfig(eps=self.eps, steps=10, step_size=self.eps / 4)
 
 

@@ -72,7 +72,7 @@ def takes_settings_of(*configs: type[Settings]) -> Callable[[Callable[..., None]
             parameters += map(_parameter, offered) if name == "settings" else [parameter]
         with_settings.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del with_settings.__wrapped__  # typer would find the parameter `settings` through it
+        del with_settings.__wrapped__  # otherwise typer would see the wrapped command's parameter `settings`
         return with_settings
 
     return decorate

@@ -45,7 +45,7 @@ TOLERANCE = 0.02
 """Share of images by which the result may change under a stronger attack, or another way of running
 the model, before a check fails. A single image may always change."""
 BLACK_BOX = 0.002
-"""Likewise for Square, which sees no gradient. AutoAttack's authors chose this limit for their own warning."""
+"""The same limit for Square, which sees no gradient. AutoAttack's authors chose this value for their own warning."""
 LARGE_EPS = AttackConfig(eps=1.0, steps=50, step_size=0.05, start="clean")
 """An attack that may replace the whole image. It starts at the clean image, so that it depends on gradients only."""
 

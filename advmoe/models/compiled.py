@@ -1,4 +1,4 @@
-"""A network's passes, compiled: fewer and fused kernels, on a GPU started together.
+"""Compiles a network's passes, so that they need fewer kernels, which a GPU starts together.
 
 A compiled graph cannot depend on who takes which expert, so all experts are computed and one is selected
 (`advmoe.models.dispatch.select`). Logits and gradients are the same up to rounding. What is random, the noise of an

@@ -108,9 +108,10 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     of the others, or one of them for each image in turn (`sampled`), whose values cost one expert instead of N. At
     N = 2 both are the gradient of the softmax mixture.
 
-    Coupled experts differ little, and so do their values: routers hardly move. `relative` divides the differences by
-    the mean of their sizes over the batch (with several ranks, over this rank's part of it). A router then learns
-    equally fast however alike its experts are. The direction of its step stays that of the loss.
+    Coupled experts differ little, so the differences between their values are small, and routers
+    hardly move. `relative` divides the differences by their mean size over the batch (with several
+    ranks, over this rank's part of it). A router's learning speed then does not depend on the
+    similarity of its experts. The direction of its step does not change.
 
     With more experts, the gradient of the softmax mixture would compare the chosen expert with the
     mean. The chosen logit would then rise whenever its expert is better than the mean, even if
@@ -176,7 +177,7 @@ class RoutingTape:
         return x_BCHW if self._scales else x_BCHW.detach()
 
     def apply(self, layer: int, x_BCHW: Tensor, compute: Callable[[Tensor, Decision], Tensor]) -> Tensor:
-        """Output of MoE layer number `layer`: decide, then `compute(input, decision)` with the experts decided for.
+        """Output of MoE layer number `layer`: makes the decision, then calls `compute(input, decision)`.
 
         A tape with other routing (an attack's relaxation) overrides this method or `decide`. Layers
         need no change.

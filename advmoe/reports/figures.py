@@ -131,7 +131,8 @@ def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Seque
 def scale_curves(cards: Sequence[Card]) -> str | None:
     """RA against the model scale r, a line for each method and number of experts (paper, Figs. 7 and 8).
 
-    Dense has no r and is a level. None if no line has three points.
+    Dense has no r and is drawn as a horizontal line. The result is None if no line has three
+    points.
     """
     lines: dict[str, list[Card]] = {}
     for card in cards:

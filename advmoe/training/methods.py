@@ -38,7 +38,7 @@ class Method:
     step: StepFunction
     """One iteration."""
     kinds: tuple[Kind, ...] = KINDS
-    """Model kinds it is defined for."""
+    """Model kinds for which the method is defined."""
     phases: tuple[Phase, ...] = (Phase(),)
     """Phases in their order. Only a checkpoint of the last phase can be a run's best, because the
     network differs before."""

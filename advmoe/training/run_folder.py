@@ -102,7 +102,7 @@ class RunFolder:
             write_text_atomically(self.skipped, "".join(kept))
 
     def note_skipped(self, updates: Sequence[dict[str, Any]]) -> None:
-        """Append updates that were not made.
+        """Append skipped updates to `skipped.jsonl`.
 
         Raises:
             TrainingError: The disk is full, or the folder cannot be written to any more.

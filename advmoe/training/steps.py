@@ -38,7 +38,7 @@ class StepResult:
     images: int
     clean_correct: Tensor
     adversarial_correct: Tensor | None
-    """None where the method makes no adversarial images."""
+    """None if the method makes no adversarial images."""
     routing: Routing
     adversarial_routing: Routing | None
     finite: Tensor
