@@ -1,5 +1,6 @@
 """The folder of a run: no lost checkpoint, one writer, and a full disk."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,10 +14,14 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from runs import Observer, assert_identical, contents, resumed, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError, TrainingError
@@ -157,9 +162,42 @@ def test_tensorboard_shows_each_epoch_once_after_a_run_went_back(
             train(digits, path, observer=observer)
     assert resumed(digits, path), "epoch 2 is logged again"
     events = EventAccumulator(str(path)).Reload()
-    assert [event.step for event in events.Scalars("val_sa")] == [1, 2]
-    loads = [events.Scalars(f"router_load/{layer}")[1].value for layer in range(12)]
-    assert loads == pytest.approx(contents(path)["records"][1]["router_load"])
+    assert [event.step for event in events.Scalars("val/sa")] == [2, 4]  # of two steps an epoch
+    assert [event.step for event in events.Images("examples/attacked")] == [2, 4]
+
+
+def test_tensorboard_gets_groups_of_charts_settings_and_attacked_images(whole_run: Path) -> None:
+    events = EventAccumulator(str(whole_run)).Reload()
+    records = contents(whole_run)["records"]
+    names = events.Tags()["scalars"]
+    assert {name.split("/")[0] for name in names} == {"train", "val", "router"}
+    for chart, figure in (
+        ("train/loss", "train_loss"),
+        ("train/lr", "lr"),
+        ("val/sa", "val_sa"),
+        ("router/sa", "routers_sa"),
+    ):
+        found = events.Scalars(chart)
+        assert [event.step for event in found] == [2, 4]
+        assert [event.value for event in found] == pytest.approx([record[figure] for record in records])
+    loads = [events.Scalars(f"router/load/{layer:02}")[1].value for layer in range(12)]
+    assert loads == pytest.approx(records[1]["router_load"])
+
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["model.arch"].string_value == "vgg16"
+    assert settings["train.attack.eps"].number_value == 8 / 255
+    assert settings["train.flip"].bool_value is False
+
+    def picture(name: str) -> NDArray[np.int64]:
+        (_, last) = events.Images(f"examples/{name}")
+        return np.asarray(Image.open(io.BytesIO(last.encoded_image_string)), np.int64)
+
+    clean, attacked, difference = map(picture, ("clean", "attacked", "difference"))
+    assert clean.shape == (96, 4 * 96, 3)  # four images of 32 pixels, each pixel three times as large
+    assert 0 < abs(attacked - clean).max() <= 8
+    moved = attacked - clean  # rounded to whole levels; the difference is shown 127.5 / 8 times as large
+    assert abs(difference - (127.5 + 127.5 / 8 * moved)).max() <= 127.5 / 8 + 1
 
 
 def test_the_last_epochs_are_kept_and_can_be_gone_back_to(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:

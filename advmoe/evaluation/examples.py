@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
+from advmoe.config import AttackConfig
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.evaluation.precision import full_precision
@@ -33,10 +36,40 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
     right, robust = result.arrays["right"], result.robust([PGD])
     broken, kept = (right & ~robust).nonzero()[0], (right & robust).nonzero()[0]
     rows = np.sort(np.concatenate([broken[: SHOWN - min(len(kept), SHOWN // 2)], kept])[:SHOWN])
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
     if not len(rows):
         return {}
+    shown = attack_some(model, images, rows, result.config.attack, seed=result.seed)
+    return {
+        "clean": shown.clean,
+        "attacked": shown.attacked,
+        "difference": shown.difference,
+        "label": images.labels[rows],
+        "before": result.arrays["prediction/clean"][rows],
+        "after": shown.predicted,
+        "class_names": np.array(images.class_names),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """Images before and after an attack."""
+
+    clean: NDArray[np.uint8]
+    """[n, H, W, 3]"""
+    attacked: NDArray[np.uint8]
+    """[n, H, W, 3]"""
+    difference: NDArray[np.float32]
+    """[n, H, W, 3], in levels of 255."""
+    predicted: NDArray[np.int64]
+    """[n], the classes that the model finds after the attack."""
+
+
+def attack_some(
+    model: nn.Module, images: ImageSet, rows: NDArray[np.int64], attack: AttackConfig, *, seed: int
+) -> Attacked:
+    """Attack a few images, as the evaluation of all images with that seed attacks them."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
     (batch,) = BatchLoader(images, batch_size=len(rows), indices=rows).epoch(0)
     with evaluating(model), full_precision(model):
         victims = Victims(
@@ -44,23 +77,20 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
             images=batch.images.to(device),
             labels=batch.labels.to(device),
             indices=batch.indices,
-            attack=result.config.attack,
-            seed=result.seed,
+            attack=attack,
+            seed=seed,
         )
         found, _ = untargeted(victims)
         with torch.no_grad():
             after = model(found).argmax(dim=1)
     clean = (255 * victims.images).permute(0, 2, 3, 1).cpu()
     attacked = (255 * found).permute(0, 2, 3, 1).cpu()
-    return {
-        "clean": clean.round().byte().numpy(),
-        "attacked": attacked.round().byte().numpy(),
-        "difference": (attacked - clean).numpy().astype(np.float32),
-        "label": batch.labels.numpy(),
-        "before": result.arrays["prediction/clean"][rows],
-        "after": after.cpu().numpy(),
-        "class_names": np.array(images.class_names),
-    }
+    return Attacked(
+        clean=clean.round().byte().numpy(),
+        attacked=attacked.round().byte().numpy(),
+        difference=(attacked - clean).numpy().astype(np.float32),
+        predicted=after.cpu().numpy(),
+    )
 
 
 def load_examples(path: Path) -> Arrays:

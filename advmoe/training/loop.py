@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
@@ -26,6 +28,7 @@ from advmoe.device import read
 from advmoe.distributed import any_rank, equalize, from_leader, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
+from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
@@ -47,6 +50,8 @@ from advmoe.training.union import placed
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
+PICTURES = 4
+"""Validation images that TensorBoard shows, clean and attacked."""
 
 
 def _reads_at_once(device: torch.device) -> bool:
@@ -126,12 +131,12 @@ class Trainer:
         self._metrics: dict[str, Any] = {}
         self._figures: dict[str, float] = {}
         self._stop = False
+        settings = {"model": to_dict(model_config), "train": to_dict(config)}
         if resume is None:
-            settings = {"model": to_dict(model_config), "train": to_dict(config)}
             from_leader(lambda: folder.start(settings, self._checkpoint()))
         else:
             self._restore(resume)
-            from_leader(lambda: folder.resume(self.step // self.steps_per_epoch, self.step))
+            from_leader(lambda: folder.resume(settings, self.step // self.steps_per_epoch, self.step))
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
             equalize(list(model.state_dict().values()))
@@ -277,10 +282,22 @@ class Trainer:
         final = self.schedule.is_final(self.step)
         best = final and self.selection.better(validation.right_I, validation.robust_I)
         self._metrics = record
-        self.folder.log(record)
+        self.folder.log(record, self._pictures(epoch))
         self.sums = self._new_sums()
         self._save(best=best, epoch=epoch)
         self.observer.validated(record)
+
+    def _pictures(self, epoch: int) -> dict[str, NDArray[np.uint8]]:
+        """Some validation images, clean and attacked, in ever fewer epochs: 1, 2, 4, 8, ..., and the last one."""
+        if epoch & (epoch - 1) and epoch != self.schedule.epochs:
+            return {}
+        rows = np.unique(np.linspace(0, len(self.split.validation) - 1, PICTURES).astype(np.int64))
+        shown = attack_some(
+            self._validated(), self.split.validation, rows, self.config.val_attack, seed=self.config.seed
+        )
+        reach = max(255 * self.config.val_attack.eps, 1e-6)
+        difference = (127.5 + 127.5 * shown.difference / reach).clip(0, 255).astype(np.uint8)
+        return {"examples/clean": shown.clean, "examples/attacked": shown.attacked, "examples/difference": difference}
 
     def _warn_of_collapse(self, epoch: int, load_L: list[float]) -> None:
         """Warn, once for each layer, of a router that uses only one expert."""

@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from advmoe.config import CHECKPOINT_MINUTES
 from advmoe.errors import ConfigError, DataError, TrainingError
 from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+from advmoe.training.events import EventLog
 from advmoe.training.routing_history import RoutingHistory
-from advmoe.training.scalars import ScalarLog
 
 
 class RunFolder:
@@ -36,7 +39,7 @@ class RunFolder:
         self.minutes = minutes
         self._keep = keep
         self._lock = FolderLock(path)
-        self._scalars = ScalarLog(path, first_step=1)
+        self._events = EventLog(path, first_step=1, settings={})
 
     @property
     def config(self) -> Path:
@@ -84,15 +87,16 @@ class RunFolder:
         for path in (self.metrics, self.skipped, self.routes):
             path.unlink(missing_ok=True)
         write_text_atomically(self.config, json.dumps(config, indent=2) + "\n")
+        self._events = EventLog(self.path, first_step=1, settings=config)
         save_checkpoint(self.last, checkpoint)
 
-    def resume(self, epochs_done: int, steps_done: int) -> None:
+    def resume(self, config: dict[str, Any], epochs_done: int, steps_done: int) -> None:
         """Continue after this number of epochs and steps. Later records, which a crash left without
         a checkpoint, are dropped.
         """
         self._lock.acquire()
         self._remove_leftovers()
-        self._scalars = ScalarLog(self.path, first_step=epochs_done + 1)
+        self._events = EventLog(self.path, first_step=steps_done + 1, settings=config)
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         if len(lines) > epochs_done:
             write_text_atomically(self.metrics, "".join(lines[:epochs_done]))
@@ -110,8 +114,8 @@ class RunFolder:
         with self._writing(self.skipped), self.skipped.open("a") as file:
             file.write("".join(json.dumps(update) + "\n" for update in updates))
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Append an epoch's record to the JSON lines and its numbers to TensorBoard.
+    def log(self, record: dict[str, Any], pictures: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Append an epoch's record to the JSON lines, and its numbers and pictures to TensorBoard.
 
         Raises:
             TrainingError: The disk is full, or the folder cannot be written to any more.
@@ -119,7 +123,7 @@ class RunFolder:
         with self._writing(self.metrics):
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            self._scalars.add(record["epoch"], record)
+            self._events.add(record["step"], record, pictures)
 
     def save(
         self, checkpoint: Checkpoint, routing: RoutingHistory, *, best: bool = False, epoch: int | None = None
