@@ -68,12 +68,12 @@ def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> N
 
     Args:
         config: The configuration that has the setting.
-        name: The setting.
+        name: Name of the setting.
         place: The place where the setting has no effect, for the message.
         remedy: An alternative to leaving the setting out, for the message.
 
     Raises:
-        ConfigError: The setting has another value than its default.
+        ConfigError: The setting differs from its default.
     """
     (default,) = (field.default for field in fields_of(type(config)) if field.name == name)
     value = getattr(config, name)
@@ -85,7 +85,7 @@ def routed_part(routed: str) -> tuple[str, int] | None:
     the whole backbone.
 
     Raises:
-        ConfigError: Not `all`, `last-N-stages` or `last-N-blocks`.
+        ConfigError: The text is not `all`, `last-N-stages` or `last-N-blocks`.
     """
     if routed == "all":
         return None

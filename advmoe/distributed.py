@@ -66,8 +66,8 @@ def joined(device: torch.device) -> Iterator[World]:
         device: Device of this rank.
 
     Raises:
-        ConfigError: The environment describes no world.
-        LostRankError: The others do not come.
+        ConfigError: The environment variables of torchrun are incomplete.
+        LostRankError: The other ranks did not connect in time.
     """
     global _world, _store
     described = launched()

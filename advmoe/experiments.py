@@ -118,11 +118,11 @@ def selected(name: str, scale: Scale, only: Sequence[str]) -> list[Recipe]:
 
     Args:
         name: Name of the experiment.
-        scale: May stand for fewer runs.
+        scale: Size of the runs; it may also leave runs out.
         only: Patterns of recipe names as in a shell, or parts of them; all runs of the scale if empty.
 
     Raises:
-        ConfigError: A pattern that fits no run.
+        ConfigError: A pattern fits no run.
     """
     shown = {name, *EXPERIMENTS[name].also}
     known = [recipe for recipe in recipes().values() if shown & set(shown_in(recipe))]

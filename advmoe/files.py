@@ -70,7 +70,7 @@ class FolderLock:
         """Take the lock, unless this object holds it already.
 
         Raises:
-            ConfigError: Another process holds it.
+            ConfigError: Another process holds the lock.
         """
         if self._lock.is_locked:
             return

@@ -50,7 +50,7 @@ def recipe(name: str) -> Recipe:
     """The recipe of this name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No recipe has this name.
     """
     known = recipes()
     if name not in known:

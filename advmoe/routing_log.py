@@ -187,7 +187,7 @@ class RouteLog:
         num_experts: Experts of each MoE layer, 1 to 256; none for a model without routing.
 
     Raises:
-        ConfigError: Another number of experts.
+        ConfigError: A layer has another number of experts.
     """
 
     def __init__(self, num_experts: Sequence[int]) -> None:
@@ -200,7 +200,7 @@ class RouteLog:
         """Reads a saved log.
 
         Raises:
-            DataError: A file that is missing, damaged or not a route log.
+            DataError: The file is missing, damaged or not a route log.
         """
         log = cls.__new__(cls)
         log._log = rust_router.RouteLog.load(path)
@@ -210,7 +210,7 @@ class RouteLog:
         """Writes the log to an `.npz` file, whole or not at all.
 
         Raises:
-            DataError: A file that cannot be written.
+            DataError: The file cannot be written.
         """
         self._log.save(path)
 
@@ -236,14 +236,14 @@ class RouteLog:
         """Adds a batch. It replaces rows of samples that the condition already has.
 
         Args:
-            condition: Under what circumstances the samples were routed.
+            condition: The condition under which the samples were routed.
             indices: [B], the samples' rows in their image set.
             expert_index_BL: [B, L], the expert that each layer chose.
             labels: [B], true classes, if known.
             predictions: [B], predicted classes, if known.
 
         Raises:
-            ConfigError: Columns that do not fit together or the model. Then nothing is added.
+            ConfigError: Columns do not fit together or do not fit the model. Nothing is added.
         """
         rows = _column(indices, np.int64, "indices")
         unknown = np.full(len(rows), -1, dtype=np.int32)

@@ -150,7 +150,7 @@ def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) ->
         value: Anything, such as an element of a file.
         kind: A class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a `Settings` class.
         noun: Name of the value, for the message.
-        setting: Bounds for numbers.
+        setting: Setting with the bounds for numbers.
 
     Returns:
         The value: integers as floats where floats are expected, lists as tuples, mappings as `Settings`.

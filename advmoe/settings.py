@@ -29,7 +29,7 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """Split settings by name into those of the model, of the training and of the attack in training.
 
     Raises:
-        ConfigError: A name that no configuration has.
+        ConfigError: No configuration has a setting of this name.
     """
     names = [{field.name for field in fields_of(owner)} for owner in OWNERS]
     known = set[str]().union(*names)

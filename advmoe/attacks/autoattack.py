@@ -50,7 +50,8 @@ def package() -> ModuleType:
     """The pyautoattack package.
 
     Raises:
-        ConfigError: The package is not installed.
+        ConfigError: The package is missing, there are too few classes for the targeted losses (at
+            least 3 others), or images are outside [0, 1].
     """
     try:
         import pyautoattack

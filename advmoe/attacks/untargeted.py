@@ -25,7 +25,7 @@ def untargeted(
     restarts at a time: as many as fit into a batch of the given size.
 
     Args:
-        victims: The images.
+        victims: The images to attack.
         forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or the model on fixed
             pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
         count: If given, counts the gradients.
@@ -36,7 +36,7 @@ def untargeted(
         images that no restart broke.
 
     Raises:
-        ConfigError: Images outside [0, 1].
+        ConfigError: Images are outside [0, 1].
         AdvMoEError: See `pgd`.
     """
     images, attack = victims.images, victims.attack

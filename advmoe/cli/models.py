@@ -16,7 +16,7 @@ def checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the best one of a run folder.
 
     Raises:
-        CheckpointError: A folder without one.
+        CheckpointError: The folder has no checkpoint.
     """
     if not path.is_dir():
         return path

@@ -67,7 +67,7 @@ def find_card(run: Path, evaluation: Path | None) -> dict[str, Any] | None:
     """The result card to show: the one asked for, or the only one in a run folder.
 
     Raises:
-        ConfigError: There are several.
+        ConfigError: The run folder has several cards.
     """
     from advmoe.evaluation.card import load_card
 

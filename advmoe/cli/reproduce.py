@@ -287,8 +287,8 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
 
     Raises:
         AdvMoEError: The command failed; it has printed the reason.
-        KeyboardInterrupt: It was interrupted, or this process was.
-        Terminated: The same by SIGTERM.
+        KeyboardInterrupt: The command or this process was interrupted.
+        Terminated: The command or this process received SIGTERM.
     """
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))

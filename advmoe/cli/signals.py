@@ -45,7 +45,7 @@ def stopping(stop: Callable[[], None]) -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM calls `stop`; a second Ctrl-C interrupts at once, a second SIGTERM is ignored.
 
     Yields:
-        The signals that came.
+        The signals received so far.
     """
     came: list[int] = []
 

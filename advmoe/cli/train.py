@@ -159,7 +159,7 @@ def make_plan(
     """The settings of a run. The command line overrides a recipe or file, which overrides the data set's defaults.
 
     Raises:
-        ConfigError: Settings that cannot be carried out.
+        ConfigError: A setting is invalid, or two settings contradict each other.
     """
     from advmoe.data.sources import dataset_info
     from advmoe.training.checkpoint import file_digest
@@ -240,7 +240,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
     """Train one model in one folder.
 
     Raises:
-        typer.Exit: The run was interrupted, and saved.
+        typer.Exit: The run was interrupted, and its state is saved.
     """
     from advmoe.data.sources import load_dataset
     from advmoe.distributed import from_leader, leader_first, world

@@ -35,7 +35,7 @@ def packed(
         pack: The file to keep their images in; written whole or not at all.
         hub: Names of the columns to read.
         info: The names of the classes, and of the data set for messages.
-        progress: Told while the pack is made.
+        progress: Called while the pack is made.
 
     Raises:
         DataError: A parquet file that is missing or damaged, lacks a column or an image, a label that is no class, or

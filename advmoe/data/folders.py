@@ -151,7 +151,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
     """Sorted names of the class folders in ``split``.
 
     Raises:
-        DataError: There are none.
+        DataError: There are no class folders.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))

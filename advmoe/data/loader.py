@@ -88,7 +88,7 @@ class BatchLoader:
         images: The image set, in memory (its arrays are read, not copied) or encoded in files.
         indices: Rows to use, in this order; all by default.
         batch_size: Images per batch and rank, at most.
-        shuffle: A new order every epoch.
+        shuffle: Whether every epoch has a new order.
         augment: Transform of each image; random choices are new in every epoch. Without it, and with `CropFlip`,
             all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
@@ -101,16 +101,16 @@ class BatchLoader:
         step_size: Images of all ranks in a full step, by default `world_size * batch_size`; a smaller number need not
             be a multiple of the world size.
         prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
-        dtype: Torch.float32 or torch.uint8.
+        dtype: `torch.float32` or `torch.uint8`.
         mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
-        std: Divides the difference.
+        std: Divisor of the difference, per channel.
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; as are the labels.
         on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`. A
             batch without any image left is left out, but for that of a rank among several.
 
     Raises:
-        ConfigError: An argument out of its range.
+        ConfigError: An argument is out of its range.
         DataError: While iterating, an image that cannot be read or decoded.
     """
 

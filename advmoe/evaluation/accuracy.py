@@ -116,14 +116,14 @@ def evaluate(
 
     Args:
         model: A model of any kind.
-        images: To attack.
+        images: Images to attack.
         attack: The attack of RA.
         batch_size: Images attacked at a time.
         seed: Seed of the attack's starts.
-        progress: Hears of each batch.
-        one_shape: Whether all passes get batches of one shape, whose kernels a GPU has chosen before: the last batch
-            is filled up, and images that are broken already are attacked on. The figures are the same. By default on a
-            GPU.
+        progress: Called after each batch.
+        one_shape: Whether all passes get batches of one shape, for which a GPU has already chosen
+            its kernels. The last batch is filled up, and broken images stay in the batch. The
+            figures are the same. By default on a GPU.
 
     Raises:
         AdvMoEError: Logits, or a gradient of the attack, are not finite.

@@ -147,7 +147,7 @@ class CardNumbers(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CardFile(Settings):
-    """The fields of a card file: those of RobustBench, and `advmoe`."""
+    """The fields of a card file: those of RobustBench, and one more, `advmoe`."""
 
     name: str
     dataset: str
@@ -190,7 +190,7 @@ def make_card(
         model: The model's configuration.
         train: The training configuration in the checkpoint.
         cost: The cost of the model.
-        device: Hardware the evaluation ran on.
+        device: Hardware of the evaluation.
         latency: Milliseconds per image by batch size on that hardware, if measured.
         training_seconds: Duration of the training, if known.
         recipe: Name of the paper's run, if the model is from one.

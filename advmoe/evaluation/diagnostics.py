@@ -72,7 +72,7 @@ def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries
         square_queries: Queries of the black-box check; 0 leaves it out.
 
     Raises:
-        ConfigError: Images outside [0, 1].
+        ConfigError: Images are outside [0, 1].
     """
     check_images(sample.images)
     with evaluating(sample.model), full_precision(sample.model):
@@ -281,7 +281,7 @@ def black_box(broken: int, total: int, queries: int) -> Diagnostic:
 
     Args:
         broken: Images broken by Square, and by no white-box attack.
-        total: Images in all.
+        total: Number of images.
         queries: Queries of Square for each image.
     """
     return _verdict(
@@ -317,9 +317,9 @@ def routing_seen(clean_IL: NDArray[np.uint8], attacked_IL: NDArray[np.uint8], nu
     """The use of the experts, without a verdict, because a router may rightly prefer one expert.
 
     Args:
-        clean_IL: The experts that each clean image took.
-        attacked_IL: The same where PGD ended.
-        num_experts: N.
+        clean_IL: The experts of each clean image.
+        attacked_IL: The experts of each image after PGD.
+        num_experts: Number of experts N.
     """
     counts_LN = np.stack([(clean_IL == expert).sum(axis=0) for expert in range(num_experts)], axis=1)
     evenness_L = ExpertLoad(counts_LKN=counts_LN[:, None].astype(np.uint64)).evenness[:, 0]

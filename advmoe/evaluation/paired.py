@@ -72,7 +72,7 @@ def load_outcomes(path: Path) -> Arrays:
     """Read what `save_outcomes` wrote.
 
     Raises:
-        DataError: The file is missing, or holds something else.
+        DataError: The file is missing, or does not hold outcomes.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

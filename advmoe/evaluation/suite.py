@@ -64,7 +64,7 @@ def run_suite(
         seed: Seed of everything random.
         state_path: File for the results of each batch and, in the unfinished batch, of each attack. An interrupted
             evaluation goes on from there. The outcome of the diagnostics lies beside it.
-        progress: Called as work goes on.
+        progress: Called during the work.
 
     Raises:
         CheckpointError: The state at `state_path` belongs to another evaluation.

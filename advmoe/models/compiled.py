@@ -31,7 +31,7 @@ class CompiledNetwork:
         backend: Backend of the compiler.
 
     Raises:
-        ConfigError: Later, where the machine has no compiler.
+        ConfigError: The machine has no compiler. The error comes at the first compiled pass.
     """
 
     def __init__(self, network: RoutedNetwork, *, graphs: bool = False, backend: str = "inductor") -> None:
@@ -49,7 +49,7 @@ class CompiledNetwork:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the network's passes are compiled, but for those of attacks that change the routing."""
+        """Inside the context, the network's passes are compiled, except passes of attacks that change the routing."""
         self._network.compiled = self._run
         try:
             yield

@@ -164,7 +164,7 @@ def router_signal(
     """The gradient of a decision's gate, from that of the layer's output (`advmoe.models.routing.Decision`).
 
     Args:
-        decision: Names the signal.
+        decision: The layer's decision, which names the signal.
         experts: Experts of the layer.
         order: Order of the batch.
         x: The layer's input [B, ...], sorted.

@@ -68,7 +68,7 @@ class MoELinear(nn.Module):
     """A linear layer whose outputs are divided among experts. The caller provides the decision.
 
     Args:
-        in_features: D_in.
+        in_features: Number of inputs, D_in.
         bank: Outputs of all experts together.
         rows: Outputs of each expert, in order.
     """

@@ -86,7 +86,7 @@ class RoutedMLP(nn.Module):
 
     Args:
         layer: Number of this MoE layer.
-        dim: D.
+        dim: Dimension of a token, D.
         layout: Division of the hidden units among the experts.
         per_token: Each token picks its expert, instead of all tokens of an image together.
     """

@@ -23,7 +23,7 @@ def perturbed_weights(
     Args:
         model: The network; its buffers (BatchNorm statistics) forget the pass that finds the direction.
         parameters: Parameters that may be perturbed.
-        loss: Evaluates the loss at the present weights.
+        loss: Function that computes the loss at the present weights.
         gamma: Relative size of the perturbation.
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]

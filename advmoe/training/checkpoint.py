@@ -78,7 +78,7 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
     """Load weights into a model. They must match its own in name, shape and type; none is filled in or converted.
 
     Raises:
-        ConfigError: A difference; the message names the first one.
+        ConfigError: They differ; the message names the first difference.
     """
     own = model.state_dict()
     for name in (*own, *weights):
@@ -108,7 +108,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load a stored state into an optimizer.
 
     Raises:
-        CheckpointError: The state is not one of this optimizer on these parameters.
+        CheckpointError: The state belongs to another optimizer or other parameters.
     """
     try:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

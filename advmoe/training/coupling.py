@@ -64,7 +64,7 @@ class Slots:
 
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | None = None) -> Slots:
-        """From the slot of each row."""
+        """Make a `Slots` from the slot of each row."""
         slot_of_F = torch.tensor(slots, device=device)
         size = max(slots) + 1
         tiled = list(slots) == [row % size for row in range(len(slots))] and len(slots) % size == 0

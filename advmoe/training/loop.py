@@ -219,7 +219,7 @@ class Trainer:
         """Log the updates that were skipped since the last time.
 
         Raises:
-            TrainingError: There were too many in a row.
+            TrainingError: Too many steps in a row were skipped.
         """
         found = self.watch.read()
         if found:

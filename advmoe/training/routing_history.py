@@ -46,7 +46,7 @@ class RoutingHistory:
 
     Args:
         model: The network whose routing is logged.
-        num_images: Training images.
+        num_images: Number of training images.
     """
 
     def __init__(self, model: RoutedNetwork, num_images: int) -> None:
@@ -122,8 +122,8 @@ class RoutingHistory:
         """Continue the log of an interrupted run. Without a log, statistics start again.
 
         Raises:
-            DataError: A damaged file.
-            ConfigError: The log of another model.
+            DataError: The file is damaged.
+            ConfigError: The log is of another model.
         """
         if self._num_layers and path.exists():
             self._log.merge(RouteLog.load(path))

@@ -29,9 +29,9 @@ class RunFolder:
     """Writer of one run's folder. Use as a context manager: one process at a time may hold a folder.
 
     Args:
-        path: The folder.
+        path: Folder of the run.
         keep: Number of last epochs whose checkpoints are kept beside `last.pt`.
-        minutes: Between checkpoints in mid-epoch.
+        minutes: Minutes between checkpoints in mid-epoch.
     """
 
     def __init__(self, path: Path, *, keep: int = 0, minutes: float = CHECKPOINT_MINUTES) -> None:

@@ -40,7 +40,7 @@ class Schedule:
     Args:
         phases: The phases in their order.
         epochs: Requested number of epochs.
-        steps_per_epoch: Iterations of an epoch.
+        steps_per_epoch: Steps of an epoch.
     """
 
     def __init__(self, phases: Sequence[Phase], epochs: int, steps_per_epoch: int) -> None:

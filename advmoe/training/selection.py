@@ -51,8 +51,8 @@ class Selection:
         """Whether the epoch that has just ended is the best so far.
 
         Args:
-            right: Correct clean images [I].
-            robust: Images that are correct under attack [I].
+            right: Whether each clean image is correct [I].
+            robust: Whether each image is correct under attack [I].
         """
         known = self._outcomes
         if not known or robust.sum() >= known["peak_robust"].sum():
