@@ -39,6 +39,7 @@ Loss = Literal["trades", "pgd_at"]
 RouterStatistics = Literal["stored", "batch"]
 RouterStep = Literal["exact", "reuse"]
 Precision = Literal["fp32", "bf16_attack", "bf16"]
+Dispatch = Literal["auto", "tiles"]
 Compile = Literal["off", "kernels", "graphs"]
 AttackRouting = Literal["fixed", "mixture", "margin"]
 AttackStart = Literal["uniform", "gaussian", "clean"]
@@ -454,6 +455,14 @@ class ScheduleConfig(Settings):
             noun="compile",
         ),
     ] = "off"
+    dispatch: Annotated[
+        Dispatch,
+        Setting(
+            "How MoE convolutions bring images and experts together in training: auto, or tiles (a Triton kernel that "
+            "looks up the expert of each tile of an image; needs a GPU, and none has shown yet that it is faster).",
+            noun="dispatch",
+        ),
+    ] = "auto"
     router_lr: Annotated[
         float | None,
         Setting(
@@ -641,6 +650,12 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             "precision bf16_attack has no effect on method standard, which does not attack; leave it out or use bf16",
             "precision",
         )
+        check(
+            self.dispatch == "auto" or self.compile == "off",
+            f"dispatch {self.dispatch} has no effect on passes that are compiled; leave one of them out",
+            "dispatch",
+            "compile",
+        )
         if self.method != "advmoe":
             place = f"method {self.method}, which has no router step of its own"
             for field in fields_of(RouterStepConfig):
@@ -658,6 +673,11 @@ def check_together(model: ModelConfig, train: TrainConfig) -> None:
         f"attack_routing {train.attack_routing} needs routers with a choice; leave it out or use kind moe with 2 "
         "experts or more",
         "attack_routing",
+    )
+    check(
+        train.dispatch == "auto" or (model.kind == "moe" and model.arch != "vit"),
+        f"dispatch {train.dispatch} is for routed convolutions; leave it out or use kind moe and a CNN",
+        "dispatch",
     )
     check(
         train.router_lr is None or (model.several_experts and train.method != "expert_at"),

@@ -13,7 +13,8 @@ Shape suffixes: B batch (images, or tokens where those are routed), N experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from advmoe.config import Dispatch
 from advmoe.models.routing import Decision, Signal
 
 PIECES = 1024
@@ -251,6 +253,25 @@ def computes_all(x: Tensor, num_experts: int) -> bool:
     counts.
     """
     return torch.compiler.is_compiling() or (x.is_cuda and num_experts <= 2)
+
+
+_tiles = False
+
+
+@contextmanager
+def computing(way: Dispatch) -> Iterator[None]:
+    """Inside, MoE convolutions bring images and experts together in this way."""
+    global _tiles
+    before, _tiles = _tiles, way == "tiles"
+    try:
+        yield
+    finally:
+        _tiles = before
+
+
+def uses_tiles() -> bool:
+    """Whether convolutions look up the expert of each tile of an image (`advmoe.models.tiles`)."""
+    return _tiles
 
 
 def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:

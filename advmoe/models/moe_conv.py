@@ -27,6 +27,7 @@ from advmoe.models.dispatch import (
     row_products,
     select,
     uses_output,
+    uses_tiles,
 )
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.routing import Decision
@@ -227,11 +228,28 @@ def _routed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, decision
     if torch.is_autocast_enabled(device):  # autograd records casts here, but not inside the node
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if uses_tiles():
+        return _tiled(x, weight, bias, decision, form)
     if computes_all(x, len(form.rows)):
         experts = Convolution(weight, bias, form)
         return select(experts.all_outputs(x), decision)
     y: Tensor = _RoutedConvolution.apply(x, weight, bias, decision.gate, decision, form)
     return y
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, decision: Decision, form: Form) -> Tensor:
+    from advmoe.models.tiles import Geometry, tiled_convolution  # needs Triton, which not every machine has
+
+    experts = Convolution(weight, bias, form)
+    banks = [experts.of(expert) for expert in range(experts.num_experts)]
+    biases = [own for _, own in banks if own is not None]
+    return tiled_convolution(
+        x,
+        torch.stack([filters for filters, _ in banks]),
+        torch.stack(biases) if biases else None,
+        decision,
+        Geometry(form.stride[0], form.padding[0]),
+    )
 
 
 # An exporter sees this operator as one node. Its kernel is the function above. In eager mode,

@@ -30,6 +30,7 @@ from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
+from advmoe.models.dispatch import computing
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
@@ -189,7 +190,8 @@ class Trainer:
         ]
         for level in self.levels:
             set_rates(level.optimizer, lambda peak: self.schedule.rate(self.step, peak or self.config.lr))
-        with nullcontext() if self._compiled is None else self._compiled.running():
+        compiled = nullcontext() if self._compiled is None else self._compiled.running()
+        with computing(self.config.dispatch), compiled:
             results = self.method.step(levels, batches, self.config, noise, self.step)
         of_last = results[-1]
         assert of_last is not None
@@ -380,6 +382,11 @@ class Trainer:
 
     def _new_compiled(self) -> CompiledNetwork | None:
         way = self.config.compile
+        check(
+            self.config.dispatch == "auto" or self.device.type == "cuda",
+            f"dispatch {self.config.dispatch} needs a GPU; leave it out",
+            "dispatch",
+        )
         if way == "off":
             return None
         check(
