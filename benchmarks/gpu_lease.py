@@ -15,16 +15,30 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from advmoe.config import ModelConfig, TrainConfig
+from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD, autoattack
+from advmoe.attacks.victims import Victims
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.evaluation.cost import hardware
+from advmoe.evaluation.precision import full_precision
 from advmoe.files import write_text_atomically
+from advmoe.models.compiled import CompiledNetwork
+from advmoe.models.dispatch import computing
+from advmoe.models.modes import evaluating
+from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for
 from advmoe.training.levels import make_levels
@@ -44,28 +58,160 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def speed(kind: str, method: str, batch_size: int, precision: str, smoke: bool) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a step is measured on."""
+
+    kind: str = "moe"
+    method: str = "advmoe"
+    batch_size: int = 128
+    num_experts: int = 2
+    precision: str = "fp32"
+    compile: str = "off"
+    dispatch: str = "auto"
+    smoke: bool = False
+
+    @property
+    def name(self) -> str:
+        """All that differs from the plain form."""
+        experts = "" if self.num_experts == 2 else str(self.num_experts)
+        ways = [way for way in (self.compile, self.dispatch) if way not in ("off", "auto")]
+        return "-".join((self.kind + experts, self.method, str(self.batch_size), self.precision, *ways))
+
+    def model(self) -> RoutedNetwork:
+        """ResNet-18 for CIFAR, or a tiny one."""
+        torch.manual_seed(0)
+        width, size = (0.0625, 16) if self.smoke else (1.0, 32)
+        experts: dict[str, Any] = {"num_experts": self.num_experts} if self.kind == "moe" else {}
+        config = ModelConfig(arch="resnet18", kind=self.kind, width=width, image_size=size, **experts)  # type: ignore[arg-type]
+        return build_model(config).to(device())
+
+    def images(self) -> Tensor:
+        """A batch of noise."""
+        size = 16 if self.smoke else 32
+        return torch.rand(self.batch_size, 3, size, size, device=device())
+
+    def step(self) -> Callable[[int], None]:
+        """A function that takes the i-th training step, as `advmoe train` takes it."""
+        model = self.model()
+        config = TrainConfig(
+            dataset="benchmark",
+            method=self.method,  # type: ignore[arg-type]
+            precision=self.precision,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            compile=self.compile,  # type: ignore[arg-type]
+            dispatch=self.dispatch,  # type: ignore[arg-type]
+        )
+        levels = make_levels(METHODS[config.method].levels, model, config)
+        labels = torch.arange(self.batch_size, device=device()) % 10
+        batch = Batch(self.images(), labels, torch.arange(self.batch_size))
+        compiled = None if self.compile == "off" else CompiledNetwork(model, graphs=self.compile == "graphs")
+
+        def step(i: int) -> None:
+            noise = [generator_for(0, i, level, device=device()) for level in range(len(levels))]
+            with computing(config.dispatch), nullcontext() if compiled is None else compiled.running():
+                METHODS[config.method].step(levels, [batch] * len(levels), config, noise, i)
+
+        return step
+
+
+def speed(form: Form) -> dict[str, Any]:
     """Images per second and peak memory of a training step, median of several after warming up."""
-    torch.manual_seed(0)
-    place, width, size = device(), 0.0625 if smoke else 1.0, 16 if smoke else 32
-    model = build_model(ModelConfig(arch="resnet18", kind=kind, width=width, image_size=size)).to(place)  # type: ignore[arg-type]
-    config = TrainConfig(dataset="benchmark", method=method, precision=precision, batch_size=batch_size)  # type: ignore[arg-type]
-    levels = make_levels(METHODS[method].levels, model, config)
-    images = torch.rand(batch_size, 3, size, size, device=place)
-    batch = Batch(images, torch.randint(10, (batch_size,), device=place), torch.arange(batch_size))
-    if place.type == "cuda":
+    step = form.step()
+    began = time.perf_counter()
+    step(0)
+    wait()
+    first = time.perf_counter() - began
+    if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for i in range(2 if smoke else 25):
-        noise = [generator_for(0, i, level, device=place) for level in range(len(levels))]
-        wait()
+    for i in range(1, 3 if form.smoke else 26):
         began = time.perf_counter()
-        METHODS[method].step(levels, [batch] * len(levels), config, noise, i)
+        step(i)
         wait()
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[len(seconds) // 5 :])
-    memory = torch.cuda.max_memory_allocated() / 2**20 if place.type == "cuda" else None
-    return {"images_per_second": batch_size / median, "seconds": median, "peak_mib": memory}
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device().type == "cuda" else None
+    return {
+        "images_per_second": form.batch_size / median,
+        "seconds": median,
+        "seconds_of_first": first,
+        "peak_mib": memory,
+    }
+
+
+def waits(form: Form) -> dict[str, Any]:
+    """How often the host waits for the GPU in one training step, and where; on a CPU there is nothing to count."""
+    step = form.step()
+    step(0)
+    step(1)
+    if device().type != "cuda":
+        return {"waits": None}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
+    return {"waits": len(places), "places": sorted(set(places))}
+
+
+@torch.no_grad()
+def routes_of_bf16(form: Form) -> dict[str, Any]:
+    """Share of the routing decisions that bf16 convolutions change; on noise, by routers that were not trained."""
+    model, images = form.model(), form.images()
+    for _ in range(10):
+        model.train()(images)
+    exact = model.eval().forward_with_routing(images)[1].expert_index_BL
+    with torch.autocast(device().type, torch.bfloat16):
+        half = model.forward_with_routing(images)[1].expert_index_BL
+    return {"changed_decisions": (exact != half).float().mean().item()}
+
+
+def exported(form: Form) -> dict[str, Any]:
+    """Images per second of the exported file in onnxruntime, on the GPU where it has a provider for it."""
+    import onnxruntime
+    from advmoe_export.exporter import export_model
+    from advmoe_export.session import Session
+
+    provider = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    model, images = form.model().cpu().eval(), form.images().cpu()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_model(model, path, image_size=images.shape[-1], labels=[str(label) for label in range(10)])
+        session = Session(path, providers=(provider,))
+        seconds = []
+        for _ in range(3 if form.smoke else 50):
+            began = time.perf_counter()
+            session.run_raw(images.numpy())
+            seconds.append(time.perf_counter() - began)
+    return {"provider": session.provider, "images_per_second": form.batch_size / statistics.median(seconds)}
+
+
+def autoattack_speed(form: Form) -> dict[str, Any]:
+    """Images per second of standard AutoAttack on images that the network gets right."""
+    model, images = form.model(), form.images()
+    with torch.no_grad():
+        for _ in range(10):
+            model.train()(images)
+    with evaluating(model.eval()), full_precision(model):
+        labels = model(images).argmax(dim=1)
+        attack = AttackConfig(eps=1 / 2550)  # so small that few images are broken early, and all attacks have work
+        victims = Victims(
+            model=model, images=images, labels=labels, indices=torch.arange(len(images)), attack=attack, seed=0
+        )
+        began = time.perf_counter()
+        robust = autoattack(
+            victims,
+            attacks=("apgd-ce", "square") if form.smoke else STANDARD,
+            square_queries=2 if form.smoke else SQUARE_QUERIES,
+        ).robust_after
+        wait()
+    seconds = time.perf_counter() - began
+    left = {attack: mask.float().mean().item() for attack, mask in robust.items()}
+    return {"images_per_second": len(images) / seconds, "robust_after": left}
 
 
 def gpu_tests() -> dict[str, Any]:
@@ -89,15 +235,35 @@ def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
     return {"seconds_of_this_lease": time.perf_counter() - began, "metrics": json.loads(last)}
 
 
+def forms(plain: Form) -> Iterator[Form]:
+    """What is timed: kinds, sizes and precisions, then compiled against not, then ways to bring 8 experts together."""
+    if plain.smoke:
+        yield from (plain, replace(plain, precision="bf16"))
+        return
+    for precision, batch_size, (kind, method) in product(("fp32", "bf16"), (128, 512), TRAININGS):
+        yield replace(plain, kind=kind, method=method, batch_size=batch_size, precision=precision)
+    for way, (kind, method) in product(("kernels", "graphs"), TRAININGS):
+        yield replace(plain, kind=kind, method=method, precision="bf16", compile=way)
+    for number, precision in product((2, 8), ("fp32", "bf16")):
+        yield replace(plain, num_experts=number, precision=precision, dispatch="tiles")
+    for precision in ("fp32", "bf16"):
+        yield replace(plain, num_experts=8, precision=precision)
+    yield replace(plain, num_experts=8, precision="bf16", compile="kernels")
+
+
 def steps(out: Path, *, smoke: bool, epochs: int) -> Iterator[tuple[str, LeaseStep]]:
     """The steps by name, in order."""
     if not smoke:
         yield "tests", gpu_tests
-    for precision in ("fp32", "bf16"):
-        for batch_size in (8,) if smoke else (128, 512):
-            for kind, method in TRAININGS[:1] if smoke else TRAININGS:
-                name = f"speed-{kind}-{method}-{batch_size}-{precision}"
-                yield name, lambda k=kind, m=method, b=batch_size, p=precision: speed(k, m, b, p, smoke)  # type: ignore[misc]
+    plain = Form(batch_size=8, smoke=True) if smoke else Form()
+    for kind, method in TRAININGS:
+        form = replace(plain, kind=kind, method=method)
+        yield f"waits-{form.name}", partial(waits, form)
+    for form in forms(plain):
+        yield f"speed-{form.name}", partial(speed, form)
+    yield "routes-bf16", partial(routes_of_bf16, plain)
+    yield "exported", partial(exported, plain)
+    yield "autoattack", partial(autoattack_speed, replace(plain, batch_size=2 if smoke else 64))
     for kind, method in TRAININGS if epochs else ():
         yield f"train-{kind}-{method}", lambda k=kind, m=method: training(k, m, out, epochs)  # type: ignore[misc]
 

@@ -11,12 +11,13 @@ import pytest
 
 
 @pytest.fixture
-def lease() -> ModuleType:
+def lease(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parents[1] / "benchmarks" / "gpu_lease.py"
     spec = importlib.util.spec_from_file_location("gpu_lease", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_lease", module)  # where its dataclasses look for their types
     spec.loader.exec_module(module)
     return module
 
@@ -53,3 +54,15 @@ def test_the_long_trainings_come_last_and_advmoe_first_among_them(lease: ModuleT
     names = [name for name, _ in lease.steps(Path(), smoke=False, epochs=100)]
     assert names[0] == "tests"
     assert names[-4:] == ["train-moe-advmoe", "train-s_dense-at", "train-dense-at", "train-moe-at"]
+
+
+def test_every_way_to_compute_a_step_is_timed_against_the_plain_one(lease: ModuleType) -> None:
+    names = [name for name, _ in lease.steps(Path(), smoke=False, epochs=0)]
+    assert len(names) == len(set(names))
+    for name in (
+        *("speed-moe-advmoe-128-fp32", "speed-moe-advmoe-128-bf16"),
+        *("speed-moe-advmoe-128-bf16-kernels", "speed-moe-advmoe-128-bf16-graphs"),
+        *("speed-moe-advmoe-128-bf16-tiles", "speed-moe8-advmoe-128-bf16", "speed-moe8-advmoe-128-bf16-tiles"),
+        *("waits-moe-advmoe-128-fp32", "routes-bf16", "exported", "autoattack"),
+    ):
+        assert name in names
