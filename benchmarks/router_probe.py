@@ -7,9 +7,11 @@ For every router, image and expert, `exact` is the TRADES loss of that image if 
 expert (routers after it decide anew). It costs N passes per router, so it is a yardstick and no way of training. Clean
 and attacked versions of an image are decisions of their own. One AdvMoE run per router gradient is probed as it goes:
 
+- `probed_loss`: mean loss of the images that are probed
 - `better`: share of decisions in which another expert would give a smaller loss
 - `gain`: how much smaller, mean over all decisions, relative to the loss
 - `regret`: the same relative to a choice at random: 1 is chance, 0 the best choice everywhere
+- `fitted_better`, `fitted_regret`: what linear routers reach that were fitted to exact losses of half of the images
 - `load`: share of the busiest expert, routers' mean. Where it is 1, there is nothing to choose, whatever else is shown
 - `raises_chosen`: among the decisions with a better expert, share in which a descent step would raise the logit of the
   expert chosen all the same
@@ -40,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.attacks.relaxations import SteeredTape
-from advmoe.config import ROUTER_GRADIENTS, TrainConfig
+from advmoe.config import ROUTER_GRADIENTS, TrainConfig, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.data.views import training_transform
@@ -51,6 +53,7 @@ from advmoe.models.registry import build_model
 from advmoe.models.routing import RoutingTape
 from advmoe.seeding import generator_for, seeded
 from advmoe.settings import resolve
+from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.levels import Level, make_levels
 from advmoe.training.methods import METHODS
 from advmoe.training.schedule import cosine as schedule
@@ -58,6 +61,8 @@ from advmoe.training.steps import training_attack
 
 TEXTS = ("router_statistics", "attack_routing", "router_step")
 """Fields of `TrainConfig` that are no numbers."""
+DESCRIBED = ("arch", "width", "granularity", "num_experts", "model_scale", "router_gradient")
+"""Fields of `ModelConfig` that a result repeats."""
 EQUAL = 1e-6
 """Losses closer than this are the same."""
 
@@ -116,19 +121,62 @@ def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: T
     """Gradients of the routers' weights from those of their logits."""
     found = [torch.zeros_like(router.linear.weight) for router in model.routers]
     for number, view in enumerate(views):
-        features: dict[nn.Module, Tensor] = {}
-
-        def note(linear: nn.Module, inputs: tuple[Tensor], _: Tensor, kept: dict[nn.Module, Tensor] = features) -> None:
-            kept[linear] = inputs[0].detach()
-
-        hooks = [router.linear.register_forward_hook(note) for router in model.routers]
-        with torch.no_grad():
-            model(view)
-        for hook in hooks:
-            hook.remove()
-        for at, router in enumerate(model.routers):
-            found[at] += of_logits[number, :, at].T @ features[router.linear]
+        for at, features in enumerate(router_features(model, view)):
+            found[at] += of_logits[number, :, at].T @ features
     return found
+
+
+@torch.no_grad()
+def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
+    """What the linear layer of each router reads, [B, C]."""
+    features: dict[nn.Module, Tensor] = {}
+
+    def note(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        features[linear] = inputs[0].detach()
+
+    hooks = [router.linear.register_forward_hook(note) for router in model.routers]
+    model(view)
+    for hook in hooks:
+        hook.remove()
+    return [features[router.linear] for router in model.routers]
+
+
+def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dict[str, float]:
+    """How well the best linear routers choose on other images.
+
+    For each router a linear layer is fitted to the exact losses of one half of the images, with two weights of an L2
+    penalty, by the expected loss of a choice at random by its probabilities. What its choices lose on the other half
+    counts, at the better of the two penalties. So this is a little better than what any training can reach.
+    """
+    half = exact.shape[1] // 2
+    features = [router_features(model, view) for view in views]
+    best: dict[str, float] = {}
+    for penalty in (1e-3, 1e-1):
+        chosen = torch.empty_like(exact[:, half:, :, 0])
+        for at in range(len(model.routers)):
+            x, other = (torch.cat([of[at][part] for of in features]) for part in (slice(half), slice(half, None)))
+            losses = exact[:, :half, at].flatten(0, 1)
+            losses = (losses - losses.mean(dim=1, keepdim=True)) / losses.std(dim=1).mean().clamp(min=EQUAL)
+            weight = torch.zeros(exact.shape[3], x.shape[1], requires_grad=True)
+            optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+            def closure(
+                x: Tensor = x, losses: Tensor = losses, weight: Tensor = weight, decay: float = penalty
+            ) -> Tensor:
+                weight.grad = None
+                value = ((x @ weight.T).softmax(dim=1) * losses).sum(dim=1).mean() + decay * weight.square().sum()
+                value.backward()
+                return value.detach()
+
+            optimizer.step(closure)  # type: ignore[arg-type]
+            choice = (other @ weight.detach().T).argmax(dim=1).unflatten(0, (len(views), -1))
+            chosen[:, :, at] = exact[:, half:, at].gather(2, choice[..., None]).squeeze(2)
+        rest = exact[:, half:]
+        lost = chosen - rest.min(dim=3).values
+        regret = float(lost.mean() / (rest.mean(dim=3) - rest.min(dim=3).values).mean().clamp(min=EQUAL))
+        if not best or regret < best["fitted_regret"]:
+            best = {"fitted_better": float((lost > EQUAL).double().mean()), "fitted_regret": regret}
+    return best
 
 
 def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[str]) -> dict[str, Any]:
@@ -145,12 +193,15 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
     best_loss, best = exact.min(dim=3)
     better = best_loss < base - EQUAL
     figures: dict[str, Any] = {
+        "probed_loss": float(base.mean()),
         "better": float(better.double().mean()),
         "gain": float((base - best_loss).mean() / base.mean()),
         "regret": float((base - best_loss).mean() / (exact.mean(dim=3) - best_loss).mean().clamp(min=EQUAL)),
         "load": float(F.one_hot(chosen).double().mean(dim=(0, 1)).amax(dim=1).mean()),
         "estimators": {},
     }
+    with evaluating(model):
+        figures |= ceiling(model, views, exact)
     for form in forms:
         own = [router.router_gradient for router in model.routers]
         for router in model.routers:
@@ -206,8 +257,9 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
             figures = {"step": step, **probe(levels, probed, config, options.forms)}
             figures["to_start"] = float(F.cosine_similarity(start, direction(model), dim=0))
             if losses:
-                router_loss, loss = torch.tensor(losses).mean(dim=0).tolist()
-                figures |= {"router_loss": router_loss, "loss": loss, "worst_router_loss": max(losses)[0]}
+                for name, values in zip(("router_loss", "loss"), zip(*losses, strict=True), strict=True):
+                    taken = [value for value in values if value is not None]
+                    figures |= {name: sum(taken) / len(taken), f"worst_{name}": max(taken)} if taken else {}
             records.append(figures)
             losses = []
         if step < options.steps:
@@ -215,10 +267,13 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
                 for group in level.optimizer.param_groups:
                     group["lr"] = schedule(step, options.steps, group.get("peak", config.lr))
             noise = [generator_for(options.seed, step, level) for level in range(len(levels))]
-            now = config if step >= options.wait else dataclasses.replace(config, router_every=10**6)
             batches = [shrunk(next(stream), options.pool) for stream in streams]
-            results = method.step(levels, batches, now, noise, step + (now is not config))
-            losses.append([float(result.loss) if result is not None else float("nan") for result in results])
+            if step >= options.hold:
+                lower, upper = METHODS["router_at"].step(levels[:1], batches[:1], config, noise[:1], step)[0], None
+            else:
+                now = config if step >= options.wait else dataclasses.replace(config, router_every=10**6)
+                lower, upper = method.step(levels, batches, now, noise, step + (now is not config))
+            losses.append([None if result is None else float(result.loss) for result in (lower, upper)])
     return records
 
 
@@ -242,6 +297,18 @@ def endless(images: Any, size: int, config: TrainConfig, stream: int) -> Any:
         yield from loader.epoch(epoch)
 
 
+def of_checkpoint(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Probe the network of a checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model, config = checkpoint.build(), from_dict(TrainConfig, checkpoint.train)
+    levels = make_levels(("routers",), model, config, fresh=False)
+    data = load_dataset(options.dataset, options.data_dir)
+    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=range(options.images)).epoch(0)
+    found = probe(levels, probed, config, options.forms)
+    described = {name: getattr(model.config, name) for name in DESCRIBED}
+    return {**described, "epoch": checkpoint.metrics.get("epoch"), "probes": [found]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", default="digits")
@@ -263,6 +330,8 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1, help="shrink images by this factor")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TrainConfig")
     parser.add_argument("--wait", type=int, default=0, help="steps before the routers begin to learn")
+    parser.add_argument("--hold", type=int, default=10**9, help="steps after which the experts stay as they are")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="probe these instead of training")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -270,8 +339,8 @@ def main() -> None:
         options.num_experts, options.train = options.num_experts[-1:], options.forms[:1]
         options.steps, options.every, options.images, options.batch_size, options.width = 2, 2, 16, 16, 0.0625
     torch.set_num_threads(1)
-    results = []
-    for num_experts in options.num_experts:
+    results = [of_checkpoint(path, options) for path in options.checkpoints]
+    for num_experts in [] if results else options.num_experts:
         for form in options.train or options.forms:
             began = time.process_time()
             records = run(form, num_experts, options)
@@ -288,6 +357,8 @@ def main() -> None:
     if options.json:
         known = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         known.pop("data_dir")
+        if known.pop("checkpoints"):
+            known = {name: known[name] for name in ("dataset", "forms", "images")}
         print(json.dumps({"settings": known, "hardware": hardware(torch.device("cpu")), "runs": results}, indent=1))
 
 
