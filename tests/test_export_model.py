@@ -86,7 +86,7 @@ def test_a_file_computes_what_the_module_computes(
         assert prediction.labels == tuple(f"class {i}" for i in logits.argmax(dim=1).tolist())
         np.testing.assert_allclose(prediction.margin, margin_BL.detach(), rtol=0, atol=1e-4)
     assert len(expert_index_BL.unique(dim=0)) > 1 or profile == "latency"
-    assert "experts of 8 channels" in report.warnings[0]
+    assert "experts with 8 channels" in report.warnings[0]
 
 
 @pytest.mark.parametrize(("num_experts", "model_scale"), [(2, 0.5), (2, 0.75), (3, 0.5), (2, 1.0)])
@@ -270,7 +270,7 @@ def test_bad_options_are_found_before_the_model_is_traced(
 
 def test_margins_of_a_network_without_routers_are_refused(tmp_path: Path) -> None:
     dense = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
-    with pytest.raises(UnsupportedModelError, match="margins are those of routers"):
+    with pytest.raises(UnsupportedModelError, match="margins need routers"):
         export_model(dense, tmp_path / "m.onnx", image_size=16, labels=LABELS, allow_unrouted=True, margins=True)
 
 
@@ -297,7 +297,7 @@ def test_a_session_refuses_what_it_cannot_run(small_moe: Make, tmp_path: Path) -
     with pytest.raises(ModelFileError, match="copy both files"):
         Session(path)
     data.unlink()
-    with pytest.raises(ModelFileError, match=r"keeps its weights in 'model.onnx.data', which is not beside it"):
+    with pytest.raises(ModelFileError, match=r"weights in 'model.onnx.data', which is not in the same folder"):
         Session(path)
     path.write_bytes(b"not a graph")
     with pytest.raises(ModelFileError, match="not an ONNX file"):

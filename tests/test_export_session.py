@@ -253,7 +253,7 @@ def test_providers_that_do_not_start_are_one_line_with_the_reason(path: Path, mo
     assert str(raised.value) == (
         "'TensorrtExecutionProvider' is not part of this onnxruntime, which has CUDAExecutionProvider, "
         "CPUExecutionProvider; 'CUDAExecutionProvider' did not start (Failed to load libcublasLt.so.13); "
-        "ask for 'cpu' as well to fall back on it"
+        "add 'cpu' to the providers to fall back to it"
     )
 
 

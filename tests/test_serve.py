@@ -177,7 +177,7 @@ def change(**fields: Any) -> dict[str, Any]:
         (change(data=[300] * 768, datatype="UINT8", shape=[1, 16, 16, 3]), "UINT8 values in 0 ... 255, got 300"),
         (change(shape=[1, 3, 8, 32]), r"got float32 [1, 3, 8, 32]"),
         (change(data=[], shape=[0, 3, 16, 16]), "expected at least one image"),
-        (change(parameters={"binary_data_size": 4}), "expected 3072 bytes behind the JSON"),
+        (change(parameters={"binary_data_size": 4}), "expected 3072 bytes after the JSON"),
         (infer(FLOATS[:1], outputs=[{"name": "secret"}]), "unknown output 'secret', expected one of: logits"),
         (
             infer(FLOATS[:1], outputs=[{"name": "expert_index", "parameters": {"classification": 1}}]),
@@ -325,7 +325,7 @@ def bomb(width: int, height: int) -> bytes:
         (b"", 400, "expected an image file as the body of the request, got nothing"),
         (b"hello", 400, "the upload cannot be decoded as an image"),
         (png()[:-40], 400, "the upload cannot be decoded as an image"),
-        (bytes(2**20 + 1), 413, "the body has 1048577 bytes, at most 1048576 are taken"),
+        (bytes(2**20 + 1), 413, "the body has 1048577 bytes, at most 1048576 are accepted"),
         (bomb(8000, 8000), 413, "the upload has 8000 x 8000 pixels, at most 40000000 are decoded"),
         (bomb(60000, 60000), 413, "far too many pixels"),
     ],

@@ -1,7 +1,7 @@
-"""ONNX for mixture-of-experts networks: each image computes its own expert, and nothing else.
+"""Export mixture-of-experts networks to ONNX. For each image, a file computes the chosen experts only.
 
 Exporting needs torch, onnx and onnxscript (`pip install 'advmoe-export[export]'`). Running a file
-needs onnxruntime only (`[cpu]` or `[gpu]`). Names are imported when they are first used.
+needs onnxruntime only (`[cpu]` or `[gpu]`). Names are imported at their first use.
 """
 
 from __future__ import annotations

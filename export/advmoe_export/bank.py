@@ -1,8 +1,7 @@
-"""The weight bank of an MoE layer, and the tensors in which each expert's part of it is stored.
+"""The weight bank of an MoE layer, and the tensors of each expert in the file.
 
-Experts may share rows of the bank (N * r > 1). A tensor of one expert is a view of the bank
-wherever its rows lie side by side, so that rows shared by several experts are stored once in the
-file.
+Experts may share rows of the bank (N * r > 1). If the rows of an expert are consecutive, its tensor
+is a view of the bank. Rows that several experts share are therefore stored once in the file.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Stored(NamedTuple):
     """A constant in the file: floats, or integers with a scale and a zero point along one axis."""
 
     pieces: tuple[ir.TensorProtocol, ...]
-    """Its parts along the first axis; several if its rows do not lie side by side in the bank."""
+    """Parts along the first axis. There are several if the rows are not consecutive in the bank."""
     scale: ir.TensorProtocol | None = None
     zero: ir.TensorProtocol | None = None
     axis: int = 0
@@ -35,7 +34,7 @@ def _one_piece(array: npt.NDArray[Any], name: str) -> tuple[ir.TensorProtocol, .
 
 
 def quantize_rows(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Codes [rows, ...] in -127 ... 127, and one scale per row."""
+    """Quantize weights [rows, ...] to integers in -127 ... 127, with one scale per row."""
     largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
     scale = (np.maximum(largest, 1e-8) / 127).astype(np.float32)
     codes = np.rint(weight / scale.reshape(-1, *([1] * (weight.ndim - 1))))
@@ -43,7 +42,7 @@ def quantize_rows(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.N
 
 
 def quantize_bias(bias: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """Codes of a bias in units of `scale`; integer kernels add them to their sums."""
+    """Quantize a bias to integers in units of `scale`. Integer kernels add them to their sums."""
     return np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
 
 
@@ -69,11 +68,11 @@ class Bank:
 
     @property
     def size(self) -> int:
-        """Outputs of one expert."""
+        """Number of outputs of one expert."""
         return len(self.rows[0])
 
     def selection(self, expert: int) -> slice | list[int]:
-        """An index that picks the rows of one expert out of the bank."""
+        """An index that selects the rows of one expert from the bank."""
         rows = self.rows[expert]
         side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows)))
         return slice(rows[0], rows[0] + len(rows)) if side_by_side else list(rows)
@@ -89,8 +88,8 @@ class Bank:
     def stored(self, node: ir.Node, expert: int) -> tuple[Stored, Stored | None]:
         """Weight and bias of one expert as the file stores them.
 
-        The weight of a linear layer is transposed. Every call returns the same tensor objects, so
-        that each is written once.
+        The weight of a linear layer is transposed. Every call returns the same tensor objects, so the
+        file stores each tensor once.
         """
         own = self.rows[expert], None if self.x_scales is None else self.x_scales[expert]
         if own not in self._tensors:  # at r = 1 all experts have the same rows
@@ -126,7 +125,7 @@ class Bank:
         )
 
     def _runs(self, expert: int) -> list[slice]:
-        """The rows of one expert as stretches that lie side by side in the bank."""
+        """The rows of one expert, as slices of consecutive rows of the bank."""
         rows = self.rows[expert]
         starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1] + 1), len(rows)]
         return [slice(rows[first], rows[first] + end - first) for first, end in pairwise(starts)]
@@ -137,7 +136,7 @@ class Bank:
         return quantize_rows(self.weight)
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Filters and biases of all experts one after another, [N * size, ...].
+        """Filters and biases of all experts, concatenated: [N * size, ...].
 
         The result is a view of the bank if the bank has that order already.
         """
@@ -150,8 +149,7 @@ def read_bank(node: ir.Node) -> Bank:
     """The weight bank of an MoE layer.
 
     Raises:
-        UnsupportedModelError: the weights are not constant, or rows of an expert are not in the
-        bank.
+        UnsupportedModelError: the weights are not constant, or an expert has rows outside the bank.
     """
     weight = initializer(node.inputs[1], "the weight of a routed operator")
     assert weight is not None

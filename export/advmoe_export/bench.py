@@ -1,4 +1,4 @@
-"""How long an exported model takes: latency per batch and images per second, on this machine."""
+"""Measure an exported model on this machine: latency per batch, and images per second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Timing:
     median_ms: float
     p95_ms: float
     images_per_second: float
-    """From the median."""
+    """Batch size divided by the median time."""
 
 
 def time_session(session: Session, batches: Sequence[int], *, seconds: float = 1.0) -> list[Timing]:
@@ -33,10 +33,10 @@ def time_session(session: Session, batches: Sequence[int], *, seconds: float = 1
     Args:
         session: the model.
         batches: batch sizes.
-        seconds: how long to measure each, after a warm-up; at least five runs are made.
+        seconds: time for each batch size after a warm-up. At least five runs are measured.
 
     Raises:
-        InputError: a batch size the file does not take.
+        InputError: the file does not accept a batch size.
     """
     metadata = session.metadata
     fixed = metadata.batch_size

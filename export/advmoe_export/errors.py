@@ -1,30 +1,30 @@
-"""Errors a user can cause; each message is one line: what was expected, what came, what to do."""
+"""Errors that a user can cause. A message is one line: expected value, actual value, remedy."""
 
 from __future__ import annotations
 
 
 class ExportError(Exception):
-    """Base of everything this package raises for bad input."""
+    """Base class of the errors of this package."""
 
 
 class UnsupportedModelError(ExportError):
-    """The module, or an option for it, cannot be expressed as a conditional ONNX graph."""
+    """The module or an option cannot be exported as a conditional ONNX graph."""
 
 
 class ModelFileError(ExportError):
-    """A model file that is missing, incomplete, damaged, not ours, or cannot be written."""
+    """A model file is missing, incomplete, damaged or of another origin, or cannot be written."""
 
 
 class ProviderError(ExportError):
-    """An onnxruntime execution provider that was asked for and cannot be used."""
+    """No requested execution provider of onnxruntime can be used."""
 
 
 class InputError(ExportError):
-    """Images of the wrong shape, type or range."""
+    """Images have the wrong shape, type or range, or another argument is wrong."""
 
 
 class TooManyPixelsError(InputError):
-    """An image file that unpacks to more pixels than are decoded."""
+    """An image file has more pixels than the limit."""
 
 
 class MissingPackageError(ExportError, ImportError):

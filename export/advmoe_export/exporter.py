@@ -1,6 +1,7 @@
 """Export a module as a verified file.
 
-The steps: trace, passes, profile, storage, verification. Only then the file gets its name.
+The steps are trace, passes, profile, storage and verification. The file gets its final name after
+the last step.
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ from advmoe_export.verify import (
 )
 
 LAYOUT_BLOCK = 16
-"""Channels in a block of onnxruntime's fast layout of convolutions."""
+"""Number of channels in a block of onnxruntime's fast memory layout for convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export produced."""
+    """The result of an export."""
 
     path: Path
-    """The graph; its weights lie beside it in `data_path`."""
+    """File of the graph. The weights are in `data_path`, in the same folder."""
     data_path: Path
     graph_bytes: int
     data_bytes: int
@@ -68,9 +69,9 @@ class ExportReport:
     metadata: ModelMetadata
     verification: VerificationReport
     agreement: Agreement | None
-    """Module and file on the given images; None if none were given."""
+    """Comparison of module and file on the given images; None without images."""
     warnings: tuple[str, ...]
-    """What makes the file slower than it could be."""
+    """Reasons why the file is slower than possible, one sentence each."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
@@ -98,42 +99,41 @@ def export_model(
     allow_unrouted: bool = False,
     tolerance: Tolerance | None = None,
 ) -> ExportReport:
-    """Write a module as one ONNX graph in which every image computes its own expert and no other.
+    """Export a module as one ONNX graph that computes the chosen experts of each image only.
 
-    The file and its data file (`path` + `.data`) appear under their names only after they were
-    compared with the module.
+    The file and its data file (`path` + `.data`) get their final names after they were compared with
+    the module.
 
     Args:
         model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes],
-            normalization inside. Its routed layers call `advmoe::moe_conv2d` or
+            including normalization. Its routed layers call `advmoe::moe_conv2d` or
             `advmoe::moe_linear`.
         path: the `.onnx` file to write.
         image_size: height and width of the images.
         labels: class names in the order of the logits.
-        resize: length to which the shorter side of an image was resized before its middle was
-            taken, in the images the module was evaluated on; by default the longer side of
-            `image_size`, so that images of that size stay as they are.
-        metadata: what else the file should say about the model, as JSON data.
+        resize: length in pixels to which the shorter side of an image is resized before the center
+            crop, as in the evaluation of the module. The default is the longer side of
+            `image_size`; images of this size are then not changed.
+        metadata: further facts about the model, as JSON data.
         profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no
             control flow).
         batch_size: batch size to fix, for `static` only.
         opset: version of ONNX's standard operators.
-        dtype: of weights and activations, `fp32`, `fp16` or `int8`; routers stay fp32.
+        dtype: type of weights and activations, `fp32`, `fp16` or `int8`. Routers stay in fp32.
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
-        margins: also output `router_margin`.
-        images: real images, as the file will read them. They are verified besides synthetic ones,
-            and the expert load is recorded from them.
-        targets: int64 [B], their classes, for the accuracy in the report.
-        calibration: real images that int8 takes its ranges from, as the file will read them. By
-            default `images`; the reported accuracy is then that of images the file was fitted to.
-        allow_unrouted: accept a module without any routed layer (Dense, S-Dense).
-        tolerance: what counts as equal in the verification.
+        margins: whether the graph has the output `router_margin`.
+        images: real images in the form of `input_type`. The verification uses them in addition to
+            synthetic images, and the expert load is measured on them.
+        targets: int64 [B], classes of `images`, for the accuracy in the report.
+        calibration: real images in the form of `input_type`, for the value ranges of int8. The
+            default is `images`; the reported accuracy is then measured on the calibration images.
+        allow_unrouted: whether a module without routed layers (Dense, S-Dense) is accepted.
+        tolerance: largest differences that the verification accepts.
 
     Raises:
         UnsupportedModelError: the module or an option cannot be exported.
         ModelFileError: the files cannot be written.
-        VerificationError: the graph does not compute what the module does; nothing is left under
-        `path`.
+        VerificationError: the results of graph and module differ. No file remains at `path`.
     """
     target = check_options(
         path, profile=profile, batch_size=batch_size, opset=opset, dtype=dtype, input_type=input_type
@@ -157,7 +157,7 @@ def export_model(
             "advmoe::moe_linear); to export a dense network on purpose, allow it"
         )
     if margins and not routed_nodes(graph):
-        raise UnsupportedModelError("margins are those of routers, and the module has none; leave them out")
+        raise UnsupportedModelError("margins need routers, and the module has none; export without margins")
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
     plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, calibration=calibration, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
@@ -215,7 +215,7 @@ def plan_graph(
     calibration: npt.NDArray[Any] | None = None,
     opset: int = 18,
 ) -> Plan:
-    """Run all passes over the traced graph, each of which checks that the graph is ready for it.
+    """Run all passes over the traced graph. Each pass checks its requirements.
 
     The arguments are those of `export_model`.
     """
@@ -262,7 +262,7 @@ def _layers(plan: Plan) -> dict[str, tuple[Any, ...]]:
 
 
 def _misaligned(plan: Plan) -> tuple[str, ...]:
-    """Warn of experts whose channels do not fill the blocks of the fast layout."""
+    """Warnings about experts whose number of channels prevents the fast layout."""
     sizes = sorted(
         {bank.size for node, bank in plan.banks.items() if node.op_type == CONV and bank.size % LAYOUT_BLOCK}
     )
@@ -270,13 +270,13 @@ def _misaligned(plan: Plan) -> tuple[str, ...]:
         return ()
     listed = ", ".join(map(str, sizes))
     return (
-        f"experts of {listed} channels lose onnxruntime's fast layout on some machines; "
+        f"experts with {listed} channels prevent onnxruntime's fast layout on some machines; "
         f"choose width and model scale so that r * C is a multiple of {LAYOUT_BLOCK}",
     )
 
 
 def _columns(node: ir.Node) -> int:
-    """Decisions per image of a routed operator: 1, or the number of tokens."""
+    """Number of decisions of a routed operator per image: 1, or the number of tokens."""
     decision = decision_of(node)
     if decision is None or decision.shape is None or row_dim(decision) is None:
         return 1

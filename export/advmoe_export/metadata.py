@@ -29,7 +29,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class ModelMetadata:
     """Everything that a server or a user of the file needs to know.
 
-    The types are checked when a file is read: they are the description of the metadata.
+    The types of the fields describe the metadata. They are checked when a file is read.
     """
 
     labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -37,27 +37,27 @@ class ModelMetadata:
     image_size: tuple[Positive, Positive]
     """(height, width) in pixels."""
     resize: Positive
-    """Length that an image's shorter side is resized to before its middle is taken: see `prepare`."""
+    """Length in pixels of the shorter side before the center crop; see `prepare`."""
     input_type: InputType
-    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. All further preprocessing is in the graph."""
+    """`float32`: NCHW in [0, 1]; `uint8`: NHWC in 0 ... 255. The graph contains the normalization."""
     profile: Profile
     """One of `advmoe_export.PROFILES`."""
     dtype: Dtype
-    """Of weights and activations: `fp32`, `fp16` or `int8`."""
+    """Type of weights and activations: `fp32`, `fp16` or `int8`."""
     opset: Positive
     """Version of the standard operators."""
     batch_size: Positive | None
-    """Fixed batch size; None if any."""
+    """Fixed batch size; None if the batch size is dynamic."""
     outputs: tuple[str, ...]
     """Names of the outputs."""
     num_experts: tuple[Positive, ...]
-    """N of each column of `expert_index`."""
+    """Number of experts for each column of `expert_index`."""
     layers: tuple[str, ...]
-    """Name of the MoE layer behind each column of `expert_index`."""
+    """Name of the MoE layer for each column of `expert_index`."""
     expert_load: tuple[tuple[Share, ...], ...] | None
     """Share of images per column and expert, measured at export; None if no images were given."""
     tool: Mapping[str, str]
-    """Name and versions of what wrote the file."""
+    """Name and versions of the packages that wrote the file."""
     data_sha256: str
     """SHA-256 of the data file beside the graph."""
     data_bytes: Annotated[int, msgspec.Meta(ge=0)]
@@ -66,7 +66,7 @@ class ModelMetadata:
     """Facts about the model from the caller: architecture, kind, N, r, normalization, checkpoint."""
 
     def __post_init__(self) -> None:
-        """Check what types cannot say."""
+        """Check relations between fields."""
         if self.resize < max(self.image_size):
             raise ValueError(f"resize must be at least {max(self.image_size)}, got {self.resize}")
         if len(self.layers) != len(self.num_experts):
@@ -77,17 +77,17 @@ class ModelMetadata:
             raise ValueError("the outputs must include 'logits'")
 
     def to_json(self) -> str:
-        """As stored in the file."""
+        """The metadata as the JSON text in the file."""
         return json.dumps(
             {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, sort_keys=True, allow_nan=False
         )
 
     @classmethod
     def of(cls, **fields: Any) -> ModelMetadata:
-        """Metadata from fields whose types are checked here.
+        """Make metadata from fields, and check their types.
 
         Raises:
-            ValueError: a field has the wrong type or value; the message says which.
+            ValueError: a field has the wrong type or value. The message names the field.
         """
         return msgspec.convert(fields, cls)
 
@@ -97,7 +97,7 @@ class ModelMetadata:
 
         Args:
             properties: metadata of the file.
-            path: its name, for messages.
+            path: name of the file, for messages.
 
         Raises:
             ModelFileError: the file was not written by this package, or by another version of it.

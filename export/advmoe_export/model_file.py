@@ -1,6 +1,6 @@
 """An exported model on disk: the graph `NAME.onnx`, and its weights in `NAME.onnx.data`.
 
-The metadata is read from the graph without onnx, so that serving needs onnxruntime only.
+The metadata are read from the graph without the package onnx, so serving needs onnxruntime only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def data_file(path: Path) -> Path:
-    """Where the weights of a model file lie."""
+    """The data file of a model file."""
     return path.with_name(path.name + ".data")
 
 
@@ -28,7 +28,7 @@ def read_metadata(path: Path) -> ModelMetadata:
     """The metadata of a model file.
 
     Raises:
-        ModelFileError: no such file, not ONNX, or not ours.
+        ModelFileError: the file is missing, is not ONNX, or was not written by this package.
     """
     if not path.is_file():
         raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
@@ -42,17 +42,17 @@ def read_metadata(path: Path) -> ModelMetadata:
 
 
 def check_data_file(path: Path, metadata: ModelMetadata) -> None:
-    """Check that the data file of a graph lies beside it and belongs to it.
+    """Check that the data file of a graph is in the same folder and belongs to the graph.
 
     Raises:
-        ModelFileError: it does not.
+        ModelFileError: the data file is missing, or size or checksum differ.
     """
     data = data_file(path)
     if metadata.data_bytes == 0:
         return
     if not data.is_file():
         raise ModelFileError(
-            f"'{path}' keeps its weights in '{data.name}', which is not beside it; copy both files together"
+            f"'{path}' keeps its weights in '{data.name}', which is not in the same folder; copy both files together"
         )
     size = data.stat().st_size
     if size != metadata.data_bytes:
@@ -72,7 +72,7 @@ def read_properties(content: bytes) -> dict[str, str]:
     """The `metadata_props` of a serialized `ModelProto`.
 
     Raises:
-        ValueError: the bytes are no `ModelProto` with a graph.
+        ValueError: the bytes are not a `ModelProto` with a graph.
     """
     properties: dict[str, str] = {}
     numbers = set()
@@ -109,7 +109,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """A number of 7 bits per byte, and the place behind it."""
+    """A number with 7 bits per byte, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):

@@ -1,7 +1,7 @@
-"""Compare the experts that served traffic uses with the load recorded at export.
+"""Compare the load of the experts for served images with the load at export.
 
-A shift means that the traffic differs from the images the model was verified with, or that somebody
-steers it. It shows before any label is known.
+A shift means that the served images differ from the images of the export, or that somebody
+influences the routing on purpose. A shift is visible without labels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from advmoe_export.metadata import ModelMetadata
 from advmoe_export.session import Prediction
 
 CONDITION = ("served", 0)
-"""Under which predictions are written to a route log."""
+"""Condition of predictions in a route log."""
 UNKNOWN_LABEL = -1
 
 
 class RouteSink(Protocol):
-    """Where pathways are kept image by image; `advmoe.rust_router.RouteLog` is one."""
+    """A store of pathways by image, such as `advmoe.rust_router.RouteLog`."""
 
     def append(
         self,
@@ -38,7 +38,7 @@ class RouteSink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrift:
-    """One MoE layer's expert load, served against recorded."""
+    """The expert load of one MoE layer at export and for served images."""
 
     layer: str
     recorded: tuple[float, ...]
@@ -46,26 +46,23 @@ class LayerDrift:
     served: tuple[float, ...]
     """Share of the served images per expert."""
     distance: float
-    """Half the sum of absolute differences: the share of images that would have to move, 0 ... 1.
-    """
+    """Half the sum of absolute differences: the share of images that changed the expert, 0 ... 1."""
     noise: float
-    """Distance to be expected from the number of served images alone if nothing had changed."""
+    """Expected distance if nothing has changed, because the number of images is finite."""
 
 
 class RouteMonitor:
     """Counts the experts that predictions used.
 
     Args:
-        metadata: of the exported file; it must have been exported with images, which recorded its
-            load.
-        log: where to keep every pathway besides, for example an
+        metadata: metadata of a file that was exported with images and therefore has an expert load.
+        log: optional store of every pathway, for example
             `advmoe.rust_router.RouteLog(metadata.num_experts)`.
-
-        window: compare the last so many images, in whole batches; by default all since the monitor
-            was made.
+        window: number of most recent images to compare, in whole batches. The default is all images
+            since the creation of the monitor.
 
     Raises:
-        InputError: the file has no recorded load.
+        InputError: the metadata have no expert load.
     """
 
     def __init__(self, metadata: ModelMetadata, *, log: RouteSink | None = None, window: int | None = None) -> None:
@@ -78,15 +75,15 @@ class RouteMonitor:
         self._window = window
         self._recent: deque[tuple[int, list[npt.NDArray[np.int64]]]] = deque()
         self.images = 0
-        """Images recorded so far."""
+        """Number of images recorded so far."""
         self.compared = 0
-        """Images that `drift` compares."""
+        """Number of images that `drift` compares."""
 
     def record(self, prediction: Prediction) -> None:
         """Count a prediction.
 
         Raises:
-            InputError: it has no pathway, or one of another model.
+            InputError: the prediction has no pathway, or it belongs to another model.
         """
         pathway = prediction.pathway
         if pathway is None or pathway.shape[1] != len(self._counts):
@@ -114,7 +111,7 @@ class RouteMonitor:
         self.images += len(pathway)
 
     def _forget(self, window: int) -> None:
-        """Take the oldest batches out of the counts while the others fill the window."""
+        """Remove the oldest batches from the counts while the others fill the window."""
         while self.compared - self._recent[0][0] >= window:
             images, batch = self._recent.popleft()
             self.compared -= images
@@ -122,7 +119,7 @@ class RouteMonitor:
                 counts -= removed
 
     def drift(self) -> list[LayerDrift]:
-        """All layers, the one that moved most first."""
+        """The drift of all layers, in descending order of distance."""
         found = []
         for layer, recorded, counts in zip(self._layers, self._recorded, self._counts, strict=True):
             expected, served = np.array(recorded), counts / max(self.compared, 1)

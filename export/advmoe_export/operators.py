@@ -1,12 +1,11 @@
 """The routed operators `advmoe::moe_conv2d` and `advmoe::moe_linear`.
 
-These two operators are all that this package knows about a model. In a traced graph they are opaque
-nodes
+This package knows nothing else about a model. In a traced graph these operators are opaque nodes:
 
     y = moe_conv2d(x, weight, bias, expert_index) {rows, size, stride, padding}
     y = moe_linear(x, weight, bias, expert_index) {rows, size}
 
-Row r of x is an image, or a token. Expert e = expert_index[r] computes it with the rows rows[e *
+Row r of x is an image or a token. Expert e = expert_index[r] computes row r with the rows rows[e *
 size], ..., rows[(e + 1) * size - 1] of the weight bank. A finished file contains no node of this
 domain.
 """
@@ -25,7 +24,7 @@ DOMAIN = "advmoe"
 CONV = "moe_conv2d"
 LINEAR = "moe_linear"
 FAKE_QUANTIZE = "fake_quantize"
-"""y = fake_quantize(x, expert_index) {scales, zero_points}: rounds x to the levels of its expert."""
+"""y = fake_quantize(x, expert_index) {scales, zero_points}: rounds each row to the levels of its expert."""
 INPUTS = ("x", "weight", "bias", "expert_index")
 ATTRIBUTES: dict[str, dict[str, str]] = {
     CONV: {"rows": "INTS", "size": "INT", "stride": "INTS", "padding": "INTS"},
@@ -34,7 +33,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 
 
 def is_routed(node: ir.Node) -> bool:
-    """Whether a decision chooses what the node computes: an MoE layer, or a rounding per expert."""
+    """Whether the node depends on a decision: an MoE layer, or a rounding per expert."""
     return node.domain == DOMAIN
 
 
@@ -60,7 +59,7 @@ def ints(node: ir.Node, name: str) -> Sequence[int]:
 
 
 def initializer(value: ir.Value | None, what: str) -> np.ndarray | None:
-    """The array behind an initializer; None for an absent input.
+    """The array of an initializer; None for an absent input.
 
     Raises:
         UnsupportedModelError: the value is computed at run time.

@@ -1,4 +1,4 @@
-"""From an image of any size to the pixels that a model reads."""
+"""Prepare images of any size for a model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,18 @@ if TYPE_CHECKING:
 def prepare(
     image: str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8], metadata: ModelMetadata
 ) -> npt.NDArray[np.uint8]:
-    """Resize an image and take its middle, as the images of the model's data set were prepared for
-    its evaluation.
+    """Resize an image and crop its center, as in the evaluation of the model.
 
     The shorter side becomes `metadata.resize` pixels long (bilinear, antialiased). Alpha and EXIF
-    are ignored. Needs Pillow. `advmoe predict` and `advmoe evaluate` resize in Rust: pixels differ
-    from theirs by one level at most, and by a few more in JPEG files, whose decoders round
-    differently.
+    are ignored. `advmoe predict` and `advmoe evaluate` resize in Rust. Their pixels differ by at most
+    one of 255 levels, and by a few more levels for JPEG files, because the decoders round differently.
 
     Args:
         image: an image file, a Pillow image, or uint8 RGB pixels [height, width, 3].
-        metadata: what the file says of its model.
+        metadata: metadata of the model file.
 
     Returns:
-        uint8 [H, W, 3], as `Session.run` takes it in a batch.
+        uint8 [H, W, 3], which `Session.run` accepts.
 
     Raises:
         InputError: the image cannot be read.
@@ -43,7 +41,7 @@ def prepare(
     except ImportError as error:
         raise MissingPackageError(
             "preparing images needs Pillow; install it with: pip install 'advmoe-export[images]', "
-            "or resize the images yourself and run those pixels"
+            "or resize the images yourself and pass the pixels"
         ) from error
     if isinstance(image, Image.Image):
         picture = _rgb(image)
@@ -60,18 +58,18 @@ def prepare(
 
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit: an image with more pixels than a photograph has is taken for an attack."""
+"""The limit of Pillow. A larger image is treated as an attack on the memory."""
 
 
 def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as RGB.
 
     Args:
-        path: where the file lies, or the opened file.
-        max_pixels: most pixels to decode; the size is read first.
+        path: path of the file, or the opened file.
+        max_pixels: highest number of pixels. It is compared with the header before decoding.
 
     Raises:
-        InputError: the file is missing, is no image, or has too many pixels.
+        InputError: the file is missing, is not an image, or has too many pixels.
     """
     from PIL import Image
 
@@ -89,7 +87,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
         raise InputError(f"no image file {path}") from error
     except InputError:
         raise
-    except Exception as error:  # a damaged file can raise nearly anything in one of Pillow's many decoders
+    except Exception as error:  # Pillow's decoders raise many types of errors for a damaged file
         reason = " ".join(str(error).split())
         if isinstance(error, Image.DecompressionBombError):
             raise TooManyPixelsError(f"{what} has far too many pixels ({reason})") from error
@@ -101,7 +99,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
 def middle(
     height: int, width: int, image_size: tuple[int, int], resize: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where the middle begins (row, column) in an image resized to (height, width), and that size."""
+    """First row and column of the center crop, and the size of the resized image."""
     shorter = min(height, width)
     resized = height * resize // shorter, width * resize // shorter
     # Python's round, as in torchvision's center_crop: halves go to the even number.

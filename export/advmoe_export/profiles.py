@@ -1,11 +1,11 @@
-"""The forms a model can take, and the graph of each.
+"""The profiles of an exported model, and the graph of each.
 
 | profile    | batch           | how a region runs                                                         |
 |------------|-----------------|---------------------------------------------------------------------------|
-| hybrid     | any             | `If(batch == 1)`: as latency, else as throughput; weights are stored once |
+| hybrid     | any             | `If(batch == 1)`: latency, else throughput; weights are stored once       |
 | latency    | 1               | an `If` tree around the experts                                           |
 | throughput | any             | one sub-batch per expert                                                  |
-| static     | fixed or any    | no control flow: gathered weights at batch 1, else all experts and select |
+| static     | fixed or any    | no control flow: weights gathered for 1 image, else all experts computed  |
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from advmoe_export.trace import BATCH
 
 
 def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None) -> ir.Model:
-    """The finished graph of a profile, with all weights still in memory.
+    """The finished graph of a profile. Its weights are in memory.
 
     Args:
         plan: the traced graph with its regions.
@@ -59,7 +59,7 @@ def build(plan: Plan, *, profile: str, opset: int, batch_size: int | None = None
 
 
 def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
-    """`If(batch == 1)`: the form for one image, else the form for many."""
+    """Write `If(batch == 1)`: the form for one image, or the form for several."""
     assert images.shape is not None
     batch = scope.op("Shape", [images], {"start": 0, "end": 1}, name="batch", dtype=ir.DataType.INT64, shape=[1])
     single = scope.op("Equal", [batch, scope.integers(1)], name="single", dtype=ir.DataType.BOOL, shape=[1])
@@ -76,7 +76,7 @@ def _by_batch(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
 
 
 def _write_many(plan: Plan, scope: Scope, images: ir.Value) -> list[ir.Value]:
-    """Any number of images: the first layers image by image, the others in sub-batches."""
+    """Write the form for several images: first layers image by image, later layers in sub-batches."""
     state = Lowering(plan=plan, scope=scope, sizes={}, binding={plan.graph.inputs[0]: images})
     count = steps_per_image(plan)
     if count:

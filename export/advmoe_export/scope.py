@@ -1,4 +1,4 @@
-"""Writing one ONNX graph or subgraph, node by node, with names that are unique in the whole file."""
+"""Write an ONNX graph or subgraph node by node, with names that are unique in the file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import onnx_ir as ir
 
 
 class Names:
-    """Hands out names; ONNX wants them unique across a graph and all subgraphs in it."""
+    """Generates names. ONNX requires unique names across a graph and its subgraphs."""
 
     def __init__(self) -> None:
         self._used: dict[str, int] = {}
 
     def fresh(self, base: str) -> str:
-        """`base`, or `base.2`, `base.3` ... where that is taken."""
+        """`base`, or `base.2`, `base.3`, ... if `base` is used already."""
         count = self._used.get(base, 0) + 1
         self._used[base] = count
         return base if count == 1 else self.fresh(f"{base}.{count}")
@@ -25,9 +25,9 @@ class Names:
 class Scope:
     """A graph under construction: the main graph, or a branch of an `If`.
 
-    A branch sees the values of the scopes around it, but has constants of its own: onnxruntime
-    prepares a convolution's weights for the processor only if they belong to the same (sub)graph as
-    the convolution.
+    A branch can use the values of the scopes around it, but has its own constants. onnxruntime
+    converts the weights of a convolution to the fast layout only if they belong to the same (sub)graph
+    as the convolution.
     """
 
     def __init__(self, names: Names | None = None) -> None:
@@ -40,7 +40,7 @@ class Scope:
         return Scope(self.names)
 
     def constant(self, tensor: ir.TensorProtocol | np.ndarray, name: str | None = None) -> ir.Value:
-        """An initializer of this scope; the same one for the same tensor object."""
+        """An initializer of this scope. The same tensor object gives the same initializer."""
         if isinstance(tensor, np.ndarray):
             tensor = ir.tensor(tensor, name=name or "constant")
         if id(tensor) not in self._constants:

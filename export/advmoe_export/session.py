@@ -1,4 +1,4 @@
-"""Run an exported model with onnxruntime; needs neither torch, nor onnx, nor the code of the model."""
+"""Run an exported model with onnxruntime, without torch, onnx or the code of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Picture: TypeAlias = npt.NDArray[Any] | Image.Image | str | os.PathLike[str]
-    """One image: pixels as the file reads them, a Pillow image, or an image file."""
+    """One image: an array in the input format of the file, a Pillow image, or a path."""
 
 OPTIMIZATION_LEVELS = ("disable", "basic", "extended", "all")
 PROVIDER_NAMES = {
@@ -45,7 +45,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a model says about B images."""
+    """The prediction of a model for B images."""
 
     logits: FloatArray
     """[B, classes]"""
@@ -56,23 +56,23 @@ class Prediction:
     pathway: npt.NDArray[np.int64] | None
     """[B, L] expert of each image in each MoE layer; None if the file does not return it."""
     margin: FloatArray | None
-    """[B, L] by how much each router preferred it; None if the file does not return it."""
+    """[B, L] margin of each router: chosen logit minus the next; None if the file does not return it."""
 
 
 class Session:
     """An exported model, ready to run.
 
     Args:
-        path: the `.onnx` file; its data file must lie beside it.
-        providers: what to run on, in order of preference: `cpu`, `cuda`, `tensorrt`, or an
-            onnxruntime provider's full name. The first that starts is used.
-        threads: threads of one operator; None leaves it to onnxruntime.
-        optimization: how far onnxruntime may rewrite the graph, one of `OPTIMIZATION_LEVELS`.
-        check_data: compare the data file with the checksum in the metadata.
+        path: the `.onnx` file. Its data file must be in the same folder.
+        providers: providers in order of preference: `cpu`, `cuda`, `tensorrt`, or the full name of a
+            provider of onnxruntime. The first provider that starts is used.
+        threads: number of threads of one operator; None leaves the choice to onnxruntime.
+        optimization: level of graph optimization in onnxruntime, one of `OPTIMIZATION_LEVELS`.
+        check_data: whether to compare the data file with the checksum in the metadata.
 
     Raises:
-        ModelFileError: a file is missing, damaged or not ours.
-        ProviderError: none of the providers is installed and starts.
+        ModelFileError: a file is missing, is damaged, or was not written by this package.
+        ProviderError: no provider is installed and starts.
         MissingPackageError: onnxruntime is not installed.
     """
 
@@ -105,9 +105,9 @@ class Session:
 
         Args:
             images: a batch, one image, or a sequence of images. A batch is an array uint8
-                [B, H, W, 3], or float32 [B, 3, H, W] in [0, 1] if the file reads those. One image
-                is such an array without B, a Pillow image, or the path of an image file. Pillow
-                images and files may have any size; `prepare` resizes them.
+                [B, H, W, 3], or float32 [B, 3, H, W] in [0, 1] if the file has this input type. One
+                image is such an array without B, a Pillow image, or the path of an image file.
+                Pillow images and files may have any size, because `prepare` resizes them.
 
         Raises:
             InputError: wrong shape, type, size or range, or an image that cannot be read.
@@ -139,7 +139,7 @@ class Session:
         )
 
     def batch(self, images: Picture | Sequence[Picture]) -> npt.NDArray[Any]:
-        """Images as one array [B, ...], Pillow images and files prepared; arguments as in `run`.
+        """Images as one array [B, ...]. The arguments are those of `run`.
 
         Raises:
             InputError: see `run`.
@@ -174,12 +174,11 @@ class Session:
         return prepare(image, self.metadata)
 
     def check(self, images: npt.NDArray[Any], *, any_size: bool = False) -> npt.NDArray[Any]:
-        """A batch as the file reads it.
+        """A batch in the input format of the file.
 
         Args:
             images: a batch as in `run`.
-            any_size: accept batches of any size for a file with a fixed batch size, as a part of
-                such a batch.
+            any_size: whether a file with a fixed batch size accepts smaller or larger batches here.
 
         Raises:
             InputError: wrong shape, type, size or range.
@@ -247,10 +246,10 @@ class Session:
                 return started
             details = " ".join(said.getvalue().split())
             reasons.append(f"'{name}' did not start ({details or 'check driver, CUDA and cuDNN'})")
-        raise ProviderError(f"{'; '.join(reasons)}; ask for 'cpu' as well to fall back on it")
+        raise ProviderError(f"{'; '.join(reasons)}; add 'cpu' to the providers to fall back to it")
 
     def _run_on_device(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Run with inputs and outputs bound, so that only they are copied between host and device."""
+        """Run with bound inputs and outputs, so no other tensor is copied between host and device."""
         binding = self._session.io_binding()
         binding.bind_cpu_input("images", images)
         for name in self.outputs:
@@ -273,7 +272,7 @@ def _check_range(images: npt.NDArray[Any]) -> None:
         count = int(np.isnan(images.reshape(len(images), -1)).any(axis=1).sum())
         raise InputError(
             f"expected float images in [0, 1], got NaN in {count} of {len(images)}; "
-            "look for a division by zero or a missing value where they are prepared"
+            "look for a division by zero or a missing value in their preparation"
         )
     if not (low >= 0.0 and high <= 1.0):
         hint = "divide 8-bit images by 255" if low >= 0.0 and 1.0 < high <= 255.0 else "do not normalize them"
@@ -292,7 +291,7 @@ def _onnxruntime() -> Any:
 
 @contextlib.contextmanager
 def _silence(ort: Any, *, quiet: bool) -> Iterator[io.StringIO]:
-    """Collect what onnxruntime prints, and keep its log quiet, while a provider is tried."""
+    """Collect the output of onnxruntime, and suppress its log, while a provider starts."""
     said = io.StringIO()
     if not quiet:
         yield said

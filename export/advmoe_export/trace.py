@@ -1,6 +1,6 @@
-"""Trace a torch module into a flat ONNX graph whose only foreign nodes are the routed operators.
+"""Trace a torch module to a flat ONNX graph of standard and routed operators.
 
-torch's own exporter translates all other operators. Only this module and `verify` need torch.
+The exporter of PyTorch translates all standard operators. Only this module and `verify` need torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
         opset: version of the standard operators, at least 18.
 
     Raises:
-        UnsupportedModelError: torch cannot trace the module, or not for every batch size.
+        UnsupportedModelError: torch cannot trace the module for every batch size.
     """
     import torch
 
@@ -96,7 +96,7 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
 
 
 def _name_batch(graph: ir.Graph, program: Any) -> None:
-    """Call the batch dimension by its name everywhere; some values come with torch's symbol for it."""
+    """Replace torch's symbol for the batch dimension by its name in all values."""
     (name,) = program.graph_signature.user_inputs
     images = next(node for node in program.graph.nodes if node.name == name)
     symbol = re.compile(rf"\b{re.escape(str(images.meta['val'].shape[0]))}\b")
@@ -108,7 +108,7 @@ def _name_batch(graph: ir.Graph, program: Any) -> None:
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """How torch's exporter writes each routed operator: as one node of the same name."""
+    """Translations of the routed operators for torch's exporter: one node of the same name each."""
     import onnxscript
     import torch
 
@@ -135,7 +135,7 @@ def _translation(emit: Callable[..., Any], attributes: tuple[str, ...]) -> Calla
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing and warning; its errors still arrive as exceptions."""
+    """Suppress the output and the warnings of torch's exporter. Its errors remain exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""A Triton model repository for an exported file: Triton serves the folder as it is.
+"""Write a Triton model repository for an exported file:
 
 DIR/NAME/config.pbtxt
 DIR/NAME/labels.txt
@@ -39,22 +39,21 @@ def write_triton_repository(
 ) -> Path:
     """Write one model into a Triton model repository.
 
-    A file for any batch size has -1 as its leading dimension, which Triton requires before it
-    batches requests itself: it gets `max_batch_size` and dynamic batching. A file with a fixed
-    batch size is served as it is, without batching.
+    A file with a dynamic batch size gets `max_batch_size` and dynamic batching. Its first dimension
+    is -1, as Triton requires for batching. A file with a fixed batch size is served without batching.
 
     Args:
         path: an exported `.onnx` file.
-        folder: the model repository; made if it does not exist.
-        name: of the model in Triton; by default that of the file.
-        max_batch_size: most images in one run.
-        queue_delay_us: how long a request may wait for others to join its batch, in microseconds.
+        folder: the model repository. It is created if it does not exist.
+        name: name of the model in Triton; the default is the name of the file.
+        max_batch_size: highest number of images in one run.
+        queue_delay_us: time in microseconds that a request may wait for further requests.
 
     Returns:
         The model's folder.
 
     Raises:
-        ModelFileError: the file is not a complete export, the name is not one for Triton, or the
+        ModelFileError: the file is not a complete export, Triton does not allow the name, or the
         folder cannot be written.
     """
     source = Path(path)
@@ -86,10 +85,10 @@ def write_triton_repository(
 
 
 def triton_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
-    """Where `write_triton_repository` puts a model; the arguments are the same.
+    """The folder that `write_triton_repository` writes. The arguments are the same.
 
     Raises:
-        ModelFileError: the name is not one for Triton, or the place is taken.
+        ModelFileError: Triton does not allow the name, or the folder exists already.
     """
     name = name or re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -130,7 +129,7 @@ def config(model: onnx.ModelProto, metadata: ModelMetadata, name: str, max_batch
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int]:
-    """Shape of an input or output, -1 where it is dynamic."""
+    """Shape of an input or output, with -1 for dynamic dimensions."""
     return [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
 
 

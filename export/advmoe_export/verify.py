@@ -1,9 +1,10 @@
-"""Compare an exported file with its module: what differs, where, and whether it is a near tie.
+"""Compare an exported file with its module.
 
-Routing is discontinuous. An image on a router's boundary may take another expert after a rounding
-error, and then all later layers rightly differ. Decisions are therefore compared first, each with
-its margin (chosen router logit minus the next). Logits are compared for images whose decisions all
-agree. Only the first decision that differs counts for an image; the later ones follow from it.
+Routing is discontinuous. If two router logits of an image are nearly equal, a rounding error may
+change its expert, and all later layers then differ. Decisions are therefore compared first, each
+with its margin (chosen router logit minus the next). Logits are compared for images with equal
+decisions. Of an image with different decisions, only the first different one counts, because it
+causes the later ones.
 
 Shape suffixes: B batch, H height, L MoE layers, W width.
 """
@@ -25,15 +26,15 @@ from advmoe_export.errors import ExportError
 from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
 
 BATCHES = (1, 2, 7, 64)
-"""Batch sizes that are compared, where the profile takes them."""
+"""Batch sizes that are compared if the profile accepts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What counts as equal."""
+    """The largest accepted differences."""
 
     logits: float
-    """Largest |difference of logits| / largest |logit| of a batch, where decisions agree."""
+    """Largest |difference of logits| / largest |logit| of a batch, for images with equal decisions."""
     margin: float
     """A decision may differ if the module's router margin is below this."""
 
@@ -43,21 +44,21 @@ TOLERANCES = {
     "fp16": Tolerance(logits=2e-2, margin=5e-2),
     "int8": Tolerance(logits=np.inf, margin=np.inf),
 }
-"""By dtype. int8 changes decisions and logits: its accuracy is measured on images and reported."""
+"""Tolerances by dtype. int8 changes decisions and logits; the report contains its accuracy instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What the module computes for B images."""
+    """The results of the module for B images."""
 
     images: npt.NDArray[Any]
-    """As the exported file reads them."""
+    """Images in the input format of the file."""
     logits: FloatArray
     """[B, classes]"""
     expert_index: npt.NDArray[np.int64]
     """[B, L]"""
     margin: FloatArray
-    """[B, L]; infinite where a decision does not come from router logits."""
+    """[B, L]; infinite if a decision does not come from router logits."""
 
     def __getitem__(self, rows: Any) -> Reference:
         return Reference(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
@@ -68,23 +69,23 @@ class Check:
     """One batch at one optimization level."""
 
     batch: str
-    """Which images."""
+    """Name of the batch."""
     size: int
     """Number of images."""
     optimization: str
     """onnxruntime's optimization level."""
     flipped: int
-    """Images whose pathway differs."""
+    """Number of images with different pathways."""
     worst_flip_margin: float
-    """Largest margin of a decision that differs (the first of its image); 0 if none does."""
+    """Largest margin of a different decision (the first of its image); 0 if all are equal."""
     worst_flip: str
-    """Where that is."""
+    """Image, layer and experts of this decision."""
     difference: float
-    """Largest relative difference of logits among the other images."""
+    """Largest relative difference of logits, among images with equal decisions."""
     worst_logit: str
-    """Where that is."""
+    """Image and logit of this difference."""
     passed: bool
-    """Whether all is within the tolerance."""
+    """Whether all differences are within the tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class VerificationReport:
 
     @property
     def difference(self) -> float:
-        """Largest relative difference of logits where decisions agree."""
+        """Largest relative difference of logits, among images with equal decisions."""
         return max((check.difference for check in self.checks), default=0.0)
 
     def to_json(self) -> str:
@@ -140,7 +141,7 @@ class VerificationReport:
 
 
 class VerificationError(ExportError):
-    """The file does not compute what the module computes; `report` says what differs and where."""
+    """The results of file and module differ. `report` contains the differences."""
 
     def __init__(self, message: str, report: VerificationReport) -> None:
         super().__init__(message)
@@ -149,20 +150,20 @@ class VerificationError(ExportError):
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A file and its module on real images."""
+    """Comparison of a file with its module on real images."""
 
     images: int
     same_label: float
-    """Share of images that get the same label."""
+    """Share of images with the same label."""
     same_pathway: float
-    """Share of images that take the same expert in every layer."""
+    """Share of images with the same expert in every layer."""
     module_accuracy: float | None
-    """Share of right labels; None if the classes are not known."""
+    """Share of correct labels; None if the classes are unknown."""
     file_accuracy: float | None
 
 
 def run_reference(program: Any, images: npt.NDArray[Any]) -> Reference:
-    """Run a traced program in torch, writing down every routing decision.
+    """Run a traced program in torch, and record every routing decision.
 
     Args:
         program: a `torch.export.ExportedProgram` from float images in [0, 1] to logits.
@@ -213,7 +214,7 @@ def run_reference(program: Any, images: npt.NDArray[Any]) -> Reference:
 
 
 def as_float_tensor(images: npt.NDArray[Any]) -> Any:
-    """Images as the module takes them: a float tensor [B, 3, H, W] in [0, 1]."""
+    """Images as a float tensor [B, 3, H, W] in [0, 1], the input of the module."""
     import torch
 
     if images.dtype == np.uint8:
@@ -222,7 +223,7 @@ def as_float_tensor(images: npt.NDArray[Any]) -> Any:
 
 
 def probe_images(image_size: tuple[int, int], input_type: str, count: int = max(BATCHES)) -> npt.NDArray[Any]:
-    """Synthetic images that differ in color, contrast and structure, so that routing varies."""
+    """Synthetic images with different color, contrast and structure, so that their pathways differ."""
     rng = np.random.default_rng(0)
     height, width = image_size
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -245,14 +246,14 @@ def verify(
     tolerance: Tolerance | None = None,
     optimizations: Sequence[str] = OPTIMIZATION_LEVELS,
 ) -> VerificationReport:
-    """Compare a file with the program it was made from, on the CPU.
+    """Compare a file with its traced program, on the CPU.
 
     Args:
         path: the `.onnx` file.
         program: `Traced.program` of the module.
-        images: real images to compare besides the synthetic ones, as the file reads them.
-        tolerance: what counts as equal; by default `TOLERANCES` of the file's dtype.
-        optimizations: onnxruntime's optimization levels to run.
+        images: further images to compare, in the input format of the file.
+        tolerance: largest accepted differences; the default is `TOLERANCES` of the file's dtype.
+        optimizations: optimization levels of onnxruntime.
     """
     sessions = {level: Session(path, threads=1, optimization=level, check_data=False) for level in optimizations}
     metadata = next(iter(sessions.values())).metadata
@@ -270,12 +271,12 @@ def verify(
 
 
 def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.NDArray[Any] | None) -> Agreement:
-    """Run a file on the images of a reference and count what stays the same.
+    """Run a file on the images of a reference, and count equal labels and pathways.
 
     Args:
         path: the `.onnx` file.
-        reference: what the module computes for the images.
-        targets: int64 [B], the images' classes, if they are known.
+        reference: results of the module for the images.
+        targets: int64 [B], classes of the images, or None.
     """
     session = Session(path, check_data=False)
     size = session.metadata.batch_size or 64
@@ -299,7 +300,7 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
 
 
 def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:
-    """Batches to compare: several sizes, and one image repeated, so that one expert gets all work."""
+    """Batches to compare: several sizes, and one image repeated, so that other experts get no image."""
     total = len(reference.images)
     for size in BATCHES if fixed is None else (fixed,):
         if size <= total:

@@ -1,6 +1,6 @@
-"""A region for one row: a balanced tree of `If`s over the experts.
+"""Write a region for one row, as a balanced tree of `If` nodes over the experts.
 
-Each branch holds the weights of its expert.
+Each branch contains the weights of its expert.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from advmoe_export.scope import Scope
 
 
 def write_branches(state: Lowering, region: Region) -> None:
-    """Write the region into the state's scope; without a branch if there is only one expert."""
+    """Write the region into the scope of `state`. With one expert there is no branch."""
     order = state.latest(region.inputs, region.row_dim)
     inputs = {
         value: state.fetch(

@@ -1,4 +1,4 @@
-"""Facts about the graph that a pass needs and leaves, checked before and after each pass."""
+"""Facts about the graph that a pass requires and ensures. They are checked before and after each pass."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import onnx_ir as ir
 from advmoe_export.operators import DOMAIN, decision_of, is_routed
 
 Fact = Callable[[ir.Graph], str | None]
-"""Something that holds for a graph. Returns None if it holds, else what contradicts it."""
+"""A property of a graph. The function returns None if the property holds, else a reason."""
 
 
 class GraphPass(ir.passes.InPlacePass):
     """A pass that changes the traced graph in place.
 
-    Calling it raises `PreconditionError` or `PostconditionError` where a fact does not hold. That
-    is a bug of this package, such as a wrong order of passes, and never the user's mistake.
+    A call raises `PreconditionError` or `PostconditionError` if a fact does not hold. Such an error is
+    a bug of this package, for example a wrong order of passes.
     """
 
     needs: ClassVar[tuple[Fact, ...]] = ()
-    """Facts that must hold before."""
+    """Facts that must hold before the pass."""
     leaves: ClassVar[tuple[Fact, ...]] = ()
-    """Facts that hold afterwards."""
+    """Facts that hold after the pass."""
 
     def requires(self, model: ir.Model) -> None:
         """Check `needs`."""
@@ -47,13 +47,13 @@ class GraphPass(ir.passes.InPlacePass):
 
 
 def contradictions(graph: ir.Graph, facts: Sequence[Fact]) -> str:
-    """What contradicts the facts, in one line; empty if all hold."""
+    """Reasons against the facts, in one line; empty if all facts hold."""
     found = (fact(graph) for fact in facts)
     return "; ".join(reason for reason in found if reason is not None)
 
 
 def is_flat(graph: ir.Graph) -> str | None:
-    """Fact: no control flow, and no operators but standard and routed ones."""
+    """Fact: there is no control flow, and all operators are standard or routed operators."""
     for node in graph:
         if node.domain not in ("", DOMAIN):
             return f"node '{node.name}' is of domain '{node.domain}'"
@@ -63,7 +63,7 @@ def is_flat(graph: ir.Graph) -> str | None:
 
 
 def only_standard_operators(graph: ir.Graph) -> str | None:
-    """Fact: no foreign operators, in branches neither."""
+    """Fact: all operators are standard operators, also in branches."""
     for node in graph.all_nodes():
         if node.domain != "":
             return f"node '{node.name}' is of domain '{node.domain}', not of the ONNX standard"
@@ -83,7 +83,7 @@ def reads_uint8_images(graph: ir.Graph) -> str | None:
 
 
 def is_full_precision(graph: ir.Graph) -> str | None:
-    """Fact: nothing is rounded to float16 or to integers yet."""
+    """Fact: no value is rounded to float16 or to integers."""
     for node in graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "fake_quantize"):
             return f"node '{node.name}' is quantized already"
@@ -108,7 +108,7 @@ def returns(name: str) -> Fact:
 
 
 def outputs_keep_their_types(graph: ir.Graph) -> str | None:
-    """Fact: every output is float32 or int64, whatever the graph computes in."""
+    """Fact: every output is float32 or int64, independent of the precision of the graph."""
     for output in graph.outputs:
         if output.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
             return f"output '{output.name}' is {output.dtype}"
@@ -116,7 +116,7 @@ def outputs_keep_their_types(graph: ir.Graph) -> str | None:
 
 
 def decisions_are_integers(graph: ir.Graph) -> str | None:
-    """Fact: every routed operator obeys a decision int64 [rows]."""
+    """Fact: the decision of every routed operator is int64 [rows]."""
     for node in graph:
         decision = decision_of(node)
         if is_routed(node) and (decision is None or decision.dtype != ir.DataType.INT64):

@@ -1,8 +1,8 @@
-"""A region for many rows: one sub-batch per expert, joined in a new order.
+"""Write a region for many rows, with one sub-batch per expert. The result has a new order of rows.
 
-Around convolutions on batches of unknown size, onnxruntime writes `Reshape`s with a literal 0. They
-fail if an expert gets no row, and they prevent the fusion of additions and activations. A named
-dimension for each sub-batch avoids both.
+For convolutions on batches of unknown size, onnxruntime inserts `Reshape` nodes with a literal 0.
+These nodes fail if an expert gets no row, and prevent the fusion of additions and activations. A
+named dimension for each sub-batch avoids both problems.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from advmoe_export.scope import Scope
 
 
 def write_dispatch(state: Lowering, region: Region) -> None:
-    """Write the region into the state's scope; its outputs lie in a new order."""
+    """Write the region into the scope of `state`. The rows of its outputs have a new order."""
     scope = state.scope
     order = state.latest([*region.inputs, region.expert_index], region.row_dim)
     second = second_chosen(region.expert_index)
@@ -51,7 +51,7 @@ def write_dispatch(state: Lowering, region: Region) -> None:
 
 
 def _places(scope: Scope, decision: ir.Value, expert: int, dim: str) -> ir.Value:
-    """int64 [dim]: the rows that chose an expert.
+    """int64 [dim]: the numbers of the rows with the given expert.
 
     The decision is int64 [rows], or bool [rows] between two experts.
     """
@@ -67,7 +67,7 @@ def _places(scope: Scope, decision: ir.Value, expert: int, dim: str) -> ir.Value
 
 
 def _gather(state: Lowering, value: ir.Value, order: Order, chosen: ir.Value, region: Region) -> ir.Value:
-    """Rows of a value that were chosen, wherever they lie by now."""
+    """The chosen rows of a value, which may be in another order than the decision."""
     scope, found = state.scope, state.binding[value]
     if row_dim(value) != region.row_dim:
         return state.fetch(value, state.orders.original(str(row_dim(value))))

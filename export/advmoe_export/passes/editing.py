@@ -1,4 +1,4 @@
-"""Adding nodes and constants to a traced graph.
+"""Add nodes and constants to a traced graph.
 
 Shape suffixes: D features, O outputs.
 """
@@ -16,9 +16,10 @@ Output = tuple[str, ir.DataType | None, ir.Shape | None]
 
 
 def constant(graph: ir.Graph, content: Any, name: str) -> ir.Value:
-    """An initializer; lists of integers become int64.
+    """Add an initializer. Lists of integers become int64.
 
-    A name that is taken is used again for the same content, and extended for another.
+    If the name exists with the same content, that initializer is returned. If it exists with other
+    content, the new name gets a suffix.
     """
     array = content if isinstance(content, np.ndarray | np.generic) else np.array(content, dtype=np.int64)
     if name in graph.initializers:
@@ -42,7 +43,7 @@ def insert(
     attributes: Mapping[str, Any],
     *outputs: Output,
 ) -> list[ir.Value]:
-    """A new node before another one, or at the end of the graph."""
+    """Insert a node before another node, or at the end of the graph. Returns its outputs."""
     values = [
         ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype), shape=shape)
         for name, dtype, shape in outputs
@@ -64,7 +65,7 @@ def insert_one(
     attributes: Mapping[str, Any],
     output: Output,
 ) -> ir.Value:
-    """A new node with one output."""
+    """Insert a node with one output. Returns the output."""
     return insert(graph, before, op_type, inputs, attributes, output)[0]
 
 

@@ -1,4 +1,4 @@
-"""Write what one expert of a routed operator computes, in standard operators."""
+"""Write one expert of a routed operator as standard operators."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from advmoe_export.scope import Scope
 def write_expert_op(
     scope: Scope, node: ir.Node, bank: Bank | None, expert: int, x: ir.Value, *, name: str, shape: ir.Shape
 ) -> ir.Value:
-    """Write a routed operator as one expert computes it, with its weights inside the scope.
+    """Write one expert of a routed operator. Its weights become constants of the scope.
 
     Args:
-        scope: where to write.
+        scope: the scope to write into.
         node: the routed node.
-        bank: its weights; None for `fake_quantize`, which has no weights.
-        expert: which of the experts.
-        x: the rows that chose this expert.
-        name: of the result.
-        shape: of the result.
+        bank: weights of the node; None for `fake_quantize`, which has no weights.
+        expert: number of the expert.
+        x: the rows of this expert.
+        name: name of the result.
+        shape: shape of the result.
     """
     if bank is None:
         return _round(scope, node, expert, x, name, shape)
@@ -67,7 +67,7 @@ def write_plain_op(
 
 
 def _restore(scope: Scope, stored: Stored) -> ir.Value:
-    """A stored constant as floats."""
+    """A stored constant, converted to floats."""
     values = _join(scope, stored.pieces)
     if stored.scale is None or stored.zero is None:
         return values

@@ -1,4 +1,4 @@
-"""Fold BatchNorm into the experts before it, and into the router's linear layer behind it.
+"""Fold BatchNorm into the experts before it, and into the linear layers of routers after it.
 
 In evaluation mode BatchNorm computes y = s * x + t per channel, with s = gamma / sqrt(var + eps)
 and t = beta - s * mean.
@@ -29,15 +29,15 @@ def batchnorm_is_folded(graph: ir.Graph) -> str | None:
 class FoldBatchNorm(GraphPass):
     """Fold each BatchNorm whose statistics are constants.
 
-    A BatchNorm behind a routed operator is folded if every bank row fills the same slot in all
-    experts that have it. Else it stays behind the operator, in the expert's branch.
+    A BatchNorm after a routed operator is folded if every row of the bank has the same slot in all its
+    experts. Otherwise it remains after the operator, in the branch of the expert.
     """
 
     needs = (is_flat, is_full_precision)
     leaves = (batchnorm_is_folded,)
 
     def change(self, graph: ir.Graph) -> None:
-        """Fold what can be folded."""
+        """Fold every BatchNorm that can be folded."""
         for node in list(graph):
             if node.op_type != "BatchNormalization":
                 continue
@@ -51,14 +51,14 @@ class FoldBatchNorm(GraphPass):
 
 
 class _Experts(NamedTuple):
-    """The routed operator before a BatchNorm, and the slot that each of its bank rows fills."""
+    """The routed operator before a BatchNorm, and the slot of each row of its bank."""
 
     node: ir.Node
     slot_of_row: np.ndarray
 
 
 def _target(norm: ir.Node) -> _Experts | ir.Node | None:
-    """What a BatchNorm can be folded into: experts before it, a linear layer behind it, or nothing."""
+    """The target of a BatchNorm: experts before it, a linear layer after it, or None."""
     producer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
     if producer is not None and is_routed(producer) and _sole_use(producer.outputs[0]):
         slots = _slot_of_row(producer, norm)
@@ -70,7 +70,7 @@ def _target(norm: ir.Node) -> _Experts | ir.Node | None:
 
 
 def _slot_of_row(routed: ir.Node, norm: ir.Node) -> np.ndarray | None:
-    """[bank]: the slot that each row fills; None if experts put one row into different slots."""
+    """[bank]: the slot of each row; None if a row has different slots in different experts."""
     weight, scale = initializer(routed.inputs[1], "the weight of a routed operator"), norm.inputs[1]
     assert weight is not None
     assert scale is not None

@@ -1,7 +1,7 @@
-"""Weights and activations in float16, routers in float32.
+"""Convert weights and activations to float16. Routers stay in float32.
 
-Where the logits of a router tie, rounding changes the decision, and so the pathway. Nodes that only
-serve decisions therefore stay in float32, and their inputs are widened first.
+If the logits of a router are nearly equal, rounding changes the decision and thus the pathway. Nodes
+that only serve decisions therefore stay in float32. Their inputs are converted to float32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from advmoe_export.passes.fold_batchnorm import batchnorm_is_folded
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 FLOAT_ONLY = frozenset({"Resize", "Upsample"})
-"""Operators whose constant float inputs are not data."""
+"""Operators whose constant float inputs must stay in float32."""
 
 
 def routers_are_float32(graph: ir.Graph) -> str | None:
-    """Fact: what decides, and what only serves decisions, computes in float32."""
+    """Fact: nodes that only serve decisions compute in float32."""
     for node in router_nodes(graph):
         if node.op_type != "Cast" and any(v is not None and v.dtype == HALF for v in (*node.inputs, *node.outputs)):
             return f"router node '{node.name}' computes in float16"
@@ -30,11 +30,11 @@ def routers_are_float32(graph: ir.Graph) -> str | None:
 class UseHalfPrecision(GraphPass):
     """Compute in float16, except in routers. Images and outputs keep their types."""
 
-    needs = (batchnorm_is_folded, is_full_precision)  # folding rounded weights would round twice
+    needs = (batchnorm_is_folded, is_full_precision)  # folding after rounding would round weights twice
     leaves = (outputs_keep_their_types, routers_are_float32)
 
     def change(self, graph: ir.Graph) -> None:
-        """Narrow weights and activations."""
+        """Convert weights and activations to float16."""
         _narrow(graph)
 
 

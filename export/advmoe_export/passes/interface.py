@@ -1,4 +1,4 @@
-"""Inputs and outputs of the graph: uint8 images, choices of experts, router margins."""
+"""Change inputs and outputs of the graph: uint8 images, expert index, router margins."""
 
 from __future__ import annotations
 
@@ -27,16 +27,13 @@ ROUTER_MARGIN = "router_margin"
 
 
 class ReadUint8Images(GraphPass):
-    """Make the graph read uint8 images [B, H, W, 3], as decoders deliver them.
-
-    Before, it reads float images [B, 3, H, W] in [0, 1].
-    """
+    """Replace the input, float images [B, 3, H, W] in [0, 1], by uint8 images [B, H, W, 3]."""
 
     needs = (reads_float_images, is_full_precision)
     leaves = (reads_uint8_images,)
 
     def change(self, graph: ir.Graph) -> None:
-        """Put the conversion in front of the graph."""
+        """Insert the conversion at the beginning of the graph."""
         _read_uint8(graph)
 
 
@@ -116,7 +113,7 @@ def _margin(graph: ir.Graph, decision: ir.Value) -> ir.Value:
     logits = argmax.inputs[0] if argmax is not None and argmax.op_type == "ArgMax" else None
     if logits is None or logits.shape is None or len(logits.shape) != 2 or logits.shape[1] == 1:
         raise UnsupportedModelError(
-            f"router margins were asked for, but the decision '{name}' is not the argmax of two or more logits [B, N]; "
+            f"router margins need logits, but the decision '{name}' is not the argmax of two or more logits [B, N]; "
             "export without margins"
         )
     rows = logits.shape[0]
@@ -134,7 +131,7 @@ def _margin(graph: ir.Graph, decision: ir.Value) -> ir.Value:
 
 
 def _by_image(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
-    """A value [rows] or [rows, 1] as columns [B, rows per image]."""
+    """Reshape a value [rows] or [rows, 1] to [B, rows per image]."""
     assert value is not None
     assert value.shape is not None
     assert value.dtype is not None
@@ -154,7 +151,7 @@ def _by_image(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
 
 
 def _add_output(graph: ir.Graph, columns: Sequence[ir.Value], name: str, dtype: ir.DataType) -> None:
-    """Add columns [B, ...] side by side as an output of the graph."""
+    """Concatenate columns [B, ...] along axis 1, and add the result to the outputs."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     width = sum(int(column.shape[1]) for column in columns)  # type: ignore[arg-type,index,misc]
     shape = ir.Shape([batch, width])

@@ -1,7 +1,7 @@
-"""What all ways to write a region share: copying nodes, and tracking the order of rows.
+"""Shared code of all modules that write a region: copying nodes, and tracking the order of rows.
 
 `branches` writes an `If` tree around the experts, for one row per decision. `dispatch` gathers the
-rows of each expert into a sub-batch. `select` writes no control flow.
+rows of each expert into a sub-batch. `select` uses no control flow.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Lowering:
     """Order of the rows of each value in this copy. Values that are not listed are in the original order."""
 
     def fixed(self, shape: ir.Shape | None) -> ir.Shape | None:
-        """A shape of the traced graph in this copy."""
+        """A shape of the traced graph with the sizes of this copy."""
         return fix_shape(shape, self.sizes)
 
     def fetch(self, value: ir.Value, order: Order) -> ir.Value:
-        """The written form of a value, its rows in the given order."""
+        """The copy of a value, with its rows in the given order."""
         found = self.binding[value]
         return self.orders.move(self.scope, found, self.order_of.get(value), order)
 
     def latest(self, values: Iterable[ir.Value], symbol: str) -> Order:
-        """The order that was made last among those of some values."""
+        """The most recent order of the rows of some values."""
         orders = [self.order_of[value] for value in values if value in self.order_of]
         return max(
             (o for o in orders if o.symbol == symbol), key=lambda o: o.depth, default=self.orders.original(symbol)
@@ -53,7 +53,7 @@ class Lowering:
 
 
 def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | None:
-    """Replace symbols by their sizes, in sums and products of symbols too."""
+    """Replace symbols by their sizes, also in sums and products of symbols."""
     if shape is None:
         return None
     fixed: list[int | str | None] = []
@@ -66,8 +66,8 @@ def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | No
 def write_plain(state: Lowering, node: ir.Node) -> None:
     """Copy a node that is not routed.
 
-    A node that works row by row takes all inputs in one order, other nodes take them in the
-    original order.
+    The inputs of a row-by-row node must have the same order of rows. All other nodes need the original
+    order.
     """
     running = [value for value in node.inputs if value is not None and value.const_value is None]
     if is_rowwise(node):
@@ -83,7 +83,7 @@ def write_plain(state: Lowering, node: ir.Node) -> None:
 def copy_node(
     scope: Scope, node: ir.Node, inputs: Mapping[ir.Value, ir.Value], binding: Binding, shapes: list[ir.Shape | None]
 ) -> None:
-    """Write a copy of an ordinary node with other running inputs, and bind its outputs."""
+    """Copy a standard node with other inputs, and bind its outputs."""
     sources = [
         None
         if value is None
@@ -105,7 +105,7 @@ def write_expert(
     inputs: Mapping[ir.Value, ir.Value],
     rows: int | str | None,
 ) -> Binding:
-    """Write a region as one expert runs it; returns where its values are.
+    """Write the form of a region for one expert. Returns the copies of its values.
 
     `rows` is the number of rows, or the name of their dimension.
     """

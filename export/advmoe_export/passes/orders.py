@@ -1,9 +1,9 @@
-"""The order in which the rows of a tensor lie, while sub-batches are carried through a network.
+"""Track the order of rows while sub-batches pass through a network.
 
-Dispatching a batch to experts leaves its rows sorted by expert. Restoring their order after each
-layer would cost a pass over memory, and the next layer sorts them again. The new order is therefore
-kept, and undone once, on the logits. A residual is moved into the order of the tensor it is added
-to.
+Dispatching a batch to experts sorts its rows by expert. Restoring the order after each layer would
+cost a pass over memory, and the next layer would sort the rows again. The new order is therefore
+kept. The original order is restored once, on the logits. A residual is reordered to match the tensor
+to which it is added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Order:
 
 
 class Orders:
-    """All orders of one graph, the index tensors between them, and the tensors already moved."""
+    """All orders of one graph, the index tensors between them, and the reordered tensors."""
 
     def __init__(self) -> None:
         self._originals: dict[str, Order] = {}
@@ -38,11 +38,11 @@ class Orders:
         self._moved: dict[tuple[ir.Value, Order], ir.Value] = {}
 
     def original(self, symbol: str) -> Order:
-        """The order of the graph's input."""
+        """The order of the rows in the input of the graph."""
         return self._originals.setdefault(symbol, Order(symbol, 0))
 
     def between(self, scope: Scope, old: Order, new: Order) -> ir.Value:
-        """int64 [rows]: for each row of the newer order, its place in the older one."""
+        """int64 [rows]: for each row of the newer order, its position in the older order."""
         if (old, new) not in self._between:
             assert new.step is not None
             assert new.before is not None
@@ -55,7 +55,7 @@ class Orders:
         return self._between[old, new]
 
     def move(self, scope: Scope, value: ir.Value, old: Order | None, new: Order) -> ir.Value:
-        """A tensor with its rows in a newer order, or back in the original one."""
+        """A tensor with its rows in a newer order, or in the original order."""
         if old is None or old is new:
             if old is new or new.depth == 0:
                 return value
@@ -74,7 +74,7 @@ class Orders:
         return self._moved[key]
 
     def _back(self, scope: Scope, order: Order) -> ir.Value:
-        """int64 [rows]: for each row of the original order, its place in the given one."""
+        """int64 [rows]: for each row of the original order, its position in the given order."""
         if order not in self._inverse:
             places = self.between(scope, self.original(order.symbol), order)
             int64, scalar = ir.DataType.INT64, ir.Shape([])

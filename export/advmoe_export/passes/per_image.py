@@ -1,9 +1,9 @@
-"""The first layers of a network image by image, inside a `Scan`, if the batch is larger than one.
+"""Write the first layers of a network image by image, as a `Scan`, for batches of several images.
 
-Gathering sub-batches copies every activation several times. At the beginning of a CNN, activations
-are large and weights are small. There it is cheaper to compute one image after the other with the
-experts it chose, because its activations and the weights stay in the cache. In later layers weights
-are larger than activations, and sub-batches are faster.
+Gathering sub-batches copies every activation several times. In the first layers of a CNN,
+activations are large and weights are small. Computing one image after the other is faster there,
+because activations and weights stay in the cache. In later layers weights are larger than
+activations, and sub-batches are faster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WEIGHT_SHARE = 1.0
 
 
 def steps_per_image(plan: Plan) -> int:
-    """How many of the plan's first steps to run image by image."""
+    """Number of first steps of the plan that run image by image."""
     count = 0
     for position, step in enumerate(plan.steps):
         if isinstance(step, Region) and _weight_bytes(plan, step) <= WEIGHT_SHARE * _activation_bytes(step):
@@ -36,7 +36,7 @@ def _weight_bytes(plan: Plan, region: Region) -> int:
 
 
 def _activation_bytes(region: Region) -> int:
-    """Bytes that enter and leave a region for one image."""
+    """Bytes of the inputs and outputs of a region for one image."""
     return sum(_row_bytes(value) for value in (*region.inputs, *region.outputs))
 
 
@@ -47,7 +47,7 @@ def _row_bytes(value: ir.Value) -> int:
 
 
 def live_values(plan: Plan, count: int) -> list[ir.Value]:
-    """Values computed by the first steps that the later ones, or the caller, need."""
+    """Values of the first `count` steps that later steps or the caller need."""
     first = {node for step in plan.steps[:count] for node in (step.nodes if isinstance(step, Region) else [step])}
     return [
         output
@@ -61,14 +61,14 @@ def live_values(plan: Plan, count: int) -> list[ir.Value]:
 def write_scan(
     scope: Scope, images: ir.Value, live: list[ir.Value], write: Callable[[Scope, ir.Value], list[ir.Value]]
 ) -> list[ir.Value]:
-    """Write one `Scan` over the images; returns `live` as written, each [B, ...].
+    """Write one `Scan` over the images. Returns the copies of `live`, each [B, ...].
 
     Args:
-        scope: where the `Scan` goes.
-        images: what to iterate over, [B, ...].
-        live: values of the traced graph that are needed behind the `Scan`, each [B, ...].
-        write: writes the steps for one image [1, ...] into a scope and returns `live`, each [1,
-            ...].
+        scope: the scope to write into.
+        images: the images, [B, ...].
+        live: values of the traced graph that are needed after the `Scan`, each [B, ...].
+        write: function that writes the steps for one image [1, ...] into a scope, and returns the
+            copies of `live`, each [1, ...].
     """
     assert images.shape is not None
     body = scope.child()

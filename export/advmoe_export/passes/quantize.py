@@ -1,9 +1,8 @@
-"""int8 convolutions and expert layers, with scales per expert; routers and sums stay in float32.
+"""Quantize convolutions and expert layers to int8. Routers and residual sums stay in float32.
 
 Weights are int8, symmetric, with one scale per output channel. Activations are uint8 with one scale
-per tensor and expert, measured on the images that the expert gets. All of it is written as
-QuantizeLinear and DequantizeLinear inside the branches. onnxruntime fuses these into integer
-kernels.
+per tensor and expert, measured on the images of the expert. The graph contains QuantizeLinear and
+DequantizeLinear nodes inside the branches, which onnxruntime fuses into integer kernels.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ from advmoe_export.scope import Scope
 
 UINT8, INT8, INT32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 Range = npt.NDArray[np.float32]
-"""[N, 2]: smallest and largest value over the images of each expert; N = 1 if no decision chose
-among experts.
-"""
+"""[N, 2]: smallest and largest value over the images of each expert; N = 1 without a decision."""
 BATCH_OF_CALIBRATION = 16
 
 
 @dataclass(frozen=True)
 class Affine:
-    """uint8 code q of expert e means scale[e] * (q - zero[e])."""
+    """Scales and zero points: the code q of expert e has the value scale[e] * (q - zero[e])."""
 
     scale: npt.NDArray[np.float32]
     zero: npt.NDArray[np.uint8]
@@ -51,7 +48,7 @@ class Quantize(GraphPass):
     """Quantize convolutions and expert layers.
 
     Args:
-        images: calibration images, as the graph reads them.
+        images: calibration images in the input format of the graph.
         opset: version of the standard operators.
     """
 
@@ -108,9 +105,9 @@ def _quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
 
 
 def _first_convolutions(graph: ir.Graph) -> list[Any]:
-    """Uses of the normalized image by convolutions.
+    """The convolutions that read the normalized image.
 
-    They read three channels only, so int8 saves little there and its rounding harms.
+    They read three channels only. int8 would save little time there, and reduce the accuracy.
     """
     found, values = [], list(graph.inputs)
     for value in values:
@@ -123,7 +120,7 @@ def _first_convolutions(graph: ir.Graph) -> list[Any]:
 
 
 def _end(node: ir.Node) -> ir.Value:
-    """The value to quantize behind a convolution: the output of its ReLU, else its own output."""
+    """The value to quantize after a convolution: the output of its ReLU, or its own output."""
     output = node.outputs[0]
     uses = list(output.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Relu":
@@ -139,7 +136,7 @@ def _next(graph: ir.Graph, node: ir.Node) -> ir.Node:
 def _fake_quantize(
     graph: ir.Graph, before: ir.Node, value: ir.Value, decision: ir.Value | None, measured: Range
 ) -> tuple[ir.Value, Affine]:
-    """Round a value to 256 levels; with a decision, to the levels of each row's expert."""
+    """Round a value to 256 levels. With a decision, each row uses the levels of its expert."""
     low, high = np.minimum(measured[:, 0], 0.0), np.maximum(measured[:, 1], 0.0)
     scale = np.maximum((high - low) / 255.0, 1e-8).astype(np.float32)
     affine = Affine(scale, np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8))
@@ -191,9 +188,9 @@ def _quantize_weights(graph: ir.Graph, conv: ir.Node, x_scale: float) -> None:
 def calibrate(
     graph: ir.Graph, values: list[ir.Value], layers: list[ir.Node], images: npt.NDArray[Any], opset: int
 ) -> Mapping[tuple[ir.Value, ir.Value | None], Range]:
-    """Ranges of values over images, for each decision under which they are read or written.
+    """Measure the ranges of values over images, for each decision that reads or writes them.
 
-    The graph runs in its form without control flow, in which every value exists for all images.
+    The graph runs in the form without control flow, where every value exists for all images.
     """
     plan = plan_regions(graph)
     source = graph.inputs[0]
@@ -237,5 +234,5 @@ def _num_experts(layers: list[ir.Node], decision: ir.Value) -> int:
 
 
 def _complete(known: Range) -> Range:
-    """Give experts without calibration images the range over all other experts."""
+    """Use the range over all other experts for experts without calibration images."""
     return np.where(np.isnan(known), (np.nanmin(known[:, 0]), np.nanmax(known[:, 1])), known).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Group the traced graph into regions: the nodes that run inside the branch of one expert.
+"""Group the nodes of the traced graph into regions, which run inside the branch of one expert.
 
-A region starts as one routed operator. It grows by
+A region starts with one routed operator. These nodes are added:
 
 * later routed operators with the same decision, and all nodes on the way to them (one router per
   block, stage or image);
-* nodes behind it that compute row by row: BatchNorm, the residual addition, activation, pooling;
-* nodes before it whose results nobody else uses.
+* row-by-row nodes after it: BatchNorm, the residual addition, activation, pooling;
+* nodes before it whose results no other node uses.
 
 A region is convex: no path leaves it and comes back. Regions and the remaining nodes therefore form
 a graph without cycles.
@@ -28,11 +28,11 @@ FOLLOWERS = named(
     HardSwish LeakyRelu MaxPool Mish Mul QuantizeLinear ReduceMean Relu Selu Sigmoid Softplus Sub Swish Tanh
     """
 )
-"""Operators to take in behind a routed one: outside the branch each costs a pass over memory."""
+"""Operators added after a routed operator. Outside the branch each costs a pass over memory."""
 
 
 PRECEDERS = FOLLOWERS | {"Conv"}
-"""Operators to take in before one: a shortcut's convolution then shares its memory layout."""
+"""Operators added before a routed operator: a shortcut's convolution then shares its memory layout."""
 
 
 @dataclass(eq=False)
@@ -56,12 +56,12 @@ class Region:
 
     @property
     def row_dim(self) -> str:
-        """Symbol of the leading dimension that the decision is about."""
+        """Symbol of the first dimension, whose rows the decision routes."""
         return str(row_dim(self.expert_index))
 
     @property
     def inputs(self) -> list[ir.Value]:
-        """Values from outside, without constants and without the decision itself."""
+        """Values from outside the region, except constants and the decision."""
         inside = {output for node in self.nodes for output in node.outputs}
         seen: dict[ir.Value, None] = {}
         for node in self.nodes:
@@ -72,7 +72,7 @@ class Region:
 
     @property
     def outputs(self) -> list[ir.Value]:
-        """Values used outside."""
+        """Values that are used outside the region."""
         inside = set(self.nodes)
         return [
             output
@@ -97,7 +97,7 @@ class Plan:
 
 
 def plan_regions(graph: ir.Graph) -> Plan:
-    """Find the regions of a traced graph, which stays as it is."""
+    """Find the regions of a traced graph, without changing the graph."""
     nodes = list(graph)
     grouping = _Grouping(nodes)
     routed = [node for node in nodes if is_routed(node)]
@@ -117,7 +117,7 @@ def plan_regions(graph: ir.Graph) -> Plan:
 
 
 def _data_inputs(node: ir.Node) -> Iterator[ir.Value]:
-    """Running inputs of a node, without the decision of a routed operator."""
+    """Inputs of a node, except constants and the decision of a routed operator."""
     for value in node.inputs:
         if value is not None and value.const_value is None and value is not decision_of(node):
             yield value
@@ -171,7 +171,7 @@ class _Grouping:
             self._merge(first, members | between)
 
     def follow(self, node: ir.Node) -> None:
-        """Take a node into a region that computes one of its inputs."""
+        """Add a node to a region that computes one of its inputs."""
         if node in self.group or not is_rowwise(node):
             return
         candidates = [self.group[p] for p in _producers(node) if p in self.group]
@@ -180,7 +180,7 @@ class _Grouping:
                 return
 
     def precede(self, node: ir.Node) -> None:
-        """Take in a node whose results serve a single region only."""
+        """Add a node to the only region that uses its results."""
         users = {use.node for output in node.outputs for use in output.uses()}
         groups = {self.group.get(user) for user in users}
         if node in self.group or len(groups) != 1 or None in groups or any(o.is_graph_output() for o in node.outputs):

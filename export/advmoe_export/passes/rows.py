@@ -1,8 +1,8 @@
-"""Which nodes compute row r of their output from row r of their inputs alone.
+"""Find row-by-row nodes: nodes whose output row r depends on row r of their inputs only.
 
-A *row* is an entry of the leading dimension: an image, or a token if the graph has merged the two
-dimensions. Such nodes may run on any subset of the rows, in any order, and inside the branch of one
-expert. Other nodes need all rows in their original order.
+A *row* is an entry of the first dimension: an image, or a token if the graph has merged the two
+dimensions. Row-by-row nodes may run on any subset of the rows, in any order, and inside the branch of
+one expert. All other nodes need all rows in the original order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from advmoe_export.operators import is_routed
 
 
 def named(text: str) -> frozenset[str]:
-    """Operator names in a text."""
+    """The set of operator names in a text."""
     return frozenset(text.split())
 
 
@@ -40,7 +40,7 @@ REDUCTIONS = named(
 
 
 def row_dim(value: ir.Value | None) -> str | None:
-    """The symbol of the leading dimension, such as `batch`; None for values without rows."""
+    """The symbol of the first dimension, such as `batch`; None for values without rows."""
     if value is None or value.const_value is not None or value.shape is None or len(value.shape) == 0:
         return None
     dim = value.shape[0]
@@ -48,7 +48,7 @@ def row_dim(value: ir.Value | None) -> str | None:
 
 
 def is_rowwise(node: ir.Node) -> bool:
-    """Whether every output row depends on the same row of the inputs, and on constants."""
+    """Whether every output row depends only on the same row of the inputs and on constants."""
     symbols = {row_dim(output) for output in node.outputs}
     if len(symbols) != 1 or None in symbols:
         return False
@@ -88,7 +88,7 @@ def is_rowwise(node: ir.Node) -> bool:
 
 
 def _inner(value: ir.Value | None) -> int | None:
-    """Elements of one row, where they are known."""
+    """Number of elements of one row; None if it is unknown."""
     assert value is not None
     assert value.shape is not None
     inner = [dim for dim in value.shape[1:] if isinstance(dim, int)]

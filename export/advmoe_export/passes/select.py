@@ -1,7 +1,7 @@
-"""A region without control flow and with static shapes, for CUDA graphs and TensorRT.
+"""Write a region without control flow and with static shapes, for CUDA graphs and TensorRT.
 
-For one row, the chosen expert's weights are gathered, then used. For more rows, every expert
-computes every row, and the result of the chosen expert is selected.
+For one row, the weights of the chosen expert are gathered. For several rows, every expert computes
+every row, and the result of the chosen expert is selected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INT64 = ir.DataType.INT64
 
 
 def write_selection(state: Lowering, region: Region) -> None:
-    """Write the region into the state's scope, node by node."""
+    """Write the region into the scope of `state`, node by node."""
     for node in region.nodes:
         shapes = [state.fixed(output.shape) for output in node.outputs]
         if not is_routed(node):

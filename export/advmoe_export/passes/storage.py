@@ -1,8 +1,8 @@
-"""Weights beside the graph, every byte once.
+"""Write the weights of a graph into one data file, each byte once.
 
-Several branches of a graph may hold the same weights (both forms in a hybrid file, experts that
-overlap). Tensors that share memory in Python share bytes in the data file: several tensors may
-point at one stretch of it, or at parts of one.
+Several branches of a graph may have the same weights: both forms in a hybrid file, and experts that
+overlap. Tensors that share memory in Python share bytes in the data file. Several tensors may refer
+to the same part of the file, or to overlapping parts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import onnx_ir as ir
 from advmoe_export.passes.contract import contradictions, only_standard_operators
 
 ALIGNMENT = 64
-"""Bytes; the data file is mapped into memory and used in place."""
+"""Alignment of tensors in bytes. onnxruntime maps the data file into memory and uses it directly."""
 INLINE = 256
-"""Tensors of fewer bytes stay in the graph."""
+"""Tensors with fewer bytes stay in the graph."""
 
 
 def write_external(model: ir.Model, path: Path) -> str:
     """Write all large constants of a graph and its branches into one file that the graph refers to.
 
     Args:
-        model: changed in place; its tensors become references to `path.name` in the folder of
-            `path`.
+        model: the model. It is changed in place: its tensors become references to the file
+            `path.name` in the folder of the graph.
         path: the data file to write.
 
     Returns:
@@ -84,10 +84,10 @@ def _address(array: np.ndarray) -> int:
 
 
 def _memory_spans(arrays: list[np.ndarray]) -> list[tuple[int, int, list[np.ndarray]]]:
-    """Stretches of memory [start, end) that the arrays cover, each with its arrays.
+    """Intervals of memory [start, end) that the arrays cover, each with its arrays.
 
-    Arrays that overlap lie in one stretch. The stretches come in the order of their first arrays,
-    not of their addresses, so that the same model gives the same file every time.
+    Overlapping arrays are in one interval. Intervals are sorted by their first array and not by
+    address, so that the same model always gives the same file.
     """
     spans: list[tuple[int, int, list[np.ndarray]]] = []
     for array in sorted(arrays, key=_address):

@@ -1,8 +1,8 @@
-"""Decide between two experts by one comparison: argmax(logit_0, logit_1) = (w_1 - w_0) . x + (b_1 -
-b_0) > 0.
+"""Replace the ArgMax over two experts by one comparison.
 
-The linear layer shrinks to one output, and the ArgMax is removed. The sign of the difference may
-differ from the ArgMax where the two logits agree to their last bits.
+The second expert is chosen if (w_1 - w_0) . x + (b_1 - b_0) > 0. The linear layer gets one output
+instead of two. The comparison may differ from the ArgMax if the two logits are equal except for
+their last bits.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class CompareTwoWay(GraphPass):
     leaves = (two_way_decisions_are_compared, decisions_are_integers)
 
     def change(self, graph: ir.Graph) -> None:
-        """Rewrite every such decision."""
+        """Rewrite every decision between two experts."""
         for argmax, linear in _two_way(graph):
             _compare(graph, argmax, linear)
 
 
 def _two_way(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node]]:
-    """ArgMax and linear layer of each decision that a comparison of two logits can make."""
+    """ArgMax and linear layer of each decision that a comparison can replace."""
     found = []
     for decision in dict.fromkeys(decision_of(node) for node in graph if is_routed(node)):
         argmax = None if decision is None else decision.producer()
@@ -87,7 +87,7 @@ def _compare(graph: ir.Graph, argmax: ir.Node, linear: ir.Node) -> None:
 def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     """Whether the second expert is chosen, bool [rows, 1] and [rows].
 
-    None if the decision is no comparison.
+    The result is None if the decision is not a comparison.
     """
     row = _source(decision, "Cast")
     column = _source(row, "Squeeze")
@@ -97,7 +97,7 @@ def second_chosen(decision: ir.Value | None) -> tuple[ir.Value, ir.Value] | None
 
 
 def difference_of_logits(decision: ir.Value | None) -> ir.Value | None:
-    """float [rows, 1], second minus first router logit; None if the decision is no comparison."""
+    """float [rows, 1], second minus first router logit; None if the decision is not a comparison."""
     second = second_chosen(decision)
     return None if second is None else _source(second[0], "Greater")
 

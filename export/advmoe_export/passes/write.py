@@ -25,9 +25,9 @@ def write_steps(
     """Write steps of a plan, and return the outputs of the graph.
 
     Args:
-        state: where to write, and what is written already.
-        steps: which steps; all by default.
-        select: write the regions without control flow.
+        state: the state of this copy of the graph.
+        steps: the steps to write; the default is all steps.
+        select: whether to write regions without control flow.
     """
     for step in state.plan.steps if steps is None else steps:
         write_step(state, step, select=select)
@@ -36,7 +36,7 @@ def write_steps(
 
 
 def write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False) -> None:
-    """Write one step: a plain node, or a region in the form that its number of rows asks for."""
+    """Write one step: a plain node, or a region in the form for its number of rows."""
     if not isinstance(step, Region):
         write_plain(state, step)
         return
@@ -50,7 +50,7 @@ def write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False)
 
 
 def finish(scope: Scope, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Model:
-    """The model that a scope holds, without nodes whose results nobody uses."""
+    """The model of a scope, without unused nodes."""
     graph = scope.graph(inputs, outputs, "advmoe")
     graph.opset_imports[""] = opset
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")

@@ -1,4 +1,4 @@
-"""The server's URLs: the Open Inference Protocol, Prometheus metrics, and a page for people."""
+"""The URLs of the server: the Open Inference Protocol, Prometheus metrics, and a page for browsers."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from advmoe_export.session import Session
 
 logger = logging.getLogger("advmoe_export.serve")
 TOP = 5
-"""Classes that the page and /classify list."""
+"""Number of classes in the answers of the page and of /classify."""
 RETRY = {"Retry-After": "1"}
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class RefusedError(Exception):
-    """A request that gets an error as its response."""
+    """A request that is answered by an error."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class ModelServer:
             self.monitor.record(self.session.interpret(dict(outputs)))
 
     def app(self) -> Starlette:
-        """The application, which warms the model up when it starts."""
+        """The application. It warms up the model when it starts."""
         model = "/v2/models/{name}"
         routes: list[tuple[str, str, str, Handler]] = [
             ("GET", "/", "page", self.page),
@@ -109,7 +109,7 @@ class ModelServer:
             self.ready = False
 
     def _warm_up(self) -> None:
-        """Run the smallest and the largest batch, so that no request pays for the first allocations."""
+        """Run the smallest and the largest batch, so that no request waits for the first allocations."""
         height, width = self.metadata.image_size
         sizes = {1, self.batcher.max_batch} if self.metadata.batch_size is None else {self.metadata.batch_size}
         for size in sorted(sizes):
@@ -118,11 +118,11 @@ class ModelServer:
     # --- handlers ---------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
-        """The page for people."""
+        """The page for browsers."""
         return HTMLResponse(self._page, headers=_page_headers(self._page))
 
     async def load(self, request: Request) -> Response:
-        """The model, and the load of its experts at export and now, layer by layer in the order of the network."""
+        """The model, and the load of its experts at export and now, by layer in the order of the network."""
         meta = self.metadata
         drifts = {} if self.monitor is None else {drift.layer: drift for drift in self.monitor.drift()}
         recorded = meta.expert_load or [None] * len(meta.layers)
@@ -147,7 +147,7 @@ class ModelServer:
         )
 
     async def classify(self, request: Request) -> Response:
-        """An image file as the body; the answer is for people and scripts."""
+        """Classify the image file in the body. The answer is JSON for people and scripts."""
         begin = time.perf_counter()
         with self.batcher.admit():
             body = await self._body(request)
@@ -167,7 +167,7 @@ class ModelServer:
         )
 
     async def infer(self, request: Request) -> Response:
-        """The Open Inference Protocol's request to run the model."""
+        """Run the model, by the Open Inference Protocol."""
         self._known(request)
         with self.batcher.admit():
             body = await self._body(request)
@@ -195,7 +195,7 @@ class ModelServer:
         return JSONResponse({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Whether the model is warm and takes requests."""
+        """Whether the model is warmed up and the server accepts requests."""
         if "name" in request.path_params:
             self._known(request)
         ready = self.ready and not self.batcher.stopping
@@ -211,7 +211,7 @@ class ModelServer:
     # --- what handlers share ----------------------------------------------------------------------
 
     def _guarded(self, name: str, handler: Handler) -> Handler:
-        """A handler with a time-out, whose failures become one-line errors, and which is counted."""
+        """Add a time-out and metrics to a handler, and convert its errors to responses of one line."""
 
         async def guarded(request: Request) -> Response:
             begin = time.perf_counter()
@@ -259,21 +259,21 @@ class ModelServer:
             )
 
     async def _body(self, request: Request) -> bytes:
-        """The body, refused as soon as it is known to be too large."""
+        """The body. It is refused as soon as its size exceeds the limit."""
         limit = self.config.max_body
         given = request.headers.get("content-length", "0")
         if given.isdecimal() and int(given) > limit:
-            raise RefusedError(413, f"the body has {int(given)} bytes, at most {limit} are taken")
+            raise RefusedError(413, f"the body has {int(given)} bytes, at most {limit} are accepted")
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise RefusedError(413, f"the body has more than {limit} bytes, which is the most that is taken")
+                raise RefusedError(413, f"the body has more than {limit} bytes, the most that are accepted")
         request.state.body_read = True
         return bytes(body)
 
     def _decode(self, body: bytes) -> npt.NDArray[Any]:
-        """An uploaded image as a batch of one, as the file reads it."""
+        """An uploaded image as a batch of one, in the input format of the model."""
         if not body:
             raise InputError("expected an image file as the body of the request, got nothing")
         picture = read_image(io.BytesIO(body), max_pixels=self.config.max_pixels)
@@ -290,7 +290,7 @@ class ModelServer:
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None, *, close: bool = False) -> Response:
-    """An error as the protocol has it; `close` ends a connection whose body was not read."""
+    """An error in the format of the protocol. `close` ends a connection whose body was not read."""
     connection = {"Connection": "close"} if close else {}
     return JSONResponse({"error": message}, status_code=status, headers={**(headers or {}), **connection})
 
@@ -301,7 +301,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _page_headers(page: str) -> dict[str, str]:
-    """Headers that let the page run its own script and style, and nothing else."""
+    """Headers that allow the page to use its own script and style only."""
     sources = {}
     for tag in ("script", "style"):
         contents = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,7 +1,7 @@
-"""Join the images of concurrent requests to batches, with bounds on how many may wait and how long.
+"""Join the images of concurrent requests to batches, with limits on waiting requests and times.
 
-A batch starts as soon as a worker is free. While all workers are busy, requests wait and are joined, so batches grow
-with the load. `max_delay` lets a lone request wait for others.
+A batch starts as soon as a worker is free. Requests that arrive while all workers are busy wait and are joined, so
+batches grow with the load. `max_delay` lets a request wait for further requests even if a worker is free.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Run = Callable[[npt.NDArray[Any]], Outputs]
 
 
 class OverloadedError(Exception):
-    """As many requests as allowed are waiting or running."""
+    """The highest number of requests is waiting or running."""
 
 
 class StoppingError(Exception):
-    """The server is stopping and takes no new requests."""
+    """The server is stopping and accepts no new requests."""
 
 
 @dataclass(eq=False)
@@ -39,12 +39,12 @@ class Batcher:
     """Runs batches of images of concurrent requests.
 
     Args:
-        run: computes all outputs of a batch; called in threads.
-        max_batch: most images in a batch.
-        fixed_batch: the only batch size that `run` takes, if there is one; smaller batches are filled up.
-        max_delay: seconds that images may wait for others to join their batch.
-        max_requests: most requests between `admit` and its end.
-        workers: batches that run at the same time.
+        run: computes all outputs of a batch. It is called in threads.
+        max_batch: highest number of images in a batch.
+        fixed_batch: the only batch size that `run` accepts, or None. Smaller batches are padded.
+        max_delay: seconds that images may wait for further images.
+        max_requests: highest number of requests between `admit` and its end.
+        workers: number of batches that run at the same time.
         observe: called with the number of images, the seconds and the outputs of each batch.
     """
 
@@ -70,11 +70,11 @@ class Batcher:
         self._arrived = asyncio.Condition()
         self._stopping = False
         self.requests = 0
-        """Requests between `admit` and its end."""
+        """Number of requests between `admit` and its end."""
 
     @property
     def waiting(self) -> int:
-        """Images that wait for a worker."""
+        """Number of images that wait for a worker."""
         return sum(len(entry.images) for entry in self._waiting)
 
     @property
@@ -84,10 +84,10 @@ class Batcher:
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request from before its body is read until its response is ready.
+        """Count a request, from before the reading of its body until its response is ready.
 
         Raises:
-            OverloadedError: too many are counted already.
+            OverloadedError: the limit is reached.
             StoppingError: the server is stopping.
         """
         if self._stopping:
@@ -101,9 +101,9 @@ class Batcher:
             self.requests -= 1
 
     async def submit(self, images: npt.NDArray[Any]) -> Outputs:
-        """All outputs for images [n, ...], n at most `max_batch`.
+        """All outputs for images [n, ...], where n is at most `max_batch`.
 
-        If the caller is cancelled while the images wait, they are not computed.
+        If the caller is cancelled while the images wait, the images are not computed.
         """
         assert 0 < len(images) <= self.max_batch
         entry = _Waiting(images, asyncio.get_running_loop().create_future())
@@ -114,7 +114,7 @@ class Batcher:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Work on what is submitted; at the end, finish what waits."""
+        """Compute submitted images. At the end, waiting images are still computed."""
         with ThreadPoolExecutor(self._workers, thread_name_prefix="model") as pool:
             tasks = [asyncio.create_task(self._work(pool)) for _ in range(self._workers)]
             try:
@@ -126,7 +126,7 @@ class Batcher:
                 await asyncio.gather(*tasks)
 
     def stop(self) -> None:
-        """Refuse new requests; those that wait are still finished."""
+        """Refuse new requests. Waiting requests are still answered."""
         self._stopping = True
 
     async def _work(self, pool: ThreadPoolExecutor) -> None:
@@ -150,7 +150,7 @@ class Batcher:
                 start = part.stop
 
     async def _next_batch(self) -> list[_Waiting]:
-        """The next batch; empty when the batcher stops and nothing waits."""
+        """The next batch; empty if the batcher stops and no image waits."""
         async with self._arrived:
             entries: list[_Waiting] = []
             while True:
@@ -180,13 +180,13 @@ class Batcher:
                     await self._arrived.wait()
 
     def _drop_cancelled(self) -> bool:
-        """Forget requests that were given up; whether any is left."""
+        """Remove cancelled requests. Returns whether a request is left."""
         if any(entry.result.done() for entry in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if not entry.result.done())
         return bool(self._waiting)
 
     def _run_filled(self, images: npt.NDArray[Any]) -> Outputs:
-        """Run a batch; for a file with a fixed batch size, repeat the last image and drop its results."""
+        """Run a batch. For a fixed batch size, pad it with the last image, and drop the extra results."""
         if self._fixed is None or len(images) == self._fixed:
             return self._run(images)
         filling = np.repeat(images[-1:], self._fixed - len(images), axis=0)

@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str], program: str) -> ServeConfig:
-    """The settings that a command line asks for.
+    """Parse a command line.
 
     Raises:
         InputError: an option is unknown or has a wrong value.
@@ -49,10 +49,10 @@ def parse(arguments: Sequence[str], program: str) -> ServeConfig:
 
 
 def run(arguments: Sequence[str], *, program: str) -> None:
-    """Parse a command line and serve until told to stop.
+    """Parse a command line, and serve until SIGTERM or Ctrl-C.
 
     Raises:
-        ExportError: something that the user can mend.
+        ExportError: a mistake of the user.
     """
     config = parse(arguments, program)
     try:
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str], *, program: str) -> None:
 
 
 def main() -> int:
-    """Run the command; returns the exit code: 0 after a stop, 1 after an error of the user's."""
+    """Run the command. Returns the exit code: 0 after a stop, 1 after a mistake of the user."""
     try:
         run(sys.argv[1:], program="advmoe-serve")
     except ExportError as error:

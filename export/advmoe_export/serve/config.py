@@ -1,4 +1,4 @@
-"""What a server is asked for; the command line has one option for each field."""
+"""Settings of the server. The command line has one option for each field."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class ServeConfig:
 
     @property
     def max_body(self) -> int:
-        """Largest body of a request in bytes."""
+        """Highest number of bytes in the body of a request."""
         return int(self.max_upload_mb * MEBIBYTE)
 
     @property
     def max_pixels(self) -> int:
-        """Most pixels of an uploaded image."""
+        """Highest number of pixels of an uploaded image."""
         return int(self.max_megapixels * 1e6)

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' format."""
+"""Metrics of the server for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counters of one server, apart from those of the process."""
+    """Metrics of one server, in a registry of its own."""
 
     def __init__(self, metadata: ModelMetadata) -> None:
         self.registry = CollectorRegistry()
@@ -52,7 +52,7 @@ class Metrics:
         self._latency.labels(endpoint).observe(seconds)
 
     def batch(self, images: int, seconds: float, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Count a batch and the experts it used."""
+        """Count a batch and its experts."""
         self._images.inc(images)
         self._batch.observe(images)
         self._model.observe(seconds)
@@ -63,7 +63,7 @@ class Metrics:
                     self._expert.labels(layer, int(expert)).inc(int(count))
 
     def text(self, drifts: Sequence[LayerDrift]) -> bytes:
-        """All figures as Prometheus reads them."""
+        """All metrics in the text format of Prometheus."""
         for drift in drifts:
             self._distance.labels(drift.layer).set(drift.distance)
             self._noise.labels(drift.layer).set(drift.noise)

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2: requests and responses as JSON, and tensors as raw bytes behind it.
+"""The Open Inference Protocol, version 2: requests and responses as JSON, with optional raw tensors after it.
 
-KServe, Triton and their clients speak it. Extensions: `binary_tensor_data` (raw little-endian tensors behind the JSON,
-whose length the header Inference-Header-Content-Length gives) and `classification` (the k best classes of the logits).
+KServe, Triton and their clients use this protocol. Extensions are `binary_tensor_data` (raw little-endian tensors after
+the JSON, whose length is in the header Inference-Header-Content-Length) and `classification` (the k best classes).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class _Request(msgspec.Struct):
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """An output as a request wants it."""
+    """An output that a request asks for."""
 
     name: str
     binary: bool
     classes: int
-    """How many of the best classes to return instead of numbers; 0 for numbers."""
+    """Number of best classes to return instead of the tensor; 0 returns the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,12 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) 
     """Read the body of an infer request.
 
     Args:
-        body: JSON, and the tensors behind it.
-        json_length: of the JSON, if there are tensors behind it.
-        metadata: of the model, for the names of its outputs.
+        body: JSON, and optional tensors after it.
+        json_length: number of bytes of the JSON if tensors follow, else None.
+        metadata: metadata of the model, for the names of its outputs.
 
     Raises:
-        InputError: the body is not as the protocol has it.
+        InputError: the body violates the protocol.
     """
     if json_length is not None and not 0 < json_length <= len(body):
         raise InputError(f"{HEADER} must be in 1 ... {len(body)}, the length of the body, got {json_length}")
@@ -95,7 +95,7 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) 
         raise InputError(f"expected one input named 'images', got {given[:100]}")
     images, used = _read_tensor(request.inputs[0], rest)
     if used != len(rest):
-        raise InputError(f"expected {used} bytes of tensors behind the JSON, got {len(rest)}")
+        raise InputError(f"expected {used} bytes of tensors after the JSON, got {len(rest)}")
     default = bool(request.parameters.binary_data_output)
     wanted = [_Output(name) for name in metadata.outputs] if request.outputs is None else request.outputs
     for entry in wanted:
@@ -119,7 +119,7 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) 
 
 
 def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int]:
-    """An input tensor, and how many of the bytes behind the JSON it takes."""
+    """An input tensor, and the number of its bytes after the JSON."""
     dtype = TYPES.get(entry.datatype)
     if dtype is None or entry.datatype == "INT64":
         raise InputError(f"expected images of datatype FP32 or UINT8, got '{entry.datatype[:100]}'")
@@ -129,7 +129,7 @@ def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int
     if size is not None:
         if entry.data is not None or size != count * dtype.itemsize or size > len(rest):
             raise InputError(
-                f"expected {count * dtype.itemsize} bytes behind the JSON for shape {entry.shape} of "
+                f"expected {count * dtype.itemsize} bytes after the JSON for shape {entry.shape} of "
                 f"{entry.datatype} and no 'data', got binary_data_size {size} and {len(rest)} bytes"
             )
         return np.frombuffer(rest[:size], dtype).reshape(entry.shape), size
@@ -179,12 +179,12 @@ def _classification(logits: npt.NDArray[Any], wanted: Wanted, labels: tuple[str,
 
 
 def server_metadata(version: str) -> dict[str, Any]:
-    """What `GET /v2` returns."""
+    """The answer to `GET /v2`."""
     return {"name": "advmoe-export", "version": version, "extensions": EXTENSIONS}
 
 
 def model_metadata(metadata: ModelMetadata, name: str) -> dict[str, Any]:
-    """What `GET /v2/models/NAME` returns; -1 is any batch size."""
+    """The answer to `GET /v2/models/NAME`. A batch size of -1 means any."""
     batch = -1 if metadata.batch_size is None else metadata.batch_size
     height, width = metadata.image_size
     nhwc = metadata.input_type == "uint8"

@@ -1,4 +1,4 @@
-"""Run the application on uvicorn until SIGTERM or Ctrl-C, then finish the requests under way."""
+"""Run the application on uvicorn until SIGTERM or Ctrl-C, then finish the running requests."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from advmoe_export.session import Session
 
 
 class AddressError(ProviderError):
-    """An address that cannot be listened on."""
+    """The server cannot listen on the address."""
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line: None) -> None:
-    """Serve a model; returns after SIGTERM or SIGINT, when the requests under way are answered.
+    """Serve a model. Returns after SIGTERM or SIGINT, when the running requests are answered.
 
     Args:
-        config: what to serve and how.
-        announce: called with a line for the person who started the server, once it listens.
+        config: settings of the server.
+        announce: called once with a line of text when the server listens.
 
     Raises:
-        ModelFileError: the model file is missing, damaged or not ours.
-        ProviderError: none of the providers starts.
-        AddressError: the address is taken, or not one of this machine.
+        ModelFileError: the model file is missing, is damaged, or was not written by this package.
+        ProviderError: no provider starts.
+        AddressError: the address is in use, or does not belong to this machine.
     """
     session = Session(config.model, providers=config.provider, threads=config.threads or None)
     with _listen(config.host, config.port) as listener:
@@ -49,7 +49,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{config.host}:{port}"
             ),
         )
-        # uvicorn handles signals while it runs, and raises them again at its end for the handlers before it.
+        # uvicorn handles signals while it runs. At its end it raises them again for the earlier handlers.
         before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listener])
@@ -59,27 +59,27 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that refuses new requests from the moment it is told to stop."""
+    """A uvicorn server that refuses new requests after the first signal to stop."""
 
     def __init__(self, model: ModelServer, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._model, self._on_start = model, started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen, and say so."""
+        """Start to listen, and announce it."""
         await super().startup(sockets)
         if self.started:
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop taking requests; a second signal does not wait for those under way."""
+        """Refuse new requests. A second signal does not wait for running requests."""
         self._model.batcher.stop()
         super().handle_exit(sig, frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Only for sockets of this protocol asyncio turns Nagle's algorithm off, which holds answers back for 40 ms.
+    # asyncio turns Nagle's algorithm off for sockets of this protocol only. It would delay answers by 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
