@@ -25,7 +25,7 @@ from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
 from advmoe.evaluation.vocabulary import READINGS
 from advmoe.models.masked import mask_pathway
-from advmoe.reports.figures import analysis_figures, pathways_flow, scale_curves
+from advmoe.reports.figures import analysis_figures, changed_layers, expert_load, pathways_flow, scale_curves
 from advmoe.reports.html import render
 from advmoe.routing_log import RouteLog
 from advmoe.schema import fields_of
@@ -311,3 +311,13 @@ def test_a_failed_diagnostic_is_explained_with_what_to_do_next(result: SuiteResu
     assert READINGS["converged"].meaning in page
     assert READINGS["converged"].next_step in page
     assert READINGS["finite"].meaning not in page
+
+
+def test_layers_are_numbered_by_whole_numbers() -> None:
+    # Sixteen layers on a narrow axis were once marked 0.0, 2.5, 5.0, ...
+    changed = {"images": 4, "conditions": {"pgd": {"dissection": {"changed_by_layer": [float(n) for n in range(16)]}}}}
+    for drawn in (expert_load([[0.5, 0.5]] * 16, "load"), changed_layers(changed)):
+        axis = drawn[drawn.index('id="matplotlib.axis_1"') : drawn.index('id="matplotlib.axis_2"')]
+        labels = re.findall(r"<text[^>]*>([^<]+)</text>", axis)
+        assert len(labels) > 4
+        assert all(label.isdigit() for label in labels if label != "MoE layer"), labels

@@ -295,6 +295,7 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
             bottom = [start + height for start, height in zip(bottom, heights, strict=True)]
         axes.axhline(100 / experts, color="black", linewidth=0.6, linestyle=":")
         axes.set_ylim(0, 100)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("MoE layer")
         axes.set_ylabel("per cent of images")
         axes.set_title(title, loc="left")
@@ -395,7 +396,7 @@ def example_images(examples: Mapping[str, Any]) -> str:
         ("attacked", examples["attacked"]),
         (f"{127.5 / radius:.0f} x diff.", amplified),
     )
-    with _grid(3.4, 3, number) as (grid, finished):
+    with _grid(2.8, 3, number) as (grid, finished):
         for row, (label, images) in enumerate(rows):
             for column, image in enumerate(images):
                 axes = grid[row][column]
@@ -407,9 +408,14 @@ def example_images(examples: Mapping[str, Any]) -> str:
             grid[row][0].set_ylabel(label, fontsize=8)
         for column in range(number):
             before, after = names[int(examples["before"][column])], names[int(examples["after"][column])]
-            grid[0][column].set_title(before[:9], fontsize=7)
-            grid[1][column].set_title(after[:9], fontsize=7, color="#a4343a" if before != after else "black")
+            grid[0][column].set_title(_short(before), fontsize=7)
+            grid[1][column].set_title(_short(after), fontsize=7, color="#a4343a" if before != after else "black")
     return finished[0]
+
+
+def _short(name: str) -> str:
+    """A class name that fits above a small image."""
+    return name if len(name) <= 10 else f"{name[:9]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def changed_layers(analysis: Analysis) -> str:
@@ -427,6 +433,7 @@ def changed_layers(analysis: Analysis) -> str:
                     label=name,
                 )
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("MoE layer")
         axes.set_title("Images whose expert changes under attack", loc="left")
         axes.set_ylabel(f"per cent of {analysis['images']} images")
