@@ -1,14 +1,15 @@
-"""Speed of the attacks against other libraries' on the same model: images per second of CPU time on one thread.
+"""Compare the speed of the attacks with other libraries: images per second of CPU time on one thread.
 
-Runs take turns, medians are reported; CPU time, because other work on the machine distorts wall time.
+All libraries attack the same model. The runs alternate, and the result is the median. CPU time is used because other
+work on the machine distorts wall time.
 
-The model is a small untrained MoE-CNN on digits whose own predictions are the labels, so that all images are right; the
-radius is such that PGD breaks about half of them, as on a robust model. What makes the difference: no work on images
-already broken, no gradients of parameters.
+The model is a small untrained MoE-CNN on digits. Its own predictions are the labels, so all images are correct. The
+radius is chosen so that PGD breaks about half of the images, as on a robust model. Our attacks skip broken images and
+compute no gradients of parameters.
 
-AutoAttack runs once on each side, in the standard version on four classes (so three targets) with 300 queries of Square
-instead of 5,000, to stay under a minute. The two sides take turns at every forward pass, since the speed of a machine
-changes within seconds.
+AutoAttack runs once in each library. To take less than a minute, it uses four classes (three targets) and 300 queries
+of Square instead of 5,000. The two libraries alternate at every forward pass, because the speed of a machine changes
+within seconds.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def halving_radius(model: RoutedNetwork, images: Tensor, labels: Tensor) -> floa
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each run, taken in turns."""
+    """Median CPU seconds of each run. The runs alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -114,7 +115,7 @@ Turn = Callable[[], None]
 
 
 def in_turns(runs: dict[str, Callable[[Turn], Any]]) -> dict[str, float]:
-    """CPU seconds of each run. Each has a thread, but only one works at a time: until it calls its `turn`."""
+    """CPU seconds of each run. Each run has a thread. One thread works at a time, until it calls its `turn`."""
     may_go = {name: threading.Semaphore(0) for name in runs}
     waiting = list(runs)
     seconds: dict[str, float] = {}
@@ -150,7 +151,7 @@ def in_turns(runs: dict[str, Callable[[Turn], Any]]) -> dict[str, float]:
 
 
 class TakingTurns(nn.Module):
-    """A model that lets the other side go first."""
+    """A model that waits for the turn of its run before each forward pass."""
 
     def __init__(self, model: nn.Module, turn: Turn) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What a routed network costs in onnxruntime, relative to Dense, to S-Dense (one pathway's size) and to all experts.
+"""Compare an exported MoE-CNN in onnxruntime with Dense, S-Dense (the size of one pathway) and all experts computed.
 
-All forms run interleaved in one process on one thread; a figure is the median over rounds of the ratio of CPU times
-within a round, so that neither a slow phase of the machine nor another process on it counts. Weights are random,
-routers balanced.
+All forms run alternately in one process on one thread. A figure is the median over rounds of the ratio of CPU times
+within a round, so slow phases of the machine and other processes have little influence. Weights are random, and the
+routers are balanced.
 
     python benchmarks/export.py --json
     python benchmarks/export.py --quick --json          ResNet-18 and VGG-16 in less than a minute
@@ -42,7 +42,7 @@ IMAGE_SIZE = 32
 
 
 def draft(name: str, model: torch.nn.Module, profiles: dict[str, str], folder: Path) -> dict[str, Path]:
-    """Write a model in several profiles, without the verification that an export ends with."""
+    """Write a model in several profiles, without the verification of an export."""
     traced = trace(model, image_size=(IMAGE_SIZE, IMAGE_SIZE), opset=18)
     plan = plan_graph(traced.graph)
     paths = {}

@@ -1,6 +1,7 @@
-"""What a short lease of a GPU should show, step by step. Each step's figures are a file; a step that has one is done.
+"""Measurements for a GPU that is available for a short time, divided into steps. Each step writes one file.
 
-Run it again after an interruption and it goes on. `gpu_lease.sh` runs each step under a limit of ten minutes.
+A step whose file exists is skipped, so the script can be run again after an interruption. `gpu_lease.sh` limits each
+step to ten minutes.
 
     python benchmarks/gpu_lease.py --out results/gpu          # all steps but the long trainings
     python benchmarks/gpu_lease.py --out results/gpu --list   # their names
@@ -46,7 +47,7 @@ from advmoe.training.methods import METHODS
 
 LeaseStep = Callable[[], dict[str, Any]]
 TRAININGS = (("moe", "advmoe"), ("s_dense", "at"), ("dense", "at"), ("moe", "at"))
-"""In the order of what a lease that ends early should have done."""
+"""In descending order of importance, because the time on a GPU may end early."""
 
 
 def device() -> torch.device:
@@ -60,7 +61,7 @@ def wait() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What a step is measured on."""
+    """The network and the training of a step."""
 
     kind: str = "moe"
     method: str = "advmoe"
@@ -73,7 +74,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        """All that differs from the plain form."""
+        """The differences from the default form."""
         experts = "" if self.num_experts == 2 else str(self.num_experts)
         ways = [way for way in (self.compile, self.dispatch) if way not in ("off", "auto")]
         return "-".join((self.kind + experts, self.method, str(self.batch_size), self.precision, *ways))
@@ -92,7 +93,7 @@ class Form:
         return torch.rand(self.batch_size, 3, size, size, device=device())
 
     def step(self) -> Callable[[int], None]:
-        """A function that takes the i-th training step, as `advmoe train` takes it."""
+        """A function that runs the i-th training step, as `advmoe train` does."""
         model = self.model()
         config = TrainConfig(
             dataset="benchmark",
@@ -116,7 +117,7 @@ class Form:
 
 
 def speed(form: Form) -> dict[str, Any]:
-    """Images per second and peak memory of a training step, median of several after warming up."""
+    """Images per second and peak memory of a training step: the median of several steps after a warm-up."""
     step = form.step()
     began = time.perf_counter()
     step(0)
@@ -141,7 +142,7 @@ def speed(form: Form) -> dict[str, Any]:
 
 
 def waits(form: Form) -> dict[str, Any]:
-    """How often the host waits for the GPU in one training step, and where; on a CPU there is nothing to count."""
+    """Number and places of waits for the GPU in one training step. A CPU has no waits."""
     step = form.step()
     step(0)
     step(1)
@@ -160,7 +161,7 @@ def waits(form: Form) -> dict[str, Any]:
 
 @torch.no_grad()
 def routes_of_bf16(form: Form) -> dict[str, Any]:
-    """Share of the routing decisions that bf16 convolutions change; on noise, by routers that were not trained."""
+    """Share of routing decisions that bf16 convolutions change, for noise and untrained routers."""
     model, images = form.model(), form.images()
     for _ in range(10):
         model.train()(images)
@@ -171,7 +172,7 @@ def routes_of_bf16(form: Form) -> dict[str, Any]:
 
 
 def exported(form: Form) -> dict[str, Any]:
-    """Images per second of the exported file in onnxruntime, on the GPU where it has a provider for it."""
+    """Images per second of the exported file in onnxruntime, on the GPU if onnxruntime has a provider."""
     import onnxruntime
     from advmoe_export.exporter import export_model
     from advmoe_export.session import Session
@@ -191,7 +192,7 @@ def exported(form: Form) -> dict[str, Any]:
 
 
 def autoattack_speed(form: Form) -> dict[str, Any]:
-    """Images per second of standard AutoAttack on images that the network gets right."""
+    """Images per second of standard AutoAttack on correctly classified images."""
     model, images = form.model(), form.images()
     with torch.no_grad():
         for _ in range(10):
@@ -223,7 +224,7 @@ def gpu_tests() -> dict[str, Any]:
 
 
 def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
-    """A run of the paper's setting on CIFAR-10; goes on where an earlier lease stopped."""
+    """A run with the paper's setting on CIFAR-10. It continues from its last checkpoint."""
     folder = out / f"run-{kind}-{method}"
     command = [sys.executable, "-m", "advmoe", "train", "cifar10", "--arch", "resnet18", "--kind", kind]
     command += ["--method", method, "--epochs", str(epochs), "--precision", "bf16", "--out", str(folder)]
@@ -236,7 +237,7 @@ def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
 
 
 def forms(plain: Form) -> Iterator[Form]:
-    """What is timed: kinds, sizes and precisions, then compiled against not, then ways to bring 8 experts together."""
+    """The timed steps: kinds, sizes and precisions, compiled and not compiled, and ways to dispatch to 8 experts."""
     if plain.smoke:
         yield from (plain, replace(plain, precision="bf16"))
         return

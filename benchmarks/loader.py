@@ -1,10 +1,10 @@
-"""How fast images are loaded, and how that compares with Pillow, torchvision's DataLoader and a training step.
+"""Measure the image loader, and compare it with Pillow, torchvision's DataLoader and a training step.
 
     python benchmarks/loader.py --json
 
-Everything runs interleaved in one process. Throughputs in wall time are those of the best round (the machine's other
-work only ever slows one down), with the median beside them; ratios are medians over rounds of ratios of CPU time on one
-thread within a round.
+All measurements alternate in one process. A throughput in wall time is that of the best round, because other work on
+the machine can only slow a round down. The median is reported too. A ratio is the median over rounds of the ratio of
+CPU times on one thread within a round.
 
 - `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalized, images/s on one thread, and
   on two that fill batches of their own, as a loader's threads do; `crop_flip_2t_vs_1t`: median over rounds of their
@@ -120,7 +120,7 @@ def wall(work: Callable[[], Any]) -> float:
 
 
 def fill_batches(source: Images) -> Callable[[], None]:
-    """Fills one buffer with all batches of a shuffled epoch, on the thread that calls."""
+    """Fill one buffer with all batches of a shuffled epoch, on the calling thread."""
     filler = rust_router.BatchFiller(
         seed=0,
         stream=0,
@@ -142,7 +142,7 @@ def fill_batches(source: Images) -> Callable[[], None]:
 
 
 def on_each_thread(works: list[Callable[[], None]]) -> Callable[[], None]:
-    """All of them at once, each several times so that starting the threads counts for nothing."""
+    """Run all functions at once, each several times, so that starting the threads takes a negligible time."""
 
     def several(work: Callable[[], None]) -> None:
         for _ in range(4):

@@ -1,8 +1,8 @@
-"""How fast pathways are compared and summarized.
+"""Measure the comparison of pathways and their statistics.
 
     python benchmarks/pathways.py --json
 
-All on one thread, in CPU time, medians over interleaved rounds.
+All figures are CPU times on one thread, medians over alternating rounds.
 
 - `one_vs_10k_ms`: IoU and cosine of one mask with 10,000 pathways of 20 layers and 4,800 channels, milliseconds
 - `all_pairs_10k_s`: histogram of the IoU of all 49,995,000 pairs of them, all distinct, seconds
@@ -40,7 +40,7 @@ def halves() -> PathwayChannels:
 
 
 def log_of(experts_IL: np.ndarray[Any, np.dtype[np.uint8]], changed: float) -> RouteLog:
-    """A condition "clean" that routes so, and "pgd", which changes a share of the choices."""
+    """A log with the given choices as condition "clean", and with a share of them changed as "pgd"."""
     generator = np.random.default_rng(1)
     n = len(experts_IL)
     labels = generator.integers(0, CLASSES, n)
@@ -57,7 +57,7 @@ def distinct_pathways(n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def many_samples(n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Samples that route like their class, up to some noise, which leaves tens of thousands of distinct pathways."""
+    """Samples that take the pathway of their class with some noise: tens of thousands of distinct pathways."""
     generator = np.random.default_rng(2)
     prototypes = generator.integers(0, 2, (CLASSES, LAYERS), dtype=np.uint8)
     experts = prototypes[generator.integers(0, CLASSES, n)]

@@ -1,24 +1,25 @@
-"""Do routers learn the right thing? Compares their gradients with what really happens when a decision is changed.
+"""Measure what routers learn: compare their gradients with the exact effect of changed decisions.
 
     python benchmarks/router_probe.py --json
     python benchmarks/router_probe.py --dataset cifar10 --data-dir DATA --num-experts 2 4 --json
 
-For every router, image and expert, `exact` is the TRADES loss of that image if this router, and no other, took that
-expert (routers after it decide anew). It costs N passes per router, so it is a yardstick and no way of training. Clean
-and attacked versions of an image are decisions of their own. One AdvMoE run per router gradient is probed as it goes:
+The exact loss of (router, image, expert) is the TRADES loss of the image if this router chose this expert; later
+routers then decide again. It costs N passes per router, so it can measure a training but not replace it. The clean and
+the attacked version of an image count as two decisions. There is one AdvMoE run per router gradient. It is probed at
+regular intervals:
 
-- `probed_loss`: mean loss of the images that are probed
-- `better`: share of decisions in which another expert would give a smaller loss
-- `gain`: how much smaller, mean over all decisions, relative to the loss
-- `regret`: the same relative to a choice at random: 1 is chance, 0 the best choice everywhere
-- `fitted_better`, `fitted_regret`: what linear routers reach that were fitted to exact losses of half of the images
-- `load`: share of the busiest expert, routers' mean. Where it is 1, there is nothing to choose, whatever else is shown
-- `raises_chosen`: among the decisions with a better expert, share in which a descent step would raise the logit of the
-  expert chosen all the same
-- `finds_best`: among those, share in which the step raises the logit of the really best expert most
-- `cosine`: between the gradient of the routers' weights and the one that the exact losses give, layers' mean
-- `to_start`: cosine of the routers' weights with those they started from
-- `loss`, `router_loss`: of the last interval of training, at the experts' and at the routers' update
+- `probed_loss`: mean loss of the probed images
+- `better`: share of decisions for which another expert would give a smaller loss
+- `gain`: decrease of the loss by the best expert, relative to the loss, mean over all decisions
+- `regret`: the same relative to random decisions: 1 is chance, 0 is the best choice everywhere
+- `fitted_better`, `fitted_regret`: the same for linear routers that were fitted to exact losses of half of the images
+- `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other figures say nothing
+- `raises_chosen`: among decisions with a better expert, share for which a descent step raises the logit of the chosen
+  expert
+- `finds_best`: among them, share for which the step raises the logit of the best expert most
+- `cosine`: between the gradient of the routers' weights and the gradient by the exact losses, mean over layers
+- `to_start`: cosine between the routers' weights and their initial weights
+- `loss`, `router_loss`: mean losses of the experts' and the routers' updates in the last interval
 
 Shape suffixes: B batch, L MoE layers, N experts.
 """
@@ -60,11 +61,11 @@ from advmoe.training.schedule import cosine as schedule
 from advmoe.training.steps import training_attack
 
 TEXTS = ("router_statistics", "attack_routing", "router_step")
-"""Fields of `TrainConfig` that are no numbers."""
+"""Fields of `TrainConfig` that are not numbers."""
 DESCRIBED = ("arch", "width", "granularity", "num_experts", "model_scale", "router_gradient")
-"""Fields of `ModelConfig` that a result repeats."""
+"""Fields of `ModelConfig` that are repeated in a result."""
 EQUAL = 1e-6
-"""Losses closer than this are the same."""
+"""Losses that differ by less are treated as equal."""
 
 
 def trades_of_each(clean: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -75,7 +76,7 @@ def trades_of_each(clean: Tensor, adversarial: Tensor, labels: Tensor, beta: flo
 
 @torch.no_grad()
 def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> Tensor:
-    """[views, B, R, N]: loss of an image if one router took a given expert for that view (clean, attacked) of it."""
+    """[views, B, R, N]: loss of an image if one router chose a given expert for a view (clean, attacked) of it."""
     own = [model(view) for view in views]
     layers = torch.tensor(model.router_of_layer)
     losses = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
@@ -90,7 +91,7 @@ def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, 
 
 
 def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """What the lower level sees: logits and their gradients, each [views, B, R, N]; nothing of the model changes."""
+    """Logits and their gradients in the lower level, each [views, B, R, N]. The model is not changed."""
     level = dataclasses.replace(level, model=copy.deepcopy(level.model))
     tapes: list[RoutingTape] = []
 
@@ -110,7 +111,7 @@ def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta
 
 
 def comparison(logits: Tensor, losses: Tensor, chosen: Tensor) -> Tensor:
-    """What routers should see: the expert chosen against the really best other one, as `advmoe.models.routing` does."""
+    """Gradients by the exact losses: the chosen expert compared with the best other, as in `advmoe.models.routing`."""
     other = losses.scatter(3, chosen, torch.inf).argmin(dim=3, keepdim=True)
     probability = (logits.gather(3, other) - logits.gather(3, chosen)).sigmoid()
     push = probability * (1.0 - probability) * (losses.gather(3, other) - losses.gather(3, chosen))
@@ -118,7 +119,7 @@ def comparison(logits: Tensor, losses: Tensor, chosen: Tensor) -> Tensor:
 
 
 def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: Tensor) -> list[Tensor]:
-    """Gradients of the routers' weights from those of their logits."""
+    """Gradients of the routers' weights, from the gradients of their logits."""
     found = [torch.zeros_like(router.linear.weight) for router in model.routers]
     for number, view in enumerate(views):
         for at, features in enumerate(router_features(model, view)):
@@ -128,7 +129,7 @@ def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: T
 
 @torch.no_grad()
 def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
-    """What the linear layer of each router reads, [B, C]."""
+    """The input of the linear layer of each router, [B, C]."""
     features: dict[nn.Module, Tensor] = {}
 
     def note(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -142,11 +143,12 @@ def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
 
 
 def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dict[str, float]:
-    """How well the best linear routers choose on other images.
+    """The decisions of fitted linear routers on other images.
 
-    For each router a linear layer is fitted to the exact losses of one half of the images, with two weights of an L2
-    penalty, by the expected loss of a choice at random by its probabilities. What its choices lose on the other half
-    counts, at the better of the two penalties. So this is a little better than what any training can reach.
+    For each router, a linear layer is fitted to the exact losses of one half of the images. The objective is the
+    expected loss of a random choice with the probabilities of the layer, plus an L2 penalty of one of two weights. The
+    result is the regret on the other half, for the better of the two penalties. It is slightly better than the regret
+    that any training can reach.
     """
     half = exact.shape[1] // 2
     features = [router_features(model, view) for view in views]
@@ -180,7 +182,7 @@ def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dic
 
 
 def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[str]) -> dict[str, Any]:
-    """The figures above for the model as it is."""
+    """The figures of the list above for one model."""
     model, labels = levels[0].model, batch.labels
     adversarial = training_attack(model, batch.images, labels, config, generator_for(config.seed, 0))
     views = (batch.images, adversarial)
@@ -231,7 +233,7 @@ def direction(model: RoutedNetwork) -> Tensor:
 
 
 def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train by AdvMoE with one router gradient and probe along the way."""
+    """Train by AdvMoE with one router gradient, and probe the model at regular intervals."""
     settings = {"arch": options.arch, "width": options.width, "granularity": options.granularity}
     settings |= {"num_experts": num_experts, "model_scale": options.model_scale, "router_gradient": form}
     info = dataset_info(options.dataset, options.data_dir)
@@ -278,7 +280,7 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
 
 
 def shrunk(batch: Batch, factor: int) -> Batch:
-    """The batch with images of a smaller size, so that a probe is cheap."""
+    """The batch with smaller images, so that a probe takes less time."""
     return batch if factor == 1 else batch._replace(images=F.avg_pool2d(batch.images, factor))
 
 

@@ -1,7 +1,8 @@
-"""Cost of one training step of each kind and method: seconds of CPU time on one thread.
+"""Measure one training step of each kind and method, in seconds of CPU time on one thread.
 
-Steps take turns and medians are reported; CPU time, because other work on the machine distorts wall time. The routers
-are calibrated before and hold still (learning rate 1e-9), so that every layer divides its images among its experts.
+The steps alternate, and the result is the median. CPU time is used because other work on the machine distorts wall
+time. The routers are calibrated before and hardly change (learning rate 1e-9), so every layer divides its images among
+its experts.
 
 `reference` is AdvMoE as simple research code does it: all experts computed and masked, straight-through gates, attacks
 that compute the gradients of the parameters too, images channel by channel. It differs from `advmoe` in the gate only.

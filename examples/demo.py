@@ -1,6 +1,6 @@
-"""From embedded images to a served robust MoE-CNN, by the same commands a user would type; prints one table.
+"""Train, evaluate, export and run a small MoE-CNN on embedded images, by the commands of a user.
 
-Runs in a temporary folder, or in the one given: `python examples/demo.py FOLDER`.
+The demo prints one table. It runs in a temporary folder, or in a given folder: `python examples/demo.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = 20
 
 
 def advmoe(command: str, *paths: Path) -> dict[str, Any]:
-    """Run one command with --json and return what it printed on stdout; its progress shows on stderr."""
+    """Run one command with --json, and return the result that it printed. Its progress appears on stderr."""
     arguments = [*shlex.split(command), *map(str, paths), "--json"]
     print(f"$ advmoe {shlex.join(arguments)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "advmoe", *arguments], stdout=subprocess.PIPE, check=True)
@@ -34,7 +34,7 @@ def advmoe(command: str, *paths: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Train, evaluate, export, predict; then the table."""
+    """Train, evaluate, export and predict, then print the table."""
     run, model, image = folder / "run", folder / "model.onnx", folder / "digit.png"
     began = time.monotonic()
     advmoe(f"{TRAIN} --out", run)

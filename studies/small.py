@@ -1,6 +1,6 @@
-"""Does routing pay at small scale? Trains and tests every cell (setting x seed) that has no result yet.
+"""Train and test all cells of the study of small networks that have no result yet.
 
-    python studies/small.py --data-dir DATA --runs runs/study              # all cells, in order of what they tell
+    python studies/small.py --data-dir DATA --runs runs/study              # all cells, the most important ones first
     python studies/small.py --only s_dense dense --seeds 0              # some of them
     python studies/small.py --network vgg16                             # the first, shorter setting
     python studies/small.py --smoke                                     # embedded digits, seconds
@@ -59,7 +59,7 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "resnet18": ({"arch": "resnet18", "width": 0.125}, 6),
     "vgg16": ({"arch": "vgg16", "width": 0.125}, 3),
 }
-"""Fields of `ModelConfig` and epochs. An experts' gain can only show where Dense is clearly better than S-Dense."""
+"""Fields of `ModelConfig`, and epochs. Experts can only gain if Dense is clearly better than S-Dense."""
 MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
 LEARNED = {"specialization": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
@@ -101,7 +101,7 @@ PLAN = [
     *((name, 0) for name in ("margin", "mixture")),
     *((name, seed) for seed in (1, 2) for name in ("sparse", "advmoe", "advmoe_cheap")),
 ]
-"""Cells, those that tell most first."""
+"""All cells, the most important ones first."""
 ATTACK = AttackConfig(steps=20)
 ROUTED_IMAGES = 2000
 """Test images, the first ones, on which routing is attacked and controls are tested."""
@@ -135,7 +135,7 @@ def packed(correct: Tensor) -> str:
 
 
 def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) -> dict[str, Any]:
-    """SA and RA on all the images; on the first ones what routing adds to the attack, and what controls reach."""
+    """SA and RA on all images, and on the first images attacks on the routing and controls."""
     with evaluating(model):
         clean, pgd_robust = attacked(model, images, seed)
     figures: dict[str, Any] = {
@@ -167,7 +167,7 @@ def victims_of(model: RoutedNetwork, images: ImageSet, seed: int) -> Iterator[Vi
 
 
 def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images are classified correctly, clean and under PGD, [n] each."""
+    """Whether each image is classified correctly, clean and under PGD, bool [n] each."""
     clean, robust = [], []
     for victims in victims_of(model, images, seed):
         right = victims.right()
@@ -180,14 +180,14 @@ def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor,
 
 
 def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robust: Tensor) -> dict[str, Any]:
-    """The worst over PGD, all views of the routing and the route attack; and the changes of routing under PGD."""
+    """RA under PGD, all views of the routing and the route attack, and the changes of the routing by PGD."""
     common_ML, counts = common_pathways(model, images, 256, torch.device("cpu"))
     views, worst, flips = [], [], []
     for number, victims in enumerate(victims_of(model, images, seed)):
         robust = pgd_robust[256 * number :][: len(victims)].clone()
         with torch.no_grad():
             own = model.forward_with_routing(victims.images)[1].expert_index_BL
-        # whoever has lost, or was wrong from the start, is attacked to the end too
+        # broken images and images that are misclassified when clean are attacked to the end too
         found = pgd(
             plain(model), victims.images, cross_entropy_objective(victims.labels), ATTACK, start=victims.starts()
         )

@@ -50,7 +50,7 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def bits(cell: dict[str, Any], condition: str) -> np.ndarray:
-    """Who was classified correctly, int [images]."""
+    """Whether each image was classified correctly, 0 or 1, int [images]."""
     packed = np.frombuffer(base64.b64decode(cell["test"]["correct"][condition]), np.uint8)
     return np.unpackbits(packed)[: cell["test"]["images"]].astype(np.int64)
 
@@ -66,7 +66,7 @@ def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
 
 
 def mean(values: Sequence[float]) -> str:
-    """Mean, with the standard deviation over seeds where there are several."""
+    """Mean, with the standard deviation over seeds if there are several."""
     spread = f" (± {statistics.stdev(values):.1f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 

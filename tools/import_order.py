@@ -2,8 +2,7 @@
 
     python tools/import_order.py
 
-All imports count, wherever they stand: inside functions and under TYPE_CHECKING, too. They tie modules together for a
-reader just as the others do.
+All imports count, also imports inside functions and under TYPE_CHECKING, because a reader has to follow them too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ PACKAGES = {"advmoe": ROOT / "advmoe", "advmoe_export": ROOT / "export" / "advmo
 
 
 def stated_order(text: str) -> list[str]:
-    """The rooms of `advmoe` from the first that may import nothing to the last, as CONTRIBUTING.md lists them."""
+    """The packages and files directly under `advmoe`, in the order of CONTRIBUTING.md."""
     (line,) = re.findall(r"^`errors` → .*?(?=^$)", text, flags=re.M | re.S)
     return re.findall(r"`(\w+)`", line)
 
@@ -42,7 +41,7 @@ def module_name(package: str, path: Path) -> str:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """Full names that an import statement brings in; those that are no modules are cut later."""
+    """Full names that an import statement imports. `resolved` removes the parts that are not modules."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
@@ -50,7 +49,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def resolved(name: str, modules: Iterable[str]) -> str | None:
-    """The module of this project that a name is, or is in."""
+    """The module of this project that contains a name, or None."""
     parts = name.split(".")
     if parts[0] not in PACKAGES:
         return None
@@ -64,7 +63,7 @@ def room(module: str) -> str:
 
 
 def wrong_imports(imports: Mapping[str, Iterable[str]], order: list[str]) -> list[str]:
-    """Imports against the order, and rooms that the order does not name."""
+    """Imports that violate the order, and packages or files that are missing in the order."""
     place = {name: step for step, name in enumerate(order)}
     unknown = sorted({room(module) for module in imports} - set(place))
     problems = [f"CONTRIBUTING.md does not say where '{name}' stands in the order of imports" for name in unknown]
@@ -77,7 +76,7 @@ def wrong_imports(imports: Mapping[str, Iterable[str]], order: list[str]) -> lis
 
 
 def circle(imports: Mapping[str, Iterable[str]]) -> list[str]:
-    """A line about modules that import each other in a circle, if any do; a package's `__init__` is one of them."""
+    """One line about modules that import each other in a circle, or none. `__init__` files count too."""
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
@@ -86,7 +85,7 @@ def circle(imports: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def problems() -> list[str]:
-    """Everything that is wrong with the imports of both packages."""
+    """All violations in both packages, one line each."""
     order = stated_order((ROOT / "CONTRIBUTING.md").read_text())
     ours, exporter = (imports_of(package, folder) for package, folder in PACKAGES.items())
     foreign = [

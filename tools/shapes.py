@@ -1,4 +1,4 @@
-"""Check that each letter of a shape suffix means one thing: the one that CONTRIBUTING.md states.
+"""Check that each letter of a shape suffix has one meaning, which CONTRIBUTING.md states.
 
     python tools/shapes.py
 
@@ -24,7 +24,7 @@ LEGEND = re.compile(r"Shape suffixes: (.*?)\.\s*(?:$|\n\n)", flags=re.S)
 
 
 def meanings(text: str) -> dict[str, str]:
-    """Letter -> meaning in the first legend of a text; what stands in parentheses is left out."""
+    """Letter -> meaning in the first legend of a text, without additions in parentheses."""
     found = LEGEND.search(text)
     if found is None:
         return {}
@@ -45,7 +45,7 @@ def letters(source: str) -> tuple[set[str], set[str]]:
 
 
 def wrong_legend(source: str, stated: Mapping[str, str]) -> Iterator[str]:
-    """What a file's legend lacks, has too much, or says in other words."""
+    """Differences between the legend of a file and its letters: missing, unused or described differently."""
     legend = meanings(ast.get_docstring(ast.parse(source)) or "")
     names, prose = letters(source)
     for letter in sorted(names | prose | set(legend)):
@@ -60,7 +60,7 @@ def wrong_legend(source: str, stated: Mapping[str, str]) -> Iterator[str]:
 
 
 def problems() -> list[str]:
-    """Everything that is wrong with the legends, by file."""
+    """All wrong legends, by file."""
     stated = meanings((ROOT / "CONTRIBUTING.md").read_text())
     return [
         f"{path.relative_to(ROOT)}: {problem}"
