@@ -88,7 +88,7 @@ def flow(experts_IL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[
     """Flow of images between layers: the share of images that take expert i and, in the next layer, expert j.
 
     Returns:
-        [layers - 1][experts][experts]; empty where tokens are routed, since the tokens of an image part.
+        [layers - 1][experts][experts]; empty if tokens are routed, because an image's tokens take different experts.
     """
     if model.rows_per_image > 1:
         return []
