@@ -104,7 +104,7 @@ PLAN = [
 """All cells, the most important ones first."""
 ATTACK = AttackConfig(steps=20)
 ROUTED_IMAGES = 2000
-"""Test images, the first ones, on which routing is attacked and controls are tested."""
+"""Number of first test images on which the routing is attacked and controls are tested."""
 ROUTE = RouteAttackConfig(sampled=2, greedy=2)
 
 

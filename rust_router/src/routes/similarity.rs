@@ -89,8 +89,8 @@ mod tests {
     #[test]
     fn the_pathways_of_common_samples_are_compared() {
         let channels = windows(&[2, 2], false);
-        // Windows of 2 of 5 and of 3 of 7 channels: experts 0 and 1 of layer 0 have none in common,
-        // of layer 1 none either.
+        // Experts have 2 of 5 channels in layer 0, and 3 of 7 in layer 1. In both layers the two
+        // experts have no common channel.
         let (before, after) = (table(&[2, 2], &[0, 0, 0, 1, 1, 1]), table(&[2, 2], &[0, 0, 1, 1]));
         // Sample 1 goes 01 -> 11 and keeps the 3 of layer 1, of 2 + 3 + 2 in either pathway; sample
         // 2 is not in both.
