@@ -6,6 +6,8 @@ step to ten minutes.
     python benchmarks/gpu_lease.py --out results/gpu          # all steps but the long trainings
     python benchmarks/gpu_lease.py --out results/gpu --list   # their names
     python benchmarks/gpu_lease.py --out results/gpu --only speed-moe-advmoe-128-bf16
+
+Shape suffixes: B batch, L MoE layers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The grid of programs depends on shapes alone, so the host never learns who takes which expert, and only the chosen
 expert is computed. Products are summed in fp32, for fp32 inputs exactly so (no TF32), in an order that never changes.
 
-Shape suffixes: B batch, N experts, S channels of an expert, C input channels.
+Shape suffixes: B batch, C channels (of the input), N experts, S slots of an expert (its output
+channels).
 """
 
 from __future__ import annotations
