@@ -1,8 +1,8 @@
 """Compiles a network's passes, so that they need fewer kernels, which a GPU starts together.
 
-A compiled graph cannot depend on who takes which expert, so all experts are computed and one is selected
-(`advmoe.models.dispatch.select`). Logits and gradients are the same up to rounding. What is random, the noise of an
-attack, is drawn outside.
+A compiled graph cannot depend on the choice of experts. All experts are therefore computed, and one
+is selected (`advmoe.models.dispatch.select`). Logits and gradients are equal up to rounding. Random
+numbers, such as the noise of an attack, are drawn outside the graph.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 
 GRAPHS = 32
-"""Forms of one network that are compiled at most: modes of its parts, what needs gradients, numbers of images."""
+"""Maximum number of compiled forms of one network. Forms differ in the modes of its parts, in the
+tensors that need gradients, and in the number of images."""
 
 
 class CompiledNetwork:
-    """The passes of one network, each compiled when it first occurs.
+    """The passes of one network, each compiled at its first call.
 
     Args:
         network: May change its modes, and what needs gradients: each combination is compiled once.

@@ -1,7 +1,8 @@
-"""A Triton convolution whose every tile of an image looks up the image's expert: nothing is sorted, nobody waits.
+"""A Triton convolution that computes each tile of an image with the image's expert, without sorting images.
 
-The grid of programs depends on shapes alone, so the host never learns who takes which expert, and only the chosen
-expert is computed. Products are summed in fp32, for fp32 inputs exactly so (no TF32), in an order that never changes.
+The grid of programs depends on shapes only. The host therefore needs no counts and does not wait,
+and only the chosen expert is computed. Products are summed in fp32 and in a fixed order; fp32
+inputs are multiplied exactly in fp32 (no TF32).
 
 Shape suffixes: B batch, C channels (of the input), N experts, S slots of an expert (its output
 channels).
@@ -22,15 +23,15 @@ from advmoe.models.dispatch import row_products
 from advmoe.models.routing import Decision
 
 SPLITS = 8
-"""Programs that share the images of one expert in the gradient of its filters."""
+"""Number of programs that divide the images of one expert in the gradient of its filters."""
 LARGEST = 64
-"""Rows and columns of a tile at most; 16 at least, which is what tensor cores take."""
+"""Maximum of rows and columns of a tile. The minimum is 16, as tensor cores require."""
 DEPTH = 32
-"""Products that a program sums at a time."""
+"""Number of products that a program sums at a time."""
 
 
 class Geometry(NamedTuple):
-    """Of a convolution, the same in both directions."""
+    """Geometry of a convolution, equal in both directions."""
 
     stride: int
     padding: int
@@ -60,7 +61,7 @@ def _convolve_tile(  # type: ignore[no-untyped-def]
     columns: tl.constexpr,
     depth: tl.constexpr,
 ):
-    """Some places and channels of one image's output; backward, of the gradient of its input."""
+    """Computes some places and channels of one image's output; in the backward pass, of the gradient of its input."""
     places = height_out * width_out
     tiles = tl.cdiv(places, pixels)
     image = tl.program_id(0) // tiles
@@ -125,7 +126,7 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
     columns: tl.constexpr,
     depth: tl.constexpr,
 ):
-    """One tap of some filters of one expert, from every `splits`-th of its images."""
+    """Computes one tap of some filters of one expert, from every `splits`-th of the expert's images."""
     taps = kernel_height * kernel_width
     split = tl.program_id(0) % splits
     tap = tl.program_id(0) // splits % taps
@@ -164,7 +165,7 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
 
 
 def convolve(x: Tensor, bank: Tensor, expert_index_B: Tensor, geometry: Geometry) -> Tensor:
-    """Each image [C, H, W] convolved with its expert's filters in bank [N, S, C, kh, kw] -> [B, S, H', W']."""
+    """Convolve each image [C, H, W] with its expert's filters in bank [N, S, C, kh, kw] -> [B, S, H', W']."""
     x, bank = x.contiguous(), bank.contiguous()
     images, channels, height, width = x.shape
     _, size, _, *kernel = bank.shape
@@ -179,7 +180,7 @@ def convolve(x: Tensor, bank: Tensor, expert_index_B: Tensor, geometry: Geometry
 
 
 def input_gradient(gradient: Tensor, bank: Tensor, expert_index_B: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of `convolve` by x, from that of its output."""
+    """The gradient of `convolve` by x, computed from the gradient of its output."""
     gradient, bank = gradient.contiguous(), bank.contiguous()
     of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps = bank.shape[3] * bank.shape[4]
@@ -189,7 +190,7 @@ def input_gradient(gradient: Tensor, bank: Tensor, expert_index_B: Tensor, x: Te
 
 
 def filter_gradient(gradient: Tensor, x: Tensor, expert_index_B: Tensor, bank: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of `convolve` by the bank, from that of its output."""
+    """The gradient of `convolve` by the bank, computed from the gradient of its output."""
     gradient, x = gradient.contiguous(), x.contiguous()
     experts, size, channels, *kernel = bank.shape
     sorted_B, order_B = expert_index_B.sort(stable=True)

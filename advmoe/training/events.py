@@ -1,6 +1,8 @@
-"""Figures, settings and images for TensorBoard, written at once: a full disk is an error of the write that meets it.
+"""Writes figures, settings and images for TensorBoard immediately, so that a full disk is an error
+of the write that meets it.
 
-TensorBoard's own writer hands events to a thread, where such an error is a traceback that nobody can catch.
+TensorBoard's own writer passes events to a thread. An error in that thread is a traceback that no
+caller can catch.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 GROUPS = {"train": "train", "val": "val", "routers": "router", "router": "router"}
-"""First word of a figure's name -> the group of charts it stands in; all others are about the training."""
+"""First word of a figure's name -> its group of charts. All other figures belong to the group `train`."""
 SMALLEST = 96
-"""Pixels that a picture is enlarged to, as far as whole multiples of its size allow."""
+"""Size in pixels to which a picture is enlarged, as far as whole multiples of its size allow."""
 
 
 class EventLog:
@@ -41,7 +43,8 @@ class EventLog:
         self._first_step = first_step
         self._settings = settings
         self._started = False
-        # TensorBoard reads files in the order of their names, so later files need later names, in microseconds
+        # TensorBoard reads files in the order of their names, so names contain the time in
+        # microseconds
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
 
     def add(self, step: int, figures: Mapping[str, Any], pictures: Mapping[str, NDArray[np.uint8]]) -> None:
@@ -72,7 +75,7 @@ class EventLog:
 
 
 def _charts(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a record by the chart they belong to, such as `val/sa` and `router/load/07`."""
+    """The numbers of a record by the name of their chart, such as `val/sa` and `router/load/07`."""
     for name, value in figures.items():
         word, _, rest = name.partition("_")
         tag = f"{GROUPS[word]}/{rest}" if word in GROUPS and rest else f"train/{name}"
@@ -83,7 +86,7 @@ def _charts(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by names such as `train.attack.eps`; what TensorBoard knows no type for is text."""
+    """Nested settings by names such as `train.attack.eps`. Values of types that TensorBoard lacks become text."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
