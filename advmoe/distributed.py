@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from advmoe.errors import AdvMoEError, LostRankError
-from advmoe.world import World, launched, restarts
+from advmoe.world import GROUP, World, launched, restarts
 
 T = TypeVar("T")
 
@@ -34,10 +34,11 @@ MEETING_SECONDS = 600.0
 """Time limit for all ranks to start."""
 COLLECTIVE_SECONDS = 1800.0
 """Time limit of a collective. It is long, because rank 0 may be reading or downloading a data set."""
+PATIENT_SECONDS = 7 * 24 * 3600.0
+"""Time limit of a collective where ranks have little to exchange, so that one without a batch waits for the others.
+The loss of a rank is noticed at once, by its connection."""
 ECHO_SECONDS = 1.0
 """Time that a rank without contact waits for another rank to report the reason."""
-GROUP = "ADVMOE_GROUP"
-"""Environment variable that separates the meetings of several commands that one torchrun starts one after another."""
 
 
 class Place(NamedTuple):
@@ -59,11 +60,12 @@ def world() -> World:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined(device: torch.device, *, patience: float = COLLECTIVE_SECONDS) -> Iterator[World]:
     """Connect to the other ranks for the duration of the context.
 
     Args:
         device: Device of this rank.
+        patience: Time limit of a collective in seconds.
 
     Raises:
         ConfigError: The environment variables of torchrun are incomplete.
@@ -86,7 +88,7 @@ def joined(device: torch.device) -> Iterator[World]:
             store=_store,
             rank=described.rank,
             world_size=described.size,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            timeout=timedelta(seconds=patience),
         )
     except (RuntimeError, ValueError) as error:  # errors of torch's stores and groups
         raise LostRankError(

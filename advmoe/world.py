@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from advmoe.errors import ConfigError
 
+GROUP = "ADVMOE_GROUP"
+"""Environment variable that keeps the meetings of several commands apart that one torchrun starts one after another."""
+
 
 @dataclass(frozen=True)
 class World:

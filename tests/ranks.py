@@ -20,12 +20,17 @@ import numpy as np
 import torch
 from runs import TRAIN as OF_RUNS
 
+from advmoe.cli import reproduce
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.digits import load_digits
 from advmoe.data.loader import Batch
+from advmoe.data.sets import ImageSet
 from advmoe.data.sources import Dataset
 from advmoe.distributed import Place, gather, joined, world
 from advmoe.errors import AdvMoEError
+from advmoe.evaluation.results import SuiteConfig, SuiteResult
+from advmoe.evaluation.state import EvaluationState
+from advmoe.evaluation.suite import identity, run_suite
 from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.levels import make_levels
@@ -101,6 +106,37 @@ def bits(trainer: Trainer) -> bytes:
     return b"".join(tensor.numpy().tobytes() for tensor in trainer.model.state_dict().values())
 
 
+def suite(path: Path, *, batches_done: int = 0) -> SuiteResult:
+    """Evaluate a network on 20 images in batches of 8, or go on with an evaluation of which some batches are done."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(arch="vgg16", kind="moe", width=0.0625))
+    images = digits().test.take(np.arange(20))
+    assert isinstance(images, ImageSet)
+    attack = AttackConfig(eps=8 / 255, steps=2, start="uniform")
+    config = SuiteConfig(attack=attack, routing=True, diagnosed=4, square_queries=0)
+    if batches_done and world().leads:
+        whole = EvaluationState(path, identity(model, images, config, 8, 0)).arrays
+        path.unlink()
+        state = EvaluationState(path, identity(model, images, config, 8, 0))
+        state.add({name: rows[: 8 * batches_done] for name, rows in whole.items()})
+    return run_suite(model, images, config, batch_size=8, state_path=path)
+
+
+def reproduced(path: Path) -> list[dict[str, Any]]:
+    """A piece of work that only rank 0 has the result of, twice; the second time it is done already."""
+    runs: list[str] = []
+
+    def run(command: str, *arguments: str, group: str) -> dict[str, Any]:
+        runs.append(group)
+        path.mkdir(exist_ok=True)
+        return {"ra": 12.5} if world().leads else {}
+
+    reproduce.run = run  # type: ignore[assignment]
+    results = [reproduce.once(path, "train", ["digits"]) for _ in range(2)]
+    assert runs == [f"train {path}"]
+    return results
+
+
 def failure(action: Callable[[], object]) -> str:
     try:
         action()
@@ -131,6 +167,9 @@ def two(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {case: bits(train(case, folder / "two" / case)) for case in CASES}
     for where in ("attack", "loss"):
         found[f"nan in {where}"] = update_with_nan(where)
+    found["suite"] = suite(folder / "suite-two.npz")
+    found["suite goes on"] = suite(folder / "suite-two.npz", batches_done=1)
+    found["reproduce"] = reproduced(folder / "work")
     # Only rank 0 is watched; it asks for a stop, and both stop.
     train("advmoe", folder / "stopped", stop_after=1)
     return found
@@ -146,7 +185,8 @@ def three(folder: Path) -> dict[str, Any]:
 
 def alone(folder: Path) -> dict[str, Any]:
     """The same by one process."""
-    return {case: bits(train(case, folder / "one" / case)) for case in CASES}
+    found: dict[str, Any] = {case: bits(train(case, folder / "one" / case)) for case in CASES}
+    return found | {"suite": suite(folder / "suite-one.npz")}
 
 
 def _work(action: Callable[[Path], dict[str, Any]], rank: int, size: int, port: int, folder: Path) -> None:

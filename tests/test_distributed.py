@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -67,6 +68,26 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     assert three[0]["stopped"] == three[1]["stopped"] == three[2]["stopped"]
     assert_same_run(folder / "stopped", folder / "one" / "advmoe")
+
+
+@pytest.mark.parametrize("name", ["suite", "suite goes on"])
+def test_an_evaluation_gives_the_same_bits_in_every_world(
+    name: str, folder: Path, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    wanted = one["suite"]
+    assert wanted.arrays["index"].tolist() == list(range(20))
+    for found in (each[name] for each in two):
+        assert found.arrays.keys() == wanted.arrays.keys()
+        for column, values in wanted.arrays.items():
+            np.testing.assert_array_equal(found.arrays[column], values, err_msg=column)
+        assert found.diagnostics == wanted.diagnostics
+        assert found.pathways_used == wanted.pathways_used
+    kept = {path.name for path in folder.glob("suite-*")}
+    assert kept == {f"suite-{world}{ending}" for world in ("one", "two") for ending in (".npz", "-diagnostics.json")}
+
+
+def test_what_is_reproduced_together_is_known_to_all_and_not_done_again(two: list[dict[str, Any]]) -> None:
+    assert [found["reproduce"] for found in two] == [[{"ra": 12.5}, {"ra": 12.5}]] * 2
 
 
 @pytest.mark.parametrize("where", ["attack", "loss"])

@@ -19,7 +19,7 @@ class Commands:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
+    def __call__(self, command: str, *arguments: str, json: bool = True, group: str | None = None) -> dict[str, Any]:
         self.calls.append((command, *arguments))
         if command in {"train", "evaluate"}:
             Path(arguments[arguments.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
@@ -190,6 +190,29 @@ def test_commands_side_by_side_share_out_the_gpus_and_a_failure_is_told(
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_torchruns_processes_do_each_training_together_and_reports_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def child(process: Any, environment: dict[str, str]) -> tuple[int, str]:
+        seen.append(environment)
+        return 0, '{"ra": 1.0}' if "--json" in process else ""
+
+    monkeypatch.setattr(reproduce, "run_to_its_end", child)
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert reproduce.run("train", "digits", group="train runs/a") == {"ra": 1.0}
+    assert reproduce.run("evaluate", "runs/a", group="evaluate runs/a") == {"ra": 1.0}
+    assert reproduce.run("report", "runs/a", json=False) == {}
+    # A meeting place of its own for each command, and for those that reproduce itself has.
+    assert len({environment.get("ADVMOE_GROUP", "") for environment in seen[:2]} | {""}) == 3
+    assert [environment["WORLD_SIZE"] for environment in seen] == ["2", "2", "1"]
+    assert main(["reproduce", "table1", "--jobs", "2"]) == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(reproduce, "run_to_its_end", lambda *_: (0, ""))
+    assert reproduce.run("train", "digits", group="train runs/a") == {}, "the leader's result is shown to all"
 
 
 def test_the_table_shows_figures_from_anywhere_in_a_result() -> None:

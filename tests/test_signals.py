@@ -147,7 +147,7 @@ def wait_for(file: Path) -> None:
 def test_reproduce_ends_as_its_command_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int
 ) -> None:
-    monkeypatch.setattr(reproduce, "run_to_its_end", lambda process: (status, ""))
+    monkeypatch.setattr(reproduce, "run_to_its_end", lambda *_: (status, ""))
     assert main(["reproduce", "fig3", "--runs", str(tmp_path), "--out", str(tmp_path)]) == code
     assert not list(tmp_path.iterdir())
 

@@ -52,7 +52,7 @@ for command in (train, evaluate, compare, analyze, report, export, push, predict
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
-TOGETHER = {"train"}
+TOGETHER = {"train", "evaluate", "reproduce"}
 """Commands that the processes of torchrun run together."""
 
 
@@ -106,7 +106,7 @@ def run(arguments: Sequence[str] | None) -> int:
         ranks = launched()
         if not ranks.leads:
             console.be_quiet()
-        if ranks.size > 1 and not TOGETHER & set(given):
+        if ranks.size > 1 and command_of(given) not in TOGETHER:
             raise ConfigError(f"torchrun can start {', '.join(sorted(TOGETHER))} only; start this in one process")
         refuse_empty(given)
         code = command_line()(args=given, standalone_mode=False)
@@ -144,11 +144,16 @@ def command_line() -> Any:
     return typer.main.get_command(app)
 
 
+def command_of(arguments: Sequence[str]) -> str | None:
+    """The name of the command that is called."""
+    commands: Mapping[str, Any] = command_line().commands
+    return next((argument for argument in arguments if argument in commands), None)
+
+
 def parameters_of(arguments: Sequence[str]) -> list[Any]:
     """The parameters of the command that is called."""
-    commands: Mapping[str, Any] = command_line().commands
-    command = next((commands[argument] for argument in arguments if argument in commands), None)
-    return [] if command is None else command.params
+    name = command_of(arguments)
+    return [] if name is None else list(command_line().commands[name].params)
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from advmoe.hub import is_address
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from advmoe.data.sets import Dataset, Images, ImageSet
@@ -92,7 +93,10 @@ def evaluate(
 
     The run holds everything needed: architecture, classes, normalization, data folder, radius of the attack.
     With --out, every finished attack on a batch is kept: after an interruption the same command goes on from there.
+    On several GPUs or machines: torchrun -m advmoe evaluate ...
     """
+    from advmoe.device import resolve_device
+    from advmoe.distributed import PATIENT_SECONDS, from_leader, joined, leader_first
     from advmoe.evaluation.controls import CONTROLS, controlled
     from advmoe.evaluation.results import SuiteConfig
 
@@ -101,39 +105,41 @@ def evaluate(
     check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
     check(out is None or not out.is_file(), f"{out} is a file; give --out a folder")
     controls = list(dict.fromkeys(one_of("control", name, CONTROLS, "control") for name in control or []))
-    subject = Subject.load(checkpoint_of(model), device=device)
-    changed = {name: controlled(subject.model, name, seed) for name in CONTROLS if name in controls}
-    masked = None if mask is None else _comparable(subject.model, checkpoint_of(mask))
-    radius = training_radius(subject.contents) if eps is None else console.number(eps, "--eps")
-    check_eps(radius)
-    length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
-    sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
-    if suite and not sweep:
-        sweep = tuple(min(share * radius, 1.0) for share in SWEEP_SHARES)
-    config = SuiteConfig(
-        attack=AttackConfig(eps=radius, steps=steps, step_size=length, restarts=restarts),
-        routing=routing or suite,
-        autoattack=autoattack or suite,
-        eps_sweep=sweep,
-        diagnosed=diagnose,
-    )
-    data, images = subject.test_images(dataset, data_dir, limit_eval, seed)
-    measuring = Measuring(config, data.info.name, images, batch_size, seed, latency)
-    card, result = measuring.card_of(subject, out, masked=masked)
-    for name, other in changed.items():
-        variant = Subject(subject.path, subject.contents, other, control=name)
-        folder = None if out is None else out / f"control-{name}"
-        of_control, _ = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(variant, folder)
-        shared = ("sa", "ra", "ra_worst", "verdict")
-        card["advmoe"]["controls"][name] = {key: of_control["advmoe"][key] for key in shared}
-    if out is not None:
-        _save(out, card, result, subject, images)
-    if json:
-        console.emit_json({"checkpoint": str(subject.path), "dataset": data.info.name} | card["advmoe"])
-    else:
-        show(f"{subject.path} on {data.info.name} (test)", card)
-    if strict and card["advmoe"]["verdict"] != "trusted":
-        raise typer.Exit(UNTRUSTED)
+    place = resolve_device(device)
+    with joined(place, patience=PATIENT_SECONDS):
+        subject = leader_first(lambda: Subject.load(checkpoint_of(model), device=place))
+        changed = {name: controlled(subject.model, name, seed) for name in CONTROLS if name in controls}
+        masked = None if mask is None else _comparable(subject.model, checkpoint_of(mask))
+        radius = training_radius(subject.contents) if eps is None else console.number(eps, "--eps")
+        check_eps(radius)
+        length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
+        sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
+        if suite and not sweep:
+            sweep = tuple(min(share * radius, 1.0) for share in SWEEP_SHARES)
+        config = SuiteConfig(
+            attack=AttackConfig(eps=radius, steps=steps, step_size=length, restarts=restarts),
+            routing=routing or suite,
+            autoattack=autoattack or suite,
+            eps_sweep=sweep,
+            diagnosed=diagnose,
+        )
+        data, images = leader_first(lambda: subject.test_images(dataset, data_dir, limit_eval, seed))
+        measuring = Measuring(config, data.info.name, images, batch_size, seed, latency)
+        card, result = measuring.card_of(subject, out, masked=masked)
+        for name, other in changed.items():
+            variant = Subject(subject.path, subject.contents, other, control=name)
+            folder = None if out is None else out / f"control-{name}"
+            of_control, _ = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(variant, folder)
+            shared = ("sa", "ra", "ra_worst", "verdict")
+            card["advmoe"]["controls"][name] = {key: of_control["advmoe"][key] for key in shared}
+        if out is not None:
+            from_leader(lambda: _save(out, card, result, subject, images))
+        if json:
+            console.emit_json({"checkpoint": str(subject.path), "dataset": data.info.name} | card["advmoe"])
+        else:
+            show(f"{subject.path} on {data.info.name} (test)", card)
+        if strict and card["advmoe"]["verdict"] != "trusted":
+            raise typer.Exit(UNTRUSTED)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class Subject:
     control: str | None = None
 
     @classmethod
-    def load(cls, path: Path, *, device: str) -> Subject:
+    def load(cls, path: Path, *, device: str | torch.device) -> Subject:
         """Read a checkpoint."""
         from advmoe.device import resolve_device
         from advmoe.training.checkpoint import load_checkpoint
@@ -204,6 +210,7 @@ class Measuring:
     ) -> tuple[dict[str, Any], SuiteResult]:
         """Evaluate a model. Results of an earlier attempt in `out` are not computed again."""
         from advmoe.attacks.autoattack import package
+        from advmoe.distributed import from_leader, world
         from advmoe.evaluation.card import make_card
         from advmoe.evaluation.cost import hardware, measure_cost
         from advmoe.evaluation.dissection import route_log
@@ -230,7 +237,7 @@ class Measuring:
             train=subject.contents.train,
             cost=measure_cost(subject.model, subject.contents.model.image_size),
             device=hardware(next(subject.model.parameters()).device),
-            latency=self._latency(subject.model) if self.latency else None,
+            latency=self._latency(subject.model) if self.latency and world().leads else None,
             training_seconds=_training_seconds(subject.path.parent),
             recipe=_recipe_of(subject.path.resolve().parent.name),
             control=subject.control,
@@ -241,7 +248,7 @@ class Measuring:
             similar = mask_similarity(log, [name for name, _ in log.conditions], channels, mask)
             card["advmoe"]["mask_iou"] = {each.condition: round(float(each.iou.mean()), 4) for each in similar}
         if subject.control is not None and out is not None:
-            _save(out, card, result, subject, self.images)
+            from_leader(lambda: _save(out, card, result, subject, self.images))
         return card, result
 
     def _latency(self, model: RoutedNetwork) -> dict[int, float]:

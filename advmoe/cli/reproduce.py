@@ -10,10 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -25,6 +25,9 @@ from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
 from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
+from advmoe.world import GROUP, launched
+
+T = TypeVar("T")
 
 DONE = "done.json"
 """File in the folder of a finished run or evaluation with its options and its result."""
@@ -74,9 +77,8 @@ def reproduce(
 
     Finished work is not repeated: after an interruption the same command goes on where it stopped. At the paper's scale
     most tables take GPU-days; a smaller scale says what it made smaller.
+    With each run on all of several GPUs or machines: torchrun -m advmoe reproduce ...
     """
-    from advmoe.files import write_text_atomically
-
     one_of("table or figure", name, EXPERIMENTS)
     chosen_scale = one_of("scale", scale, SCALES, "scale")
     plan = Plan(
@@ -95,13 +97,38 @@ def reproduce(
             console.out.print(shlex.join(["advmoe", *line]), highlight=False, markup=False)
         return
     workers = [None] * jobs if gpus is None else [gpu.strip() for gpu in gpus.split(",")]
+    ranks = launched().size
+    check(
+        ranks == 1 or len(workers) == 1,
+        f"torchrun's {ranks} processes do each run together; --jobs and --gpus would do several side by side: leave "
+        "them out, or start this in one process",
+    )
     if len(workers) > 1 and len(plan.commands(out)) > 1:
         side_by_side(plan.commands(out), workers)
+    if ranks == 1:
+        carry_out(plan, out, prepare=prepare, json=json)
+        return
+    import torch
+
+    from advmoe.distributed import PATIENT_SECONDS, joined
+
+    with joined(torch.device("cpu"), patience=PATIENT_SECONDS):
+        carry_out(plan, out, prepare=prepare, json=json)
+
+
+def carry_out(plan: Plan, out: Path, *, prepare: bool, json: bool) -> None:
+    """Train and evaluate what is not done yet, then write and show the table and the reports."""
     results = {
         recipe.name: [plan.result(recipe, seed) for seed in plan.seeds] for recipe in plan.chosen
     }  # parallel work is finished; its results are only read here
-    if prepare:
-        return
+    if not prepare:
+        led(lambda: conclude(plan, results, out, json=json))
+
+
+def conclude(plan: Plan, results: dict[str, list[dict[str, Any]]], out: Path, *, json: bool) -> None:
+    """Write and show the table and the reports."""
+    from advmoe.files import write_text_atomically
+
     mask = plan.mask_option()
     for recipe in plan.chosen if plan.experiment.routing else ():
         if recipe.model.get("kind") == "moe":
@@ -109,7 +136,7 @@ def reproduce(
                 result[ROUTING] = run("analyze", str(plan.evaluation(recipe, seed)), *mask)
     table = {
         "experiment": plan.experiment.title,
-        "scale": scale,
+        "scale": plan.scale,
         "made_smaller": plan.made_smaller,
         "seeds": list(plan.seeds),
         "train_options": plan.train_options,
@@ -117,8 +144,8 @@ def reproduce(
         "runs": results,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(out / f"{name}.json", jsonlib.dumps(table, indent=2) + "\n")
-    for dataset, title in reports(name, plan.chosen, one=plan.size.dataset is not None).items():
+    write_text_atomically(out / f"{plan.name}.json", jsonlib.dumps(table, indent=2) + "\n")
+    for dataset, title in reports(plan.name, plan.chosen, one=plan.size.dataset is not None).items():
         folders = [
             str(plan.evaluation(recipe, plan.seeds[0]))
             for recipe in plan.chosen
@@ -129,7 +156,7 @@ def reproduce(
         console.emit_json(table)
     else:
         show(plan, results)
-        console.note(f"written to {out / name}.json and {out / name}*.html")
+        console.note(f"written to {out / plan.name}.json and {out / plan.name}*.html")
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -232,17 +259,33 @@ def once(folder: Path, command: str, arguments: Sequence[str], *, further: Seque
     """
     from advmoe.files import write_text_atomically
 
-    try:
-        done = jsonlib.loads((folder / DONE).read_text())
-        if done["arguments"] == [command, *arguments]:
-            return dict(done["result"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    result = run(command, *arguments, *further)
-    if folder.is_dir():
-        text = jsonlib.dumps({"arguments": [command, *arguments], "result": result}) + "\n"
-        write_text_atomically(folder / DONE, text)
-    return result
+    def before() -> dict[str, Any] | None:
+        try:
+            done = jsonlib.loads((folder / DONE).read_text())
+            return dict(done["result"]) if done["arguments"] == [command, *arguments] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note(result: dict[str, Any]) -> dict[str, Any]:
+        if folder.is_dir():
+            text = jsonlib.dumps({"arguments": [command, *arguments], "result": result}) + "\n"
+            write_text_atomically(folder / DONE, text)
+        return result
+
+    found = led(before)
+    if found is not None:
+        return found
+    result = run(command, *arguments, *further, group=f"{command} {folder}")
+    return led(lambda: note(result))
+
+
+def led(action: Callable[[], T]) -> T:
+    """Let one process do something that all of torchrun's need the result of."""
+    if launched().size == 1:  # without torch, which takes seconds to load
+        return action()
+    from advmoe.distributed import from_leader
+
+    return from_leader(action)
 
 
 def reports(name: str, chosen: Sequence[Recipe], *, one: bool = False) -> dict[str, str]:
@@ -282,8 +325,15 @@ def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None
         raise AdvMoEError(f"{failed} of {len(commands)} commands failed (see above); mend them and give the same again")
 
 
-def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
+def run(command: str, *arguments: str, json: bool = True, group: str | None = None) -> dict[str, Any]:
     """Run a command of this package in its own process. Its progress is shown, and its result is returned.
+
+    Args:
+        command: its name.
+        *arguments: of the command.
+        json: whether it gives its result as JSON.
+        group: where torchrun started several processes, the name under which the commands that they all run meet; the
+            result is the leader's. Without a name the command runs in one process.
 
     Raises:
         AdvMoEError: The command failed; it has printed the reason.
@@ -293,20 +343,23 @@ def run(command: str, *arguments: str, json: bool = True) -> dict[str, Any]:
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))
     process = [sys.executable, "-m", "advmoe", command, *arguments, *(["--json"] if json else [])]
-    status, output = run_to_its_end(process)
+    environment = dict(os.environ)
+    if launched().size > 1:
+        environment |= {GROUP: f"{environment.get(GROUP, '')}/{group}"} if group else {"WORLD_SIZE": "1"}
+    status, output = run_to_its_end(process, environment)
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     if status == TERMINATED:
         raise Terminated
     if status != 0:
         raise AdvMoEError(f"'{shlex.join(line)}' failed (see above); mend it and give the same command again to go on")
-    result: dict[str, Any] = jsonlib.loads(output) if json else {}
+    result: dict[str, Any] = jsonlib.loads(output) if json and launched().leads else {}
     return result
 
 
-def run_to_its_end(process: Sequence[str]) -> tuple[int, str]:
+def run_to_its_end(process: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Exit status and output of a process. Signals are passed on to it, and the process is waited for."""
-    with subprocess.Popen(process, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(process, stdout=subprocess.PIPE, text=True, env=environment) as child:
         ended_by: BaseException | None = None
         while True:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,14 @@ class EvaluationState:
 
     def add(self, batch: Arrays) -> None:
         """Append a finished batch and save."""
-        self._batches = [*self._batches, batch]
+        self.add_all([batch])
+
+    def add_all(self, batches: Iterable[Arrays]) -> None:
+        """Append finished batches and save, once."""
+        before = self.images_done
+        self._batches = [*self._batches, *batches]
+        if self.images_done == before:
+            return
         self._batches, self._under_way = [self.arrays], {}
         if self._path is not None and self._partial is not None:
             self._write(self._path, self.arrays)

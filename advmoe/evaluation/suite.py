@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from advmoe.attacks.victims import Victims
 from advmoe.config import to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
+from advmoe.distributed import collect, from_leader, gather, own_rows, together, world
 from advmoe.evaluation.diagnostics import (
     Diagnostic,
     black_box,
@@ -33,7 +36,7 @@ from advmoe.evaluation.diagnostics import (
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, predict, stages
-from advmoe.evaluation.state import EvaluationState, read_note, write_note
+from advmoe.evaluation.state import Arrays, EvaluationState, read_note, write_note
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -56,6 +59,9 @@ def run_suite(
 ) -> SuiteResult:
     """Evaluate a model in fp32. The model keeps its mode.
 
+    Several ranks take turns with the batches, and all get the whole result, which is the same in every world. Rank 0
+    alone keeps the state, and runs the diagnostics.
+
     Args:
         model: A module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
         images: The test images.
@@ -73,37 +79,43 @@ def run_suite(
     """
     tell = progress or (lambda *_: None)
     subject = identity(model, images, config, batch_size, seed)
-    state = EvaluationState(state_path, subject)
+    own_path = state_path if world().leads else None
+    state = together(lambda: EvaluationState(own_path, subject))
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     total = len(images)
-    with evaluating(model), full_precision(model):
-        tell(state.images_done, total, "")
-        common_ML, counts = common_pathways(model, images, batch_size, device)
-        first_batch, rest = divmod(state.images_done, batch_size)
-        if rest:
-            first_batch += 1  # the last batch, smaller than the others
-        for batch in BatchLoader(images, batch_size=batch_size).epoch(0, start_batch=first_batch):
-            done = state.images_done
-            victims = Victims(
-                model=model,
-                images=batch.images.to(device),
-                labels=batch.labels.to(device),
-                indices=batch.indices,
-                attack=config.attack,
-                seed=seed,
-            )
-            run = begin(victims, config)
-            if state.under_way:
-                run.restore(state.under_way)
-            todo = stages(run, common_ML)
-            for number, stage in enumerate(todo):
-                if stage.gives not in run.arrays:
-                    tell(done + len(victims) * number / len(todo), total, stage.title)
-                    stage.work()
+    images_done = from_leader(lambda: state.images_done)
+    first_batch = math.ceil(images_done / batch_size)  # the last batch may be smaller than the others
+    rounds = math.ceil((math.ceil(total / batch_size) - first_batch) / world().size)
+    own = BatchLoader(images, batch_size=batch_size, indices=own_rows(total, batch_size, first_batch)).epoch(0)
+
+    def next_batch() -> Arrays | None:
+        """All there is to know of this rank's next batch; None after its last one."""
+        batch = next(own, None)
+        if batch is None:
+            return None
+        victims = Victims(
+            model=model,
+            images=batch.images.to(device),
+            labels=batch.labels.to(device),
+            indices=batch.indices,
+            attack=config.attack,
+            seed=seed,
+        )
+        run = begin(victims, config)
+        if state.under_way:
+            run.restore(state.under_way)
+        todo = stages(run, common_ML)
+        for number, stage in enumerate(todo):
+            if stage.gives not in run.arrays:
+                tell(state.images_done + len(victims) * number / len(todo), total, stage.title)
+                stage.work()
+                if world().leads:  # its batch is the first of the round, and goes on from here in any world
                     state.keep(run.unfinished())
-            run.conclude()
-            state.add({name: run.arrays[name] for name in sorted(run.arrays)})
+        run.conclude()
+        return {name: run.arrays[name] for name in sorted(run.arrays)}
+
+    def conclude() -> SuiteResult:
         result = SuiteResult(
             config=config,
             seed=seed,
@@ -122,6 +134,14 @@ def run_suite(
             if notes is not None and config.diagnosed:
                 write_note(notes, asked, [dataclasses.asdict(check) for check in found])
         return dataclasses.replace(result, diagnostics=found)
+
+    with evaluating(model), full_precision(model):
+        tell(images_done, total, "")
+        common_ML, counts = common_pathways(model, images, batch_size, device)
+        for _ in range(rounds):
+            finished = collect(together(next_batch))
+            together(lambda: state.add_all(arrays for arrays in finished if arrays is not None))  # noqa: B023
+        return from_leader(conclude)
 
 
 def _diagnosed_before(path: Path | None, asked: dict[str, Any]) -> tuple[Diagnostic, ...] | None:
@@ -162,11 +182,14 @@ def common_pathways(
     model: nn.Module, images: ImageSet, batch_size: int, device: torch.device
 ) -> tuple[Tensor, np.ndarray]:
     """Distinct clean pathways [M, L] and the number of images on each [M], the most frequent first."""
-    pathways = [
-        predict(model, batch.images.to(device))[1].cpu()
-        for batch in BatchLoader(images, batch_size=batch_size).epoch(0)
-    ]
-    pathways_IL = torch.cat(pathways)
+    own = BatchLoader(images, batch_size=batch_size, indices=own_rows(len(images), batch_size))
+    mine = together(
+        lambda: [
+            (int(batch.indices[0]), predict(model, batch.images.to(device))[1].cpu().numpy()) for batch in own.epoch(0)
+        ]
+    )
+    found = sorted(chain.from_iterable(gather(mine)), key=lambda batch: batch[0])
+    pathways_IL = torch.from_numpy(np.concatenate([pathways for _, pathways in found]))
     if not pathways_IL.shape[1]:
         return pathways_IL[:1].to(device), np.array([len(pathways_IL)])
     distinct_ML, counts = pathways_IL.unique(dim=0, return_counts=True)
