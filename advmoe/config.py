@@ -429,6 +429,16 @@ class ScheduleConfig(Settings):
             default="128; for folder 64 or what its number of images allows",
         ),
     ] = 128
+    accumulate: Annotated[
+        int,
+        Setting(
+            "Compute each batch in so many parts, one after another, so that it fits into memory; a step follows on "
+            "all of them. BatchNorm normalizes by one part.",
+            noun="the number of parts of a batch",
+            at_least=1,
+            at_most=2**19,
+        ),
+    ] = 1
     lr: Annotated[
         float,
         Setting(
@@ -631,6 +641,21 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             "ema would average the different networks of at_sparse's phases; leave it off",
             "ema",
         )
+        seen = round(self.router_share * self.batch_size) if self.method == "advmoe" else self.batch_size
+        check(
+            self.accumulate == 1 or seen >= 2 * self.accumulate,
+            f"accumulate {self.accumulate} leaves fewer than 2 images in a part of {seen}, which BatchNorm needs; use "
+            "fewer parts or a larger batch",
+            "accumulate",
+        )
+        for name, value in (("awp", self.awp), ("balance", self.balance)):
+            check(
+                self.accumulate == 1 or value == 0,
+                f"{name} {value:g} looks at a whole batch at once, but accumulate {self.accumulate} computes it in "
+                "parts; leave out one of them",
+                "accumulate",
+                name,
+            )
         check(
             self.limit_train is None or self.limit_train >= self.batch_size,
             f"limit_train must be at least one batch ({self.batch_size}), got {self.limit_train}",

@@ -48,10 +48,13 @@ class Place(NamedTuple):
     """Position of its first image."""
     total: int
     """Images of all ranks."""
+    every: int = 1
+    """From one of its images to the next: a micro-batch has every k-th."""
 
 
 _world = World()
 _store: Store | None = None
+_placed: tuple[Place, int] | None = None
 
 
 def world() -> World:
@@ -258,6 +261,27 @@ def own_rows(num_images: int, batch_size: int, first_batch: int = 0) -> NDArray[
     rows = np.arange(first_batch * batch_size, num_images, dtype=np.int64)
     mine: NDArray[np.int64] = rows[(rows // batch_size - first_batch) % _world.size == _world.rank]
     return mine
+
+
+@contextmanager
+def placing(place: Place | None, images: int) -> Iterator[None]:
+    """Inside, networks know where the batch that they see, of so many images, lies in the union."""
+    global _placed
+    before, _placed = _placed, None if place is None else (place, images)
+    try:
+        yield
+    finally:
+        _placed = before
+
+
+def positions(rows: int, device: torch.device) -> Tensor:
+    """Position of each row of the batch in the union batch; of each image's rows, where it has several."""
+    if _placed is None:
+        return torch.arange(rows, device=device)
+    place, images = _placed
+    of_image = rows // max(images, 1)
+    first = place.first + place.every * torch.arange(images, device=device)
+    return (of_image * first[:, None] + torch.arange(of_image, device=device)).flatten()
 
 
 def sum_up(tensors: Sequence[Tensor]) -> None:

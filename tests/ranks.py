@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -18,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from runs import TRAIN as OF_RUNS
 
 from advmoe.cli import reproduce
 from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.digits import load_digits
 from advmoe.data.loader import Batch
-from advmoe.data.sets import ImageSet
-from advmoe.data.sources import Dataset
+from advmoe.data.sets import EncodedSet, ImageSet
+from advmoe.data.sources import Dataset, load_dataset
 from advmoe.distributed import Place, gather, joined, world
 from advmoe.errors import AdvMoEError
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
@@ -37,6 +39,7 @@ from advmoe.training.levels import make_levels
 from advmoe.training.loop import Trainer
 from advmoe.training.observer import Unwatched
 from advmoe.training.run_folder import RunFolder
+from advmoe.training.split import split_dataset
 from advmoe.training.steps import adversarial_update
 
 CPU = torch.device("cpu")
@@ -55,8 +58,35 @@ CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
         ModelConfig(arch="vit", kind="moe", width=1 / 6, depth=2),
         dataclasses.replace(TRAIN, router_step="reuse", router_share=0.5),
     ),
+    # A sampled gate compares each image with an expert that its position in the union decides.
+    "parts": (
+        ModelConfig(arch="vgg16", kind="moe", width=0.0625, num_experts=3, router_gradient="sampled"),
+        dataclasses.replace(TRAIN, router_step="reuse", router_share=0.5, accumulate=2),
+    ),
+    "skipping": (
+        ModelConfig(arch="vgg16", kind="s_dense", width=0.0625, num_classes=2),
+        dataclasses.replace(TRAIN, dataset="folder", method="standard", skip_bad_images=True, val_fraction=0.2),
+    ),
 }
 """Every way in which a step looks at its whole batch."""
+
+
+def pictures(path: Path, *, damaged: int) -> Dataset:
+    """40 small pictures in two classes, of which some of the training images cannot be decoded."""
+    if world().leads:
+        generator = np.random.default_rng(0)
+        for number in range(40):
+            file = path / "train" / "ab"[number % 2] / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+        shutil.copytree(path / "train", path / "val")
+        whole = load_dataset("folder", path)
+        assert isinstance(whole.train, EncodedSet)
+        files = sorted((path / "train").glob("*/*.png"))
+        for row in split_dataset(whole, CASES["skipping"][1]).train_indices[:damaged]:
+            files[row].write_bytes(files[row].read_bytes()[:100])
+    gather(None)
+    return load_dataset("folder", path)
 
 
 def digits() -> Dataset:
@@ -77,7 +107,9 @@ class Stopping(Unwatched):
             self.trainer.request_stop()
 
 
-def train(case: str, path: Path, *, stop_after: int = 0, resume: bool = False, **changes: Any) -> Trainer:
+def train(
+    case: str, path: Path, *, stop_after: int = 0, resume: bool = False, damaged: int = 3, **changes: Any
+) -> Trainer:
     """Train one of the cases in double precision, where rounding does not hide or fake a difference."""
     model, config = CASES[case]
     torch.set_default_dtype(torch.float64)
@@ -88,7 +120,7 @@ def train(case: str, path: Path, *, stop_after: int = 0, resume: bool = False, *
             trainer = Trainer(
                 model,
                 dataclasses.replace(config, **changes),
-                digits(),
+                digits() if case != "skipping" else pictures(path.with_name(f"{path.name}-pictures"), damaged=damaged),
                 folder,
                 device=CPU,
                 observer=observer,
@@ -167,6 +199,7 @@ def two(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {case: bits(train(case, folder / "two" / case)) for case in CASES}
     for where in ("attack", "loss"):
         found[f"nan in {where}"] = update_with_nan(where)
+    found["damaged"] = failure(lambda: train("skipping", folder / "damaged", damaged=1, skip_bad_images=False))
     found["suite"] = suite(folder / "suite-two.npz")
     found["suite goes on"] = suite(folder / "suite-two.npz", batches_done=1)
     found["reproduce"] = reproduced(folder / "work")

@@ -14,6 +14,7 @@ from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
 from advmoe.training import memory
 from advmoe.training.memory import Memory, activations, check_memory, estimate, validation_batch
+from advmoe.world import World
 
 
 class Small(nn.Module):
@@ -33,7 +34,9 @@ def test_activations_are_what_the_backward_pass_needs_and_no_weights() -> None:
     assert activations(Small(), 8) == 4 * (3 + 5) * 64  # type: ignore[arg-type]
 
 
-def test_an_estimate_grows_with_the_batch_and_the_passes(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+def test_an_estimate_grows_with_the_batch_and_the_passes(
+    tiny_vgg: Callable[..., RoutedNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_vgg()
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -48,6 +51,11 @@ def test_an_estimate_grows_with_the_batch_and_the_passes(tiny_vgg: Callable[...,
     assert needed(ema=0.9) - needed() == weights
     assert needed() - 8 * one_image == 3 * weights, "with gradients and momentum"
     assert needed(loss="pgd_at") < 0.6 * needed()
+    # the images of a batch in parts lie there at once, what is kept for the backward pass only of one part
+    assert needed(batch_size=8) - needed(batch_size=8, accumulate=4) == 6 * 2 * activations(model, 32)
+    monkeypatch.setattr(memory, "world", lambda: World(rank=1, size=3))
+    assert needed(batch_size=8) == needed(batch_size=9), "three ranks share 8 images as 2, 3 and 3"
+    assert needed(batch_size=9) - 3 * one_image == 3 * weights
     assert model.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -79,7 +87,7 @@ def test_a_run_that_cannot_fit_writes_nothing(digits: Dataset, tmp_path: Path, m
     monkeypatch.setattr(memory, "available", lambda device: 10**6)
     with pytest.raises(ConfigError, match="use smaller ones") as caught:
         train(digits, tmp_path / "run", model=MODEL, observer=Observer())
-    assert caught.value.options == ("batch_size", "image_size", "width")
+    assert caught.value.options == ("batch_size", "accumulate", "image_size", "width")
     assert not (tmp_path / "run").exists()
 
 
@@ -92,6 +100,14 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   7 kB\n")
     assert memory._free_of_machine(tmp_path / "meminfo") == 7 * 1024
     assert memory._free_of_machine(tmp_path / "none") is None
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_free_of_machine", lambda _: 9000)
+    monkeypatch.setattr(memory, "_free_of_group", lambda _: 8000)
+    assert memory.available(torch.device("cpu")) == 8000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available(torch.device("cpu")) == 2000
 
 
 def test_large_images_are_validated_in_batches_no_larger_than_those_of_training() -> None:

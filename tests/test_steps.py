@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import advmoe
 from advmoe.attacks.pgd import kl_objective, pgd, plain, starting_point
 from advmoe.config import AttackConfig, RouterStep, TrainConfig
 from advmoe.data.loader import Batch
@@ -217,6 +218,72 @@ def test_a_share_of_the_routers_batch_is_attacked_and_learned_from(model: Routed
     run("advmoe", model, part, batch(2), config=config)
     run("advmoe", reference, Batch(*(each[::4] for each in part[:3])), batch(2))
     assert same(dict(model.state_dict()), dict(reference.state_dict()))
+
+
+@pytest.mark.parametrize(("method", "loss"), [("at", "trades"), ("at", "pgd_at"), ("standard", "trades")])
+def test_a_batch_in_parts_is_the_batch_where_no_image_depends_on_others(method: str, loss: str) -> None:
+    torch.set_default_dtype(torch.float64)  # an attack's sign would make rounding large
+    try:
+        torch.manual_seed(0)
+        whole = advmoe.create_model("vit", kind="dense", width=1 / 6, depth=1)
+        part = batch(1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    part = part._replace(images=part.images.double())
+    in_parts = copy.deepcopy(whole)
+    config = dataclasses.replace(CONFIG, method=method, loss=loss, accumulate=3)  # type: ignore[arg-type]
+    (cut,) = run(method, in_parts, part, config=config)  # 3, 3 and 2 images
+    (one,) = run(method, whole, part, config=dataclasses.replace(config, accumulate=1))
+    assert cut is not None
+    assert one is not None
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(in_parts.state_dict()[name], value, rtol=1e-11, atol=1e-12, msg=name)
+    torch.testing.assert_close(cut.loss, one.loss)
+    assert (cut.images, cut.clean_correct, cut.adversarial_correct) == (8, one.clean_correct, one.adversarial_correct)
+
+
+def test_batchnorm_normalizes_by_a_part_and_takes_in_each(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    """By hand: the parts' gradients, each weighted by its share, add up; then one step."""
+    model, images = tiny_vgg(kind="s_dense"), batch(1)
+    reference = copy.deepcopy(model)
+    config = dataclasses.replace(CONFIG, method="standard", accumulate=3)
+    run("standard", model, images, config=config)
+    optimizer = torch.optim.SGD(
+        reference.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    for part in range(3):
+        logits = reference(images.images[part::3])
+        (F.cross_entropy(logits, images.labels[part::3], reduction="sum") / 8).backward()
+    optimizer.step()
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    counts = {int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert counts == {3}
+
+
+def test_routes_of_a_batch_in_parts_are_in_the_order_of_its_images(model: RoutedNetwork) -> None:
+    part = batch(1)
+    config = dataclasses.replace(CONFIG, accumulate=3, lr=1e-9)
+    expected = [copy.deepcopy(model).train().forward_with_routing(part.images[k::3])[1].expert_index_BL for k in (0, 1)]
+    result = adversarial_update(make_levels(["all"], model, config, fresh=False)[0], part, config, noise_of(part))
+    assert torch.equal(result.routing.expert_index_BL[0::3], expected[0])
+    assert result.routing.expert_index_BL.shape == (8, 12)
+    assert result.adversarial_routing is not None
+    assert result.adversarial_routing.expert_index_BL.shape == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 5}, "accumulate 5 leaves fewer than 2 images in a part of 8"),
+        ({"accumulate": 2, "router_share": 0.25}, "accumulate 2 leaves fewer than 2 images in a part of 2"),
+        ({"accumulate": 2, "awp": 0.01}, "awp 0.01 looks at a whole batch at once"),
+        ({"accumulate": 2, "balance": 0.1}, "balance 0.1 looks at a whole batch at once"),
+    ],
+)
+def test_what_cannot_be_computed_in_parts_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("router_step", ["exact", "reuse"])

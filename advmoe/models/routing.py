@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from advmoe.config import RouterGradient
+from advmoe.distributed import positions
 
 Signal = Literal["own", "mean", "all", "sampled"]
 """Factor of the gate's gradient (`Decision.gate`)."""
@@ -121,7 +122,7 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     if not sampled and number > 2:
         gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, relative)
         return decision._replace(gate=gate_BN, signal="all")
-    turn_B = torch.arange(len(chosen_B), device=chosen_B.device) % (number - 1)  # batches are shuffled
+    turn_B = positions(len(chosen_B), chosen_B.device) % (number - 1)  # batches are shuffled
     other_B = (chosen_B + 1 + turn_B) % number
     gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], relative)
     return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)

@@ -25,7 +25,7 @@ from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sets import Dataset
 from advmoe.data.views import training_transform
 from advmoe.device import read
-from advmoe.distributed import any_rank, equalize, from_leader, world
+from advmoe.distributed import any_rank, equalize, from_leader, together, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
@@ -121,7 +121,7 @@ class Trainer:
                 "use a smaller batch size",
                 "batch_size",
             )
-        self.memory, doubt = check_memory(self.model, config, model_config.image_size)
+        self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
         self.step = 0
         self.schedule = Schedule(self.method.phases, config.epochs, self.steps_per_epoch)
         self.selection = Selection()
@@ -335,9 +335,9 @@ class Trainer:
     def _remaining_batches(self) -> Iterator[list[Batch]]:
         first, start = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, self.schedule.epochs):
-            streams = [loader.epoch(epoch, start_batch=start) for loader in self.loaders]
+            streams = zip(*(loader.epoch(epoch, start_batch=start) for loader in self.loaders), strict=False)
             done = start
-            for own in zip(*streams, strict=False):
+            while own := together(lambda: next(streams, None)):  # noqa: B023
                 batches = placed(own, self.config.batch_size, counted=self.config.skip_bad_images)
                 if any(batch.place is not None and not batch.place.total for batch in batches):
                     break

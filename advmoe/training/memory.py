@@ -7,6 +7,8 @@ backbone and engine.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from advmoe.config import TrainConfig
+from advmoe.distributed import world
 from advmoe.errors import ConfigError
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -63,15 +66,16 @@ def activations(model: RoutedNetwork, image_size: int) -> int:
 
 
 def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memory:
-    """The memory of one step of a run, and the free memory of its device."""
+    """The memory of one rank in one step of a run, and the free memory of its device."""
     device = model.mean.device
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     copies = 2 + bool(config.momentum) + bool(config.ema) + bool(config.awp)
     passes = 1 if config.method == "standard" or config.loss != "trades" else 2
     image = 2 * passes * 3 * 4 * image_size**2
-    per_image = passes * activations(model, image_size) + image
+    kept = passes * activations(model, image_size)
     here = weights  # the weights are already allocated
-    needed = copies * weights + config.batch_size * per_image
+    own = math.ceil(config.batch_size / world().size)
+    needed = copies * weights + math.ceil(own / config.accumulate) * kept + own * image
     left = available(device)
     return Memory(needed, None if left is None else left + here)
 
@@ -87,9 +91,10 @@ def available(device: torch.device) -> int | None:
     """Free bytes of a device, or of this process's share of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, which share this machine's memory
     limits = [_free_of_machine(Path("/proc/meminfo")), _free_of_group(Path("/sys/fs/cgroup"))]
     known = [limit for limit in limits if limit is not None]
-    return min(known, default=None)
+    return min(known) // ranks if known else None
 
 
 def _free_of_machine(path: Path) -> int | None:
@@ -116,7 +121,10 @@ def check_memory(model: RoutedNetwork, config: TrainConfig, image_size: int) -> 
     memory = estimate(model, config, image_size)
     if memory.available is None or HEADROOM * memory.needed <= memory.available:
         return memory, None
-    smaller = f"{memory} with batches of {config.batch_size} images of {image_size} pixels; use smaller ones"
+    smaller = (
+        f"{memory} with batches of {config.batch_size} images of {image_size} pixels; "
+        "use smaller ones, or compute each batch in parts"
+    )
     if memory.needed > memory.available:
-        raise ConfigError(smaller, "batch_size", "image_size", "width")
+        raise ConfigError(smaller, "batch_size", "accumulate", "image_size", "width")
     return memory, f"{smaller} if the run is killed"

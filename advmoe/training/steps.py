@@ -5,6 +5,7 @@ Shape suffixes: B batch, L MoE layers, N experts, R routers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain
 from advmoe.attacks.relaxations import mixture_view
 from advmoe.config import TrainConfig
 from advmoe.data.loader import Batch
-from advmoe.distributed import Place
+from advmoe.distributed import Place, placing
 from advmoe.models.modes import evaluating, submodules
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
@@ -26,7 +27,7 @@ from advmoe.training.awp import perturbed_weights
 from advmoe.training.guard import Kept, statistics, take_step
 from advmoe.training.levels import Level
 from advmoe.training.losses import load_balance, trades
-from advmoe.training.union import part_of_union, sum_gradients
+from advmoe.training.union import micro_batches, part_of_union, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Attacked(NamedTuple):
     """Whether all logits and gradients of the attack were finite, bool []. If not, the images are not adversarial."""
 
 
+Passes = Callable[[Batch, slice], tuple[Tensor, StepResult]]
+"""(a part of a batch, its rows in the batch) -> this rank's part of the loss of the union, and what was seen."""
+
+
 def training_attack(
     model: RoutedNetwork,
     images: Tensor,
@@ -70,21 +75,31 @@ def training_attack(
     of the model itself.
     """
     with evaluating(model), arithmetic(images, half=config.precision != "fp32"):
-        if config.loss == "trades":
-            with torch.no_grad():
-                objective = kl_objective(model(images))
-        else:
-            objective = cross_entropy_objective(labels)
-        forward = plain(model)
-        if config.attack_routing == "mixture":
-            forward = mixture_view(model)
-        elif config.attack_routing == "margin":
-            with torch.no_grad():
-                clean = model.forward_with_routing(images)[1]
-            forward = disturbed_view(model, clean.expert_index_BL)
-            objective = disturbing(objective, model.config.num_classes)
         start = starting_point(images, config.attack, generator, place)
-        return pgd(forward, images, objective, config.attack, start=start, sound=sound)
+        if config.accumulate == 1:
+            return _attack(model, images, labels, start, config, sound)
+        number = config.accumulate
+        parts = zip(images.chunk(number), labels.chunk(number), start.chunk(number), strict=True)
+        return torch.cat([_attack(model, *part, config=config, sound=sound) for part in parts])
+
+
+def _attack(
+    model: RoutedNetwork, images: Tensor, labels: Tensor, start: Tensor, config: TrainConfig, sound: Tensor | None
+) -> Tensor:
+    if config.loss == "trades":
+        with torch.no_grad():
+            objective = kl_objective(model(images))
+    else:
+        objective = cross_entropy_objective(labels)
+    forward = plain(model)
+    if config.attack_routing == "mixture":
+        forward = mixture_view(model)
+    elif config.attack_routing == "margin":
+        with torch.no_grad():
+            clean = model.forward_with_routing(images)[1]
+        forward = disturbed_view(model, clean.expert_index_BL)
+        objective = disturbing(objective, model.config.num_classes)
+    return pgd(forward, images, objective, config.attack, start=start, sound=sound)
 
 
 def arithmetic(images: Tensor, *, half: bool) -> AbstractContextManager[object]:
@@ -134,27 +149,77 @@ def attacked(model: RoutedNetwork, batch: Batch, config: TrainConfig, generator:
 
 def robust_update(level: Level, batch: Batch, adversarial: Attacked, config: TrainConfig) -> StepResult:
     """One descent step of the level on the robust loss of a batch and its adversarial images."""
+    return descend(
+        level,
+        batch,
+        lambda part, rows: robust_loss(level, part, adversarial.images[rows], config),
+        config,
+        sound=adversarial.finite,
+    )
+
+
+def descend(
+    level: Level, batch: Batch, passes: Passes, config: TrainConfig, *, sound: Tensor | None = None
+) -> StepResult:
+    """One descent step of the level on a loss of a batch, whose micro-batches are computed one after another.
+
+    Args:
+        level: what is updated.
+        batch: this rank's.
+        passes: computes the loss of a part of the batch.
+        config: says how many micro-batches there are, and the size of weight perturbations.
+        sound: bool []; false where the step must not be taken. None: nothing is known against it.
+    """
     before = Kept(statistics(submodules(level.model)))
+    losses, results = [], []
     with level.training():
         level.optimizer.zero_grad(set_to_none=True)
-        worst: AbstractContextManager[None] = nullcontext()
-        if config.awp:
-            worst = perturbed_weights(
-                level.model,
-                level.parameters,
-                lambda: robust_loss(level, batch, adversarial.images, config)[0],
-                config.awp,
-            )
-        with worst:
-            loss, result = robust_loss(level, batch, adversarial.images, config)
-            loss.backward()
-        loss = torch.where(adversarial.finite, loss.detach(), torch.nan)
-        return replace(result, finite=update(level, loss, before))
+        for part, rows in micro_batches(batch, config.accumulate):
+            with placing(part.place, len(part.labels)), _perturbed(level, part, rows, passes, config.awp):
+                loss, result = passes(part, rows)
+                loss.backward()
+            losses.append(loss.detach())
+            results.append((rows, result))
+        own = torch.stack(losses).sum()
+        if sound is not None:
+            own = torch.where(sound, own, torch.nan)
+        total = sum_gradients((parameter.grad for parameter in level.parameters), own)
+        finite = take_step(level, total, before)
+    return replace(_whole(len(batch.labels), results), finite=finite)
 
 
-def update(level: Level, loss: Tensor, before: Kept) -> Tensor:
-    """Add up this step's gradients and its loss over all ranks, and take the step if they are finite."""
-    return take_step(level, sum_gradients((parameter.grad for parameter in level.parameters), loss), before)
+def _perturbed(level: Level, part: Batch, rows: slice, passes: Passes, gamma: float) -> AbstractContextManager[None]:
+    """Adversarial weight perturbation, if there is any."""
+    if not gamma:
+        return nullcontext()
+    return perturbed_weights(level.model, level.parameters, lambda: passes(part, rows)[0], gamma)
+
+
+def _whole(images: int, parts: Sequence[tuple[slice, StepResult]]) -> StepResult:
+    """What the parts of a batch saw, together."""
+    first = parts[0][1]
+    if len(parts) == 1:
+        return first
+
+    def joined(routings: Sequence[Routing]) -> Routing:
+        whole_BL = torch.empty_like(routings[0].expert_index_BL).resize_(images, *routings[0].expert_index_BL.shape[1:])
+        for (rows, _), routing in zip(parts, routings, strict=True):
+            whole_BL[rows] = routing.expert_index_BL
+        return Routing(whole_BL, None)
+
+    seen = [result for _, result in parts]
+    loss = torch.stack([result.loss * result.images for result in seen if result.images] or [first.loss]).sum()
+    adversarial = [result.adversarial_routing for result in seen if result.adversarial_routing is not None]
+    correct = [result.adversarial_correct for result in seen if result.adversarial_correct is not None]
+    return StepResult(
+        loss / max(images, 1),
+        images,
+        torch.stack([result.clean_correct for result in seen]).sum(),
+        torch.stack(correct).sum() if correct else None,
+        joined([result.routing for result in seen]),
+        joined(adversarial) if adversarial else None,
+        first.finite,
+    )
 
 
 def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
@@ -163,7 +228,7 @@ def part_of(batch: Batch, share: float) -> tuple[Batch, Tensor | slice]:
     Batches are shuffled, so evenly spaced images are a random choice, and all ranks have equally
     many of them.
     """
-    first, total = batch.place or Place(0, len(batch.labels))
+    first, total, _ = batch.place or Place(0, len(batch.labels))
     number = max(2, round(share * total))
     if number >= total:
         return batch, slice(None)
@@ -184,14 +249,13 @@ def _positions(of: range, total: int, number: int, device: torch.device) -> Tens
 
 def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResult:
     """One descent step on the cross-entropy of clean images."""
-    before = Kept(statistics(submodules(level.model)))
-    with level.training():
-        level.optimizer.zero_grad(set_to_none=True)
-        with arithmetic(batch.images, half=config.precision == "bf16"):
-            logits, routing = level.model.forward_with_routing(batch.images)
-        loss = F.cross_entropy(logits, batch.labels)
-        own = part_of_union(loss, batch)
-        own.backward()
-        finite = update(level, own, before)
-    correct = (logits.argmax(dim=1) == batch.labels).sum()
-    return StepResult(loss.detach(), len(batch.labels), correct, None, routing, None, finite)
+
+    def passes(part: Batch, _: slice) -> tuple[Tensor, StepResult]:
+        with arithmetic(part.images, half=config.precision == "bf16"):
+            logits, routing = level.model.forward_with_routing(part.images)
+        loss = F.cross_entropy(logits, part.labels)
+        correct = (logits.argmax(dim=1) == part.labels).sum()
+        result = StepResult(loss.detach(), len(part.labels), correct, None, routing, None, loss.isfinite())
+        return part_of_union(loss, part), result
+
+    return descend(level, batch, passes, config)

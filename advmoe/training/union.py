@@ -41,6 +41,24 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
     ]
 
 
+def micro_batches(batch: Batch, number: int) -> list[tuple[Batch, slice]]:
+    """The parts of a batch that are computed one after another, and their rows in it.
+
+    They take turns with the positions in the union of all ranks' batches. So each rank has its share of each part, and
+    the parts are the same images in every world.
+    """
+    if number == 1:
+        return [(batch, slice(None))]
+    own = batch.place or Place(0, len(batch.labels))
+    parts = []
+    for part in range(number):
+        first = (part - own.first) % number
+        rows = slice(first, None, number)
+        place = Place(own.first + first, own.total, number)
+        parts.append((Batch(batch.images[rows], batch.labels[rows], batch.indices[rows], place), rows))
+    return parts
+
+
 def part_of_union(loss: Tensor, batch: Batch) -> Tensor:
     """This rank's part of the mean loss over the union, computed from the mean loss of its batch."""
     if batch.place is None:
