@@ -19,6 +19,8 @@ SUFFIXES = (".py", ".rs", ".ipynb", ".toml", ".json", ".svg", ".j2", ".html", ".
 NOT_OURS = ("runs/", "results/small/NETWORK/")
 """Beginnings of paths that a user's files have."""
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--model-repository"}
+FOREIGN |= {"--max-restarts", "--rdzv-id", "--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
+FOREIGN |= {"--cpus-per-task", "--time", "--requeue", "--signal"}
 FOREIGN |= {
     "--silent",
     "--fail",
