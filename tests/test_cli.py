@@ -78,6 +78,17 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"\b{command}\b", help_text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [(["predict", "m.onnx"], "advmoe predict"), (["train", "--bogus"], "advmoe train"), (["--bogus"], "advmoe")],
+)
+def test_a_mistake_points_to_the_help_of_its_command(
+    arguments: list[str], where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.endswith(f"; see '{where} --help'\n")
+
+
 def test_help_and_mistaken_options_do_not_wait_for_torch() -> None:
     script = f"""
 import sys

@@ -14,6 +14,7 @@ from advmoe_export import Session
 from PIL import Image
 
 from advmoe.cli.app import main
+from advmoe.cli.predict import pathway_text
 from advmoe.data.pictures import find_pictures
 from advmoe.errors import DataError
 from advmoe.models.network import RoutedNetwork
@@ -131,6 +132,10 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_make_the_exit_code_1
     assert lines[2] == "error: 2 of 3 images could not be read and were skipped"
     assert main(["predict", "model.onnx", str(tmp_path), "--csv"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2  # names, and the row of 2.png
+
+
+def test_a_pathway_is_written_without_spaces_where_experts_have_one_digit() -> None:
+    assert (pathway_text([0, 1, 9]), pathway_text([0, 10, 2]), pathway_text(None)) == ("019", "0 10 2", "-")
 
 
 def test_two_forms_of_output_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

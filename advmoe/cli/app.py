@@ -129,7 +129,9 @@ def run(arguments: Sequence[str] | None) -> int:
         message = error.format_message() or str(error)
         if not message.strip():  # bare `advmoe`: the help has been shown
             return 1
-        fail(f"{message.rstrip('.')}; see 'advmoe --help'")
+        context = getattr(error, "ctx", None)
+        command = "" if context is None or context.parent is None else f" {context.info_name}"
+        fail(f"{message.rstrip('.')}; see 'advmoe{command} --help'")
         return 1
     except AdvMoEError as error:
         if os.environ.get("ADVMOE_TRACEBACK"):

@@ -129,11 +129,18 @@ def show(title: str, predictions: Sequence[Mapping[str, Any]]) -> None:
         (
             prediction["image"],
             ", ".join(f"{entry['label']} {entry['probability']:.3f}" for entry in prediction["top"]),
-            "-" if prediction["pathway"] is None else " ".join(map(str, prediction["pathway"])),
+            pathway_text(prediction["pathway"]),
         )
         for prediction in predictions
     ]
     console.show_table(title, ("image", "prediction", "pathway (expert of each MoE layer)"), rows)
+
+
+def pathway_text(pathway: Sequence[int] | None) -> str:
+    """The experts of all layers, without spaces where each has one digit."""
+    if pathway is None:
+        return "-"
+    return ("" if max(pathway, default=0) < 10 else " ").join(map(str, pathway))
 
 
 def show_csv(predicting: Predicting, paths: Sequence[Path]) -> None:
