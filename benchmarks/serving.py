@@ -1,4 +1,4 @@
-"""What serving a mixture of experts costs against serving S-Dense (the size of one pathway).
+"""Compare serving an MoE-CNN with serving S-Dense (the size of one pathway).
 
 Each model has a server process with one thread. Clients send single images as raw tensors. First
 both servers are saturated, which gives the throughput. Then requests arrive as a Poisson process, at
@@ -92,7 +92,7 @@ def request_bytes(kind: str, image: np.ndarray) -> bytes:
 
 
 class Client:
-    """Keeps connections open, and sends one request at a time on each."""
+    """A client that keeps connections open, and sends one request at a time on each."""
 
     def __init__(self, port: int, requests: list[bytes]) -> None:
         self._port, self._requests = port, requests
@@ -117,7 +117,7 @@ class Client:
 
 @dataclass
 class Answers:
-    """What the requests of one model at one rate got."""
+    """The answers to the requests for one model at one rate."""
 
     latencies: list[float] = field(default_factory=list)
     refused: int = 0
@@ -138,7 +138,7 @@ class Answers:
 
 
 async def saturate(client: Client, seconds: float) -> Answers:
-    """Keep `CONNECTIONS` requests under way."""
+    """Keep `CONNECTIONS` requests running at the same time."""
     client.close()
     answers, loop = Answers(), asyncio.get_running_loop()
     begin = loop.time()

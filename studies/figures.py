@@ -1,14 +1,15 @@
-"""Figs. 4 to 6 of the paper from the study's runs: what an attack does to routers, and pathways against a mask.
+"""Draw Figs. 4 to 6 of the paper for the runs of the study: attacked routers, and pathways compared with a mask.
 
-    python studies/figures.py --data-dir DATA --runs runs/study        # draws what is there, names what is not
+    python studies/figures.py --data-dir DATA --runs runs/study        # draws existing results, and names missing ones
 
-Every finished routed run is attacked by PGD once more, on the first test images. What came of it is stored as
-`results/small/NETWORK/routing/SETTING-SEED.json`; a run that has this file is not attacked again. Figures are drawn
-from these files alone.
+The script attacks every finished routed run by PGD on the first test images. It stores the result in
+`results/small/NETWORK/routing/SETTING-SEED.json`. A run with such a file is not attacked again. The figures use these
+files only.
 
-The mask of Fig. 6 is that of the run `sparse`. Where there is none it consists of the channels of `dense` with the
-largest weights, with which AT (Sparse) begins. Neither shares an order of channels with an MoE network that was trained
-from scratch, and an upcycled one gives all experts the same channels of Dense. So an IoU of 1/3 is chance at r = 0.5.
+The mask of Fig. 6 belongs to the run `sparse`. Without this run, the mask consists of the channels of `dense` with the
+largest weights, with which AT (Sparse) starts. Neither mask shares an order of channels with an MoE network that was
+trained from scratch. In an upcycled network all experts have the same channels of Dense. An IoU of 1/3 is therefore
+chance at r = 0.5.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ from advmoe.training.schedule import Schedule
 from advmoe.training.start import start_from
 
 SHOWN = ("at_moe", "advmoe_dense", "advmoe_batch")
-"""Settings in the figures: AT (MoE), and the first AdvMoE of these that there is."""
+"""Settings in the figures: AT (MoE), and the first existing AdvMoE of this list."""
 
 
 def finished(runs: Path, name: str, seed: int) -> Checkpoint | None:
-    """The last weights of a run, if it has come to its end."""
+    """The last checkpoint of a run; None if the run is missing or not finished."""
     path = runs / f"{name}-{seed}" / "last.pt"
     if not path.exists():
         return None
@@ -58,7 +59,7 @@ def finished(runs: Path, name: str, seed: int) -> Checkpoint | None:
 
 
 def mask(runs: Path, seed: int) -> tuple[RoutedNetwork, str] | None:
-    """A Sparse-CNN whose mask is compared with, and where it comes from."""
+    """A Sparse-CNN with the mask of Fig. 6, and the origin of the mask."""
     sparse, dense = (finished(runs, name, seed) for name in ("sparse", "dense"))
     if sparse is not None:
         return sparse.build(), "AT (Sparse)"
@@ -70,7 +71,7 @@ def mask(runs: Path, seed: int) -> tuple[RoutedNetwork, str] | None:
 
 
 def routing(checkpoint: Checkpoint, images: ImageSet, attack: AttackConfig, seed: int, runs: Path) -> dict[str, Any]:
-    """What PGD does to the routing of a run."""
+    """The routing of a run, clean and under PGD, and its statistics."""
     model = checkpoint.build()
     suite = SuiteConfig(attack=attack, routing=False, diagnosed=0)
     log = route_log(run_suite(model, images, suite, seed=seed), model)

@@ -5,12 +5,13 @@
     python studies/small.py --network vgg16                             # the first, shorter setting
     python studies/small.py --smoke                                     # embedded digits, seconds
 
-A cell that is done is one file, `results/small/NETWORK/SETTING-SEED.json`, and is skipped; one that was interrupted
-goes on from its last checkpoint. So the same command can run in the background, be stopped, and be repeated.
+The result of a cell is one file, `results/small/NETWORK/SETTING-SEED.json`. A cell with a file is skipped. An
+interrupted cell continues from its last checkpoint. The same command can therefore be stopped and repeated.
 
-Every network has the same images, epochs, schedule and attack in training. Its last weights count: nothing is chosen on
-any image. Test images are used once: SA, RA by PGD, and for routed networks the worst over all views of the routing and
-the route attack, and three controls. `correct` says of each image whether it was classified correctly.
+All networks have the same images, epochs, schedule and attack in training. The last weights are tested, so no image
+influences the choice of weights. Test images are used once, for SA and RA under PGD. For routed networks they are also
+used for the views of the routing, the route attack and three controls. `correct` stores whether each image was
+classified correctly.
 
 Shape suffixes: B batch, L MoE layers, M pathways.
 """
@@ -86,8 +87,8 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
 EQUAL_TIME = {"s_dense_time": "s_dense", "at_moe_time": "at_moe", "advmoe_cheap_time": "advmoe_cheap"}
-"""Settings that get as many epochs of the setting beside them as fit in the time of `SLOWEST`, by the seconds of the
-processor that the two took with the same seed."""
+"""Settings trained for equal time: name -> the trained setting. The number of epochs is the one that fits in the time of
+`SLOWEST`, in CPU seconds with the same seed."""
 SLOWEST = "advmoe_dense"
 SETTINGS |= {name: SETTINGS[of] for name, of in EQUAL_TIME.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense", "shared")
@@ -221,7 +222,7 @@ def per_cent(values: Tensor) -> float:
 
 
 def epochs_of(name: str, seed: int, options: argparse.Namespace) -> int | None:
-    """Epochs of a cell; None where they depend on times that are not there yet."""
+    """Number of epochs of a cell; None if it depends on times that are not measured yet."""
     epochs = NETWORKS[options.network][1]
     if name not in EQUAL_TIME:
         return epochs

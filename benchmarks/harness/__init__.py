@@ -1,4 +1,4 @@
-"""What the benchmarks share: their two options, CPU time, the machine's description and the output."""
+"""Shared code of the benchmarks: their two options, CPU time, a description of the machine, and the output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cpu(work: Callable[[], Any]) -> float:
 
 
 def machine() -> dict[str, str]:
-    """Machine and versions, as entries of the figures."""
+    """A description of the machine, and versions, for the JSON object of a benchmark."""
     return {
         "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": f"advmoe {advmoe.__version__}, torch {torch.__version__}",
@@ -39,7 +39,7 @@ def machine() -> dict[str, str]:
 
 
 def emit(figures: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the figures: one JSON object, or a line each."""
+    """Print the figures as one JSON object, or one per line."""
     if as_json:
         print(json.dumps(figures))
         return
