@@ -87,8 +87,8 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
 EQUAL_TIME = {"s_dense_time": "s_dense", "at_moe_time": "at_moe", "advmoe_cheap_time": "advmoe_cheap"}
-"""Settings trained for equal time: name -> the trained setting. The number of epochs is the one that fits in the time of
-`SLOWEST`, in CPU seconds with the same seed."""
+"""Settings trained for equal time: name -> the trained setting. Its number of epochs is the one that fits in the time
+of `SLOWEST`, in CPU seconds with the same seed."""
 SLOWEST = "advmoe_dense"
 SETTINGS |= {name: SETTINGS[of] for name, of in EQUAL_TIME.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense", "shared")
