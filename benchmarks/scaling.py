@@ -1,14 +1,14 @@
-"""What a step costs with one and with two processes, how much of it is communication, and what that means for more.
+"""Measure a training step with one and with two processes, and extrapolate it to more processes.
 
-Each process has a batch of its own, so that the work of a process stays the same and an ideal machine takes no longer
-with more of them. One and two processes are measured on this machine, over gloo. For 8 and 64 the same step is
-extrapolated by a model, and nothing else:
+Each process has its own batch. The work of a process is therefore constant, and on an ideal machine a step takes the
+same time with any number of processes. One and two processes are measured on this machine, over gloo. The figures for 8
+and 64 processes are not measured. They follow from this model:
 
     seconds(W) = seconds(1) + exchanges * latency * log2(W) + 2 (W - 1) / W * bytes / bandwidth
 
-`exchanges` and `bytes` are counted in a step. `latency` is that of a small all-reduce of two processes, `bandwidth`
-that of one of 8 MB, where each process sends and receives as much as it has. The seconds of communication that are
-measured contain the time for which one process waits for the other.
+`exchanges` and `bytes` are counted in a step. `latency` is the time of a small all-reduce of two processes. `bandwidth`
+is measured by an all-reduce of 8 MB, where each process sends and receives all its data. The measured seconds of
+communication include the time that one process waits for the other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EXTRAPOLATED = (8, 64)
 
 @dataclass
 class Traffic:
-    """What went over the wire in one step."""
+    """The exchanges of one step."""
 
     exchanges: int = 0
     bytes: int = 0
@@ -87,7 +87,7 @@ def counted(traffic: Traffic) -> Iterator[None]:
 
 
 def median_seconds(action: Callable[[int], object], rounds: int) -> float:
-    """Of one call, begun by all processes together; the first one warms up."""
+    """Median seconds of a call that all processes start together, after one warm-up call."""
     taken = []
     for number in range(rounds + 1):
         gather(None)
@@ -98,7 +98,7 @@ def median_seconds(action: Callable[[int], object], rounds: int) -> float:
 
 
 def measure(kind: Kind, method: MethodName, width: float, images: int, rounds: int) -> dict[str, float]:
-    """Seconds of a step, of its exchanges, and how many these are."""
+    """Seconds of a step, seconds of its exchanges, and their number."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(arch="resnet18", kind=kind, width=width))
     config = TrainConfig(dataset="benchmark", method=method, batch_size=images * world().size, lr=1e-9)
@@ -125,7 +125,7 @@ def measure(kind: Kind, method: MethodName, width: float, images: int, rounds: i
 
 
 def wire(rounds: int) -> dict[str, float]:
-    """Latency of a small all-reduce, and bandwidth of one of 8 MB."""
+    """Latency of a small all-reduce, and bandwidth of an all-reduce of 8 MB."""
     small, large = torch.zeros(64), torch.zeros(2 * 10**6)
     latency = median_seconds(lambda _: sum_up([small]), 10 * rounds)
     seconds = median_seconds(lambda _: sum_up([large]), rounds)
@@ -133,13 +133,13 @@ def wire(rounds: int) -> dict[str, float]:
 
 
 def work(width: float, images: int, rounds: int) -> dict[str, Any]:
-    """All measurements of one process, among however many there are."""
+    """All measurements of one process of a group."""
     found: dict[str, Any] = {name: measure(*subject, width, images, rounds) for name, subject in SUBJECTS.items()}
     return found | ({"wire": wire(10 * rounds)} if world().size > 1 else {})
 
 
 def seconds_of(processes: int, alone: dict[str, float], traffic: dict[str, float], wire: dict[str, float]) -> float:
-    """The model."""
+    """Seconds of a step by the model above."""
     steps = math.log2(processes)
     per_exchange = 1e-3 * wire["latency_ms"] * traffic["exchanges"]
     volume = 1e-3 * traffic["megabytes"] / wire["gigabytes_per_second"]
@@ -147,7 +147,7 @@ def seconds_of(processes: int, alone: dict[str, float], traffic: dict[str, float
 
 
 def as_pair(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do something as the first of two processes; the second one is this script again."""
+    """Run a function as the first of two processes. The second process runs this script again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

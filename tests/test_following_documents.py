@@ -1,8 +1,7 @@
-"""The README and the tutorial are followed literally; commands in all documents have the options they name.
+"""The commands in the README and the tutorial run; commands in all documents have the options they name.
 
-Every command of a `console` block of these two pages runs, in the order of the page, as it stands there. Where it would
-take hours or a download, `SMALLER` gives a smaller setting of it; what cannot run in a test at all stands in `NOT_RUN`,
-with the reason.
+Every command in a `console` block of these two pages runs, in the order of the page. `SMALLER` replaces settings that
+would take hours or a download. `NOT_RUN` lists commands that cannot run in a test, with the reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How often the host waits for the device in training, and that reading late changes nothing."""
+"""Waits of the host for the device in training: their number, and equal results with late reading."""
 
 import dataclasses
 from collections import Counter

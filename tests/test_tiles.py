@@ -1,4 +1,4 @@
-"""The Triton convolution by tiles, in Triton's interpreter on the CPU, and on a GPU where there is one."""
+"""The Triton convolution by tiles, in Triton's interpreter on the CPU, and on a GPU if there is one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What can be asked of an export, checked before any work is done."""
+"""Options of an export, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_options(
     dtype: str = "fp32",
     input_type: str = "float32",
 ) -> Path:
-    """Check the options of `export_model` that can be judged without the model.
+    """Check the options of `export_model` that do not depend on the model.
 
     Returns:
         The `.onnx` file to write.
