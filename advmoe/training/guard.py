@@ -89,7 +89,7 @@ def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = No
         Whether the step was taken, bool [], the same on all ranks.
     """
     gradients = [parameter.grad for parameter in level.parameters if parameter.grad is not None]
-    finite = loss.isfinite() & get_total_norm(gradients, torch.inf).isfinite()
+    finite = loss.isfinite() & _all_finite(gradients)
     if (found := before.finite()) is not None:
         finite &= found
     if loss.is_cpu if ask is None else ask:
@@ -103,6 +103,14 @@ def take_step(level: Level, loss: Tensor, before: Kept, *, ask: bool | None = No
     level.optimizer.step()
     before.restore(changed=finite)
     return finite
+
+
+def _all_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether all gradients hold finite numbers, bool []."""
+    if all(gradient.is_cpu for gradient in gradients):  # a tenth of the time that norms take there
+        ends = [end for gradient in gradients for end in gradient.aminmax()]
+        return torch.stack(ends).isfinite().all() if ends else torch.ones((), dtype=torch.bool)
+    return get_total_norm(gradients, torch.inf).isfinite()
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
