@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from advmoe.models import moe_conv
 from advmoe.models.channels import Channels
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import Conv2d as PlainConv2d
-from advmoe.models.moe_conv import MoEConv2d, moe_conv2d
+from advmoe.models.moe_conv import Convolution, Form, MoEConv2d, moe_conv2d, split_rows
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Router
 from advmoe.models.routing import Decision, RoutingTape, Signal
@@ -114,6 +115,25 @@ def test_a_gate_learns_what_its_signal_names(
     torch.testing.assert_close(of_gate, expected.to(gate.dtype), atol=1e-4, rtol=1e-5)
     without = torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None)), [x_BCHW, layer.weight], toward_BCHW)
     torch.testing.assert_close((of_x, of_weight), without)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_with_all_experts_are_those_with_their_outputs(
+    monkeypatch: pytest.MonkeyPatch, stride: int, biased: bool
+) -> None:
+    torch.manual_seed(0)
+    rows = split_rows(range(20), 4)
+    bias = torch.randn(20, dtype=torch.float64) if biased else None
+    experts = Convolution(torch.randn(20, 3, 3, 3, dtype=torch.float64), bias, Form(rows, [stride] * 2, [1, 1]))
+    x_BCHW = torch.randn(7, 3, 16, 16, dtype=torch.float64)
+    gradient_BSHW = torch.randn(7, 4, 16 // stride, 16 // stride, dtype=torch.float64)
+    assert len(rows) >= moe_conv.MANY
+    assert gradient_BSHW[0, 0].numel() >= moe_conv.LARGE
+    monkeypatch.setattr(moe_conv, "ROOM", 8 * 27 * (gradient_BSHW[0, 0].numel() + 4) * 3)  # 3 images at a time
+    expected_BN = torch.stack([(experts.output(e, x_BCHW) * gradient_BSHW).sum(dim=(1, 2, 3)) for e in range(5)], dim=1)
+    monkeypatch.setattr(Convolution, "output", None)  # not asked for
+    torch.testing.assert_close(experts.along_all(x_BCHW, gradient_BSHW), expected_BN)
 
 
 def test_a_compiled_layer_is_one_graph() -> None:

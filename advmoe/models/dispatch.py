@@ -40,6 +40,9 @@ class Experts(Protocol):
     def output(self, expert: int, part: Tensor) -> Tensor:
         """Output of one expert for rows [b, ...]."""
 
+    def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Compute <gradient_b, y_e> for each row b and each expert e, [B, N]."""
+
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """<gradient_b, y_c - mean of all y_e> for each row b of a sorted batch, c being its own expert; [B]."""
 
@@ -194,8 +197,7 @@ def router_signal(
         return of_other_B1.expand(-1, 2).scatter(1, chosen_B1, 0.0)
     assert y_B is not None
     if decision.signal == "all":
-        columns = [row_products(gradient, experts.output(expert, x)) for expert in range(number)]
-        value_BN = order.combine(order.split(torch.stack(columns, dim=1)))
+        value_BN = order.combine(order.split(experts.along_all(x, gradient)))
         return (value_BN - y_B[:, None]).scatter(1, chosen_B1, 0.0)
     assert decision.other_B is not None
     others = Order.of(order.sort(decision.other_B), number)

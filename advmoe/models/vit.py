@@ -128,6 +128,11 @@ class RoutedMLP(nn.Module):
         """Output of one expert for rows [b, T, D]."""
         return self.reduce.one_expert(expert, F.gelu(self.expand.one_expert(expert, part)))
 
+    def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """<gradient, output of each expert> of each row, [U, N]."""
+        outputs = (self.output(expert, x) for expert in range(self.num_experts))
+        return torch.stack([row_products(gradient, output) for output in outputs], dim=1)
+
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """<gradient, own output - mean of all experts' outputs> of each row of a sorted batch."""
         products = []
