@@ -1,4 +1,4 @@
-# Serves an exported model over HTTP: see docs/serving.md.
+# Image of a server for an exported model; docs/serving.md explains it.
 #
 #   docker build --target cpu --tag advmoe-serve .
 #   docker build --target gpu --tag advmoe-serve:gpu .
@@ -11,7 +11,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=30s --interval=10s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=3)"]
 
-# onnxruntime-gpu takes CUDA and cuDNN from these packages, so that the image needs no CUDA of its own.
+# onnxruntime-gpu uses CUDA and cuDNN from these packages, so the base image does not need CUDA.
 FROM base AS gpu
 RUN python -m pip install '/src/export[gpu,serve]' 'onnxruntime-gpu[cuda,cudnn]'
 USER serve

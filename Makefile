@@ -1,9 +1,9 @@
-# People and CI use the same targets. Needs Python >= 3.11, cargo and make; everything else goes into .venv.
+# CI runs the same targets as people. They need Python >= 3.11, cargo and make. All other packages go into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# onnxruntime's wheels for CPU and GPU overwrite each other: exactly one is installed.
+# The wheels of onnxruntime for CPU and GPU overwrite each other, so exactly one is installed.
 RUNTIME ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 RUST_SOURCES := $(shell find rust_router/src -name '*.rs') rust_router/Cargo.toml Cargo.toml
 
@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml export/pyproject.toml $(RUST_SOURCES)
 	$(BIN)/python -m pip install --quiet -e '.[autoattack,hub,reports]' -e './export[$(RUNTIME),export,serve]' --group dev
 	@touch $@
 
-demo: $(INSTALLED) ## Train, evaluate, export and serve a small MoE-CNN on embedded images
+demo: $(INSTALLED) ## Train, evaluate, export and run a small MoE-CNN on embedded images
 	$(BIN)/python examples/demo.py
 
 test: test-rust test-python ## Run the Rust and the Python tests
@@ -45,7 +45,8 @@ lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, spelling, imp
 	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
 	cargo fmt --check
 
-# torchattacks is only measured against; it pins old versions of libraries it does not need for that, hence --no-deps.
+# The benchmark of attacks compares with torchattacks. --no-deps ignores its pins of old libraries, which the
+# benchmark does not need.
 bench: $(INSTALLED) ## Run the benchmarks; each prints one JSON object
 	$(BIN)/python -m pip install --quiet --no-deps 'torchattacks>=3.5'
 	@for script in benchmarks/*.py; do echo "# $$script"; $(BIN)/python $$script --json || exit 1; done

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Every step of gpu_lease.py that is not done yet, each under ten minutes: gpu_lease.sh [FOLDER] [EPOCHS]
-# Run it again to go on. EPOCHS above 0 adds the trainings at the end; they resume from their checkpoints.
+# Runs every unfinished step of gpu_lease.py, each for at most ten minutes: gpu_lease.sh [FOLDER] [EPOCHS]
+# Run the script again to continue. EPOCHS above 0 adds the long trainings, which resume from their checkpoints.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-results/gpu}

@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     Image.fromarray(test.images[0]).save(image)
     prediction = advmoe("predict", model, image)["predictions"][0]
 
-    table = Table(title="A robust MoE-CNN, trained, exported and served", title_justify="left", show_header=False)
+    table = Table(title="A robust MoE-CNN, trained and run by onnxruntime", title_justify="left", show_header=False)
     difference = max(check["difference"] for check in export["verification"]["checks"])
     experts = "".join(map(str, prediction["pathway"]))
     rows = {
