@@ -100,6 +100,8 @@ class Client:
 
     async def send(self, number: int) -> int:
         """The HTTP status of a request."""
+        while self._idle and self._idle[-1][0].at_eof():  # closed by the server
+            self._idle.pop()[1].close()
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(self._requests[number % len(self._requests)])
         head = await reader.readuntil(b"\r\n\r\n")

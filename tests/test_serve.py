@@ -494,6 +494,17 @@ def test_overload_is_429_time_outs_are_504_and_health_answers_meanwhile(
 # --- a real server --------------------------------------------------------------------------------
 
 
+def test_an_idle_connection_is_closed_when_it_was_idle_as_long_as_allowed(path: Path) -> None:
+    assert ServeConfig(model=path).keep_alive > 60  # what proxies wait by default
+    with (
+        server(path, "--keep-alive", "0.2") as (_, http),
+        socket.create_connection((http.base_url.host, http.base_url.port or 0), timeout=20) as connection,
+    ):
+        connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+        while connection.recv(1000):
+            pass  # the answer, and then the end, or a time-out
+
+
 def receive(connection: socket.socket) -> str:
     """A response whose body is a JSON object."""
     answer = b""

@@ -41,6 +41,9 @@ class ServeConfig:
     max_queue: int = _option(128, "Requests at a time, waiting or running; more are refused with 429.")
     timeout: float = _option(10.0, "Seconds until a request is given up: 408 while reading it, 504 afterwards.")
     grace: float = _option(20.0, "Seconds that running requests get to finish after SIGTERM.")
+    keep_alive: float = _option(
+        75.0, "Seconds until an idle connection is closed; choose more than the proxy before the server waits."
+    )
     max_upload_mb: float = _option(16.0, "Largest body of a request, in MiB; larger ones are refused with 413.")
     max_megapixels: float = _option(40.0, "Most megapixels of an uploaded image; its size is read before its pixels.")
     drift_window: int = _option(10_000, "Images over which the load of the experts is compared with that at export.")
@@ -49,7 +52,7 @@ class ServeConfig:
         """Check the numbers."""
         for name, lowest in (
             *dict.fromkeys(("workers", "max_batch", "max_queue", "drift_window"), 1).items(),
-            *dict.fromkeys(("threads", "port", "max_delay_ms", "grace"), 0).items(),
+            *dict.fromkeys(("threads", "port", "max_delay_ms", "grace", "keep_alive"), 0).items(),
         ):
             if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")

@@ -43,6 +43,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 access_log=False,
                 lifespan="on",
                 server_header=False,
+                # uvicorn's 5 s are less than proxies wait: a request that crosses the closing of its connection is lost
+                timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # asyncio takes fractions
                 timeout_graceful_shutdown=max(1, round(config.grace)),
             ),
             lambda: announce(
