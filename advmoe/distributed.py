@@ -122,7 +122,8 @@ def first_to_say(message: str, *, lost: bool = False) -> bool:
 
     Args:
         message: Message of the error.
-        lost: Whether this error only follows from another rank's error. That rank gets time to print its own.
+        lost: Whether this error only follows from another rank's error. That rank gets time to
+            print its own.
     """
     if _store is None:  # no rank has met the others yet, so all have the same error
         return launched().leads

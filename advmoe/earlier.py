@@ -1,6 +1,7 @@
 """Names that settings and weights had in earlier versions, and the names they have now.
 
-Version 2 of the checkpoint format has American names. Run files have no version; their old names are accepted.
+Version 2 of the checkpoint format has American names. Run files have no version; their old names
+are accepted.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ class AdvMoEError(Exception):
 
     Args:
         message: The expected value, the actual value, and the remedy.
-        *options: Names of the settings and parameters the message is about. The command line adds how to give them.
+        *options: Names of the settings and parameters the message is about. The command line adds
+          how to give them.
     """
 
     def __init__(self, message: str = "", *options: str) -> None:

@@ -119,7 +119,8 @@ def selected(name: str, scale: Scale, only: Sequence[str]) -> list[Recipe]:
     Args:
         name: Name of the experiment.
         scale: Size of the runs; it may also leave runs out.
-        only: Patterns of recipe names as in a shell, or parts of them; all runs of the scale if empty.
+        only: Patterns of recipe names as in a shell, or parts of them; all runs of the scale if
+            empty.
 
     Raises:
         ConfigError: A pattern fits no run.

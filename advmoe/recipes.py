@@ -208,7 +208,8 @@ def _table3() -> Iterator[Recipe]:
             shown_in="Table 3",
             summary=f"MoE-ViT, {'AT' if method == 'at' else 'AdvMoE'}",
             dataset="cifar10",
-            # each token picks one of two MLPs of full size, as in the MoE-ViTs that Table 3 builds on
+            # each token picks one of two MLPs of full size, as in the MoE-ViTs that Table 3 builds
+            # on
             model={
                 "arch": "vit",
                 "kind": "moe",

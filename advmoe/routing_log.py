@@ -1,8 +1,9 @@
 """The route log: the expert that every MoE layer chose for every sample under every condition, and statistics of it.
 
-A log holds one byte per layer and sample, keyed by condition ("clean", an attack's name), epoch and sample index. A row
-that comes again replaces the old one, so appending a batch twice or merging the logs of several ranks in any order
-gives the same log. Files are NumPy's `.npz`, read by `numpy.load`; `rust_router/src/routes/file.rs` lists its arrays.
+A log holds one byte per layer and sample, keyed by condition ("clean", an attack's name), epoch and
+sample index. A row that comes again replaces the old one, so appending a batch twice or merging the
+logs of several ranks in any order gives the same log. Files are NumPy's `.npz`, read by
+`numpy.load`; `rust_router/src/routes/file.rs` lists its arrays.
 
 Shape suffixes: B batch, C channels, I images of a set, K classes, L MoE layers, M pathways,
 N experts, T tokens.

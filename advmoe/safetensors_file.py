@@ -37,7 +37,8 @@ def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
     described = {name: contents[name] for name in PARTS}
     described["metrics"] = {name: value for name, value in described["metrics"].items() if _is_json_number(value)}
     described["weights_sha256"] = digest(weights)
-    # One entry only: safetensors writes several in random order, and the same model should give the same bytes.
+    # One entry only: safetensors writes several in random order, and the same model should give the
+    # same bytes.
     metadata = {KEY: json.dumps(described, sort_keys=True, allow_nan=False)}
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
 

@@ -148,12 +148,14 @@ def conform(value: Any, kind: Any, noun: str, setting: Setting | None = None) ->
 
     Args:
         value: Anything, such as an element of a file.
-        kind: A class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a `Settings` class.
+        kind: A class, `Any`, `X | None`, `Literal`, `tuple`, `list` or `dict` with arguments, or a
+            `Settings` class.
         noun: Name of the value, for the message.
         setting: Setting with the bounds for numbers.
 
     Returns:
-        The value: integers as floats where floats are expected, lists as tuples, mappings as `Settings`.
+        The value: integers as floats where floats are expected, lists as tuples, mappings as
+        `Settings`.
 
     Raises:
         ConfigError: The value is of another type or out of bounds.

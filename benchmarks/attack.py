@@ -1,15 +1,15 @@
 """Compare the speed of the attacks with other libraries: images per second of CPU time on one thread.
 
-All libraries attack the same model. The runs alternate, and the result is the median. CPU time is used because other
-work on the machine distorts wall time.
+All libraries attack the same model. The runs alternate, and the result is the median. CPU time is
+used because other work on the machine distorts wall time.
 
-The model is a small untrained MoE-CNN on digits. Its own predictions are the labels, so all images are correct. The
-radius is chosen so that PGD breaks about half of the images, as on a robust model. Our attacks skip broken images and
-compute no gradients of parameters.
+The model is a small untrained MoE-CNN on digits. Its own predictions are the labels, so all images
+are correct. The radius is chosen so that PGD breaks about half of the images, as on a robust model.
+Our attacks skip broken images and compute no gradients of parameters.
 
-AutoAttack runs once in each library. To take less than a minute, it uses four classes (three targets) and 300 queries
-of Square instead of 5,000. The two libraries alternate at every forward pass, because the speed of a machine changes
-within seconds.
+AutoAttack runs once in each library. To take less than a minute, it uses four classes (three
+targets) and 300 queries of Square instead of 5,000. The two libraries alternate at every forward
+pass, because the speed of a machine changes within seconds.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class TakingTurns(nn.Module):
 def autoattack_speed(num_images: int, *, smoke: bool) -> dict[str, float]:
     model, images, labels = subject(num_images, 4, 0.125)
     with evaluating(model):
-        # PGD-10 is weak on this one. A huge radius breaks all images at once, so that the other attacks have no work.
+        # PGD-10 is weak on this one. A huge radius breaks all images at once, so that the other
+        # attacks have no work.
         eps = 0.5 if smoke else halving_radius(model, images, labels) / 2
     found: dict[str, float] = {}
 

@@ -1,8 +1,8 @@
 """Compare an exported MoE-CNN in onnxruntime with Dense, S-Dense (the size of one pathway) and all experts computed.
 
-All forms run alternately in one process on one thread. A figure is the median over rounds of the ratio of CPU times
-within a round, so slow phases of the machine and other processes have little influence. Weights are random, and the
-routers are balanced.
+All forms run alternately in one process on one thread. A figure is the median over rounds of the
+ratio of CPU times within a round, so slow phases of the machine and other processes have little
+influence. Weights are random, and the routers are balanced.
 
     python benchmarks/export.py --json
     python benchmarks/export.py --quick --json          ResNet-18 and VGG-16 in less than a minute

@@ -1,7 +1,7 @@
 """Measurements for a GPU that is available for a short time, divided into steps. Each step writes one file.
 
-A step whose file exists is skipped, so the script can be run again after an interruption. `gpu_lease.sh` limits each
-step to ten minutes.
+A step whose file exists is skipped, so the script can be run again after an interruption.
+`gpu_lease.sh` limits each step to ten minutes.
 
     python benchmarks/gpu_lease.py --out results/gpu          # all steps but the long trainings
     python benchmarks/gpu_lease.py --out results/gpu --list   # their names

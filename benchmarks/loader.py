@@ -2,20 +2,23 @@
 
     python benchmarks/loader.py --json
 
-All measurements alternate in one process. A throughput in wall time is that of the best round, because other work on
-the machine can only slow a round down. The median is reported too. A ratio is the median over rounds of the ratio of
-CPU times on one thread within a round.
+All measurements alternate in one process. A throughput in wall time is that of the best round,
+because other work on the machine can only slow a round down. The median is reported too. A ratio is
+the median over rounds of the ratio of CPU times on one thread within a round.
 
-- `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalized, images/s on one thread, and
-  on two that fill batches of their own, as a loader's threads do; `crop_flip_2t_vs_1t`: median over rounds of their
-  ratio; `crop_flip_f32_cpu`: the same per second of CPU time, on one thread
-- `loader_f32_1t`, `loader_f32_2t`: the same out of a BatchLoader of batches of 128, with none and with four made ahead;
-  with two threads, handing 200 us of work from thread to thread in Python is what costs
+- `crop_flip_f32_1t`, `crop_flip_f32_2t`: 32 x 32 images, crop + flip + float32 normalized, images/s
+  on one thread, and on two that fill batches of their own, as a loader's threads do;
+  `crop_flip_2t_vs_1t`: median over rounds of their ratio; `crop_flip_f32_cpu`: the same per second
+  of CPU time, on one thread
+- `loader_f32_1t`, `loader_f32_2t`: the same out of a BatchLoader of batches of 128, with none and
+  with four made ahead; with two threads, handing 200 us of work from thread to thread in Python is
+  what costs
 - `vs_dataloader`: the same batches against torchvision's transforms in a DataLoader
-- `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalized, per second of CPU;
-  `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's decoder and transforms on tensors
-- `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16 S-Dense of an
-  eighth of the width, which is cheaper than any step this project trains with
+- `rrc_images_per_cpu_s`: JPEG of 500 x 375, RandomResizedCrop(224) + flip + float32 normalized, per
+  second of CPU; `rrc_vs_pil`, `rrc_vs_torchvision`: that against Pillow, and against torchvision's
+  decoder and transforms on tensors
+- `share_of_train_step`: a batch of 128 against one plain forward, backward and SGD step of a VGG-16
+  S-Dense of an eighth of the width, which is cheaper than any step this project trains with
 
 Shape suffixes: C channels, H height, W width.
 """

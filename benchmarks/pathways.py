@@ -4,12 +4,15 @@
 
 All figures are CPU times on one thread, medians over alternating rounds.
 
-- `one_vs_10k_ms`: IoU and cosine of one mask with 10,000 pathways of 20 layers and 4,800 channels, milliseconds
-- `all_pairs_10k_s`: histogram of the IoU of all 49,995,000 pairs of 10,000 distinct pathways, seconds
-- `all_pairs_vs_torch`: time of torch divided by `all_pairs_10k_s`. torch computes a float32 matmul of the masks with
-  themselves and a histogram of the IoU. Its time is measured on 500 of the 10,000 rows, and multiplied by 20
-- `summary_1m3_s`: 1.3 million samples x 20 layers, clean and attacked: load and entropy by class, distinct pathways,
-  changes of routing, own overlap, mask similarity and diversity, seconds
+- `one_vs_10k_ms`: IoU and cosine of one mask with 10,000 pathways of 20 layers and 4,800 channels,
+  milliseconds
+- `all_pairs_10k_s`: histogram of the IoU of all 49,995,000 pairs of 10,000 distinct pathways,
+  seconds
+- `all_pairs_vs_torch`: time of torch divided by `all_pairs_10k_s`. torch computes a float32 matmul
+  of the masks with themselves and a histogram of the IoU. Its time is measured on 500 of the 10,000
+  rows, and multiplied by 20
+- `summary_1m3_s`: 1.3 million samples x 20 layers, clean and attacked: load and entropy by class,
+  distinct pathways, changes of routing, own overlap, mask similarity and diversity, seconds
 
 Shape suffixes: I images of a set, L MoE layers.
 """

@@ -3,21 +3,24 @@
     python benchmarks/router_probe.py --json
     python benchmarks/router_probe.py --dataset cifar10 --data-dir DATA --num-experts 2 4 --json
 
-The exact loss of (router, image, expert) is the TRADES loss of the image if this router chose this expert; later
-routers then decide again. It costs N passes per router, so it can measure a training but not replace it. The clean and
-the attacked version of an image count as two decisions. There is one AdvMoE run per router gradient. It is probed at
-regular intervals:
+The exact loss of (router, image, expert) is the TRADES loss of the image if this router chose this
+expert; later routers then decide again. It costs N passes per router, so it can measure a training
+but not replace it. The clean and the attacked version of an image count as two decisions. There is
+one AdvMoE run per router gradient. It is probed at regular intervals:
 
 - `probed_loss`: mean loss of the probed images
 - `better`: share of decisions for which another expert would give a smaller loss
 - `gain`: decrease of the loss by the best expert, relative to the loss, mean over all decisions
 - `regret`: the same relative to random decisions: 1 is chance, 0 is the best choice everywhere
-- `fitted_better`, `fitted_regret`: the same for linear routers that were fitted to exact losses of half of the images
-- `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other figures say nothing
-- `raises_chosen`: among decisions with a better expert, share for which a descent step raises the logit of the chosen
-  expert
+- `fitted_better`, `fitted_regret`: the same for linear routers that were fitted to exact losses of
+  half of the images
+- `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other
+  figures say nothing
+- `raises_chosen`: among decisions with a better expert, share for which a descent step raises the
+  logit of the chosen expert
 - `finds_best`: among them, share for which the step raises the logit of the best expert most
-- `cosine`: between the gradient of the routers' weights and the gradient by the exact losses, mean over layers
+- `cosine`: between the gradient of the routers' weights and the gradient by the exact losses, mean
+  over layers
 - `to_start`: cosine between the routers' weights and their initial weights
 - `loss`, `router_loss`: mean losses of the experts' and the routers' updates in the last interval
 
@@ -145,10 +148,10 @@ def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
 def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dict[str, float]:
     """The decisions of fitted linear routers on other images.
 
-    For each router, a linear layer is fitted to the exact losses of one half of the images. The objective is the
-    expected loss of a random choice with the probabilities of the layer, plus an L2 penalty of one of two weights. The
-    result is the regret on the other half, for the better of the two penalties. It is slightly better than the regret
-    that any training can reach.
+    For each router, a linear layer is fitted to the exact losses of one half of the images. The
+    objective is the expected loss of a random choice with the probabilities of the layer, plus an
+    L2 penalty of one of two weights. The result is the regret on the other half, for the better of
+    the two penalties. It is slightly better than the regret that any training can reach.
     """
     half = exact.shape[1] // 2
     features = [router_features(model, view) for view in views]

@@ -1,14 +1,16 @@
 """Measure a training step with one and with two processes, and extrapolate it to more processes.
 
-Each process has its own batch. The work of a process is therefore constant, and on an ideal machine a step takes the
-same time with any number of processes. One and two processes are measured on this machine, over gloo. The figures for 8
-and 64 processes are not measured. They follow from this model:
+Each process has its own batch. The work of a process is therefore constant, and on an ideal machine
+a step takes the same time with any number of processes. One and two processes are measured on this
+machine, over gloo. The figures for 8 and 64 processes are not measured. They follow from this
+model:
 
     seconds(W) = seconds(1) + exchanges * latency * log2(W) + 2 (W - 1) / W * bytes / bandwidth
 
-`exchanges` and `bytes` are counted in a step. `latency` is the time of a small all-reduce of two processes. `bandwidth`
-is measured by an all-reduce of 8 MB, where each process sends and receives all its data. The measured seconds of
-communication include the time that one process waits for the other.
+`exchanges` and `bytes` are counted in a step. `latency` is the time of a small all-reduce of two
+processes. `bandwidth` is measured by an all-reduce of 8 MB, where each process sends and receives
+all its data. The measured seconds of communication include the time that one process waits for the
+other.
 """
 
 from __future__ import annotations

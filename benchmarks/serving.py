@@ -1,10 +1,10 @@
 """Compare serving an MoE-CNN with serving S-Dense (the size of one pathway).
 
 Each model has a server process with one thread. Clients send single images as raw tensors. First
-both servers are saturated, which gives the throughput. Then requests arrive as a Poisson process, at
-the same rates for both models, whether or not earlier requests have been answered. A latency counts
-from the moment a request was due. Rounds of the two models alternate. The last rate is twice the
-capacity: the server must refuse requests with 429, and answer those it accepts in time.
+both servers are saturated, which gives the throughput. Then requests arrive as a Poisson process,
+at the same rates for both models, whether or not earlier requests have been answered. A latency
+counts from the moment a request was due. Rounds of the two models alternate. The last rate is twice
+the capacity: the server must refuse requests with 429, and answer those it accepts in time.
 
     python benchmarks/serving.py --json
     python benchmarks/serving.py --smoke --json      a small network, a few seconds

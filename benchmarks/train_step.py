@@ -1,16 +1,17 @@
 """Measure one training step of each kind and method, in seconds of CPU time on one thread.
 
-The steps alternate, and the result is the median. CPU time is used because other work on the machine distorts wall
-time. The routers are calibrated before and hardly change (learning rate 1e-9), so every layer divides its images among
-its experts.
+The steps alternate, and the result is the median. CPU time is used because other work on the
+machine distorts wall time. The routers are calibrated before and hardly change (learning rate
+1e-9), so every layer divides its images among its experts.
 
-`reference` is AdvMoE as simple research code does it: all experts computed and masked, straight-through gates, attacks
-that compute the gradients of the parameters too, images channel by channel. It differs from `advmoe` in the gate only.
+`reference` is AdvMoE as simple research code does it: all experts computed and masked,
+straight-through gates, attacks that compute the gradients of the parameters too, images channel by
+channel. It differs from `advmoe` in the gate only.
 
 Shape suffixes: B batch.
 
-Every round repeats the same step. With new images in each round, oneDNN would make convolutions for new sizes of
-sub-batches while the time is taken; a long run has made them all.
+Every round repeats the same step. With new images in each round, oneDNN would make convolutions for
+new sizes of sub-batches while the time is taken; a long run has made them all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Train, evaluate, export and run a small MoE-CNN on embedded images, by the commands of a user.
 
-The demo prints one table. It runs in a temporary folder, or in a given folder: `python examples/demo.py FOLDER`.
+The demo prints one table. It runs in a temporary folder, or in a given folder: `python
+examples/demo.py FOLDER`.
 """
 
 from __future__ import annotations

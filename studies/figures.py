@@ -2,14 +2,14 @@
 
     python studies/figures.py --data-dir DATA --runs runs/study        # draws existing results, and names missing ones
 
-The script attacks every finished routed run by PGD on the first test images. It stores the result in
-`results/small/NETWORK/routing/SETTING-SEED.json`. A run with such a file is not attacked again. The figures use these
-files only.
+The script attacks every finished routed run by PGD on the first test images. It stores the result
+in `results/small/NETWORK/routing/SETTING-SEED.json`. A run with such a file is not attacked again.
+The figures use these files only.
 
-The mask of Fig. 6 belongs to the run `sparse`. Without this run, the mask consists of the channels of `dense` with the
-largest weights, with which AT (Sparse) starts. Neither mask shares an order of channels with an MoE network that was
-trained from scratch. In an upcycled network all experts have the same channels of Dense. An IoU of 1/3 is therefore
-chance at r = 0.5.
+The mask of Fig. 6 belongs to the run `sparse`. Without this run, the mask consists of the channels
+of `dense` with the largest weights, with which AT (Sparse) starts. Neither mask shares an order of
+channels with an MoE network that was trained from scratch. In an upcycled network all experts have
+the same channels of Dense. An IoU of 1/3 is therefore chance at r = 0.5.
 """
 
 from __future__ import annotations

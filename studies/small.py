@@ -5,13 +5,14 @@
     python studies/small.py --network vgg16                             # the first, shorter setting
     python studies/small.py --smoke                                     # embedded digits, seconds
 
-The result of a cell is one file, `results/small/NETWORK/SETTING-SEED.json`. A cell with a file is skipped. An
-interrupted cell continues from its last checkpoint. The same command can therefore be stopped and repeated.
+The result of a cell is one file, `results/small/NETWORK/SETTING-SEED.json`. A cell with a file is
+skipped. An interrupted cell continues from its last checkpoint. The same command can therefore be
+stopped and repeated.
 
-All networks have the same images, epochs, schedule and attack in training. The last weights are tested, so no image
-influences the choice of weights. Test images are used once, for SA and RA under PGD. For routed networks they are also
-used for the views of the routing, the route attack and three controls. `correct` stores whether each image was
-classified correctly.
+All networks have the same images, epochs, schedule and attack in training. The last weights are
+tested, so no image influences the choice of weights. Test images are used once, for SA and RA under
+PGD. For routed networks they are also used for the views of the routing, the route attack and three
+controls. `correct` stores whether each image was classified correctly.
 
 Shape suffixes: B batch, L MoE layers, M pathways.
 """

@@ -2,8 +2,9 @@
 
     python studies/tables.py
 
-The script replaces the tables of each network in docs/study.md, between the two markers of the network. It writes
-the figures `study-NETWORK.svg` (training loss) and `study-NETWORK-accuracy.svg` (SA and RA) beside the page.
+The script replaces the tables of each network in docs/study.md, between the two markers of the
+network. It writes the figures `study-NETWORK.svg` (training loss) and `study-NETWORK-accuracy.svg`
+(SA and RA) beside the page.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def digits() -> Dataset:
 def tiny_vgg() -> Callable[..., RoutedNetwork]:
     """Makes a VGG-16 of 4 to 32 channels with fixed weights, in training mode.
 
-    `warm`: with the BatchNorm statistics of noise images, so that such images differ in predictions and pathways.
+    `warm`: with the BatchNorm statistics of noise images, so that such images differ in predictions
+    and pathways.
     """
 
     def make(seed: int = 0, *, warm: bool = False, **settings: Any) -> RoutedNetwork:
@@ -58,7 +59,8 @@ def images() -> Tensor:
 class SmallMoE(nn.Module):
     """Five convolutions, four of them routed: a residual block with a 1x1 shortcut between two plain MoE layers.
 
-    `decisions` says which router each MoE layer obeys, for example (0, 1, 1, 2) for routers per block.
+    `decisions` says which router each MoE layer obeys, for example (0, 1, 1, 2) for routers per
+    block.
     """
 
     def __init__(

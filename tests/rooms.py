@@ -15,8 +15,9 @@ THRESHOLD = 0.5
 class TwoRooms(RoutedNetwork):
     """Logits are means over the image of a routed 1x1 convolution.
 
-    Expert 0 reads green: logits (4 g, 1), so class 0 for g > 1/4. Expert 1 always says class 1: logits (0, 1). The
-    router's logits are (0, 20 (red - 1/2)): only that of expert 1 depends on the image, and no expert looks at red.
+    Expert 0 reads green: logits (4 g, 1), so class 0 for g > 1/4. Expert 1 always says class 1:
+    logits (0, 1). The router's logits are (0, 20 (red - 1/2)): only that of expert 1 depends on the
+    image, and no expert looks at red.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,8 @@ from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 
 MODEL = ModelConfig(arch="vgg16", kind="moe", width=0.0625)
-# 16 images in batches of 8 are 2 steps an epoch, 4 in all; 10 validation images under a short attack.
+# 16 images in batches of 8 are 2 steps an epoch, 4 in all; 10 validation images under a short
+# attack.
 TRAIN = TrainConfig(
     dataset="digits",
     epochs=2,

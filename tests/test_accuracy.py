@@ -115,10 +115,12 @@ def test_wrong_images_are_neither_right_nor_robust(model: RoutedNetwork, images:
     mixed = ImageSet(images=images.images, labels=half, class_names=images.class_names)
     whole, right = attacked(model, mixed), attacked(model, images.take(np.arange(12, 24)))
     assert whole.sa == 0.5
-    # The starts follow the image's row number, so only the count of the second half can differ from its own attack.
+    # The starts follow the image's row number, so only the count of the second half can differ from
+    # its own attack.
     assert whole.ra <= 0.5
     assert right.sa == 1.0
-    # The routers are judged by all images: one that is wrong when clean is attacked like the others.
+    # The routers are judged by all images: one that is wrong when clean is attacked like the
+    # others.
     assert (whole.adversarial_pathways_IL[:12] != whole.clean_pathways_IL[:12]).any()
 
 
@@ -158,8 +160,9 @@ def test_the_model_is_left_as_it_was(model: RoutedNetwork, images: ImageSet) -> 
 def test_a_model_with_nan_is_refused_and_never_robust(
     model: RoutedNetwork, images: ImageSet, part: str, label: int, steps: int
 ) -> None:
-    # A NaN router is the trap of the released code: its argmax is expert 0, clean logits are fine, and only the attack
-    # sees NaN. Once with images of one class, because argmax of NaN logits is class 0: right, or beaten, at no cost.
+    # A NaN router is the trap of the released code: its argmax is expert 0, clean logits are fine,
+    # and only the attack sees NaN. Once with images of one class, because argmax of NaN logits is
+    # class 0: right, or beaten, at no cost.
     if part == "router":
         nn.init.constant_(model.routers[4].linear.weight, float("nan"))  # type: ignore[union-attr, arg-type]
         images = labeled_by(model, images)

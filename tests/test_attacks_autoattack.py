@@ -42,8 +42,8 @@ def trained(digits: Dataset) -> tuple[nn.Module, Tensor, Tensor]:
 def test_the_standard_version_has_the_official_settings(
     trained: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Croce & Hein: APGD-CE and targeted APGD-DLR (9 targets) and FAB (9 targets) with 100 steps, one restart each, and
-    # Square with 5,000 queries.
+    # Croce & Hein: APGD-CE and targeted APGD-DLR (9 targets) and FAB (9 targets) with 100 steps,
+    # one restart each, and Square with 5,000 queries.
     net, images, labels = trained
     package, made, ran = wrapper.package(), [], []
 

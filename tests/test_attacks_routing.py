@@ -77,8 +77,9 @@ def test_a_network_without_routers_has_one_view(tiny_vgg: Callable[..., RoutedNe
 
 
 def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() -> None:
-    # Class 0's logit of the mixture is p0 * 4 g, with p0 = 1 / (1 + exp(20 (red - 1/2) / T)). At red = 1/2, T = 10:
-    # p0 = 1/2, d p0 / d red = -(1/4) * 20 / 10 = -1/2, so d logit / d red = -2 g, and d logit / d green = 4 p0 = 2.
+    # Class 0's logit of the mixture is p0 * 4 g, with p0 = 1 / (1 + exp(20 (red - 1/2) / T)). At
+    # red = 1/2, T = 10: p0 = 1/2, d p0 / d red = -(1/4) * 20 / 10 = -1/2, so d logit / d red = -2
+    # g, and d logit / d green = 4 p0 = 2.
     images = room_images(THRESHOLD, green=0.75).requires_grad_()
     logits = routing_views(TwoRooms())["mixture@10"](images, torch.arange(1))
     (gradient,) = torch.autograd.grad(logits[0, 0], images)
@@ -98,7 +99,8 @@ def test_the_mixtures_gradient_is_that_of_all_experts_weighted_by_the_softmax() 
     ],
 )
 def test_views_differ_in_what_they_can_break(name: str, finds_the_trap: bool) -> None:
-    # The chosen router logit is the constant 0, so straight-through sees no way to the other expert.
+    # The chosen router logit is the constant 0, so straight-through sees no way to the other
+    # expert.
     model = TwoRooms()
     victims = victims_of(model, room_images(NEAR, FAR), torch.tensor([0, 0]), ATTACK)
     robust = untargeted(victims, routing_views(model)[name])[1]
@@ -106,7 +108,8 @@ def test_views_differ_in_what_they_can_break(name: str, finds_the_trap: bool) ->
 
 
 def test_zero_gradients_are_counted() -> None:
-    # Without weights expert 0's logits are constant, and the detached view sees no router: no gradient in 10 steps.
+    # Without weights expert 0's logits are constant, and the detached view sees no router: no
+    # gradient in 10 steps.
     model, count = TwoRooms(), GradientCount()
     torch.nn.init.zeros_(model.conv.weight)
     untargeted(victims_of(model, room_images(FAR), torch.tensor([0]), ATTACK), count=count)
@@ -197,7 +200,8 @@ def test_experts_alone_are_robust_where_only_the_router_is_weak() -> None:
 
 
 def test_the_flip_radius_is_the_first_one_that_reaches_the_threshold() -> None:
-    # 4/255 and 16/255 below the threshold: of 2, 6 and 12 (/255) the first to reach it are 6 and none.
+    # 4/255 and 16/255 below the threshold: of 2, 6 and 12 (/255) the first to reach it are 6 and
+    # none.
     victims = victims_of(TwoRooms(), room_images(NEAR, FAR), torch.tensor([0, 0]), ATTACK)
     radius = flip_radius(victims, torch.zeros(2, 1, dtype=torch.int64), [2 / 255, 6 / 255, 12 / 255])
     assert radius.tolist() == pytest.approx([6 / 255, float("inf")])

@@ -348,7 +348,8 @@ def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
 
     assert main([*pets, "--out", "other", "--skip-bad-images"]) == 0
     out, err = capsys.readouterr()
-    # A tenth of the 24, one of each class, is held out, and 22 images are five batches of 4 and two that wait.
+    # A tenth of the 24, one of each class, is held out, and 22 images are five batches of 4 and two
+    # that wait.
     skipped = json.loads(out)["metrics"]["train_skipped"]
     assert 4 - 2 - 2 < skipped <= 4
     assert f"{skipped} images were skipped; image" in " ".join(err.split())

@@ -54,7 +54,8 @@ def test_attacks_and_steps_run_compiled_and_validation_does_not(
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     assert train(digits, tmp_path / "run", dataclasses.replace(TRAIN, compile="kernels"))
-    # 4 steps of 2 levels: TRADES's clean pass, 2 steps of the attack, and a clean and an adversarial pass to descend.
+    # 4 steps of 2 levels: TRADES's clean pass, 2 steps of the attack, and a clean and an
+    # adversarial pass to descend.
     assert len(passes) == 4 * 2 * 5
     assert [(how["fullgraph"], how["dynamic"], how["mode"]) for how in asked] == [(True, False, None)]
     run, whole = contents(tmp_path / "run"), contents(whole_run)

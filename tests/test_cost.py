@@ -34,7 +34,8 @@ def test_batch_sizes_take_turns_and_latency_is_per_image(monkeypatch: pytest.Mon
     sizes = [len(batch) for batch in model.seen]
     assert sizes == [1, 8] * 4
     assert found.keys() == {1, 8}
-    # Sleeping may take longer on a busy machine, never shorter: 4 ms for one image, 4 ms / 8 for one of eight.
+    # Sleeping may take longer on a busy machine, never shorter: 4 ms for one image, 4 ms / 8 for
+    # one of eight.
     assert found[1] >= 4.0
     assert found[8] >= 0.5
     assert found[1] == pytest.approx(8 * found[8], rel=0.9)

@@ -386,7 +386,8 @@ def assert_is_small_tiny(dataset: Dataset) -> None:
     assert dataset.test.labels.tolist() == list(VAL_CLASSES)
     for images, files in ((dataset.train, TINY_TRAIN), (dataset.test, TINY_VAL)):
         for image, content in zip(images.images, files.values(), strict=True):
-            # Two JPEG decoders round differently: by up to 4 levels, as the tests of the loader have it.
+            # Two JPEG decoders round differently: by up to 4 levels, as the tests of the loader
+            # have it.
             np.testing.assert_allclose(image.astype(int), decoded(content).astype(int), atol=4)
 
 

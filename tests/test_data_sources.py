@@ -118,7 +118,8 @@ def test_a_validation_split_is_a_sorted_stratified_partition() -> None:
 
 def test_a_validation_split_hands_out_what_rounding_leaves_by_largest_remainder() -> None:
     _, validation = split_validation(LABELS, size=7, seed=0)
-    # 7 x (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1, and the seventh goes to the class with remainder .5.
+    # 7 x (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1, and the seventh goes to the class with
+    # remainder .5.
     assert np.bincount(LABELS[validation]).tolist() == [4, 2, 1]
 
 

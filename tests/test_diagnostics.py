@@ -251,7 +251,8 @@ def test_the_use_of_the_routers_is_told_without_a_verdict() -> None:
     clean = np.array([[0, 1], [0, 1], [0, 0], [0, 0]], dtype=np.uint8)
     attacked = np.array([[0, 1], [0, 0], [0, 0], [0, 0]], dtype=np.uint8)
     check = routing_seen(clean, attacked, 2)
-    # Layer 0 always takes expert 0 (entropy 0), layer 1 both alike (1); 1 of 4 images and of 8 decisions changes.
+    # Layer 0 always takes expert 0 (entropy 0), layer 1 both alike (1); 1 of 4 images and of 8
+    # decisions changes.
     assert check.value == (
         "2 pathways in 4 images; entropy of the load 0.50, lowest layer 0.00; "
         "PGD changes the pathway of 25.0 % of images, 12.5 % of decisions"

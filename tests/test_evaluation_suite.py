@@ -56,7 +56,8 @@ def test_each_attack_says_what_it_can_and_cannot_break(result: SuiteResult) -> N
     assert numbers["ra_routers"] == 50.0
     assert numbers["every_pathway"] == 0.0  # expert 1 says class 1 to everything
     assert numbers["pathways"] == 2
-    # Of 1, 2, 4, 8 levels (and a half) 124 flips at 4; the trap is 12 levels from the threshold and does not flip.
+    # Of 1, 2, 4, 8 levels (and a half) 124 flips at 4; the trap is 12 levels from the threshold and
+    # does not flip.
     assert numbers["routers_flipped_within"] == {"4/255": 25.0}
 
 
@@ -67,7 +68,8 @@ def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: S
     assert [name for name, _ in log.conditions] == ["clean", "pgd", "worst"]
     assert log.routes("worst").experts_IL[:, 0].tolist() == [1, 0, 0, 1]
     parts = dissection(log, "worst")
-    # Image 0: router and prediction fooled; 1 and 2: neither; 3 was wrong from the start, in the room it stays in.
+    # Image 0: router and prediction fooled; 1 and 2: neither; 3 was wrong from the start, in the
+    # room it stays in.
     assert parts["router_fooled_wrong"] == 25.0
     assert parts["router_survives_right"] == 50.0
     assert parts["router_survives_wrong"] == 25.0
@@ -95,7 +97,8 @@ def test_diagnostics_look_at_what_all_attacks_left(result: SuiteResult) -> None:
     assert sorted(result.white_box) == [PGD, ROUTE, *(Attack("view", name) for name in views)]
     checked = run_suite(TwoRooms(), rooms(124, 110, 110, 140), dataclasses.replace(ROUTING, diagnosed=4))
     found = {check.name: check for check in checked.diagnostics}
-    # Square breaks the image that PGD cannot (see test_diagnostics), but the attacks on the routing had it already.
+    # Square breaks the image that PGD cannot (see test_diagnostics), but the attacks on the routing
+    # had it already.
     assert found["black_box"].status == "passed"
     assert found["hidden_by_routing"].status == "passed"  # one image of four
     assert found["routing"].value.startswith("2 pathways in 4 images; entropy of the load 0.81")  # of (3/4, 1/4)

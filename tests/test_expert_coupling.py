@@ -67,9 +67,11 @@ def test_experts_that_lie_one_after_another_are_coupled_as_any_others(memory_for
         (8, 2, 0.75, [0, 1, 2, 3, 4, 5, 2, 3]),
         # r = 1: every channel in a slot of its own.
         (4, 3, 1.0, [0, 1, 2, 3]),
-        # Windows 0 1 2 3, 2 3 4 5, 4 5 6 7, 6 7 0 1: pairs alternate between the first and the last two slots.
+        # Windows 0 1 2 3, 2 3 4 5, 4 5 6 7, 6 7 0 1: pairs alternate between the first and the last
+        # two slots.
         (8, 4, 0.5, [0, 1, 2, 3, 0, 1, 2, 3]),
-        # Windows 0 1 2, 2 3 4, 4 5 0: 2 keeps slot 2, so 3 and 4 fill 0 and 1; 4 and 0 keep theirs, 5 fills 2.
+        # Windows 0 1 2, 2 3 4, 4 5 0: 2 keeps slot 2, so 3 and 4 fill 0 and 1; 4 and 0 keep theirs,
+        # 5 fills 2.
         (6, 3, 0.5, [0, 1, 2, 0, 1, 2]),
     ],
 )
@@ -81,8 +83,9 @@ def test_a_channel_of_several_experts_keeps_its_slot(
 
 
 def test_a_channel_that_has_to_change_slots_is_coupled_with_none() -> None:
-    # Five windows of three of five channels, one apart: 0 1 2, 1 2 3, 2 3 4, 3 4 0, 4 0 1. Every two channels meet, so
-    # three slots do not do: 0 1 2 and 3 (slot 0) are placed, 4 takes slot 1; beside 3 and 4, 0 has to move to slot 2.
+    # Five windows of three of five channels, one apart: 0 1 2, 1 2 3, 2 3 4, 3 4 0, 4 0 1. Every
+    # two channels meet, so three slots do not do: 0 1 2 and 3 (slot 0) are placed, 4 takes slot 1;
+    # beside 3 and 4, 0 has to move to slot 2.
     layout = ExpertLayout(num_channels=5, num_experts=5, model_scale=0.6)
     slots = slot_of_row(layout.rows)
     assert slots[0] == 3 + 0

@@ -97,8 +97,8 @@ def test_a_file_holds_standard_operators_only_and_every_weight_once(
     report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS)
     nodes = operators(report.path)
     assert {node.domain for node in nodes} == {""}
-    # BatchNorm is folded away; both forms of the hybrid graph, and experts that have channels in common, point at the
-    # same bytes.
+    # BatchNorm is folded away; both forms of the hybrid graph, and experts that have channels in
+    # common, point at the same bytes.
     assert report.data_bytes <= 1.01 * report.parameter_bytes
     assert not any(node.op_type == "BatchNormalization" for node in nodes)
 
@@ -107,7 +107,8 @@ def test_a_single_image_meets_one_branch_per_layer(small_moe: Make, tmp_path: Pa
     model = small_moe(num_experts=3, model_scale=0.4)
     report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="latency")
     found = [node.op_type for node in operators(report.path)]
-    # 4 MoE layers; a tree over 3 experts has 2 inner nodes; the shortcut joins the branches it is added in; the stem.
+    # 4 MoE layers; a tree over 3 experts has 2 inner nodes; the shortcut joins the branches it is
+    # added in; the stem.
     assert found.count("If") == 4 * 2
     assert found.count("Conv") == 4 * 3 + 3 + 1
 
@@ -125,7 +126,8 @@ def test_a_batch_goes_image_by_image_where_activations_outweigh_weights_and_in_s
     model = small_moe()
     report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="throughput")
     found = [node.op_type for node in operators(report.path)]
-    # Weights over activations of the layers: 864 / 5128, 576 / 2568, 576 / 3080, and behind the last pooling 576 / 520.
+    # Weights over activations of the layers: 864 / 5128, 576 / 2568, 576 / 3080, and behind the
+    # last pooling 576 / 520.
     assert found.count("Scan") == min(scanned, 1)
     assert found.count("If") == scanned
     assert found.count("NonZero") == (4 - scanned) * 2
@@ -190,7 +192,8 @@ def test_a_users_own_module_with_our_convolution_is_exported(pictures: Tensor, t
     torch.manual_seed(0)
     model = UserNetwork()
     report = export_model(model, tmp_path / "own.onnx", image_size=16, labels=["no", "yes"])
-    # One decision, so both convolutions and all between them run in one branch: 2 experts * 2 convolutions, in 2 forms.
+    # One decision, so both convolutions and all between them run in one branch: 2 experts * 2
+    # convolutions, in 2 forms.
     assert [node.op_type for node in operators(report.path)].count("Conv") == 2 * 2 * 2
     prediction = Session(report.path).run(pictures.numpy())
     chosen = (pictures[:, 0].mean((1, 2)) > 0.5).long()

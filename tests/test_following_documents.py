@@ -1,7 +1,8 @@
 """The commands in the README and the tutorial run; commands in all documents have the options they name.
 
-Every command in a `console` block of these two pages runs, in the order of the page. `SMALLER` replaces settings that
-would take hours or a download. `NOT_RUN` lists commands that cannot run in a test, with the reason.
+Every command in a `console` block of these two pages runs, in the order of the page. `SMALLER`
+replaces settings that would take hours or a download. `NOT_RUN` lists commands that cannot run in a
+test, with the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ SMALLER = {
     # The tutorial: networks are as small as they get, epochs and attacks as few.
     "--epochs 30": "--epochs 1 --width 0.0625 --steps 1",
     "evaluate runs/photos": "evaluate --steps 2 --diagnose 4 --no-latency runs/photos",
-    # The README: its CIFAR-10 would be downloaded and trained for hours. Digits come with the package.
+    # The README: its CIFAR-10 would be downloaded and trained for hours. Digits come with the
+    # package.
     "train cifar10 --arch vgg16 ": "train digits --arch vgg16 --width 0.0625 --epochs 1 --steps 1 --limit-train 128 "
     "--val-limit 20 --out runs/cifar10-vgg16-moe-advmoe ",
     "evaluate runs/cifar10-vgg16-moe-advmoe": "evaluate runs/cifar10-vgg16-moe-advmoe --steps 2 --limit-eval 20 "
@@ -87,7 +89,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def follow(commands: str, folder: Path) -> str:
     """Run the commands of a block, and return what they printed on stdout.
 
-    A block that only calls `advmoe` runs in this process, which has imported torch already; any other in a shell.
+    A block that only calls `advmoe` runs in this process, which has imported torch already; any
+    other in a shell.
     """
     lines = [line for line in commands.splitlines() if line.strip()]
     if all(line.startswith("advmoe ") and "&" not in line for line in lines):

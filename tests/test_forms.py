@@ -123,7 +123,8 @@ def test_every_form_trains_costs_what_it_should_and_survives_evaluation_checkpoi
         assert parameter.isfinite().all(), name
         assert not torch.equal(parameter, before[name]), name
 
-    # A pathway costs what S-Dense costs, and each router a linear layer. Scaling and shifting cost nothing.
+    # A pathway costs what S-Dense costs, and each router a linear layer. Scaling and shifting cost
+    # nothing.
     options = {"depth": cell.config().depth} if cell.config().depth else {}
     reference = Ledger(Cell(form.arch, "s_dense", 32).config(**options))
     CLOSED_FORM[form.arch](reference)
@@ -137,7 +138,8 @@ def test_every_form_trains_costs_what_it_should_and_survives_evaluation_checkpoi
     model.eval()
     with torch.no_grad():
         logits, routing = model.forward_with_routing(images)
-        # what an attack looks at has the model's own outputs, and so has its pathway when it is given
+        # what an attack looks at has the model's own outputs, and so has its pathway when it is
+        # given
         for name, forward in routing_views(model).items():
             torch.testing.assert_close(forward(images, torch.arange(4)), logits, msg=name)
         torch.testing.assert_close(model(images, routing.expert_index_BL), logits)
@@ -202,7 +204,8 @@ def test_a_part_that_is_not_there_is_refused(routed: str, message: str) -> None:
 
 
 def test_shared_filters_come_first_in_every_expert_and_windows_share_out_the_rest() -> None:
-    # r C = 4 slots, of which 2 are common; the other 6 channels are shared out in windows of 2 from 0, 2 and 4 on
+    # r C = 4 slots, of which 2 are common; the other 6 channels are shared out in windows of 2 from
+    # 0, 2 and 4 on
     layout = ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5, shared=0.5)
     assert [layout.channels(expert) for expert in range(3)] == [(0, 1, 2, 3), (0, 1, 4, 5), (0, 1, 6, 7)]
     separate = ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5, shared=0.5, separate=True)

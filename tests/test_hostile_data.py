@@ -62,7 +62,8 @@ def test_mutated_parquet_is_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_parquet_cannot_claim_more_images_than_the_set_has(tmp_path: Path) -> None:
-    # 60,001 times the same image and label: a file of some kB that would be 184 MB of pixels, or any number more.
+    # 60,001 times the same image and label: a file of some kB that would be 184 MB of pixels, or
+    # any number more.
     path = tmp_path / "train-00000-of-00001.parquet"
     rows = pa.array([0] * 60_001, pa.int64())
     images = pa.StructArray.from_arrays([pa.array([b"x"] * 60_001), pa.array([""] * 60_001)], ["bytes", "path"])

@@ -218,7 +218,8 @@ def test_a_forked_child_goes_on_with_threads_of_its_own() -> None:
     assert [b.indices.tolist() for b in batches] == expected[1:]
 
 
-# A batch of this program would take minutes. It runs one child for each way of loading, which is interrupted.
+# A batch of this program would take minutes. It runs one child for each way of loading, which is
+# interrupted.
 SLOW = """
     import os, signal, sys, threading, time, numpy as np
     from types import SimpleNamespace

@@ -163,7 +163,8 @@ def test_random_resized_crop_is_torchvisions_for_the_same_draws(photo: Image.Ima
 def test_a_part_of_a_jpeg_is_that_of_the_whole_image(
     photo: Image.Image, tmp_path: Path, mode: str, options: dict[str, Any]
 ) -> None:
-    # Decoding stops below the part. One part of sixteen ends with a row of blocks, where the next one's color counts.
+    # Decoding stops below the part. One part of sixteen ends with a row of blocks, where the next
+    # one's color counts.
     content = encode(photo.convert(mode), quality=90, **options)
 
     class Whole:

@@ -165,7 +165,8 @@ def test_a_line_of_metrics_that_a_crash_cut_short_is_no_obstacle(
 def test_the_best_checkpoint_is_the_latest_that_is_not_clearly_worse(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ten images. From 5 robust ones to 2, three are lost and none gained: 3 > sqrt(3). One lost image is no reason.
+    # Ten images. From 5 robust ones to 2, three are lost and none gained: 3 > sqrt(3). One lost
+    # image is no reason.
     for name, shares, best in (
         ("falls", (0.5, 0.2), 1),
         ("rises", (0.2, 0.5), 2),
@@ -229,7 +230,8 @@ def test_limits_choose_among_the_images_of_their_own_half(digits: Dataset) -> No
     assert len(limited.validation) == 10
     np.testing.assert_array_equal(limited.train_indices, split(limit_train=16, val_limit=10).train_indices)
     assert split(limit_train=16, seed=1).train_indices.tolist() != limited.train_indices.tolist()
-    # Each limit has a choice of its own, so that runs of different sizes are compared on the same validation images.
+    # Each limit has a choice of its own, so that runs of different sizes are compared on the same
+    # validation images.
     np.testing.assert_array_equal(split(limit_train=None).validation.images, limited.validation.images)
     np.testing.assert_array_equal(split(val_limit=1000).train_indices, limited.train_indices)
     assert len(split(limit_train=10**6).train_indices) == len(whole.train_indices)
@@ -253,7 +255,8 @@ def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, t
 def test_a_collapsed_router_is_pointed_out_once_with_its_layer_and_load(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float, warnings: int
 ) -> None:
-    # The busiest of two experts has at least half of the images, and never more than all of them; there are 2 epochs.
+    # The busiest of two experts has at least half of the images, and never more than all of them;
+    # there are 2 epochs.
     monkeypatch.setattr(loop, "COLLAPSED_LOAD", threshold)
     observer = Observer()
     train(digits, tmp_path / "run", STANDARD, observer=observer)

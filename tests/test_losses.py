@@ -21,7 +21,8 @@ def test_trades_is_cross_entropy_plus_beta_times_the_divergence() -> None:
 
 
 def test_the_divergence_is_taken_from_clean_to_adversarial() -> None:
-    # KL((9/10, 1/10) || (1/2, 1/2)) = log 2 - H = 0.3681; the other way round it is 1/2 log(25/9) = 0.5108.
+    # KL((9/10, 1/10) || (1/2, 1/2)) = log 2 - H = 0.3681; the other way round it is 1/2 log(25/9) =
+    # 0.5108.
     clean, adversarial = torch.tensor([[math.log(9), 0.0]]), torch.zeros(1, 2)
     robust = trades(clean, adversarial, torch.tensor([0]), 1.0) - F.cross_entropy(clean, torch.tensor([0]))
     assert robust.item() == pytest.approx(math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1), rel=1e-5)
@@ -50,7 +51,8 @@ def test_gradients_flow_through_both_arguments_of_the_divergence() -> None:
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
-    # softmax underflows to 0 from about 104 on; a target of exactly 0 outside log space gives NaN gradients.
+    # softmax underflows to 0 from about 104 on; a target of exactly 0 outside log space gives NaN
+    # gradients.
     clean = torch.tensor([[size, 0.0, -size], [0.0, size, 0.0], [-size, 0.0, 0.0]], requires_grad=True)
     adversarial = torch.tensor([[-size, 0.0, size], [0.0, size, 0.0], [size, 0.0, 0.0]], requires_grad=True)
     loss = trades(clean, adversarial, torch.tensor([0, 1, 2]), 6.0)
@@ -66,7 +68,8 @@ def routing_of(logits_BRN: Tensor) -> Routing:
 
 
 def test_load_balance_is_one_at_balance_and_n_at_collapse() -> None:
-    # One router, N = 2, saturated logits. Balanced: f = p = (1/2, 1/2), so 2 (1/4 + 1/4) = 1. Collapsed: 2 (1 * 1) = 2.
+    # One router, N = 2, saturated logits. Balanced: f = p = (1/2, 1/2), so 2 (1/4 + 1/4) = 1.
+    # Collapsed: 2 (1 * 1) = 2.
     balanced = torch.tensor([[[50.0, -50.0]], [[-50.0, 50.0]]])
     collapsed = torch.tensor([[[50.0, -50.0]], [[50.0, -50.0]]])
     assert load_balance(routing_of(balanced)).item() == pytest.approx(1.0)

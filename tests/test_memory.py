@@ -51,7 +51,8 @@ def test_an_estimate_grows_with_the_batch_and_the_passes(
     assert needed(ema=0.9) - needed() == weights
     assert needed() - 8 * one_image == 3 * weights, "with gradients and momentum"
     assert needed(loss="pgd_at") < 0.6 * needed()
-    # the images of a batch in parts lie there at once, what is kept for the backward pass only of one part
+    # the images of a batch in parts lie there at once, what is kept for the backward pass only of
+    # one part
     assert needed(batch_size=8) - needed(batch_size=8, accumulate=4) == 6 * 2 * activations(model, 32)
     monkeypatch.setattr(memory, "world", lambda: World(rank=1, size=3))
     assert needed(batch_size=8) == needed(batch_size=9), "three ranks share 8 images as 2, 3 and 3"

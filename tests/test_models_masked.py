@@ -76,7 +76,8 @@ def test_mask_pathway_names_backbone_channels_of_the_layers_that_moe_routes() ->
     pathway = mask_pathway(model)
     layouts = Cell("resnet18", "moe", 32).build().expert_layouts
     assert [len(channels) for channels in pathway] == [layout.size for layout in layouts]
-    # the second convolutions of both blocks of a stage write one residual stream, so they keep the same channels
+    # the second convolutions of both blocks of a stage write one residual stream, so they keep the
+    # same channels
     assert pathway[1] == pathway[3]
     assert pathway[0] != pathway[2]
     assert mask_pathway(compact(model)) == pathway
@@ -88,7 +89,8 @@ def test_scores_start_from_the_weights_that_read_the_channels() -> None:
     reader.weight.data.fill_(1.0)
     reader.weight.data[:, 3] = 2.0
     init_scores(model)
-    # all channels are read with equal norm, but for channel 3 with twice that; the largest score is 1
+    # all channels are read with equal norm, but for channel 3 with twice that; the largest score is
+    # 1
     assert model.masks[0].scores.tolist() == pytest.approx([0.5] * 3 + [1.0] + [0.5] * 4)
 
 

@@ -17,7 +17,8 @@ def test_dense_equals_torchvision(arch: str, reference: str) -> None:
     theirs = torchvision.models.get_model(reference, num_classes=7).eval()
     ours = create_model(arch, kind="dense", num_classes=7, image_size=128).eval()
     randomize_norms(theirs)
-    # both list their layers in the order of the forward pass; only the names differ, and our mean and std
+    # both list their layers in the order of the forward pass; only the names differ, and our mean
+    # and std
     names = [name for name in ours.state_dict() if name not in {"mean", "std"}]
     ours.load_state_dict(dict(zip(names, theirs.state_dict().values(), strict=True)), strict=False)
     images = torch.rand(2, 3, 128, 128)
@@ -82,7 +83,8 @@ def test_moe_with_one_expert_equals_s_dense(arch: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "routers"),
     [
-        # layer: all MoE layers; block: pairs of them (a VGG layer is its own block); stage: those with any; image: 1
+        # layer: all MoE layers; block: pairs of them (a VGG layer is its own block); stage: those
+        # with any; image: 1
         ("resnet18", {"layer": 16, "block": 8, "stage": 4, "image": 1}),
         ("wrn28_10", {"layer": 24, "block": 12, "stage": 3, "image": 1}),
         ("vgg16", {"layer": 12, "block": 12, "stage": 5, "image": 1}),

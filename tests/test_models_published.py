@@ -6,11 +6,11 @@ import torch
 from advmoe.evaluation.cost import measure_cost
 from advmoe.models.registry import create_model
 
-# architecture, pixels, classes; published parameters, ours minus these; published GFLOPs (multiply-adds), relative
-# tolerance; source
-# imgclsmob = tables of github.com/osmr/imgclsmob; it also counts elementwise work, which matters most for DenseNet.
-# torchvision = the weights' own `meta`. VGG: published with biases before BatchNorm, which cancels them; we have none:
-# 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512 = 4,224 fewer.
+# architecture, pixels, classes; published parameters, ours minus these; published GFLOPs
+# (multiply-adds), relative tolerance; source imgclsmob = tables of github.com/osmr/imgclsmob; it
+# also counts elementwise work, which matters most for DenseNet. torchvision = the weights' own
+# `meta`. VGG: published with biases before BatchNorm, which cancels them; we have none: 2 * 64 + 2
+# * 128 + 3 * 256 + 6 * 512 = 4,224 fewer.
 TABLE = [
     ("resnet18", 32, 10, 11_173_962, 0, 0.56, 0.01, "kuangliu/pytorch-cifar"),
     ("resnet18", 224, 1000, 11_689_512, 0, 1.814, 1e-3, "torchvision"),

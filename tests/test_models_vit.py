@@ -77,7 +77,8 @@ def test_a_router_learns_against_the_mean_of_all_experts() -> None:
     features = x_UTD.transpose(1, 2).unsqueeze(3)
     outputs = [mlp.compute(features, Decision(torch.full((2,), expert), None, None)) for expert in range(3)]
     mean = sum(outputs) / 3
-    # The gate has value 1, and its derivative is along what sets the chosen expert apart from that mean.
+    # The gate has value 1, and its derivative is along what sets the chosen expert apart from that
+    # mean.
     gate_U = torch.ones(2, requires_grad=True)
     y = mlp.compute(features, Decision(torch.tensor([2, 0]), None, gate_U, "mean"))
     y.sum().backward()
@@ -110,7 +111,8 @@ def test_tokens_of_one_image_take_different_experts_layer_by_layer() -> None:
     for _ in range(20):  # routers center their input by running statistics
         model(images)
     routing = model.eval().forward_with_routing(images)[1]
-    # 8 x 8 patches and the class token, in each of two layers; the first layer's decisions come first
+    # 8 x 8 patches and the class token, in each of two layers; the first layer's decisions come
+    # first
     assert routing.expert_index_BL.shape == (3, 2 * 65)
     first = routing.expert_index_BL[:, :65]
     assert 0 < first.float().mean() < 1

@@ -31,7 +31,8 @@ LAYOUTS = {
 def compute_all(layer: MoEConv2d, x_BCHW: Tensor, logits_BN: Tensor, chosen_B: Tensor, router_gradient: str) -> Tensor:
     """Every expert's channels cut out of one convolution with the whole bank; a one-hot gate keeps the chosen ones.
 
-    With `advantage` the chosen ones are kept without a gate, and it multiplies their constant distance from the mean.
+    With `advantage` the chosen ones are kept without a gate, and it multiplies their constant
+    distance from the mean.
     """
     everything_BCHW = F.conv2d(x_BCHW, layer.weight, stride=layer.stride, padding=layer.padding)
     row_of = {channel: row for row, channel in enumerate(layer.layout.bank_channels)}
@@ -180,7 +181,8 @@ def test_a_layer_used_twice_in_one_graph_sums_its_gradients() -> None:
 
 
 def test_an_attack_computes_no_weight_gradient() -> None:
-    # 10 images, 3 -> 4 channels, 3x3 taps, 6x6 places: forward and input gradient 2 * 10 * 4 * 3 * 9 * 36 FLOPs each
+    # 10 images, 3 -> 4 channels, 3x3 taps, 6x6 places: forward and input gradient 2 * 10 * 4 * 3 *
+    # 9 * 36 FLOPs each
     layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1).requires_grad_(False)
     x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
     forward, backward = convolution_flops(lambda x: layer(x, Decision(torch.arange(10) % 2, None)), x_BCHW)
@@ -218,7 +220,8 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 @pytest.mark.parametrize("chosen", [[2, 0, 1, 2, 0], [1, 1, 1, 1, 1], [0, 2, 2, 0, 0]])
 def test_outputs_come_back_in_batch_order(chosen: list[int]) -> None:
-    # Image b is filled with b + 1 and expert e's 1x1 filters with 10^e: output b is (b + 1) 10^e in both channels.
+    # Image b is filled with b + 1 and expert e's 1x1 filters with 10^e: output b is (b + 1) 10^e in
+    # both channels.
     experts = ExpertLayout(num_channels=6, num_experts=3, model_scale=1 / 3)
     layer = MoEConv2d(1, experts, 1)
     with torch.no_grad():
@@ -280,8 +283,8 @@ def convolution_flops(run: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> tuple[
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
 def test_only_the_chosen_expert_is_computed_in_training_too(num_experts: int) -> None:
-    # 10 images, r C = 4 of 8 output channels, 3 input channels, 3x3 taps, 6x6 places: 2 * 10 * 4 * 3 * 9 * 36 FLOPs,
-    # and twice that backward (input and weight gradient), whatever N.
+    # 10 images, r C = 4 of 8 output channels, 3 input channels, 3x3 taps, 6x6 places: 2 * 10 * 4 *
+    # 3 * 9 * 36 FLOPs, and twice that backward (input and weight gradient), whatever N.
     layer = MoEConv2d(3, ExpertLayout(num_channels=8, num_experts=num_experts, model_scale=0.5), 3, padding=1).train()
     x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
     chosen_B = torch.arange(10) % num_experts

@@ -20,12 +20,13 @@ from advmoe.models.network import RoutedNetwork
 def test_the_error_of_a_difference_counts_the_images_on_which_models_differ() -> None:
     ours = np.array([True, True, True, False, False, True, True, True])
     theirs = np.array([True, False, False, False, True, True, True, True])
-    # Two images for us, one for them, of 8. The differences are 0, 1, 1, 0, -1, 0, 0, 0: their mean is 1/8, their
-    # variance 3/8 - 1/64, and the standard error its root over the root of 8.
+    # Two images for us, one for them, of 8. The differences are 0, 1, 1, 0, -1, 0, 0, 0: their mean
+    # is 1/8, their variance 3/8 - 1/64, and the standard error its root over the root of 8.
     difference = paired_difference(ours, theirs)
     assert difference.points == 12.5
     assert difference.error == pytest.approx(100 * np.std(ours.astype(int) - theirs) / math.sqrt(8))
-    # Equal models differ by nothing, without doubt, although each share alone has an error of 15 points.
+    # Equal models differ by nothing, without doubt, although each share alone has an error of 15
+    # points.
     assert paired_difference(ours, ours).error == 0.0
 
 

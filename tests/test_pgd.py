@@ -58,8 +58,9 @@ def test_adversarial_images_stay_in_the_ball_and_in_the_pixel_range(eps: float, 
 
 
 def test_steps_follow_the_sign_of_the_gradient() -> None:
-    # Label 0 of logits (0, w s) with w > 0: the loss log(1 + exp(w s)) grows with every pixel, so one step of 0.01 from
-    # the clean image adds 0.01 everywhere, three add 0.03, and ten are cut at eps = 0.05.
+    # Label 0 of logits (0, w s) with w > 0: the loss log(1 + exp(w s)) grows with every pixel, so
+    # one step of 0.01 from the clean image adds 0.01 everywhere, three add 0.03, and ten are cut at
+    # eps = 0.05.
     images = torch.full((2, 3, 4, 4), 0.5)
     objective = cross_entropy_objective(torch.zeros(2, dtype=torch.int64))
     for steps, moved in ((1, 0.01), (3, 0.03), (10, 0.05)):
@@ -68,15 +69,17 @@ def test_steps_follow_the_sign_of_the_gradient() -> None:
 
 
 def test_projection_is_the_nearest_point_of_the_ball_within_the_pixel_range() -> None:
-    # eps = 0.1: 0.9 is cut to 0.5 + 0.1; 0.45 is inside; -0.3 lies below 0.05 - 0.1 < 0, so 0; 1.3 likewise 1.
+    # eps = 0.1: 0.9 is cut to 0.5 + 0.1; 0.45 is inside; -0.3 lies below 0.05 - 0.1 < 0, so 0; 1.3
+    # likewise 1.
     images = torch.tensor([0.5, 0.5, 0.05, 0.95])
     candidates = torch.tensor([0.9, 0.45, -0.3, 1.3])
     torch.testing.assert_close(project(candidates, images, 0.1), torch.tensor([0.6, 0.45, 0.0, 1.0]))
 
 
 def test_an_image_that_is_wrong_already_is_left_alone_and_costs_nothing() -> None:
-    # Score 0.1 * sum: images of 0.5 get logit 2.4 > 0, class 1. The first image's label is 0 (wrong at the start), so
-    # it comes back as it is; the second, label 1, is pushed down by eps without changing its class.
+    # Score 0.1 * sum: images of 0.5 get logit 2.4 > 0, class 1. The first image's label is 0 (wrong
+    # at the start), so it comes back as it is; the second, label 1, is pushed down by eps without
+    # changing its class.
     seen: list[int] = []
 
     def forward(images: Tensor, _: Tensor) -> Tensor:
@@ -94,7 +97,8 @@ def test_an_image_that_is_wrong_already_is_left_alone_and_costs_nothing() -> Non
 
 
 def test_an_attack_returns_the_iterate_that_won() -> None:
-    # Score sum(x) - 24 with 48 pixels of 0.51: margin 0.48; a step of 0.02 takes 0.96 off, so the first step wins.
+    # Score sum(x) - 24 with 48 pixels of 0.51: margin 0.48; a step of 0.02 takes 0.96 off, so the
+    # first step wins.
     class Threshold(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             score_B = images.sum(dim=(1, 2, 3)) - 24
@@ -151,7 +155,8 @@ def test_the_modes_come_back_after_an_error() -> None:
 
 
 def test_the_kl_objective_is_the_divergence_from_the_clean_prediction() -> None:
-    # p = (1/2, 1/2), q = (1/4, 3/4): KL(p || q) = 1/2 log 2 + 1/2 log(2/3) = 1/2 log(4/3). The second rows are equal.
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL(p || q) = 1/2 log 2 + 1/2 log(2/3) = 1/2 log(4/3). The
+    # second rows are equal.
     clean = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     adversarial = torch.tensor([[0.0, torch.tensor(3.0).log()], [1.0, 2.0]])
     loss = kl_objective(clean)(adversarial, torch.arange(2))
@@ -169,7 +174,8 @@ def test_the_clean_prediction_is_a_constant_of_the_kl_objective() -> None:
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("stop_early", [True, False])
 def test_logits_that_are_not_finite_are_refused_whatever_the_label(broken: str, label: int, stop_early: bool) -> None:
-    # argmax of NaNs is class 0: an early stop that trusts it would take every other class for beaten, or for robust.
+    # argmax of NaNs is class 0: an early stop that trusts it would take every other class for
+    # beaten, or for robust.
     images, labels = torch.full((2, 3, 4, 4), 0.5), torch.full((2,), label)
     attack = AttackConfig(steps=2)
     with pytest.raises(AdvMoEError, match=r"not finite.*flatter"):
@@ -204,7 +210,8 @@ def test_starts_are_what_they_are_named_after() -> None:
         return starting_point(images, AttackConfig(eps=0.25, start=name), torch.Generator().manual_seed(0)) - images
 
     assert not start("clean").any()
-    # The deviation of U(-e, e) is e / sqrt 3 = 0.1443, of TRADES' start 0.001; 12,288 draws tell it to better than 2 %.
+    # The deviation of U(-e, e) is e / sqrt 3 = 0.1443, of TRADES' start 0.001; 12,288 draws tell it
+    # to better than 2 %.
     assert start("uniform").std().item() == pytest.approx(0.25 / 3**0.5, rel=0.02)
     assert start("gaussian").std().item() == pytest.approx(0.001, rel=0.02)
     assert torch.equal(start("uniform"), start("uniform"))

@@ -57,7 +57,8 @@ def test_dense_is_the_reference_of_figure_7() -> None:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("fig7-", "fig8-"))])
 def test_figures_over_n_and_r_share_out_one_backbone(name: str) -> None:
-    # Paper, Sec. 5: at r = 1 every pathway is the full backbone, whatever N. So experts are windows also for N r > 1.
+    # Paper, Sec. 5: at r = 1 every pathway is the full backbone, whatever N. So experts are windows
+    # also for N r > 1.
     model, config = resolve(dataset_info("cifar10"), RECIPES[name].model, RECIPES[name].train)
     assert model.expert_filters == "windows"
     assert config.specialization == 0.25

@@ -134,14 +134,16 @@ def test_radii_are_written_as_the_field_does(eps: float, text: str) -> None:
 
 def test_the_analysis_counts_what_the_log_holds(result: SuiteResult) -> None:
     found = analyze(route_log(result, TwoRooms()), TwoRooms())
-    # Clean: two images below the threshold take expert 0, the third (in the trap) expert 1. Worst: one more is flipped.
+    # Clean: two images below the threshold take expert 0, the third (in the trap) expert 1. Worst:
+    # one more is flipped.
     assert found["conditions"]["clean"]["load"] == [[0.6667, 0.3333]]
     assert found["conditions"]["worst"]["load"] == [[0.3333, 0.6667]]
     assert found["conditions"]["clean"]["load_by_class"] == [[[0.6667, 0.3333], [0.0, 0.0]]]
     assert found["conditions"]["clean"]["frequent"][0] == {"pathway": "0", "images": 2}
     # Entropy of (2/3, 1/3) in units of log 2: 0.9183.
     assert found["conditions"]["clean"]["entropy"] == [0.9183]
-    # Two experts of two channels each, disjoint: the flipped image's pathways share nothing, the others' everything.
+    # Two experts of two channels each, disjoint: the flipped image's pathways share nothing, the
+    # others' everything.
     assert found["similarity"]["overlap"]["worst"]["mean"] == 0.6667
     # Pairs of clean images: (0,1) equal, (0,2) and (1,2) disjoint.
     assert found["similarity"]["diversity"]["clean"] == {
@@ -157,8 +159,8 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
     log = RouteLog([2] * 12)
     log.append("clean", [0, 1], [[0] * 12, [1] * 12], labels=[0, 1], predictions=[0, 1])
     found = analyze(log, moe, sparse=sparse)
-    # Expert 0 owns the first half of each layer's channels; half of all channels are kept, so with k of them shared
-    # out of h + h, IoU = k / (2h - k).
+    # Expert 0 owns the first half of each layer's channels; half of all channels are kept, so with
+    # k of them shared out of h + h, IoU = k / (2h - k).
     shared, kept = 0, 0
     for layout, channels in zip(moe.expert_layouts, mask_pathway(sparse), strict=True):
         shared += len(set(layout.channels(0)) & set(channels))
@@ -273,12 +275,14 @@ def test_many_models_stand_in_rows_and_only_their_failures_at_length(result: Sui
 
 
 def test_pathways_flow_from_layer_to_layer(result: SuiteResult) -> None:
-    # Three images take experts 0-0, 0-1 and 1-1: a third of them each from layer 0 to layer 1, nobody from 1 to 0.
+    # Three images take experts 0-0, 0-1 and 1-1: a third of them each from layer 0 to layer 1,
+    # nobody from 1 to 0.
     taken = np.array([[0, 0], [0, 1], [1, 1]], dtype=np.uint8)
     assert flow(taken, TwoRooms()) == [[[0.3333, 0.3333], [0.0, 0.3333]]]
     drawn = pathways_flow(flow(taken, TwoRooms()), "Pathways")
     assert "expert 1<" in drawn
-    # Bars: two experts in each of two layers; bands: the three that are not empty; and the figure's and axes' paper.
+    # Bars: two experts in each of two layers; bands: the three that are not empty; and the figure's
+    # and axes' paper.
     assert len(ElementTree.fromstring(drawn).findall(".//{*}g[@id]")) > 0
     assert len(re.findall(r'id="patch_\d+"', drawn)) >= 2 + 4 + 3
 

@@ -140,7 +140,8 @@ def test_independent_commands_together_do_all_the_work(commands: Commands, capsy
     table("fig3", "--scale", "small")
     whole = {call for call in commands.calls if call[0] in {"train", "evaluate"}}
     lines = printed("fig3", "--scale", "small", "--list", "--runs", "again").splitlines()
-    # Router-only AT goes on from standard MoEs, masks from one standard Dense: 3 + 1 groups, and S-Dense at 3 scales.
+    # Router-only AT goes on from standard MoEs, masks from one standard Dense: 3 + 1 groups, and
+    # S-Dense at 3 scales.
     assert len(lines) == 7
     commands.calls.clear()
     for line in lines:

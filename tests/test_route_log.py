@@ -98,7 +98,8 @@ def test_an_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
 
 def test_load_and_entropy_by_layer_and_class() -> None:
     log = RouteLog([2, 4])
-    # Class 0: experts 0 and 1 once each in layer 0 (1 bit), always 3 in layer 1 (0 bits). Class 1: nobody.
+    # Class 0: experts 0 and 1 once each in layer 0 (1 bit), always 3 in layer 1 (0 bits). Class 1:
+    # nobody.
     log.append("clean", [0, 1], [[0, 3], [1, 3]], labels=[0, 0])
     load = log.expert_load("clean", num_classes=2)
     assert load.counts_LKN.tolist() == [[[1, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 2], [0, 0, 0, 0]]]
@@ -165,7 +166,8 @@ def test_similarities_are_those_of_written_out_masks() -> None:
     diversity = log.diversity("clean", channels, bins=10)
     assert diversity.exact
     assert diversity.num_pairs == 780  # 40 * 39 / 2
-    # No IoU of these sets lies on an edge of the bins but 1, so binary rounding of the edges decides nothing.
+    # No IoU of these sets lies on an edge of the bins but 1, so binary rounding of the edges
+    # decides nothing.
     np.testing.assert_array_equal(diversity.histogram, np.histogram(pairs, bins=diversity.edges)[0])
     np.testing.assert_allclose(diversity.mean_iou, pairs.mean(), rtol=1e-12)
     np.testing.assert_allclose(diversity.mean_intersection, shared.mean(), rtol=1e-12)

@@ -82,10 +82,12 @@ def gradient_of_two_experts(router_gradient: str) -> list[float]:
 
 
 def test_the_advantage_moves_a_router_to_the_better_expert() -> None:
-    # d loss / dy = 1 - 4 = -3, the chosen expert differs from the mean by 1 - 2 = -1: d loss / d gate = 3, and
-    # d gate / d logits = (1, 0) - (1/2, 1/2). A descent step raises the logit of expert 1, whose loss is 1/2, not 9/2.
+    # d loss / dy = 1 - 4 = -3, the chosen expert differs from the mean by 1 - 2 = -1: d loss / d
+    # gate = 3, and d gate / d logits = (1, 0) - (1/2, 1/2). A descent step raises the logit of
+    # expert 1, whose loss is 1/2, not 9/2.
     assert gradient_of_two_experts("advantage") == [1.5, -1.5]
-    # a gate on the whole output only asks for a larger output, -3 * 1, and so for more of the worse expert
+    # a gate on the whole output only asks for a larger output, -3 * 1, and so for more of the worse
+    # expert
     assert gradient_of_two_experts("softmax") == [-1.5, 1.5]
 
 
@@ -105,11 +107,12 @@ def gradient_of_four_experts(router_gradient: str) -> list[float]:
 
 
 def test_the_comparison_ends_a_choice_that_is_good_but_not_the_best() -> None:
-    # d loss / dy = -2, so v = -4, 0, 0, -6: the last is best. At equal logits both of two get 1/2, whose derivative is
-    # 1/4: 1/4 * (-6 + 4) = -1/2 for the logit of the best, 1/2 for the one chosen. The others are not concerned.
+    # d loss / dy = -2, so v = -4, 0, 0, -6: the last is best. At equal logits both of two get 1/2,
+    # whose derivative is 1/4: 1/4 * (-6 + 4) = -1/2 for the logit of the best, 1/2 for the one
+    # chosen. The others are not concerned.
     assert gradient_of_four_experts("dense") == [0.5, 0.0, 0.0, -0.5]
-    # The mean expert says 5/4, so the advantage is -2 * 3/4 = -3/2, times (1, 0, 0, 0) - 1/4: a step raises the logit
-    # chosen, and lowers that of the best.
+    # The mean expert says 5/4, so the advantage is -2 * 3/4 = -3/2, times (1, 0, 0, 0) - 1/4: a
+    # step raises the logit chosen, and lowers that of the best.
     assert gradient_of_four_experts("advantage") == [-1.125, 0.375, 0.375, 0.375]
 
 
@@ -119,13 +122,15 @@ def test_a_relative_comparison_does_not_depend_on_how_much_experts_differ(number
         logits_BN = torch.zeros(3, number, requires_grad=True)
         decision = compared(Decision(torch.tensor([0, 1, 0]), logits_BN), logits_BN, sampled=False, relative=relative)
         outputs = [torch.full((3, 1), 1.0 + size * expert) for expert in range(number)]
-        # the loss falls with the output of images 0 and 1, by 1 and 2, and rises with that of image 2, by 3
+        # the loss falls with the output of images 0 and 1, by 1 and 2, and rises with that of image
+        # 2, by 3
         (select(outputs, decision) * torch.tensor([[-1.0], [-2.0], [3.0]])).sum().backward()
         assert logits_BN.grad is not None
         return logits_BN.grad
 
     torch.testing.assert_close(gradient(1e-4, relative=True), gradient(10.0, relative=True), rtol=1e-3, atol=1e-7)
-    # chosen against the best other: |v_o - v_c| is known for each image, and the mean difference is divided by
+    # chosen against the best other: |v_o - v_c| is known for each image, and the mean difference is
+    # divided by
     steps = torch.tensor([number - 1.0, number - 2.0 if number > 2 else -1.0, 1.0]) * torch.tensor([-1.0, -2.0, 3.0])
     expected = gradient(1.0, relative=False) / steps.abs().sum()
     torch.testing.assert_close(gradient(1.0, relative=True), expected)

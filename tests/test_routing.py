@@ -24,15 +24,18 @@ def layout(num_channels: int, num_experts: int, model_scale: float, *, separate:
     [
         # N r = 1: halves, no channel left over, none shared.
         (8, 2, 0.5, [(0, 1, 2, 3), (4, 5, 6, 7)]),
-        # N r < 1: 2 of 8 channels each, starting at 0 and 4; channels 2, 3, 6 and 7 belong to no expert.
+        # N r < 1: 2 of 8 channels each, starting at 0 and 4; channels 2, 3, 6 and 7 belong to no
+        # expert.
         (8, 2, 0.25, [(0, 1), (4, 5)]),
-        # N r > 1: windows 0 1 2, 2 3 4, 4 5 0. Channel 2 stays in slot 2, and 3 and 4 fill the other two; then 4 stays
-        # in slot 1 and 0 in slot 0, and 5 gets what is left.
+        # N r > 1: windows 0 1 2, 2 3 4, 4 5 0. Channel 2 stays in slot 2, and 3 and 4 fill the
+        # other two; then 4 stays in slot 1 and 0 in slot 0, and 5 gets what is left.
         (6, 3, 0.5, [(0, 1, 2), (3, 4, 2), (0, 4, 5)]),
-        # 8 of 10 each, starting at 0, round(3.33) = 3, round(6.67) = 7: two of the three windows wrap. 8 and 9 replace
-        # 1 and 2; in the third window, where all meet but 5 and 6, 1 and 2 have to go to the slots of those.
+        # 8 of 10 each, starting at 0, round(3.33) = 3, round(6.67) = 7: two of the three windows
+        # wrap. 8 and 9 replace 1 and 2; in the third window, where all meet but 5 and 6, 1 and 2
+        # have to go to the slots of those.
         (10, 3, 0.8, [(0, 1, 2, 3, 4, 5, 6, 7), (0, 8, 9, 3, 4, 5, 6, 7), (0, 8, 9, 3, 4, 1, 2, 7)]),
-        # 3 of 10 each; 2.5 and 7.5 are rounded up, so the starts are 0, 3, 5, 8. 5 and 0 are in two experts each.
+        # 3 of 10 each; 2.5 and 7.5 are rounded up, so the starts are 0, 3, 5, 8. 5 and 0 are in two
+        # experts each.
         (10, 4, 0.3, [(0, 1, 2), (3, 4, 5), (6, 7, 5), (0, 8, 9)]),
         # 2.5 channels are rounded up to 3, so that even at N r = 1 two windows share channel 0.
         (5, 2, 0.5, [(0, 1, 2), (0, 3, 4)]),
@@ -52,7 +55,8 @@ def test_experts_are_circular_windows_whose_common_channels_keep_their_slots(
 
 
 def test_channels_of_no_expert_have_no_weights() -> None:
-    # Experts (0, 1) and (4, 5) of 8 channels: four rows; the second expert has the last two of them.
+    # Experts (0, 1) and (4, 5) of 8 channels: four rows; the second expert has the last two of
+    # them.
     assert layout(8, 2, 0.25).bank_channels == (0, 1, 4, 5)
     assert layout(8, 2, 0.25).rows == ((0, 1), (2, 3))
 
@@ -198,7 +202,8 @@ def test_each_layer_has_its_own_router_and_the_pathway_is_their_choices(
     ("granularity", "router_of_layer"),
     [
         ("layer", list(range(12))),
-        # Stages of 2, 2, 3, 3, 3 convolutions; the first convolution of the first stage is not routed.
+        # Stages of 2, 2, 3, 3, 3 convolutions; the first convolution of the first stage is not
+        # routed.
         ("stage", [0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]),
         ("image", [0] * 12),
     ],

@@ -39,8 +39,8 @@ def test_an_epochs_figures_are_those_of_its_clean_images() -> None:
     log = history()
     add(log, 1, [4, 7], [[0, 1], [0, 0]], [[1, 1], [1, 1]])
     add(log, 1, [0, 9], [[0, 1], [1, 0]], [[1, 1], [1, 1]])
-    # Layer 0 sends three of four images to expert 0, layer 1 two to each. In bits, the entropy of 3/4 and 1/4 is
-    # 2 - 3/4 log2 3 = 0.8113.
+    # Layer 0 sends three of four images to expert 0, layer 1 two to each. In bits, the entropy of
+    # 3/4 and 1/4 is 2 - 3/4 log2 3 = 0.8113.
     assert log.figures(1) == {"router_load": [0.75, 0.5], "router_entropy": [0.8113, 1.0]}
 
 
@@ -80,7 +80,8 @@ def test_the_last_two_epochs_are_kept(tmp_path: Path) -> None:
 
 
 def test_of_more_images_than_fit_every_kth_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two epochs of 100 images under two conditions, 2 + 16 bytes each, are 7,200 bytes; every third image is 2,400.
+    # Two epochs of 100 images under two conditions, 2 + 16 bytes each, are 7,200 bytes; every third
+    # image is 2,400.
     monkeypatch.setattr(routing_history, "MOST_BYTES", 2_400)
     log = history()
     add(log, 1, list(range(10)), [[0, 1]] * 10)
@@ -89,7 +90,8 @@ def test_of_more_images_than_fit_every_kth_is_logged(tmp_path: Path, monkeypatch
 
 
 def test_steps_done_again_after_a_crash_change_nothing(tmp_path: Path) -> None:
-    # The log is written before the checkpoint: after a crash in between it holds steps that the checkpoint does not.
+    # The log is written before the checkpoint: after a crash in between it holds steps that the
+    # checkpoint does not.
     whole, ahead, resumed = history(), history(), history()
     steps = [(1, [0, 1]), (1, [2, 3]), (2, [3, 1]), (2, [0, 2])]
     for epoch, indices in steps:

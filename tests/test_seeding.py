@@ -15,7 +15,8 @@ def test_the_same_place_gives_the_same_numbers() -> None:
 
 
 def test_different_places_give_different_numbers() -> None:
-    # Places that a mere concatenation of 32-bit words would confuse are among them: trailing zeros, seeds of two words.
+    # Places that a mere concatenation of 32-bit words would confuse are among them: trailing zeros,
+    # seeds of two words.
     places = [(0,), (0, 0), (0, 0, 0), (1,), (0, 1), (1, 0), (0, 3), (0, 3, 0), (2**32, 5), (0, 1, 5), (2**63 - 1, 0)]
     assert len({draw(*place) for place in places}) == len(places)
 

@@ -44,12 +44,14 @@ def test_clearly_better_is_more_than_the_standard_error_of_the_paired_difference
 
 
 def test_one_image_of_eighteen_does_not_make_a_first_epoch_the_best() -> None:
-    # SA 33.3 and 66.7 of 18 images, as it happened; the difference of 1/18 is its own standard error
+    # SA 33.3 and 66.7 of 18 images, as it happened; the difference of 1/18 is its own standard
+    # error
     assert best((first(6, 18), first(1, 18)), (first(12, 18), first(0, 18))) == 2
 
 
 def test_pairing_sees_what_two_separate_shares_would_not() -> None:
-    # 50 and 47 of 100: the standard error of either share is 5 points, but 3 images are lost and none is gained
+    # 50 and 47 of 100: the standard error of either share is 5 points, but 3 images are lost and
+    # none is gained
     assert clearly_better(first(50), first(47))
     # 50 and 47 again, now with other images: 50 gained, 47 lost
     assert not clearly_better(first(50), ~first(53))
@@ -65,7 +67,8 @@ def test_sa_breaks_ties_of_ra() -> None:
     assert best((first(80), first(50)), (first(90), first(50))) == 2
     assert best((first(90), first(50)), (first(89), first(50))) == 2, "one image of SA is as little a reason"
     assert best((first(90), first(50)), (first(80), first(60))) == 2, "RA comes first"
-    # epoch 1 is kept for its SA until epoch 3 has clearly more RA, although not more than the second
+    # epoch 1 is kept for its SA until epoch 3 has clearly more RA, although not more than the
+    # second
     assert best((first(90), first(50)), (first(80), first(51)), (first(80), first(52))) == 3
 
 

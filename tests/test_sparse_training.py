@@ -163,7 +163,8 @@ def test_the_learning_rate_falls_along_a_cosine() -> None:
 
 
 def test_each_phase_has_the_epochs_and_the_schedule_that_hydra_gives_it() -> None:
-    # HYDRA: 100 epochs from 0.1, 20 from 0.1, 100 from 0.01, each down to zero. Here an epoch has 3 steps.
+    # HYDRA: 100 epochs from 0.1, 20 from 0.1, 100 from 0.01, each down to zero. Here an epoch has 3
+    # steps.
     schedule = Schedule(HYDRA, 100, 3)
     assert (schedule.epochs, schedule.steps) == (220, 660)
     assert [schedule.span(step).first for step in (0, 299, 300, 359, 360, 659)] == [0, 0, 300, 300, 360, 360]

@@ -109,7 +109,8 @@ def test_the_second_attack_meets_the_updated_routers_and_its_own_batch(model: Ro
     handle = model.register_forward_pre_hook(record)
     run("advmoe", model, batch(1), batch(2))
     handle.remove()
-    # An attack looks at the clean images once and takes K = 2 steps; both attacks run in eval mode at psi as it was.
+    # An attack looks at the clean images once and takes K = 2 steps; both attacks run in eval mode
+    # at psi as it was.
     assert len(seen) == 2 * (1 + 2)
     for position, (training, images, routers, experts) in enumerate(seen):
         first = position < 3
@@ -128,7 +129,8 @@ def test_joint_training_changes_routers_and_experts(model: RoutedNetwork) -> Non
 
 
 def test_a_step_is_sgd_on_trades_at_the_attacked_images(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
-    # The same step by hand: attack in eval mode, forward in training mode, w - lr (gradient + decay * w).
+    # The same step by hand: attack in eval mode, forward in training mode, w - lr (gradient + decay
+    # * w).
     model = tiny_vgg(kind="dense", warm=True)
     by_hand, part = copy.deepcopy(model), batch(1)
     by_hand.eval()
@@ -147,7 +149,8 @@ def test_a_step_is_sgd_on_trades_at_the_attacked_images(tiny_vgg: Callable[..., 
 
 
 def test_statistics_move_by_the_two_training_passes_only(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
-    # Clean and adversarial images pass once each in training mode; the attack's passes leave no trace.
+    # Clean and adversarial images pass once each in training mode; the attack's passes leave no
+    # trace.
     model = tiny_vgg(kind="s_dense")
     run("at", model, batch(1))
     assert {int(value) for name, value in model.state_dict().items() if "num_batches" in name} == {2}
@@ -317,7 +320,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(model: RoutedNetwork, method:
 
 
 def test_a_training_attack_does_not_use_the_labels(model: RoutedNetwork) -> None:
-    # TRADES attacks the prediction (KL), not the label: with beta alone driving, other labels give the same attack.
+    # TRADES attacks the prediction (KL), not the label: with beta alone driving, other labels give
+    # the same attack.
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
     part, fresh = batch(1), copy.deepcopy(model)

@@ -36,8 +36,9 @@ def test_a_cell_is_one_file_and_is_not_made_twice(
 
 def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
-    # Two of four images right for one network, another two and one more for the other: 25 points, and the four
-    # differences 1, 1, -1, 0 have a standard deviation of sqrt(11 / 16), so that the error is half of that.
+    # Two of four images right for one network, another two and one more for the other: 25 points,
+    # and the four differences 1, 1, -1, 0 have a standard deviation of sqrt(11 / 16), so that the
+    # error is half of that.
     (tmp_path / "vgg16").mkdir()
     for name, bits in (("s_dense", "oA=="), ("dense", "0A==")):  # 1010 and 1101, packed
         correct = {"clean": bits, "pgd": bits}

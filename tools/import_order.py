@@ -2,7 +2,8 @@
 
     python tools/import_order.py
 
-All imports count, also imports inside functions and under TYPE_CHECKING, because a reader has to follow them too.
+All imports count, also imports inside functions and under TYPE_CHECKING, because a reader has to
+follow them too.
 """
 
 from __future__ import annotations

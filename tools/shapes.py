@@ -2,8 +2,9 @@
 
     python tools/shapes.py
 
-A name such as `logits_BRN` ends in a letter for each axis. A file that uses such names lists their letters at its head,
-after "Shape suffixes:", in the words of CONTRIBUTING.md. Shapes in prose, such as [B, C], use the same letters.
+A name such as `logits_BRN` ends in a letter for each axis. A file that uses such names lists their
+letters at its head, after "Shape suffixes:", in the words of CONTRIBUTING.md. Shapes in prose, such
+as [B, C], use the same letters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """AutoAttack (Croce & Hein, 2020), run by the maintained package with its official settings.
 
-The standard version runs APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9 target classes (or all
-other classes, if there are fewer), then Square with 5,000 queries. Other libraries give weaker variants the same name.
+The standard version runs APGD-CE, targeted APGD-DLR and targeted FAB with 100 steps each on 9
+target classes (or all other classes, if there are fewer), then Square with 5,000 queries. Other
+libraries give weaker variants the same name.
 
 The attacks are the package's own. Its checks are not run; `advmoe.evaluation.diagnostics` has them.
 Only the random numbers come from this module. They are a function of the image, so an image's
@@ -70,15 +71,16 @@ def autoattack(
     """Run AutoAttack on a batch of correctly classified images.
 
     Args:
-        victims: The images, at least one. Of their attack only the radius counts. The model's parameters must be
-            frozen (`advmoe.models.modes.evaluating`), so that FAB does not compute their gradients.
+        victims: The images, at least one. Of their attack only the radius counts. The model's
+            parameters must be frozen (`advmoe.models.modes.evaluating`), so that FAB does not
+            compute their gradients.
         attacks: All of the standard version, or some.
         square_queries: Queries of Square.
         progress: Called with the name of each attack as it begins.
 
     Raises:
-        ConfigError: The package is missing, there are too few classes for the targeted losses (at least 3 others), or
-            images outside [0, 1].
+        ConfigError: The package is missing, there are too few classes for the targeted losses (at
+            least 3 others), or images outside [0, 1].
     """
     images, labels, model, seed = victims.images, victims.labels, victims.model, victims.seed
     check_images(images)

@@ -55,7 +55,8 @@ class RouteAttackConfig:
 def decisions(model: RoutedNetwork) -> list[int]:
     """Positions in a pathway [L] that are independent decisions, in the order of the routers.
 
-    Layers that share a router repeat its decision. Where tokens are routed, each token is a decision.
+    Layers that share a router repeat its decision. Where tokens are routed, each token is a
+    decision.
     """
     layers, tokens = list(model.router_of_layer), model.rows_per_image
     return [layers.index(router) * tokens + token for router in range(len(model.routers)) for token in range(tokens)]
@@ -157,9 +158,11 @@ def route_attack(
     """Search for a pathway on which the image can be broken.
 
     Args:
-        victims: Images that an MoE-CNN classifies correctly. The attack's steps are spent on each pathway.
+        victims: Images that an MoE-CNN classifies correctly. The attack's steps are spent on each
+            pathway.
         observed_ML: Pathways of other images, clean or attacked.
-        nearby: Adversarial versions that another attack left behind; the nearest flips are looked for from there.
+        nearby: Adversarial versions that another attack left behind; the nearest flips are looked
+            for from there.
         config: Limits of the search.
 
     Returns:
@@ -240,7 +243,8 @@ def attack_routers(victims: Victims, pathways_BL: Tensor) -> tuple[Tensor, Tenso
     """Push every router away from its clean choice, without using the label (RA-R).
 
     Returns:
-        The images at the last step, and a mask [B] of those that the model still classifies correctly.
+        The images at the last step, and a mask [B] of those that the model still classifies
+        correctly.
     """
     classes = victims.network.config.num_classes
     found = pgd(
@@ -285,7 +289,8 @@ def attack_every_pathway(victims: Victims, pathways_ML: Tensor) -> tuple[Tensor,
     """The images that are right on every pathway. No trick of the routing can hide a weakness from this bound.
 
     Returns:
-        Two masks [B]: right on all of the pathways when clean, and right on all of them under an attack on each.
+        Two masks [B]: right on all of the pathways when clean, and right on all of them under an
+        attack on each.
     """
     model = victims.network
     clean = torch.ones(len(victims), dtype=torch.bool, device=victims.images.device)

@@ -148,16 +148,18 @@ def pgd(
         objective: The loss that the attack increases.
         config: Radius, steps and step size. Restarts are the caller's business.
         start: First candidates, [B, 3, H, W] (see `starting_point`).
-        won: If given (for example `misclassified`), an image that has won at any iterate is done: the attack returns
-            that iterate and spends no further work on it. An adversary may stop whenever it has won.
+        won: If given (for example `misclassified`), an image that has won at any iterate is done:
+            the attack returns that iterate and spends no further work on it. An adversary may stop
+            whenever it has won.
         watch: If given, sees the outputs of all images at every iterate; not together with `won`.
         count: If given, counts the gradients.
-        sound: If given, bool [], it becomes false where an output or a gradient is not finite, instead of an error
-            that the host would have to wait for.
+        sound: If given, bool [], it becomes false where an output or a gradient is not finite,
+            instead of an error that the host would have to wait for.
 
     Raises:
-        AdvMoEError: An output or a gradient is not finite, and there is no `sound`. sign(NaN) would leave the image
-            where it is, and argmax of NaNs is class 0: either would pass for robustness.
+        AdvMoEError: An output or a gradient is not finite, and there is no `sound`. sign(NaN) would
+            leave the image where it is, and argmax of NaNs is class 0: either would pass for
+            robustness.
     """
     adversarial = start.detach().clone()
     rows = torch.arange(len(images), device=images.device)

@@ -1,9 +1,10 @@
 """Gradients through hard routing, as attackers may use them. No tape here changes a decision or an output.
 
-The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`). An attack on the
-unmodified model therefore treats the pathway as constant. A surrogate gradient shows more, but each surrogate has a
-blind spot: straight-through hides the experts that were not chosen, and a confident softmax has almost no gradient. An
-attack that follows one surrogate alone flatters the model.
+The argmax of a router has no gradient, and the model itself shows none (`RoutingTape.seen`). An
+attack on the unmodified model therefore treats the pathway as constant. A surrogate gradient shows
+more, but each surrogate has a blind spot: straight-through hides the experts that were not chosen,
+and a confident softmax has almost no gradient. An attack that follows one surrogate alone flatters
+the model.
 
 The tapes differ in the backward pass only, so an adversarial image that one of them finds is
 adversarial for the model itself, up to rounding. `RoutedNetwork.forward_with_routing` takes the

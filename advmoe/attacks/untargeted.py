@@ -26,14 +26,14 @@ def untargeted(
 
     Args:
         victims: The images to attack.
-        forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or the model on fixed
-            pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
+        forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or
+            the model on fixed pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
         count: If given, counts the gradients.
         first_restart: Number of the first start to try; the caller has tried those before it.
 
     Returns:
-        Adversarial images (those of the first restart that broke the image, else of the last), and a mask [B] of the
-        images that no restart broke.
+        Adversarial images (those of the first restart that broke the image, else of the last), and
+        a mask [B] of the images that no restart broke.
 
     Raises:
         ConfigError: Images are outside [0, 1].

@@ -80,7 +80,8 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 1 an error of the user's, 130 interrupted, 143 terminated).
 
-    A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the traceback is shown too.
+    A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the
+    traceback is shown too.
     """
     with warnings.catch_warnings(), handling(signal.SIGTERM, terminate):
         warnings.showwarning = show_warning

@@ -38,8 +38,9 @@ def compare(
 ) -> None:
     """Compare models on the same images: SA, RA, and their differences from the first model with paired errors.
 
-    RA is what withstands all attacks that a model can be given: PGD, and for a routed model every view of its routing
-    and the route attack. Runs and checkpoints are evaluated now; evaluation folders are compared as they are.
+    RA is what withstands all attacks that a model can be given: PGD, and for a routed model every
+    view of its routing and the route attack. Runs and checkpoints are evaluated now; evaluation
+    folders are compared as they are.
     """
     from advmoe.evaluation.card import load_card, standard_error
     from advmoe.evaluation.paired import COMPARED, load_outcomes, outcomes, paired_difference

@@ -91,9 +91,9 @@ def evaluate(
 ) -> None:
     """Measure standard accuracy (SA) and robust accuracy (RA) on the test images, and whether RA can be trusted.
 
-    The run holds everything needed: architecture, classes, normalization, data folder, radius of the attack.
-    With --out, every finished attack on a batch is kept: after an interruption the same command goes on from there.
-    On several GPUs or machines: torchrun -m advmoe evaluate ...
+    The run holds everything needed: architecture, classes, normalization, data folder, radius of
+    the attack. With --out, every finished attack on a batch is kept: after an interruption the same
+    command goes on from there. On several GPUs or machines: torchrun -m advmoe evaluate ...
     """
     from advmoe.device import resolve_device
     from advmoe.distributed import PATIENT_SECONDS, from_leader, joined, leader_first

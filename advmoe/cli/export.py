@@ -62,7 +62,8 @@ def export(
 ) -> None:
     """Write a checkpoint as an ONNX file in which every image computes its own expert, and no other.
 
-    The file uses standard operators only and appears under its name after it gave the same results as PyTorch.
+    The file uses standard operators only and appears under its name after it gave the same results
+    as PyTorch.
 
     With a name that ends in .safetensors, write the model for PyTorch instead.
     """

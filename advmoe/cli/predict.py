@@ -48,8 +48,8 @@ def predict(
 ) -> None:
     """Classify images with an exported model: labels, probabilities and the pathway each image took.
 
-    Images of any size are prepared as the images of the data set are in an evaluation: the shorter side is resized
-    to a length that the file knows, then the middle is taken.
+    Images of any size are prepared as the images of the data set are in an evaluation: the shorter
+    side is resized to a length that the file knows, then the middle is taken.
 
     An image that cannot be read is skipped with a line on stderr; the exit code is 1 in the end.
     """

@@ -38,7 +38,8 @@ def push(
 ) -> None:
     """Upload a model to the hub: weights as safetensors, configuration, ONNX file and a model card.
 
-    Others load it with advmoe.load("hf://owner/name"). $HF_TOKEN or 'hf auth login' gives the right to upload.
+    Others load it with advmoe.load("hf://owner/name"). $HF_TOKEN or 'hf auth login' gives the right
+    to upload.
     """
     from advmoe.hub import check_repository
     from advmoe.hub import push as upload

@@ -75,9 +75,9 @@ def reproduce(
 ) -> None:
     """Train, evaluate and show all runs of a table or figure of the paper.
 
-    Finished work is not repeated: after an interruption the same command goes on where it stopped. At the paper's scale
-    most tables take GPU-days; a smaller scale says what it made smaller.
-    With each run on all of several GPUs or machines: torchrun -m advmoe reproduce ...
+    Finished work is not repeated: after an interruption the same command goes on where it stopped.
+    At the paper's scale most tables take GPU-days; a smaller scale says what it made smaller. With
+    each run on all of several GPUs or machines: torchrun -m advmoe reproduce ...
     """
     one_of("table or figure", name, EXPERIMENTS)
     chosen_scale = one_of("scale", scale, SCALES, "scale")
@@ -332,8 +332,9 @@ def run(command: str, *arguments: str, json: bool = True, group: str | None = No
         command: its name.
         *arguments: of the command.
         json: whether it gives its result as JSON.
-        group: where torchrun started several processes, the name under which the commands that they all run meet; the
-            result is the leader's. Without a name the command runs in one process.
+        group: where torchrun started several processes, the name under which the commands that they
+            all run meet; the result is the leader's. Without a name the command runs in one
+            process.
 
     Raises:
         AdvMoEError: The command failed; it has printed the reason.

@@ -98,11 +98,11 @@ def train(
 ) -> None:
     """Train a model. The default is the paper's: an MoE-CNN with N = 2 experts at r = 0.5, trained by AdvMoE.
 
-    Writes config.json, run.toml (for --config), metrics.jsonl, TensorBoard events, routes.npz (who took which experts
-    in the last two epochs), last.pt and best.pt (the latest epoch whose validation RA is not clearly below the highest)
-    to the run folder.
-    Ctrl-C and SIGTERM save (exit code 130, 143); the same command with --resume goes on.
-    On several GPUs or machines: torchrun -m advmoe train ...
+    Writes config.json, run.toml (for --config), metrics.jsonl, TensorBoard events, routes.npz (who
+    took which experts in the last two epochs), last.pt and best.pt (the latest epoch whose
+    validation RA is not clearly below the highest) to the run folder. Ctrl-C and SIGTERM save (exit
+    code 130, 143); the same command with --resume goes on. On several GPUs or machines: torchrun -m
+    advmoe train ...
     """
     from advmoe.device import resolve_device
     from advmoe.distributed import joined

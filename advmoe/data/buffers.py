@@ -18,8 +18,9 @@ from torch import Tensor
 class Buffers:
     """Lends tensors of up to `num_elements` elements. Several threads may call it at once.
 
-    A tensor, its views and everything else that shares its memory keep one NumPy array alive. When that array is
-    deleted, its memory returns to the pool, which keeps at most `num_kept` free buffers.
+    A tensor, its views and everything else that shares its memory keep one NumPy array alive. When
+    that array is deleted, its memory returns to the pool, which keeps at most `num_kept` free
+    buffers.
     """
 
     def __init__(self, num_elements: int, dtype: torch.dtype, num_kept: int) -> None:

@@ -38,8 +38,8 @@ def packed(
         progress: Called while the pack is made.
 
     Raises:
-        DataError: A parquet file that is missing or damaged, lacks a column or an image, a label that is no class, or
-            a pack that cannot be written.
+        DataError: A parquet file that is missing or damaged, lacks a column or an image, a label
+            that is no class, or a pack that cannot be written.
     """
     pack = Path(pack)
     origin = _origin(shards, hub)

@@ -1,7 +1,7 @@
 """Digits: 1,797 real handwritten digits that are part of the package, for experiments without a download.
 
-They are the test half of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
-Repository, 1998, CC BY 4.0); `digits.txt` beside the file says more.
+They are the test half of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak,
+UCI Machine Learning Repository, 1998, CC BY 4.0); `digits.txt` beside the file says more.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ DIGITS = DatasetInfo(
 def load_digits() -> Dataset:
     """Load the digits as 32x32 RGB with a fixed, stratified split of 1,437 training and 360 test images.
 
-    The originals are 8x8 with 17 gray levels 0..16 (white ink on black). Levels are spread over 0..255, the side is
-    enlarged four times by Pillow's bilinear filter, and the gray plane is repeated for red, green and blue.
-    The originals do not say who wrote them, so a writer may appear in both splits.
+    The originals are 8x8 with 17 gray levels 0..16 (white ink on black). Levels are spread over
+    0..255, the side is enlarged four times by Pillow's bilinear filter, and the gray plane is
+    repeated for red, green and blue. The originals do not say who wrote them, so a writer may
+    appear in both splits.
     """
     with np.load(ORIGINALS) as originals:
         levels, labels = np.round(originals["images"] * (255 / 16)).astype(np.uint8), originals["labels"]

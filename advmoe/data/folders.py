@@ -56,8 +56,8 @@ def load_folder(data_dir: Path) -> Dataset:
     Classes are numbered by their sorted names. Only the headers of some images are read.
 
     Raises:
-        DataError: A split is missing, a class has no images, images lie outside class folders, or a folder is linked
-            into itself.
+        DataError: A split is missing, a class has no images, images lie outside class folders, or a
+            folder is linked into itself.
     """
     check_data_dir(data_dir)
     names = class_folders(find_split(data_dir, ("train",)))

@@ -78,36 +78,39 @@ class LabeledImages(Protocol):
 class BatchLoader:
     """The batches of an image set, or of some of its images, epoch by epoch.
 
-    Every rank of a distributed run makes the same loader with its own `rank`. Step t of an epoch takes the next
-    `world_size * batch_size` images, and each rank gets its share, so the union over ranks is the same for
-    every world size. The last, smaller step is shared as evenly as possible: no image is dropped or repeated,
-    and the ranks' numbers of batches differ by at most one. Distributed training leaves the last step out by
-    `drop_last`.
+    Every rank of a distributed run makes the same loader with its own `rank`. Step t of an epoch
+    takes the next `world_size * batch_size` images, and each rank gets its share, so the union over
+    ranks is the same for every world size. The last, smaller step is shared as evenly as possible:
+    no image is dropped or repeated, and the ranks' numbers of batches differ by at most one.
+    Distributed training leaves the last step out by `drop_last`.
 
     Args:
         images: The image set, in memory (its arrays are read, not copied) or encoded in files.
         indices: Rows to use, in this order; all by default.
         batch_size: Images per batch and rank, at most.
         shuffle: Whether every epoch has a new order.
-        augment: Transform of each image; random choices are new in every epoch. Without it, and with `CropFlip`,
-            all images must have one size.
+        augment: Transform of each image; random choices are new in every epoch. Without it, and
+            with `CropFlip`, all images must have one size.
         seed: Chooses the experiment, 0 to 2^64 - 1.
         stream: Chooses one of the experiment's independent sequences.
-        num_threads: Threads that make batches; `default_threads` by default. With as many batches ahead as
-            threads, each thread makes a batch of its own; with fewer, the threads share a batch.
+        num_threads: Threads that make batches; `default_threads` by default. With as many batches
+            ahead as threads, each thread makes a batch of its own; with fewer, the threads share a
+            batch.
         drop_last: Leave out a last step that is not full.
         rank: This process's share of every step.
         world_size: Number of shares.
-        step_size: Images of all ranks in a full step, by default `world_size * batch_size`; a smaller number need not
-            be a multiple of the world size.
+        step_size: Images of all ranks in a full step, by default `world_size * batch_size`; a
+            smaller number need not be a multiple of the world size.
         prefetch: Batches made ahead of the one in use; 0 makes each when it is asked for.
         dtype: `torch.float32` or `torch.uint8`.
-        mean: Subtracted from level / 255, per channel; with float32 only. Models normalize themselves.
+        mean: Subtracted from level / 255, per channel; with float32 only. Models normalize
+            themselves.
         std: Divisor of the difference, per channel.
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; as are the labels.
-        on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it in `skipped`. A
-            batch without any image left is left out, but for that of a rank among several.
+        on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it
+            in `skipped`. A batch without any image left is left out, but for that of a rank among
+            several.
 
     Raises:
         ConfigError: An argument is out of its range.

@@ -33,8 +33,8 @@ def check_data_dir(data_dir: Path) -> None:
 def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Path]:
     """Existing folders in which the layouts of data set ``name`` are looked for, in this order.
 
-    ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub, and the
-    snapshots in a hub cache.
+    ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub,
+    and the snapshots in a hub cache.
 
     Raises:
         DataError: ``data_dir`` is a file, or is missing and is not the default folder.

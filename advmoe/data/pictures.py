@@ -20,8 +20,9 @@ def find_pictures(named: Sequence[str | os.PathLike[str]]) -> list[Path]:
     folder or pattern the order is natural.
 
     Args:
-        named: Files; folders, which are searched through all levels for files with one of `SUFFIXES`; and patterns
-            with `*`, `?`, `[...]` and `**`, which mean such files among their matches, and those in matching folders.
+        named: Files; folders, which are searched through all levels for files with one of
+            `SUFFIXES`; and patterns with `*`, `?`, `[...]` and `**`, which mean such files among
+            their matches, and those in matching folders.
 
     Raises:
         DataError: A file or folder does not exist, holds no images, or matches nothing.

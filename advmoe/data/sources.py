@@ -106,14 +106,16 @@ def load_dataset(
 
     Args:
         name: One of `dataset_names`.
-        data_dir: An existing folder; by default `$ADVMOE_DATA_DIR` or a folder in the user's cache, which is made when
-            something is downloaded to it.
+        data_dir: An existing folder; by default `$ADVMOE_DATA_DIR` or a folder in the user's cache,
+            which is made when something is downloaded to it.
         download: Whether a set that is missing may be downloaded.
         progress: Called as `progress(what, done, total)` during slow work.
-        announce: Called with one sentence before a download: what, how much, from where, to which folder.
+        announce: Called with one sentence before a download: what, how much, from where, to which
+            folder.
 
     Returns:
-        The images in memory (`ImageSet`); for `imagenet` and `folder`, their places in files (`EncodedSet`).
+        The images in memory (`ImageSet`); for `imagenet` and `folder`, their places in files
+        (`EncodedSet`).
 
     Raises:
         ConfigError: No set has this name.

@@ -40,7 +40,8 @@ def split_validation(
             f" so that each of the {len(class_sizes)} classes keeps a training image"
         )
 
-    # The smallest draws of each class are held out, so rows sorted by (class, draw) hold them at each class's start.
+    # The smallest draws of each class are held out, so rows sorted by (class, draw) hold them at
+    # each class's start.
     draws = np.random.Philox(key=seed).random_raw(total)
     order = np.lexsort((draws, class_of_row))
     rank_in_class = np.arange(total) - np.repeat(np.cumsum(class_sizes) - class_sizes, class_sizes)

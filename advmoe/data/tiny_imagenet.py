@@ -46,8 +46,9 @@ def load_tiny_imagenet(
 ) -> Dataset:
     """Load the first complete layout under ``data_dir``, else download the official zip into it; read in place.
 
-    The official validation images, whose labels are public, are the test set. All images are decoded into memory
-    (1.4 GB). ``val`` may be as published (``val/images`` with ``val_annotations.txt``) or sorted into class folders.
+    The official validation images, whose labels are public, are the test set. All images are
+    decoded into memory (1.4 GB). ``val`` may be as published (``val/images`` with
+    ``val_annotations.txt``) or sorted into class folders.
 
     Raises:
         DataError: No layout is complete and nothing was downloaded, or a file is malformed.

@@ -187,8 +187,8 @@ def _attack_all(victims: Victims, right: Tensor) -> tuple[Tensor, Routing]:
     """Attack every image for all steps, so that router statistics include images that were wrong when clean.
 
     Returns:
-        Which images are right and stay right at every point of every start [B], and the routing after the last step of
-        the first start.
+        Which images are right and stay right at every point of every start [B], and the routing
+        after the last step of the first start.
     """
     survived = right.clone()
 

@@ -27,15 +27,18 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     Args:
         log: The log of an evaluation, with the condition `clean` and some attacks.
         model: The MoE-CNN it is of; its weights are not needed.
-        sparse: A Sparse-CNN on the same backbone, to whose mask pathway the pathways are compared (Fig. 6).
+        sparse: A Sparse-CNN on the same backbone, to whose mask pathway the pathways are compared
+            (Fig. 6).
 
     Returns:
-        `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for attacks, the dissection;
-        `similarity`: overlap of clean and attacked pathways and diversity over pairs of images, as IoU; `mask`: IoU
-        with the mask pathway. The last two are absent where experts are no channels of a common backbone.
+        `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for
+        attacks, the dissection; `similarity`: overlap of clean and attacked pathways and diversity
+        over pairs of images, as IoU; `mask`: IoU with the mask pathway. The last two are absent
+        where experts are no channels of a common backbone.
 
     Raises:
-        ConfigError: The log has no clean condition or is of another model, or the Sparse-CNN is on another backbone.
+        ConfigError: The log has no clean condition or is of another model, or the Sparse-CNN is on
+            another backbone.
     """
     names = [name for name, _ in log.conditions]
     layers = len(model.expert_layouts) * model.rows_per_image
@@ -88,7 +91,8 @@ def flow(experts_IL: NDArray[np.uint8], model: RoutedNetwork) -> list[list[list[
     """Flow of images between layers: the share of images that take expert i and, in the next layer, expert j.
 
     Returns:
-        [layers - 1][experts][experts]; empty if tokens are routed, because an image's tokens take different experts.
+        [layers - 1][experts][experts]; empty if tokens are routed, because an image's tokens take
+        different experts.
     """
     if model.rows_per_image > 1:
         return []

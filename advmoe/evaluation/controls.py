@@ -30,9 +30,10 @@ def controlled(model: nn.Module, control: Control, seed: int) -> RoutedNetwork:
 
     Args:
         model: An MoE-CNN with a choice of experts.
-        control: `random` draws new weights for each router and keeps the statistics that center its features;
-            `averaged` gives every output channel of an expert the mean filter of all experts there and sends every
-            image to that expert; `inverted` negates the routers' logits.
+        control: `random` draws new weights for each router and keeps the statistics that center its
+            features; `averaged` gives every output channel of an expert the mean filter of all
+            experts there and sends every image to that expert; `inverted` negates the routers'
+            logits.
         seed: Seed of the random routers.
 
     Raises:

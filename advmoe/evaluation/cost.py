@@ -36,8 +36,9 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
     """Count the operations that one inference executes, including those of the routers.
 
     Args:
-        model: A module from images [B, 3, H, W] in [0, 1] to logits; a routed one computes one expert per image, and
-            since all experts of a layer have the same size, any image gives the same count.
+        model: A module from images [B, 3, H, W] in [0, 1] to logits; a routed one computes one
+            expert per image, and since all experts of a layer have the same size, any image gives
+            the same count.
         image_size: Height and width of the images.
     """
     parameter = next(model.parameters())
@@ -64,7 +65,8 @@ def measure_latency(model: nn.Module, images: Tensor, batch_sizes: Sequence[int]
 
     Args:
         model: A module from images to logits.
-        images: [B, 3, H, W] in [0, 1], real ones: a routed model sends them to different experts. Used in turn.
+        images: [B, 3, H, W] in [0, 1], real ones: a routed model sends them to different experts.
+            Used in turn.
         batch_sizes: Batch sizes, at most B.
     """
     images = images.to(next(model.parameters()).device)

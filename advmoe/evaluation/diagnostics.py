@@ -67,8 +67,8 @@ def diagnose(sample: Victims, *, withstood: Tensor | None = None, square_queries
 
     Args:
         sample: Some images, right and wrong ones, under the attack whose RA is checked.
-        withstood: [B], bool: images that the other white-box attacks of the evaluation did not break; None if there
-            were no others.
+        withstood: [B], bool: images that the other white-box attacks of the evaluation did not
+            break; None if there were no others.
         square_queries: Queries of the black-box check; 0 leaves it out.
 
     Raises:

@@ -30,8 +30,8 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
     """Clean images that the model classifies correctly, and their versions after PGD.
 
     Returns:
-        `clean` and `attacked` [n, H, W, 3] uint8, `difference` [n, H, W, 3] in levels of 255, `label`, and
-        `before` and `after`, the predictions.
+        `clean` and `attacked` [n, H, W, 3] uint8, `difference` [n, H, W, 3] in levels of 255,
+        `label`, and `before` and `after`, the predictions.
     """
     right, robust = result.arrays["right"], result.robust([PGD])
     broken, kept = (right & ~robust).nonzero()[0], (right & robust).nonzero()[0]

@@ -1,13 +1,15 @@
 """The settings of an evaluation, and its outcome: one row per image, from which all figures are computed.
 
-Attacks by family (`advmoe.evaluation.vocabulary.Attack`). Each gives one bool per image, true where the image is
-classified correctly both clean and attacked:
+Attacks by family (`advmoe.evaluation.vocabulary.Attack`). Each gives one bool per image, true where
+the image is classified correctly both clean and attacked:
 
 - `pgd`: untargeted PGD on the unmodified model;
 - `view`: the same through each gradient of the routing (`advmoe.attacks.relaxations`);
 - `route`: a search over pathways for the images that the above left (`advmoe.attacks.pathways`);
-- `experts` (RA-E): PGD with the clean pathway frozen; `routers` (RA-R): an attack on the routers only;
-- `every_pathway`: right on each of the pathways in use, without (`clean`) and with an attack on each;
+- `experts` (RA-E): PGD with the clean pathway frozen; `routers` (RA-R): an attack on the routers
+  only;
+- `every_pathway`: right on each of the pathways in use, without (`clean`) and with an attack on
+  each;
 - `autoattack`: after each of AutoAttack's four attacks;
 - `eps`: PGD at other radii;
 - `worst`: every success on the model itself at the full radius, together.

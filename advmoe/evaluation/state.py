@@ -30,7 +30,8 @@ class EvaluationState:
         identity: Model, images and settings of the results, as plain values.
 
     Raises:
-        CheckpointError: The file holds results of another model, other images or other settings, or cannot be read.
+        CheckpointError: The file holds results of another model, other images or other settings, or
+            cannot be read.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:

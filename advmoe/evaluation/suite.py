@@ -59,17 +59,20 @@ def run_suite(
 ) -> SuiteResult:
     """Evaluate a model in fp32. The model keeps its mode.
 
-    Several ranks take turns with the batches, and all get the whole result, which is the same in every world. Rank 0
-    alone keeps the state, and runs the diagnostics.
+    Several ranks take turns with the batches, and all get the whole result, which is the same in
+    every world. Rank 0 alone keeps the state, and runs the diagnostics.
 
     Args:
-        model: A module from images in [0, 1] to logits; its routing is attacked if it is a `RoutedNetwork`.
+        model: A module from images in [0, 1] to logits; its routing is attacked if it is a
+            `RoutedNetwork`.
         images: The test images.
         config: Settings of the evaluation.
-        batch_size: Images attacked at a time; changes nothing but memory and the rounding of convolutions.
+        batch_size: Images attacked at a time; changes nothing but memory and the rounding of
+            convolutions.
         seed: Seed of everything random.
-        state_path: File for the results of each batch and, in the unfinished batch, of each attack. An interrupted
-            evaluation goes on from there. The outcome of the diagnostics lies beside it.
+        state_path: File for the results of each batch and, in the unfinished batch, of each attack.
+            An interrupted evaluation goes on from there. The outcome of the diagnostics lies beside
+            it.
         progress: Called during the work.
 
     Raises:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class ChannelMask(nn.Module):
     """A learned choice of `kept` channels: those with the highest scores (HYDRA, Sehwag et al., 2020, for channels).
 
-    The mask is 1 for kept channels and 0 for the others; its gradient passes straight through to the scores. While
-    it is `open` all channels are kept: the network is Dense.
+    The mask is 1 for kept channels and 0 for the others; its gradient passes straight through to
+    the scores. While it is `open` all channels are kept: the network is Dense.
     """
 
     open: Tensor
@@ -57,7 +57,8 @@ class KeptChannels(nn.Module):
 class Channels:
     """A set of channels that some layers write and others read.
 
-    `full` is their number in Dense, `size` the number really computed; `masks` choose among them in Sparse-CNN.
+    `full` is their number in Dense, `size` the number really computed; `masks` choose among them in
+    Sparse-CNN.
     """
 
     full: int

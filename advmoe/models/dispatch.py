@@ -173,7 +173,8 @@ def router_signal(
         experts: Experts of the layer.
         order: Order of the batch.
         x: The layer's input [B, ...], sorted.
-        y_B: Inner products of the layer's output and its gradient, in batch order, where `uses_output`.
+        y_B: Inner products of the layer's output and its gradient, in batch order, where
+            `uses_output`.
         gradient: Gradient of the loss by the layer's output, sorted.
 
     Returns:

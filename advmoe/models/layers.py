@@ -108,8 +108,8 @@ class RoutedConv2d(MoEConv2d):
 class LayerFactory:
     """Makes the layers of one network of a given kind and keeps count of its MoE layers, routers and masks.
 
-    The backbone states full (Dense) channel numbers. It announces where its parts begin (`begin("block")`,
-    `begin("stage")`), so that routers can be shared within them.
+    The backbone states full (Dense) channel numbers. It announces where its parts begin
+    (`begin("block")`, `begin("stage")`), so that routers can be shared within them.
     """
 
     def __init__(self, config: ModelConfig, *, stages: int, blocks: int) -> None:
@@ -242,8 +242,8 @@ class ConvNorm(nn.Module):
 class Stem(nn.Module):
     """First layers of a residual network, not routed: image -> feature maps.
 
-    Small images: one 3x3 convolution at full resolution. ImageNet: 7x7 with stride 2 and a 3x3 max pool with stride 2.
-    `norm` adds BatchNorm and ReLU after the convolution.
+    Small images: one 3x3 convolution at full resolution. ImageNet: 7x7 with stride 2 and a 3x3 max
+    pool with stride 2. `norm` adds BatchNorm and ReLU after the convolution.
     """
 
     def __init__(self, layers: LayerFactory, writes: Channels, *, norm: bool = True) -> None:

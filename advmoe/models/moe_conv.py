@@ -101,8 +101,9 @@ class Convolution(NamedTuple):
     def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Compute <gradient_b, y_e> for each image b and each expert e, [B, N].
 
-        It equals <dL/dW_b, W_e>, where dL/dW_b is the gradient of the filters by image b alone. Where feature maps are
-        large, this costs about as much as three or four convolutions, for all N experts together.
+        It equals <dL/dW_b, W_e>, where dL/dW_b is the gradient of the filters by image b alone.
+        Where feature maps are large, this costs about as much as three or four convolutions, for
+        all N experts together.
         """
         places = gradient.shape[2] * gradient.shape[3]
         if not x.is_cpu or not len(x) or self.num_experts < MANY or places < LARGE:
@@ -327,8 +328,8 @@ def moe_conv2d(
         x_BCHW: Layer input.
         weight: Weight bank [bank, C, kh, kw]; expert e convolves with its rows rows[e].
         bias: Bias bank [bank] or None, shared out in the same way.
-        decision: The experts chosen, with a gate where a router learns; or just the experts, int64 [B], each one of
-            range(len(rows)).
+        decision: The experts chosen, with a gate where a router learns; or just the experts, int64
+            [B], each one of range(len(rows)).
         rows: Bank rows of each expert, in the order of its output channels.
         stride: Stride as in `torch.nn.functional.conv2d`, the same in both directions.
         padding: Zeros added on each side, in both directions.

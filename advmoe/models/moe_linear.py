@@ -47,8 +47,8 @@ def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Ten
     """Multiply row b of x by the weights of expert `expert_index[b]`: y[b] = x[b] @ W_e.T + bias_e.
 
     Args:
-        x: [U, ..., D_in]. What is routed as one lies along U: an image with all its tokens ([B, T, D_in]), or a single
-            token ([B * T, D_in]).
+        x: [U, ..., D_in]. What is routed as one lies along U: an image with all its tokens ([B, T,
+            D_in]), or a single token ([B * T, D_in]).
         weight: Weight bank [bank, D_in]; expert e multiplies by its rows rows[e].
         bias: Bias bank [bank] or None, shared out in the same way.
         expert_index: int64 [U], each one of range(len(rows)).

@@ -92,9 +92,11 @@ class RoutedNetwork(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing). Where tokens are
-                routed, L counts the decisions of all MoE layers and tokens, layer by layer.
-            tape_type: Makes the pass's tape; attacks pass one that relaxes the routing (`advmoe.attacks.relaxations`).
+            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing).
+                Where tokens are routed, L counts the decisions of all MoE layers and tokens, layer
+                by layer.
+            tape_type: Makes the pass's tape; attacks pass one that relaxes the routing
+                (`advmoe.attacks.relaxations`).
         """
         check_images(images, self.config.image_size, in_training=self.training)
         if self.compiled is not None and tape_type is RoutingTape:

@@ -50,7 +50,8 @@ def create_model(arch: str, **settings: Unpack[ModelSettings]) -> RoutedNetwork:
         A module from images [B, 3, H, W] in [0, 1] to logits [B, num_classes], in training mode.
 
     Raises:
-        ConfigError: An unknown setting, a value that cannot be, or settings that do not go together.
+        ConfigError: An unknown setting, a value that cannot be, or settings that do not go
+            together.
     """
     return build_model(model_config(arch=arch, **settings))
 

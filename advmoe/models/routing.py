@@ -35,8 +35,8 @@ class Decision(NamedTuple):
     the gradient of the loss by image b's output, y_e the output of expert e for that image, and c
     the chosen expert. Then the gradient of the gate is
 
-    - `own`, a gate [B]: <g_b, y_c>. The router only learns whether scaling the output lowers the loss;
-      choosing an expert cannot scale it.
+    - `own`, a gate [B]: <g_b, y_c>. The router only learns whether scaling the output lowers the
+      loss; choosing an expert cannot scale it.
     - `mean`, a gate [B]: <g_b, y_c - mean of all y_e>, the change of the loss if the chosen expert
       differed more from the mean expert.
     - `all`, a gate [B, N]: <g_b, y_e - y_c> in column e, the change of the loss toward each other
@@ -103,11 +103,12 @@ class _Comparison(torch.autograd.Function):
 def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: bool = False) -> Decision:
     """A decision whose router learns by comparing the expert chosen, c, with another one, o.
 
-    With v_e = <dL/dy, y_e>, the loss changes to first order by v_o - v_c if o takes over. The router's gradient is that
-    of the expected loss if it chose between these two with the probabilities that its logits give them,
-    sigmoid(l_o - l_c) * (v_o - v_c): of the two, the logit of the better one rises and the other falls. o is the best
-    of the others, or one of them for each image in turn (`sampled`), whose values cost one expert instead of N. At
-    N = 2 both are the gradient of the softmax mixture.
+    With v_e = <dL/dy, y_e>, the loss changes to first order by v_o - v_c if o takes over. The
+    router's gradient is that of the expected loss if it chose between these two with the
+    probabilities that its logits give them, sigmoid(l_o - l_c) * (v_o - v_c): of the two, the logit
+    of the better one rises and the other falls. o is the best of the others, or one of them for
+    each image in turn (`sampled`), whose values cost one expert instead of N. At N = 2 both are the
+    gradient of the softmax mixture.
 
     Coupled experts differ little, so the differences between their values are small, and routers
     hardly move. `relative` divides the differences by their mean size over the batch (with several
@@ -142,8 +143,8 @@ class RoutingTape:
 
     Args:
         routers: The network's routers.
-        router_of_layer: Index of the router that decides for each MoE layer; a router decides once, on the input of the
-            first layer that asks.
+        router_of_layer: Index of the router that decides for each MoE layer; a router decides once,
+            on the input of the first layer that asks.
         forced_BL: Pathways to take instead of asking the routers, int64 [B, L].
     """
 

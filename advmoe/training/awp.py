@@ -21,7 +21,8 @@ def perturbed_weights(
     their norm. They are moved back at the end.
 
     Args:
-        model: The network; its buffers (BatchNorm statistics) forget the pass that finds the direction.
+        model: The network; its buffers (BatchNorm statistics) forget the pass that finds the
+            direction.
         parameters: Parameters that may be perturbed.
         loss: Function that computes the loss at the present weights.
         gamma: Relative size of the perturbation.

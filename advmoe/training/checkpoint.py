@@ -137,7 +137,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint so that `path` holds either the old file or the complete new one.
 
-    A path that ends in `.safetensors` gets the model without the state of its training, as `write_safetensors` says.
+    A path that ends in `.safetensors` gets the model without the state of its training, as
+    `write_safetensors` says.
     """
     contents = {
         "format": FORMAT,
@@ -192,7 +193,8 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     """Read a checkpoint without executing any code it may contain.
 
     Raises:
-        CheckpointError: The file is missing, cannot be read, or is not a checkpoint of this project.
+        CheckpointError: The file is missing, cannot be read, or is not a checkpoint of this
+            project.
     """
     path = fetch(path)
     if not path.is_file():

@@ -41,7 +41,8 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
     experts gets its own number.
 
     Args:
-        rows: Rows of each expert, in the order of its slots; all rows of the bank are in some expert.
+        rows: Rows of each expert, in the order of its slots; all rows of the bank are in some
+            expert.
     """
     slots: dict[int, set[int]] = {}
     for own in rows:

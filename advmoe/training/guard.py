@@ -47,8 +47,8 @@ class Kept:
         """Reset the tensors to their copied values.
 
         Args:
-            changed: bool [], on the tensors' device. If true, the tensors keep their present values. None
-                counts as false.
+            changed: bool [], on the tensors' device. If true, the tensors keep their present
+                values. None counts as false.
         """
         for group, values in self._groups:
             back = values if changed is None else torch.where(changed, _flat(group), values)

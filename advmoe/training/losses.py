@@ -17,8 +17,8 @@ from advmoe.training.union import mean_over_union
 def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Tensor, beta: float) -> Tensor:
     """CE(f(x), y) + beta * KL(f(x) || f(x')), averaged over the batch (paper, eq. AT, with beta = 1 / lambda).
 
-    Gradients flow through both arguments of the KL. Both are kept in log space: with a softmax target that underflows,
-    0 * log 0 makes the gradient NaN.
+    Gradients flow through both arguments of the KL. Both are kept in log space: with a softmax
+    target that underflows, 0 * log 0 makes the gradient NaN.
     """
     natural = F.cross_entropy(clean_logits_BK, labels_B)
     robust = F.kl_div(
@@ -33,8 +33,9 @@ def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Ten
 def load_balance(routing: Routing, place: Place | None = None) -> Tensor:
     """N * sum_e f_e * p_e, averaged over routers (Fedus et al., 2022, eq. 4): at least 1, reached at perfect balance.
 
-    f_e is the share of images that router sends to expert e (constant), p_e the mean of its softmax. With several ranks
-    both are means over the union of their batches, in which the batch has its `place`.
+    f_e is the share of images that router sends to expert e (constant), p_e the mean of its
+    softmax. With several ranks both are means over the union of their batches, in which the batch
+    has its `place`.
     """
     logits_BRN = routing.logits_BRN
     assert logits_BRN is not None

@@ -14,7 +14,8 @@ class Observer(Protocol):
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
         """A step ended; it processed `images`.
 
-        `figures` are the means of the epoch up to the last reading; empty before the first one (on a GPU).
+        `figures` are the means of the epoch up to the last reading; empty before the first one (on
+        a GPU).
         """
 
     def validated(self, record: dict[str, Any]) -> None:

@@ -92,10 +92,11 @@ class RoutingHistory:
         """Statistics of the routers on clean images in one epoch, per MoE layer.
 
         Returns:
-            `router_load`, the busiest expert's share of the decisions, 1/N to 1; `router_entropy` of the load, divided
-            by log N: 0 is a collapsed router, 1 perfect balance. After the first epoch also `router_changed`, the share
-            of decisions that differ from those for the same image in the epoch before, and `train_pathways_changed`,
-            the share of images with any such decision in per cent. Empty without MoE layers.
+            `router_load`, the busiest expert's share of the decisions, 1/N to 1; `router_entropy`
+            of the load, divided by log N: 0 is a collapsed router, 1 perfect balance. After the
+            first epoch also `router_changed`, the share of decisions that differ from those for the
+            same image in the epoch before, and `train_pathways_changed`, the share of images with
+            any such decision in per cent. Empty without MoE layers.
         """
         if not self._num_layers:
             return {}

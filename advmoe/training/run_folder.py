@@ -1,7 +1,8 @@
 """The files of a run in its folder.
 
-`config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt`, `best.pt`, and on request the
-checkpoints of the last epochs, `epoch-NNNN.pt`. `skipped.jsonl`, if there were steps that could not be taken.
+`config.json`, `metrics.jsonl`, TensorBoard events, `routes.npz`, `last.pt`, `best.pt`, and on
+request the checkpoints of the last epochs, `epoch-NNNN.pt`. `skipped.jsonl`, if there were steps
+that could not be taken.
 """
 
 from __future__ import annotations

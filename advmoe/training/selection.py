@@ -28,9 +28,10 @@ FEW_IMAGES = 200
 def clearly_better(one: Outcome, other: Outcome) -> bool:
     """Whether the share of correct images is higher by more than the standard error of the paired difference.
 
-    Of n images, g are correct under `one` only and l under `other` only. The difference is (g - l)/n, its variance
-    ((g + l) - (g - l)²/n) / (n (n - 1)). Solved for g and l, the difference exceeds its standard error exactly if
-    (g - l)² > g + l: McNemar's statistic is above 1. Whole numbers decide, and no rounding.
+    Of n images, g are correct under `one` only and l under `other` only. The difference is (g -
+    l)/n, its variance ((g + l) - (g - l)²/n) / (n (n - 1)). Solved for g and l, the difference
+    exceeds its standard error exactly if (g - l)² > g + l: McNemar's statistic is above 1. Whole
+    numbers decide, and no rounding.
     """
     gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
     return gained > lost and (gained - lost) ** 2 > gained + lost

@@ -35,8 +35,9 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
     Args:
         model: The model that gets the weights.
         initial: The checkpoint.
-        reinitialize: Share of every expert's own filters that are drawn anew from the normal distribution with the
-            bank's mean and deviation, so that experts differ from the start (Drop-Upcycling, Nakamura et al., 2025).
+        reinitialize: Share of every expert's own filters that are drawn anew from the normal
+            distribution with the bank's mean and deviation, so that experts differ from the start
+            (Drop-Upcycling, Nakamura et al., 2025).
         seed: Seed of the filters drawn anew.
 
     Raises:

@@ -44,8 +44,8 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
 def micro_batches(batch: Batch, number: int) -> list[tuple[Batch, slice]]:
     """The parts of a batch that are computed one after another, and their rows in it.
 
-    They take turns with the positions in the union of all ranks' batches. So each rank has its share of each part, and
-    the parts are the same images in every world.
+    They take turns with the positions in the union of all ranks' batches. So each rank has its
+    share of each part, and the parts are the same images in every world.
     """
     if number == 1:
         return [(batch, slice(None))]
@@ -78,7 +78,8 @@ def sum_gradients(gradients: Iterable[Tensor | None], loss: Tensor) -> Tensor:
     """Add up gradients over all ranks, in place, in one exchange with the loss.
 
     Args:
-        gradients: Gradients of one level's parameters; None, on all ranks alike, if the loss does not depend on one.
+        gradients: Gradients of one level's parameters; None, on all ranks alike, if the loss does
+            not depend on one.
         loss: This rank's part of the loss.
 
     Returns:

@@ -88,8 +88,8 @@ class Bank:
     def stored(self, node: ir.Node, expert: int) -> tuple[Stored, Stored | None]:
         """Weight and bias of one expert as the file stores them.
 
-        The weight of a linear layer is transposed. Every call returns the same tensor objects, so the
-        file stores each tensor once.
+        The weight of a linear layer is transposed. Every call returns the same tensor objects, so
+        the file stores each tensor once.
         """
         own = self.rows[expert], None if self.x_scales is None else self.x_scales[expert]
         if own not in self._tensors:  # at r = 1 all experts have the same rows

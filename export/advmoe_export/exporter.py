@@ -101,8 +101,8 @@ def export_model(
 ) -> ExportReport:
     """Export a module as one ONNX graph that computes the chosen experts of each image only.
 
-    The file and its data file (`path` + `.data`) get their final names after they were compared with
-    the module.
+    The file and its data file (`path` + `.data`) get their final names after they were compared
+    with the module.
 
     Args:
         model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes],

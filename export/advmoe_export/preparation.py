@@ -22,8 +22,9 @@ def prepare(
     """Resize an image and crop its center, as in the evaluation of the model.
 
     The shorter side becomes `metadata.resize` pixels long (bilinear, antialiased). Alpha and EXIF
-    are ignored. `advmoe predict` and `advmoe evaluate` resize in Rust. Their pixels differ by at most
-    one of 255 levels, and by a few more levels for JPEG files, because the decoders round differently.
+    are ignored. `advmoe predict` and `advmoe evaluate` resize in Rust. Their pixels differ by at
+    most one of 255 levels, and by a few more levels for JPEG files, because the decoders round
+    differently.
 
     Args:
         image: an image file, a Pillow image, or uint8 RGB pixels [height, width, 3].

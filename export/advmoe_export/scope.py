@@ -26,8 +26,8 @@ class Scope:
     """A graph under construction: the main graph, or a branch of an `If`.
 
     A branch can use the values of the scopes around it, but has its own constants. onnxruntime
-    converts the weights of a convolution to the fast layout only if they belong to the same (sub)graph
-    as the convolution.
+    converts the weights of a convolution to the fast layout only if they belong to the same
+    (sub)graph as the convolution.
     """
 
     def __init__(self, names: Names | None = None) -> None:

@@ -64,8 +64,8 @@ class Session:
 
     Args:
         path: the `.onnx` file. Its data file must be in the same folder.
-        providers: providers in order of preference: `cpu`, `cuda`, `tensorrt`, or the full name of a
-            provider of onnxruntime. The first provider that starts is used.
+        providers: providers in order of preference: `cpu`, `cuda`, `tensorrt`, or the full name of
+            a provider of onnxruntime. The first provider that starts is used.
         threads: number of threads of one operator; None leaves the choice to onnxruntime.
         optimization: level of graph optimization in onnxruntime, one of `OPTIMIZATION_LEVELS`.
         check_data: whether to compare the data file with the checksum in the metadata.

@@ -40,8 +40,8 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
     """Trace a module in evaluation mode for any batch size at a fixed image size.
 
     Args:
-        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes]. If it has a method
-            `folded`, that gives the module to trace, equal to this one.
+        model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes].
+            If it has a method `folded`, that gives the module to trace, equal to this one.
         image_size: (H, W).
         opset: version of the standard operators, at least 18.
 

@@ -40,7 +40,8 @@ def write_triton_repository(
     """Write one model into a Triton model repository.
 
     A file with a dynamic batch size gets `max_batch_size` and dynamic batching. Its first dimension
-    is -1, as Triton requires for batching. A file with a fixed batch size is served without batching.
+    is -1, as Triton requires for batching. A file with a fixed batch size is served without
+    batching.
 
     Args:
         path: an exported `.onnx` file.

@@ -17,8 +17,8 @@ Fact = Callable[[ir.Graph], str | None]
 class GraphPass(ir.passes.InPlacePass):
     """A pass that changes the traced graph in place.
 
-    A call raises `PreconditionError` or `PostconditionError` if a fact does not hold. Such an error is
-    a bug of this package, for example a wrong order of passes.
+    A call raises `PreconditionError` or `PostconditionError` if a fact does not hold. Such an error
+    is a bug of this package, for example a wrong order of passes.
     """
 
     needs: ClassVar[tuple[Fact, ...]] = ()

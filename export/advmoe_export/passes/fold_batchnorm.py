@@ -29,8 +29,8 @@ def batchnorm_is_folded(graph: ir.Graph) -> str | None:
 class FoldBatchNorm(GraphPass):
     """Fold each BatchNorm whose statistics are constants.
 
-    A BatchNorm after a routed operator is folded if every row of the bank has the same slot in all its
-    experts. Otherwise it remains after the operator, in the branch of the expert.
+    A BatchNorm after a routed operator is folded if every row of the bank has the same slot in all
+    its experts. Otherwise it remains after the operator, in the branch of the expert.
     """
 
     needs = (is_flat, is_full_precision)

@@ -1,7 +1,7 @@
 """Convert weights and activations to float16. Routers stay in float32.
 
-If the logits of a router are nearly equal, rounding changes the decision and thus the pathway. Nodes
-that only serve decisions therefore stay in float32. Their inputs are converted to float32.
+If the logits of a router are nearly equal, rounding changes the decision and thus the pathway.
+Nodes that only serve decisions therefore stay in float32. Their inputs are converted to float32.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def fix_shape(shape: ir.Shape | None, sizes: Mapping[str, int]) -> ir.Shape | No
 def write_plain(state: Lowering, node: ir.Node) -> None:
     """Copy a node that is not routed.
 
-    The inputs of a row-by-row node must have the same order of rows. All other nodes need the original
-    order.
+    The inputs of a row-by-row node must have the same order of rows. All other nodes need the
+    original order.
     """
     running = [value for value in node.inputs if value is not None and value.const_value is None]
     if is_rowwise(node):

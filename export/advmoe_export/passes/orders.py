@@ -2,8 +2,8 @@
 
 Dispatching a batch to experts sorts its rows by expert. Restoring the order after each layer would
 cost a pass over memory, and the next layer would sort the rows again. The new order is therefore
-kept. The original order is restored once, on the logits. A residual is reordered to match the tensor
-to which it is added.
+kept. The original order is restored once, on the logits. A residual is reordered to match the
+tensor to which it is added.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Find row-by-row nodes: nodes whose output row r depends on row r of their inputs only.
 
 A *row* is an entry of the first dimension: an image, or a token if the graph has merged the two
-dimensions. Row-by-row nodes may run on any subset of the rows, in any order, and inside the branch of
-one expert. All other nodes need all rows in the original order.
+dimensions. Row-by-row nodes may run on any subset of the rows, in any order, and inside the branch
+of one expert. All other nodes need all rows in the original order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Join the images of concurrent requests to batches, with limits on waiting requests and times.
 
-A batch starts as soon as a worker is free. Requests that arrive while all workers are busy wait and are joined, so
-batches grow with the load. `max_delay` lets a request wait for further requests even if a worker is free.
+A batch starts as soon as a worker is free. Requests that arrive while all workers are busy wait and
+are joined, so batches grow with the load. `max_delay` lets a request wait for further requests even
+if a worker is free.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2: requests and responses as JSON, with optional raw tensors after it.
 
-KServe, Triton and their clients use this protocol. Extensions are `binary_tensor_data` (raw little-endian tensors after
-the JSON, whose length is in the header Inference-Header-Content-Length) and `classification` (the k best classes).
+KServe, Triton and their clients use this protocol. Extensions are `binary_tensor_data` (raw
+little-endian tensors after the JSON, whose length is in the header Inference-Header-Content-Length)
+and `classification` (the k best classes).
 """
 
 from __future__ import annotations

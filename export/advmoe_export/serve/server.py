@@ -43,7 +43,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 access_log=False,
                 lifespan="on",
                 server_header=False,
-                # uvicorn's 5 s are less than proxies wait: a request that crosses the closing of its connection is lost
+                # uvicorn's 5 s are less than proxies wait: a request that crosses the closing of
+                # its connection is lost
                 timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # asyncio takes fractions
                 timeout_graceful_shutdown=max(1, round(config.grace)),
             ),
@@ -51,7 +52,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{config.host}:{port}"
             ),
         )
-        # uvicorn handles signals while it runs. At its end it raises them again for the earlier handlers.
+        # uvicorn handles signals while it runs. At its end it raises them again for the earlier
+        # handlers.
         before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listener])
@@ -81,7 +83,8 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off for sockets of this protocol only. It would delay answers by 40 ms.
+    # asyncio turns Nagle's algorithm off for sockets of this protocol only. It would delay answers
+    # by 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
