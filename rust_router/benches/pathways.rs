@@ -7,7 +7,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use rust_router::rng::{Purpose, Stream};
 use rust_router::routes::channels::Channels;
 use rust_router::routes::diversity::{self, PairBudget};
-use rust_router::routes::log::{Key, RouteLog, Rows};
+use rust_router::routes::key::Key;
+use rust_router::routes::log::{RouteLog, Rows};
 use rust_router::routes::pathways;
 use rust_router::routes::similarity;
 

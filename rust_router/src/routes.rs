@@ -9,6 +9,7 @@ pub mod channels;
 pub mod diversity;
 pub mod error;
 pub mod file;
+pub mod key;
 pub mod log;
 pub mod pathways;
 pub mod similarity;

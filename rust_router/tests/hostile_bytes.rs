@@ -5,7 +5,8 @@
 mod checks;
 
 use rust_router::rng::{Purpose, Stream, below};
-use rust_router::routes::log::{Key, RouteLog, Rows};
+use rust_router::routes::key::Key;
+use rust_router::routes::log::{RouteLog, Rows};
 
 /// Number of mutants of each seed file. More are tested with `HOSTILE_ROUNDS=100000 cargo test
 /// --release -p rust_router hostile`.

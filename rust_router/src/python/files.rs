@@ -19,7 +19,11 @@ pub(super) struct PackWriter(Mutex<Option<pack::PackWriter>>);
 impl PackWriter {
     fn take(&self) -> PyResult<pack::PackWriter> {
         let writer = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        writer.ok_or_else(|| ConfigError::new_err("expected a pack in the making; this one is finished, or failed"))
+        writer.ok_or_else(|| {
+            ConfigError::new_err(
+                "expected a writer that is open, got one that is finished or has failed; create a new one",
+            )
+        })
     }
 }
 

@@ -10,7 +10,8 @@ use pyo3::prelude::*;
 use super::contiguous;
 use crate::routes::Result;
 use crate::routes::diversity::{self, PairBudget};
-use crate::routes::log::{Key, Rows};
+use crate::routes::key::Key;
+use crate::routes::log::Rows;
 use crate::routes::{channels, file, log, pathways, similarity};
 
 type Array1<'py, T> = Bound<'py, PyArray1<T>>;

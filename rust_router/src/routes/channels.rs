@@ -135,7 +135,8 @@ impl ExpertPairs {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::routes::log::{Key, RouteLog, Rows};
+    use crate::routes::key::Key;
+    use crate::routes::log::{RouteLog, Rows};
     use crate::routes::similarity::with_mask;
 
     pub(crate) fn table(num_experts: &[u16], experts: &[u8]) -> Table {

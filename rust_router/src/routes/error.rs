@@ -1,7 +1,7 @@
 //! Errors of routes. A bug of this crate causes a panic instead.
 
-use super::log::{Key, MAX_CONDITION};
 use crate::error::FileError;
+use crate::routes::key::{Key, MAX_CONDITION};
 
 /// Highest number of classes for which load is counted.
 pub const MAX_CLASSES: usize = 1 << 20;

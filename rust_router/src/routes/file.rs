@@ -25,7 +25,8 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter};
 use crate::atomic::NewFile;
 use crate::error::FileError;
 use crate::routes::error::Result;
-use crate::routes::log::{Key, MAX_CONDITION, RouteLog, Rows};
+use crate::routes::key::{Key, MAX_CONDITION};
+use crate::routes::log::{RouteLog, Rows};
 
 const VERSION: i64 = 1;
 

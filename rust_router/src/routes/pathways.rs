@@ -109,7 +109,8 @@ pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routes::log::{Key, RouteLog, Rows};
+    use crate::routes::key::Key;
+    use crate::routes::log::{RouteLog, Rows};
 
     fn key(condition: &str) -> Key {
         Key { condition: condition.into(), epoch: 0 }
