@@ -8,10 +8,10 @@ machine distorts wall time. The routers are calibrated before and hardly change 
 straight-through gates, attacks that compute the gradients of the parameters too, images channel by
 channel. It differs from `advmoe` in the gate only.
 
-Shape suffixes: B batch.
+Successive steps have different images, as in training: the sizes of the experts' sub-batches change
+from step to step, and what that costs is counted.
 
-Every round repeats the same step. With new images in each round, oneDNN would make convolutions for
-new sizes of sub-batches while the time is taken; a long run has made them all.
+Shape suffixes: B batch.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def step_of(config: ModelConfig, method: str, batches: list[Batch], **settings: 
     levels = make_levels(METHODS[method].levels, model, train)
 
     def step(i: int) -> None:
-        chosen = [batches[level] for level in range(len(levels))]
-        noise = [generator_for(0, 0, level) for level in range(len(levels))]
+        chosen = [batches[(2 * i + level) % len(batches)] for level in range(len(levels))]
+        noise = [generator_for(0, i, level) for level in range(len(levels))]
         METHODS[method].step(levels, chosen, train, noise, i)
 
     return step
@@ -136,7 +136,7 @@ def reference_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
 
     def step(i: int) -> None:
         for level in range(2):
-            update(level, batches[level])
+            update(level, batches[(2 * i + level) % len(batches)])
 
     return step
 
@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     width, number, size = (0.0625, 8, 16) if options.smoke else (options.width, options.batch_size, 32)
-    batches = images(2, number, size, seed=1)  # one for each level
+    batches = images(2 if options.smoke else 4, number, size, seed=1)
     taken: dict[str, list[float]] = {}
     subjects = steps(width, size, batches)
     rounds = 0
