@@ -16,6 +16,7 @@ from advmoe.data.loader import Batch
 from advmoe.errors import ConfigError
 from advmoe.models.modes import own_parameters, submodules
 from advmoe.models.network import RoutedNetwork
+from advmoe.training import levels
 from advmoe.training.levels import LevelName, make_levels
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
@@ -421,3 +422,24 @@ def test_routers_can_have_a_learning_rate_of_their_own(tiny_vgg: Callable[..., R
     assert {peaks[id(parameter)] for parameter in model.expert_parameters()} == {config.lr}
     with pytest.raises(ConfigError, match=r"router_lr 0.7 needs routers that learn a choice"):
         make_levels(["all"], tiny_vgg(kind="s_dense"), config)
+
+
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_fused_sgd_equals_the_plain_form_to_the_bit(tensor_rate: bool) -> None:
+    config = TrainConfig(dataset="digits", method="at", lr=0.1, momentum=0.9, weight_decay=5e-4)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(size, generator=generator) for size in ((8, 4, 3, 3), (8,), (10, 33))]
+    ours, theirs = ([torch.nn.Parameter(values.clone()) for values in start] for _ in range(2))
+    optimizer = levels._sgd([{"params": ours}], config, torch.device("cpu"))
+    other = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False, fused=False)
+    if tensor_rate:  # as on a GPU
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    for rate in (0.1, 0.07, 0.01):
+        for mine, plain_one in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            plain_one.grad = mine.grad.clone()
+        for each in (optimizer, other):
+            levels.set_rates(each, lambda _, rate=rate: rate)
+            each.step()
+        for mine, plain_one in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, plain_one)
