@@ -317,7 +317,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_its_note(
         (2, level, "nan") for level in levels
     ]
     assert observer.trainer is not None
-    for update, loader in zip(updates, observer.trainer.loaders, strict=True):
+    for update, loader in zip(updates, observer.trainer.streams.loaders, strict=True):
         assert update["images"] == list(loader.epoch(0))[1].indices.tolist()
     for level in levels:
         assert f"step 2: the update of the {level} was not finite (loss nan)" in " ".join(observer.warnings)

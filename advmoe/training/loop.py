@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -21,12 +20,11 @@ from numpy.typing import NDArray
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
-from advmoe.data.loader import Batch, BatchLoader
+from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
-from advmoe.data.views import training_transform
 from advmoe.device import read
 from advmoe.distributed import any_rank, equalize, from_leader, together, world
-from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
@@ -47,7 +45,7 @@ from advmoe.training.schedule import Schedule
 from advmoe.training.selection import FEW_IMAGES, Selection, standard_error_at_half
 from advmoe.training.split import split_dataset
 from advmoe.training.start import start_from
-from advmoe.training.union import placed
+from advmoe.training.streams import Streams
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
@@ -113,14 +111,8 @@ class Trainer:
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()
         self.average = self._new_average()
-        self.loaders = [self._loader(stream) for stream in range(len(self.levels))]
-        self.steps_per_epoch = len(self.loaders[-1])
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{len(self.split.train_indices)} training images do not fill one batch of {config.batch_size}; "
-                "use a smaller batch size",
-                "batch_size",
-            )
+        self.streams = Streams(self.split, model_config, config, number=len(self.levels), device=device)
+        self.steps_per_epoch = self.streams.steps_per_epoch
         self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
         self.step = 0
         self.schedule = Schedule(self.method.phases, config.epochs, self.steps_per_epoch)
@@ -167,7 +159,7 @@ class Trainer:
         self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
         saved = began = time.monotonic()
         images_before = self.sums[-1].images
-        for batches in self._batches():
+        for batches in self.streams.batches(self.step, self.schedule.epochs):
             self._run_step(batches)
             epoch_done = self.step % self.steps_per_epoch == 0
             if epoch_done:
@@ -319,63 +311,8 @@ class Trainer:
         """Number of images that are missing from the epoch's batches."""
         number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
         if number:
-            example = next((message for loader in self.loaders for message in loader.skipped.values()), "")
-            self.observer.warned(f"epoch {epoch}: {number} images were skipped; {example}")
+            self.observer.warned(f"epoch {epoch}: {number} images were skipped; {self.streams.example_of_skipped()}")
         return number
-
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The remaining batches of the run, one of each stream at a time, on the device."""
-        try:
-            yield from self._remaining_batches()
-        except DataError as error:
-            raise DataError(
-                f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
-            ) from error
-
-    def _remaining_batches(self) -> Iterator[list[Batch]]:
-        first, start = divmod(self.step, self.steps_per_epoch)
-        for epoch in range(first, self.schedule.epochs):
-            streams = zip(*(loader.epoch(epoch, start_batch=start) for loader in self.loaders), strict=False)
-            done = start
-            while own := together(lambda: next(streams, None)):  # noqa: B023
-                batches = placed(own, self.config.batch_size, counted=self.config.skip_bad_images)
-                if any(batch.place is not None and not batch.place.total for batch in batches):
-                    break
-                done += 1
-                yield [
-                    batch._replace(
-                        images=batch.images.to(self.device, non_blocking=True),
-                        labels=batch.labels.to(self.device, non_blocking=True),
-                    )
-                    for batch in batches
-                ]
-            if done < self.steps_per_epoch:
-                raise DataError(f"no image of a whole batch can be read, and {self.config.batch_size} make a batch")
-            start = 0
-
-    def _loader(self, stream: int) -> BatchLoader:
-        ranks = world()
-        if ranks.size > self.config.batch_size:
-            raise ConfigError(
-                f"{ranks.size} processes cannot share batches of {self.config.batch_size} images; "
-                "start fewer, or use larger batches",
-                "batch_size",
-            )
-        return BatchLoader(
-            self.split.train,
-            indices=self.split.train_indices,
-            batch_size=math.ceil(self.config.batch_size / ranks.size),
-            step_size=self.config.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.size,
-            shuffle=True,
-            augment=training_transform(self.split.train, self.model_config.image_size, flip=self.config.flip),
-            seed=self.config.seed,
-            stream=stream,
-            drop_last=True,
-            pin_memory=self.device.type == "cuda",
-            on_bad_image="skip" if self.config.skip_bad_images else "raise",
-        )
 
     def _new_sums(self) -> list[EpochSums]:
         return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]

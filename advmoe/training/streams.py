@@ -1,0 +1,106 @@
+"""The batches of a run: one stream of shuffled training images for each level, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from advmoe.config import ModelConfig, TrainConfig
+from advmoe.data.loader import Batch, BatchLoader
+from advmoe.data.views import training_transform
+from advmoe.distributed import together, world
+from advmoe.errors import ConfigError, DataError
+from advmoe.training.split import Split
+from advmoe.training.union import placed
+
+
+class Streams:
+    """The training images of a run in `number` orders. Step t takes the t-th batch of each order.
+
+    Every rank gets its share of each batch.
+
+    Attributes:
+        steps_per_epoch: Full batches in an epoch. The last, smaller one is left out.
+
+    Raises:
+        ConfigError: The training images do not fill a batch, or the ranks are more than its images.
+    """
+
+    def __init__(
+        self, split: Split, model_config: ModelConfig, config: TrainConfig, *, number: int, device: torch.device
+    ) -> None:
+        self._config = config
+        self._device = device
+        self.loaders = [_loader(split, model_config.image_size, config, stream, device) for stream in range(number)]
+        self.steps_per_epoch = len(self.loaders[-1])
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"{len(split.train_indices)} training images do not fill one batch of {config.batch_size}; "
+                "use a smaller batch size",
+                "batch_size",
+            )
+
+    def batches(self, step: int, epochs: int) -> Iterator[list[Batch]]:
+        """The batches from step `step` to the end of the last of `epochs` epochs, one of each stream at a time.
+
+        Raises:
+            DataError: An image cannot be decoded, and the config does not say to skip such.
+        """
+        try:
+            yield from self._batches(step, epochs)
+        except DataError as error:
+            raise DataError(
+                f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
+            ) from error
+
+    def _batches(self, step: int, epochs: int) -> Iterator[list[Batch]]:
+        first, start = divmod(step, self.steps_per_epoch)
+        for epoch in range(first, epochs):
+            streams = zip(*(loader.epoch(epoch, start_batch=start) for loader in self.loaders), strict=False)
+            done = start
+            while own := together(lambda: next(streams, None)):  # noqa: B023
+                batches = placed(own, self._config.batch_size, counted=self._config.skip_bad_images)
+                if any(batch.place is not None and not batch.place.total for batch in batches):
+                    break
+                done += 1
+                yield [
+                    batch._replace(
+                        images=batch.images.to(self._device, non_blocking=True),
+                        labels=batch.labels.to(self._device, non_blocking=True),
+                    )
+                    for batch in batches
+                ]
+            if done < self.steps_per_epoch:
+                raise DataError(f"no image of a whole batch can be read, and {self._config.batch_size} make a batch")
+            start = 0
+
+    def example_of_skipped(self) -> str:
+        """Why one of the images that were skipped could not be decoded; empty if none was skipped."""
+        return next((message for loader in self.loaders for message in loader.skipped.values()), "")
+
+
+def _loader(split: Split, image_size: int, config: TrainConfig, stream: int, device: torch.device) -> BatchLoader:
+    ranks = world()
+    if ranks.size > config.batch_size:
+        raise ConfigError(
+            f"{ranks.size} processes cannot share batches of {config.batch_size} images; "
+            "start fewer, or use larger batches",
+            "batch_size",
+        )
+    return BatchLoader(
+        split.train,
+        indices=split.train_indices,
+        batch_size=math.ceil(config.batch_size / ranks.size),
+        step_size=config.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        shuffle=True,
+        augment=training_transform(split.train, image_size, flip=config.flip),
+        seed=config.seed,
+        stream=stream,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+        on_bad_image="skip" if config.skip_bad_images else "raise",
+    )
