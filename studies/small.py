@@ -163,9 +163,7 @@ def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) 
 
 def victims_of(model: RoutedNetwork, images: ImageSet, seed: int) -> Iterator[Victims]:
     for batch in BatchLoader(images, batch_size=256).epoch(0):
-        yield Victims(
-            model=model, images=batch.images, labels=batch.labels, indices=batch.indices, attack=ATTACK, seed=seed
-        )
+        yield Victims.of(model, batch, ATTACK, seed=seed)
 
 
 def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor, Tensor]:

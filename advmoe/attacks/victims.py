@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.pgd import starting_point
 from advmoe.config import AttackConfig
+from advmoe.data.loader import Batch
 from advmoe.models.network import RoutedNetwork
 from advmoe.seeding import generator_for
 
@@ -32,6 +33,20 @@ class Victims:
     """Radius, steps, restarts and kind of start."""
     seed: int
     """Seed of everything random in the attack."""
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, attack: AttackConfig, *, seed: int) -> Victims:
+        """The images of a loader's batch, on the model's device (the CPU for a model without parameters)."""
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return cls(
+            model=model,
+            images=batch.images.to(device),
+            labels=batch.labels.to(device),
+            indices=batch.indices,
+            attack=attack,
+            seed=seed,
+        )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -68,18 +68,9 @@ def attack_some(
     model: nn.Module, images: ImageSet, rows: NDArray[np.int64], attack: AttackConfig, *, seed: int
 ) -> Attacked:
     """Attack a few images, as the evaluation of all images with that seed attacks them."""
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
     (batch,) = BatchLoader(images, batch_size=len(rows), indices=rows).epoch(0)
     with evaluating(model), full_precision(model):
-        victims = Victims(
-            model=model,
-            images=batch.images.to(device),
-            labels=batch.labels.to(device),
-            indices=batch.indices,
-            attack=attack,
-            seed=seed,
-        )
+        victims = Victims.of(model, batch, attack, seed=seed)
         found, _ = untargeted(victims)
         with torch.no_grad():
             after = model(found).argmax(dim=1)

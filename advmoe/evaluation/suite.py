@@ -97,14 +97,7 @@ def run_suite(
         batch = next(own, None)
         if batch is None:
             return None
-        victims = Victims(
-            model=model,
-            images=batch.images.to(device),
-            labels=batch.labels.to(device),
-            indices=batch.indices,
-            attack=config.attack,
-            seed=seed,
-        )
+        victims = Victims.of(model, batch, config.attack, seed=seed)
         run = begin(victims, config)
         if state.under_way:
             run.restore(state.under_way)
@@ -208,14 +201,7 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
     withstood = result.robust(result.white_box)
-    sample = Victims(
-        model=model,
-        images=batch.images.to(device),
-        labels=batch.labels.to(device),
-        indices=batch.indices,
-        attack=config.attack,
-        seed=result.seed,
-    )
+    sample = Victims.of(model, batch, config.attack, seed=result.seed)
     kept = torch.from_numpy(withstood[chosen]).to(device)
     square = Attack("autoattack", STANDARD[-1])
     if square in result.attacks:  # more queries, and on all images
