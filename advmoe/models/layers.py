@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from advmoe.config import Granularity, ModelConfig, check, routed_part
 from advmoe.models.batch_norm import BatchNorm2d
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
+from advmoe.models.convolution import conv2d
 from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.router import ImageRouter, Router
@@ -45,7 +46,7 @@ class Conv2d(nn.Conv2d):
             # beyond the end of the weight gradient and corrupts the heap (torch 2.15, AVX-512).
             # Selecting the pixels first gives the same result.
             x_BCHW, stride = x_BCHW[:, :, :: stride[0], :: stride[1]], (1, 1)
-        return F.conv2d(x_BCHW, weight, None, stride, self.padding)
+        return conv2d(x_BCHW, weight, stride, self.padding)
 
 
 class Linear(nn.Linear):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from advmoe.models import convolution
 from advmoe.models.dispatch import (
     Order,
     computes_all,
@@ -144,23 +145,10 @@ class Convolution(NamedTuple):
 
     def gradients(
         self, expert: int, part: Tensor, gradient: Tensor, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Any, Any, Any]:
         """Gradients of one expert's convolution by its input, filters and bias, as far as wanted."""
         (filters, _), form = self.of(expert), self.form
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            gradient,
-            part,
-            filters,
-            [len(filters)],
-            form.stride,
-            form.padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            list(wanted),
-        )
-        return found
+        return convolution.gradients(gradient, part, filters, form.stride, form.padding, wanted)
 
     def _convolve(self, part: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
         form = self.form
