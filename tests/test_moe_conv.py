@@ -183,8 +183,8 @@ def test_a_layer_used_twice_in_one_graph_sums_its_gradients() -> None:
 def test_an_attack_computes_no_weight_gradient() -> None:
     # 10 images, 3 -> 4 channels, 3x3 taps, 6x6 places: forward and input gradient 2 * 10 * 4 * 3 *
     # 9 * 36 FLOPs each
-    layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1).requires_grad_(False)
-    x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
+    layer = MoEConv2d(3, LAYOUTS["halves, N r = 1"], 3, padding=1).double().requires_grad_(False)
+    x_BCHW = torch.rand(10, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     forward, backward = convolution_flops(lambda x: layer(x, Decision(torch.arange(10) % 2, None)), x_BCHW)
     assert forward == backward == 2 * 10 * 4 * 3 * 9 * 36
     # first layer, weights only
@@ -274,7 +274,11 @@ def test_the_exporters_operator_computes_what_eager_mode_computes() -> None:
 
 
 def convolution_flops(run: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> tuple[int, int]:
-    """Executed multiply-adds times two of all convolutions, (forward, backward)."""
+    """Executed multiply-adds times two of all convolutions, (forward, backward).
+
+    For layers in double precision: a gradient of narrow fp32 convolutions is a forward convolution
+    (`advmoe.models.convolution`).
+    """
     with FlopCounterMode(display=False) as counter:
         run(x_BCHW).sum().backward()
     by_operator = counter.get_flop_counts()["Global"]
@@ -285,8 +289,9 @@ def convolution_flops(run: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> tuple[
 def test_only_the_chosen_expert_is_computed_in_training_too(num_experts: int) -> None:
     # 10 images, r C = 4 of 8 output channels, 3 input channels, 3x3 taps, 6x6 places: 2 * 10 * 4 *
     # 3 * 9 * 36 FLOPs, and twice that backward (input and weight gradient), whatever N.
-    layer = MoEConv2d(3, ExpertLayout(num_channels=8, num_experts=num_experts, model_scale=0.5), 3, padding=1).train()
-    x_BCHW = torch.rand(10, 3, 6, 6, requires_grad=True)
+    layout = ExpertLayout(num_channels=8, num_experts=num_experts, model_scale=0.5)
+    layer = MoEConv2d(3, layout, 3, padding=1).double().train()
+    x_BCHW = torch.rand(10, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     chosen_B = torch.arange(10) % num_experts
     forward, backward = convolution_flops(lambda x: layer(x, Decision(chosen_B, None)), x_BCHW)
     assert forward == 2 * 10 * 4 * 3 * 9 * 36
