@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from advmoe.data.loader import Batch, BatchLoader, CropFlip, default_threads
 from advmoe.data.sets import EncodedSet
 from advmoe.errors import ConfigError
+from advmoe.training.streams import on_device
 
 SEED, STREAM = 7, 3
 
@@ -319,3 +320,17 @@ def test_images_of_another_form_are_refused() -> None:
 def test_an_epoch_or_batch_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="a batch from 0 to 6, got 0 and 7"):
         augmented(some_images()).epoch(0, 7)
+
+
+def test_bytes_that_become_floats_on_the_device_are_the_floats_of_the_loader() -> None:
+    all_levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(4, 8, 8, 3)
+    images = Images(np.concatenate([all_levels, all_levels]), np.arange(8))
+    of_floats, of_bytes = (
+        joined(list(BatchLoader(images, batch_size=3, shuffle=True, augment=CropFlip(padding=2), dtype=dtype).epoch(1)))
+        for dtype in (torch.float32, torch.uint8)
+    )
+    assert of_bytes.images.dtype == torch.uint8
+    arrived = on_device(of_bytes, torch.device("cpu"))
+    assert arrived.images.dtype == torch.float32
+    assert same(arrived, of_floats)
+    assert same(on_device(of_floats, torch.device("cpu")), of_floats)

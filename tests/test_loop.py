@@ -18,7 +18,7 @@ from advmoe.config import TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import CheckpointError, ConfigError, TrainingError
 from advmoe.routing_log import RouteLog
-from advmoe.training import loop, steps
+from advmoe.training import loop, steps, streams
 from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.guard import take_step
 from advmoe.training.loop import Trainer
@@ -366,6 +366,19 @@ def test_a_run_is_not_resumed_with_another_model(digits: Dataset, whole_run: Pat
 def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no training state; resume needs the last.pt"):
         train(digits, tmp_path / "run", resume=load_checkpoint(whole_run / "best.pt"))
+
+
+def test_images_travel_to_a_gpu_as_bytes_in_page_locked_memory(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(streams, "BatchLoader", lambda *_, **settings: made.append(settings) or [1])
+    for device in ("cuda:0", "cpu"):
+        streams.Streams(split_dataset(digits, TRAIN), MODEL, TRAIN, number=1, device=torch.device(device))
+    assert [(settings["dtype"], settings["pin_memory"]) for settings in made] == [
+        (torch.uint8, True),
+        (torch.float32, False),
+    ]
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:
