@@ -65,6 +65,8 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
 MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
 LEARNED = {"specialization": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
+BF16 = ("s_dense", "at_moe")
+"""Settings that are also trained with attacks in bf16."""
 SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "s_dense": ({"kind": "s_dense"}, {"method": "at"}),
     "dense": ({"kind": "dense"}, {"method": "at"}),
@@ -87,21 +89,24 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
 }
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
-EQUAL_TIME = {"s_dense_time": "s_dense", "at_moe_time": "at_moe", "advmoe_cheap_time": "advmoe_cheap"}
-"""Settings trained for equal time: name -> the trained setting. Its number of epochs is the one that fits in the time
-of `SLOWEST`, in CPU seconds with the same seed."""
-SLOWEST = "advmoe_dense"
-SETTINGS |= {name: SETTINGS[of] for name, of in EQUAL_TIME.items()}
-MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense", "shared")
+SETTINGS |= {f"{name}_bf16": (SETTINGS[name][0], {**SETTINGS[name][1], "precision": "bf16_attack"}) for name in BF16}
+EQUAL_TIME = {
+    "s_dense_time": ("s_dense", 2.60),
+    "at_moe_time": ("at_moe", 1.74),
+    "advmoe_cheap_time": ("advmoe_cheap", 1.52),
+}
+"""Settings with AdvMoE's training time: the trained setting, and how many epochs of it take as long as one of AdvMoE.
+
+The ratio is that of the images per second in benchmarks/train_step.py, in which all settings take turns. Times of
+whole runs depend on what else a machine does."""
+SETTINGS |= {name: SETTINGS[of] for name, (of, _) in EQUAL_TIME.items()}
+MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
     *((name, seed) for seed in range(3) for name in MAIN),
-    *((name, seed) for seed in range(3) for name in ("s_dense_time", "at_moe_time")),
-    *(
-        (name, 0)
-        for name in ("sparse", "advmoe", "advmoe_batch", "advmoe_cheap", "advmoe_cheap_time", "last_stage", "upcycled")
-    ),
-    *((name, 0) for name in ("margin", "mixture")),
-    *((name, seed) for seed in (1, 2) for name in ("sparse", "advmoe", "advmoe_cheap")),
+    *((name, seed) for seed in range(3) for name in EQUAL_TIME),
+    *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
+    *((name, 0) for name in ("margin", "mixture", "s_dense_bf16", "at_moe_bf16")),
+    *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),
 ]
 """All cells, the most important ones first."""
 ATTACK = AttackConfig(steps=20)
@@ -209,6 +214,7 @@ def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robus
         "ra_pgd": per_cent(pgd_robust),
         "ra_views": per_cent(torch.cat(views)),
         "ra_worst": per_cent(torch.cat(worst)),
+        "correct": packed(torch.cat(worst)),
         "route_attack": dataclasses.asdict(ROUTE),
         "pathways": len(counts),
         "decisions_flipped": per_cent(torch.cat(flips)),
@@ -220,20 +226,10 @@ def per_cent(values: Tensor) -> float:
     return round(100 * float(values.double().mean()), 2)
 
 
-def epochs_of(name: str, seed: int, options: argparse.Namespace) -> int | None:
-    """Number of epochs of a cell; None if it depends on times that are not measured yet."""
-    epochs = NETWORKS[options.network][1]
-    if name not in EQUAL_TIME:
-        return epochs
-    seconds = []
-    for timed in (SLOWEST, EQUAL_TIME[name]):
-        path = options.out / f"{timed}-{seed}.json"
-        taken = json.loads(path.read_text())["train_cpu_seconds"] if path.exists() else None
-        if not taken:  # not there, or trained in parts
-            tell(f"{name}, seed {seed}: left out, since {path} has no time of a whole training")
-            return None
-        seconds.append(taken)
-    return max(1, round(epochs * float(seconds[0]) / float(seconds[1])))
+def epochs_of(name: str, network: str) -> int:
+    """Number of epochs of a setting."""
+    epochs = NETWORKS[network][1]
+    return round(epochs * EQUAL_TIME[name][1]) if name in EQUAL_TIME else epochs
 
 
 def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> None:
@@ -307,8 +303,8 @@ def main() -> None:
             continue
         if (options.out / f"{name}-{seed}.json").exists():
             tell(f"{name}, seed {seed}: done")
-        elif (epochs := epochs_of(name, seed, options)) is not None:
-            run_cell(name, seed, 1 if options.smoke else epochs, options)
+        else:
+            run_cell(name, seed, 1 if options.smoke else epochs_of(name, options.network), options)
 
 
 if __name__ == "__main__":

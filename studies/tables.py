@@ -40,6 +40,8 @@ TITLES = {
     "mixture": "AdvMoE, attack on the mixture",
     "last_stage": "AdvMoE, last stage",
     "upcycled": "AdvMoE from S-Dense",
+    "s_dense_bf16": "AT (S-Dense), attack in bf16",
+    "at_moe_bf16": "AT (MoE), attack in bf16",
 }
 """Settings in the order of the table."""
 
@@ -57,13 +59,19 @@ def bits(cell: dict[str, Any], condition: str) -> np.ndarray:
 
 
 def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], condition: str) -> str:
-    """Mean difference in points over the seeds that both have, with the standard error over test images."""
+    """Mean difference in points over the seeds that both have, with its standard error over test
+    images and, after a semicolon, over seeds.
+    """
     of_seed = {cell["seed"]: cell for cell in reference}
     pairs = [(cell, of_seed[cell["seed"]]) for cell in cells if cell["seed"] in of_seed]
     if not pairs:
         return "-"
-    difference = np.mean([bits(cell, condition) - bits(other, condition) for cell, other in pairs], axis=0)
-    return f"{100 * difference.mean():+.1f} ± {100 * difference.std() / len(difference) ** 0.5:.1f}"
+    of_pairs = 100 * np.array([bits(cell, condition) - bits(other, condition) for cell, other in pairs])
+    difference = of_pairs.mean(axis=0)
+    text = f"{difference.mean():+.1f} ± {difference.std() / len(difference) ** 0.5:.1f}"
+    if len(pairs) == 1:
+        return text
+    return f"{text}; ± {statistics.stdev(of_pairs.mean(axis=1)) / len(pairs) ** 0.5:.1f}"
 
 
 def mean(values: Sequence[float]) -> str:
@@ -97,21 +105,25 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     if routed:
         lines += [
             "",
-            "| training | seed | network | RA, PGD | RA, union of views | RA, with route attack | "
+            "| training | seed | network | RA, PGD | RA, union of views | RA, with route attack | S-Dense's RA | "
             "decisions; images changed by PGD | random routers | averaged experts | inverted routing |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
     for name, cell in routed:
         routing, controls = cell["test"]["routing"], cell["test"]["controls"]
         first = [100 * bits(cell, condition)[: routing["images"]].mean() for condition in ("clean", "pgd")]
+        same_seed = [
+            100 * bits(other, "pgd")[: routing["images"]].mean() for other in reference if other["seed"] == cell["seed"]
+        ]
+        of_s_dense = f"{same_seed[0]:.1f}" if same_seed else "-"
         itself = f"{first[0]:.1f} / {first[1]:.1f}"
         shown = [
             f"{controls[key]['sa']:.1f} / {controls[key]['ra_pgd']:.1f}" for key in ("random", "averaged", "inverted")
         ]
         lines.append(
             f"| {TITLES[name]} | {cell['seed']} | {itself} | {routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | "
-            f"{routing['ra_worst']:.1f} | {routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | "
-            f"{' | '.join(shown)} |"
+            f"{routing['ra_worst']:.1f} | {of_s_dense} | "
+            f"{routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | {' | '.join(shown)} |"
         )
     return "\n".join(lines)
 

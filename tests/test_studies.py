@@ -1,6 +1,5 @@
 """The study of small networks: one file per cell, finished cells are skipped, and tables come from the files."""
 
-import argparse
 import json
 import runpy
 import sys
@@ -63,20 +62,26 @@ def test_tables_come_from_the_results_alone(tmp_path: Path, monkeypatch: pytest.
     assert [name in accuracy for name in ("AT (S-Dense)", "AT (Dense)", "AT (MoE)")] == [True, True, False]
 
 
-def test_equal_time_means_as_many_epochs_as_fit_in_the_time_of_the_slowest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_spread_of_a_difference_over_seeds_is_shown_beside_that_over_images() -> None:
+    against = runpy.run_path(str(STUDIES / "tables.py"))["against"]
+
+    def cell(seed: int, packed: str) -> dict[str, object]:
+        return {"seed": seed, "test": {"images": 4, "correct": {"pgd": packed}}}
+
+    # 1101 against 1010 is 25 points more, and the other way round 25 less. The images' means over
+    # seeds are all 0. The seeds' standard deviation is 25 * sqrt(2), their error sqrt(2) times less.
+    assert (
+        against([cell(0, "0A=="), cell(1, "oA==")], [cell(1, "0A=="), cell(0, "oA==")], "pgd") == "+0.0 ± 0.0; ± 25.0"
+    )
+    assert against([cell(3, "0A==")], [cell(0, "oA==")], "pgd") == "-", "no seed in common"
+
+
+def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [""])
     epochs_of = runpy.run_path(str(STUDIES / "small.py"))["epochs_of"]
-    options = argparse.Namespace(network="resnet18", out=tmp_path)
-    seconds = {"s_dense": 100, "advmoe_dense": 340, "at_moe": None}
-    for name, taken in seconds.items():
-        (tmp_path / f"{name}-0.json").write_text(json.dumps({"train_cpu_seconds": taken}))
-    assert epochs_of("s_dense", 0, options) == 6
-    assert epochs_of("s_dense_time", 0, options) == 20  # 6 * 3.4 = 20.4
-    assert epochs_of("at_moe_time", 0, options) is None  # it was trained in parts
-    assert epochs_of("s_dense_time", 1, options) is None
-    assert "s_dense_time, seed 1: left out" in capsys.readouterr().err
+    assert epochs_of("s_dense", "resnet18") == epochs_of("advmoe_dense", "resnet18") == 6
+    assert epochs_of("s_dense_time", "resnet18") == 16  # 6 * 2.60 = 15.6
+    assert epochs_of("at_moe_time", "vgg16") == 5  # 3 * 1.74 = 5.2
 
 
 def test_figures_show_finished_runs_and_name_those_that_are_not_there(
