@@ -2,14 +2,14 @@
 
 The steps alternate, and the result is the median. CPU time is used because other work on the
 machine distorts wall time. The routers are calibrated before and hardly change (learning rate
-1e-9), so every layer divides its images among its experts.
+1e-9), so every layer divides its images among its experts; `busiest_expert` shows how evenly.
 
 `reference` is AdvMoE as simple research code does it: all experts computed and masked,
 straight-through gates, attacks that compute the gradients of the parameters too, images channel by
 channel. It differs from `advmoe` in the gate only.
 
-Successive steps have different images, as in training: the sizes of the experts' sub-batches change
-from step to step, and what that costs is counted.
+Each step is taken twice, and the second is timed. oneDNN makes a convolution for each new size of
+an expert's sub-batch and keeps it; a training of thousands of steps has met almost all sizes.
 
 Shape suffixes: B batch.
 """
@@ -23,15 +23,17 @@ prepare_process()  # before torch is there
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from copy import deepcopy  # noqa: E402
 from typing import Any  # noqa: E402
 
 import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from advmoe.config import ModelConfig, TrainConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
+from advmoe.models.modes import evaluating  # noqa: E402
 from advmoe.models.moe_conv import MoEConv2d, expert_rows  # noqa: E402
 from advmoe.models.network import RoutedNetwork  # noqa: E402
 from advmoe.models.registry import build_model  # noqa: E402
@@ -60,11 +62,20 @@ def images(count: int, number: int, size: int, seed: int) -> list[Batch]:
 
 @torch.no_grad()
 def calibrate(model: RoutedNetwork, batches: list[Batch]) -> None:
-    """Give BatchNorm and the routers' centering the statistics of these images, layer after layer."""
+    """Give BatchNorm and the routers' centering the mean statistics of these batches.
+
+    With BatchNorm's moving averages of a few batches, attacks would meet other features than the routers were
+    centered on, and one expert would get all images.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches
     model.train()
-    for _ in range(3 if len(batches) > 1 else 1):
-        for batch in batches:
-            model(batch.images)
+    for batch in batches:
+        model(batch.images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def subject(config: ModelConfig, batches: list[Batch]) -> RoutedNetwork:
@@ -74,9 +85,18 @@ def subject(config: ModelConfig, batches: list[Batch]) -> RoutedNetwork:
     return model
 
 
-def step_of(config: ModelConfig, method: str, batches: list[Batch], **settings: Any) -> Step:
-    """A function that takes the i-th training step of a method."""
-    model = subject(config, batches)
+@torch.no_grad()
+def busiest(model: RoutedNetwork, batches: list[Batch]) -> float:
+    """Share of images of the busiest expert, mean over layers, in the mode of attacks."""
+    with evaluating(model):
+        index_BL = torch.cat([model.forward_with_routing(batch.images)[1].expert_index_BL for batch in batches])
+    counts_LN = F.one_hot(index_BL, model.config.num_experts).sum(dim=0)
+    return float(counts_LN.amax(dim=1).float().mean()) / len(index_BL)
+
+
+def step_of(model: RoutedNetwork, method: str, batches: list[Batch], **settings: Any) -> Step:
+    """A function that takes the i-th training step of a method, on a copy of the model."""
+    model = deepcopy(model)
     train = TrainConfig(dataset="benchmark", method=method, lr=RATE, **settings)  # type: ignore[arg-type]
     levels = make_levels(METHODS[method].levels, model, train)
 
@@ -88,11 +108,6 @@ def step_of(config: ModelConfig, method: str, batches: list[Batch], **settings: 
     return step
 
 
-def experts_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
-    """AdvMoE's upper level alone."""
-    return step_of(config, "expert_at", batches)
-
-
 def masked_forward(self: MoEConv2d, x: Tensor, decision: Decision) -> Tensor:
     """Every expert on every image, and a mask with the gate's gradient."""
     outputs = [F.conv2d(x, expert_rows(self.weight, rows), None, self.stride, self.padding) for rows in self.rows]
@@ -102,9 +117,8 @@ def masked_forward(self: MoEConv2d, x: Tensor, decision: Decision) -> Tensor:
     return sum(mask[:, e, None, None, None] * y for e, y in enumerate(outputs))  # type: ignore[return-value]
 
 
-def reference_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
+def reference_step_of(model: RoutedNetwork, batches: list[Batch]) -> Step:
     """AdvMoE as simple research code does it."""
-    model = subject(config, batches).to(memory_format=torch.contiguous_format)
     routers, experts = list(model.router_parameters()), list(model.expert_parameters())
     optimizers = [torch.optim.SGD(part, lr=RATE, momentum=0.9, weight_decay=5e-4) for part in (routers, experts)]
 
@@ -144,44 +158,41 @@ def reference_step_of(config: ModelConfig, batches: list[Batch]) -> Step:
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
 
 
-def steps(width: float, size: int, batches: list[Batch]) -> dict[str, Step]:
-    """All steps that are compared."""
-
-    def config(kind: str, **settings: Any) -> ModelConfig:
-        return ModelConfig(arch="resnet18", width=width, image_size=size, kind=kind, **settings)  # type: ignore[arg-type]
-
-    moe = config("moe")
-    return {
-        "s_dense": step_of(config("s_dense"), "at", batches),
-        "dense": step_of(config("dense"), "at", batches),
-        "at_moe": step_of(moe, "at", batches),
-        "at_moe_n8": step_of(config("moe", num_experts=8), "at", batches),
-        "advmoe_experts_step": step_of(moe, "expert_at", batches),
-        "advmoe": step_of(moe, "advmoe", batches),
-        "cheap": step_of(moe, "advmoe", batches, **CHEAP),
-        "reference": reference_step_of(config("moe", router_gradient="straight_through"), batches),
-    }
-
-
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=75.0, help="start no round of steps after so much CPU time")
+    parser.add_argument("--seconds", type=float, default=45.0, help="start no round of steps after so much CPU time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     width, number, size = (0.0625, 8, 16) if options.smoke else (options.width, options.batch_size, 32)
     batches = images(2 if options.smoke else 4, number, size, seed=1)
+
+    def model_of(kind: str, **settings: Any) -> RoutedNetwork:
+        config = ModelConfig(arch="resnet18", width=width, image_size=size, kind=kind, **settings)  # type: ignore[arg-type]
+        return subject(config, batches)
+
+    moe = model_of("moe")
+    subjects = {
+        "s_dense": step_of(model_of("s_dense"), "at", batches),
+        "dense": step_of(model_of("dense"), "at", batches),
+        "at_moe": step_of(moe, "at", batches),
+        "at_moe_n8": step_of(model_of("moe", num_experts=8), "at", batches),
+        "advmoe_experts_step": step_of(moe, "expert_at", batches),  # AdvMoE's upper level alone
+        "advmoe": step_of(moe, "advmoe", batches),
+        "cheap": step_of(moe, "advmoe", batches, **CHEAP),
+        "reference": reference_step_of(model_of("moe", router_gradient="straight_through"), batches),
+    }
     taken: dict[str, list[float]] = {}
-    subjects = steps(width, size, batches)
     rounds = 0
-    while rounds < 2 or (time.process_time() < options.seconds and not options.smoke):
+    while rounds < 1 or (time.process_time() < options.seconds and not options.smoke):
         for name, step in subjects.items():
+            step(rounds)
             start = time.thread_time()
             step(rounds)
             taken.setdefault(name, []).append(time.thread_time() - start)
         rounds += 1
-    seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}  # the first round warms up
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
     figures: dict[str, Any] = {
         "at_moe_vs_s_dense": seconds["at_moe"] / seconds["s_dense"],
         "advmoe_experts_step_vs_s_dense": seconds["advmoe_experts_step"] / seconds["s_dense"],
@@ -190,7 +201,8 @@ def main() -> None:
         "cheap_vs_at_moe": seconds["cheap"] / seconds["at_moe"],
         "cost_n8_vs_n2": seconds["at_moe_n8"] / seconds["at_moe"],
         "images_per_second": {name: round(number / value, 2) for name, value in seconds.items()},
-        "rounds": rounds - 1,
+        "busiest_expert": busiest(moe, batches),
+        "rounds": rounds,
         "width": width,
         "batch_size": number,
         **harness.machine(),

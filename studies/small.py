@@ -91,8 +91,8 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 """Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
 SETTINGS |= {f"{name}_bf16": (SETTINGS[name][0], {**SETTINGS[name][1], "precision": "bf16_attack"}) for name in BF16}
 EQUAL_TIME = {
-    "s_dense_time": ("s_dense", 2.60),
-    "at_moe_time": ("at_moe", 1.74),
+    "s_dense_time": ("s_dense", 2.64),
+    "at_moe_time": ("at_moe", 1.66),
     "advmoe_cheap_time": ("advmoe_cheap", 1.52),
 }
 """Settings with AdvMoE's training time: the trained setting, and how many epochs of it take as long as one of AdvMoE.

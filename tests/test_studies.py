@@ -80,8 +80,8 @@ def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [""])
     epochs_of = runpy.run_path(str(STUDIES / "small.py"))["epochs_of"]
     assert epochs_of("s_dense", "resnet18") == epochs_of("advmoe_dense", "resnet18") == 6
-    assert epochs_of("s_dense_time", "resnet18") == 16  # 6 * 2.60 = 15.6
-    assert epochs_of("at_moe_time", "vgg16") == 5  # 3 * 1.74 = 5.2
+    assert epochs_of("s_dense_time", "resnet18") == 16  # 6 * 2.64 = 15.8
+    assert epochs_of("at_moe_time", "vgg16") == 5  # 3 * 1.66 = 5.0
 
 
 def test_figures_show_finished_runs_and_name_those_that_are_not_there(
