@@ -78,6 +78,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         {"method": "advmoe", "router_statistics": "batch"} | LEARNED,
     ),
     "advmoe_dense": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED),
+    "at_image": (MOE | {"router_gradient": "dense", "granularity": "image"}, {"method": "at"} | LEARNED),
     "shared": (
         MOE | {"granularity": "block", "router_gradient": "value", "shared": 1.0, "expert_affine": True},
         {"method": "at"},
@@ -104,6 +105,7 @@ MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
     *((name, seed) for seed in range(3) for name in MAIN),
     *((name, seed) for seed in range(3) for name in EQUAL_TIME),
+    *((name, seed) for seed in range(3) for name in ("at_image",)),
     *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
     *((name, 0) for name in ("margin", "mixture", "s_dense_bf16", "at_moe_bf16")),
     *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),

@@ -35,6 +35,7 @@ TITLES = {
     "advmoe_dense": "AdvMoE, gate dense",
     "advmoe_cheap": "AdvMoE, reused images",
     "advmoe_cheap_time": "AdvMoE, reused images, AdvMoE's time",
+    "at_image": "AT (MoE), a router per image",
     "shared": "AT (MoE), shared filters",
     "margin": "AdvMoE, attack on margins",
     "mixture": "AdvMoE, attack on the mixture",
