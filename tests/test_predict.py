@@ -141,3 +141,11 @@ def test_a_pathway_is_written_without_spaces_where_experts_have_one_digit() -> N
 def test_two_forms_of_output_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "model.onnx", "photos", "--csv", "--json"]) == 1
     assert "--csv or --json, not both" in capsys.readouterr().err
+
+
+def test_a_name_for_the_table_is_not_taken_for_an_image(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "model.onnx", "photos", "--csv", "p.csv"]) != 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "> p.csv" in captured.err
+    assert not Path("p.csv").exists()

@@ -58,6 +58,11 @@ def predict(
     check(top >= 1, f"--top must be at least 1, got {top}")
     check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
     check(not (csv and json), "give --csv or --json, not both")
+    table = next((name for name in images if Path(name).suffix in {".csv", ".json"} and not Path(name).exists()), None)
+    check(
+        table is None or not (csv or json),
+        f"{table} would be an image to classify; --csv and --json print to stdout, so write the result by > {table}",
+    )
     session = open_session(model, provider or ["cpu"])
     paths = find_pictures(images)
     predicting = Predicting(session, min(top, len(session.metadata.labels)), batch_size)
