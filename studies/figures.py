@@ -84,13 +84,13 @@ def routing(checkpoint: Checkpoint, images: ImageSet, attack: AttackConfig, seed
     return found | {"attack": to_dict(attack), "mask_from": None if against is None else against[1]}
 
 
-def draw(results: Path, name: str, seed: int) -> dict[str, str]:
-    """The figures of a network, by file name, from the stored routings of one seed."""
-    stored = {
-        setting: json.loads(path.read_text())
-        for setting in SHOWN
-        if (path := results / "routing" / f"{setting}-{seed}.json").exists()
-    }
+def draw(results: Path, name: str) -> dict[str, str]:
+    """The figures of a network, by file name, from the stored routings of the seed with most settings."""
+    of_seed: dict[int, dict[str, Any]] = {}
+    for path in sorted((results / "routing").glob("*-*.json")):
+        found = json.loads(path.read_text())
+        of_seed.setdefault(found["seed"], {})[found["setting"]] = found
+    stored = max(of_seed.values(), key=lambda found: len(found.keys() & set(SHOWN)), default={})
     adv = next((setting for setting in SHOWN[1:] if setting in stored), None)
     chosen = {TITLES[setting]: stored[setting] for setting in ("at_moe", adv) if setting in stored}
     if not chosen:
@@ -137,7 +137,7 @@ def main() -> None:
         found = routing(checkpoint, images, AttackConfig(steps=options.steps), seed, runs)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps({"setting": name, "seed": seed, **found}) + "\n")
-    for name, svg in draw(results, options.network, 0).items():
+    for name, svg in draw(results, options.network).items():
         write_text_atomically(options.docs / name, svg + "\n")
         tell(f"drawn: {options.docs / name}")
 
