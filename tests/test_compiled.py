@@ -1,6 +1,7 @@
 """Compiled passes: one graph, equal results, and where they are used."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
 from advmoe.models.compiled import CompiledNetwork
+from advmoe.models.dispatch import select
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Decision
 
 
 @pytest.mark.slow
@@ -53,6 +56,7 @@ def test_attacks_and_steps_run_compiled_and_validation_does_not(
         return lambda *args: (passes.append(True), compute(*args))[1]
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(CompiledNetwork, "_check", lambda *_: None)  # it would add passes
     assert train(digits, tmp_path / "run", dataclasses.replace(TRAIN, compile="kernels"))
     # 4 steps of 2 levels: TRADES's clean pass, 2 steps of the attack, and a clean and an
     # adversarial pass to descend.
@@ -66,3 +70,65 @@ def test_attacks_and_steps_run_compiled_and_validation_does_not(
 def test_graphs_of_kernels_need_a_gpu(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compile graphs needs a GPU; use kernels or off"):
         train(digits, tmp_path / "run", dataclasses.replace(TRAIN, compile="graphs"))
+
+
+class Scaled(torch.autograd.Function):
+    """x in the forward pass, and half of its gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 0.5 * gradient
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        pytest.param(lambda x: 1.5 * x, r"logits by 0\.\d", id="logits"),
+        pytest.param(Scaled.apply, r"gradients by 0\.5", id="gradients"),
+    ],
+)
+def test_a_compiler_that_computes_something_else_is_found_at_the_first_pass(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, wrong: Callable[[Tensor], Tensor], message: str
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *args: tuple(wrong(out) if out.is_floating_point() else out for out in graph(*args))
+
+    model = tiny_vgg(kind="s_dense").train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with CompiledNetwork(model, backend=backend).running(), pytest.raises(ConfigError, match=message):
+        model(images)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_each_form_is_checked_once_and_leaves_no_trace(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bool] = []
+    original = CompiledNetwork._check
+    monkeypatch.setattr(
+        CompiledNetwork, "_check", lambda self, *args: (checked.append(self._network.training), original(self, *args))
+    )
+    model, alone = tiny_vgg(kind="s_dense").train(), tiny_vgg(kind="s_dense").train()
+    with CompiledNetwork(model, backend="eager").running():
+        for training in (True, True, False, True):
+            assert torch.equal(model.train(training)(images), alone.train(training)(images))
+    assert checked == [True, False]
+    for ours, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_compilers_statistics_of_selected_outputs_are_right() -> None:
+    """With `torch.where` in place of the present form, torch 2.15 is off by 0.5 here."""
+    decision = Decision(torch.arange(32) % 2, None)
+
+    def statistics(both: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.var_mean(select(both.chunk(2, dim=1), decision), (0, 2, 3))
+
+    x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.compile(statistics, fullgraph=True, dynamic=False)(x), statistics(x))

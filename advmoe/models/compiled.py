@@ -3,6 +3,9 @@
 A compiled graph cannot depend on the choice of experts. All experts are therefore computed, and one
 is selected (`advmoe.models.dispatch.select`). Logits and gradients are equal up to rounding. Random
 numbers, such as the noise of an attack, are drawn outside the graph.
+
+A compiler may have defects that show in some networks only. The first pass of each compiled form is
+therefore compared with the same pass uncompiled.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe.config import check
 from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
@@ -21,6 +25,9 @@ from advmoe.models.routing import Routing
 GRAPHS = 32
 """Maximum number of compiled forms of one network. Forms differ in the modes of its parts, in the
 tensors that need gradients, and in the number of images."""
+LARGEST = {torch.float32: (1e-3, 0.1), torch.bfloat16: (0.1, 0.5)}
+"""Largest distances that pass for rounding, by type of number. For logits it is the median over images, relative to the
+largest logit, because rounding may change decisions of single images. For gradients it is relative to their norm."""
 
 
 class CompiledNetwork:
@@ -32,12 +39,17 @@ class CompiledNetwork:
         backend: Backend of the compiler.
 
     Raises:
-        ConfigError: The machine has no compiler. The error comes at the first compiled pass.
+        ConfigError: The machine has no compiler, or compiled passes differ from uncompiled ones. The
+            error comes at the first pass of a form.
     """
 
-    def __init__(self, network: RoutedNetwork, *, graphs: bool = False, backend: str = "inductor") -> None:
+    def __init__(
+        self, network: RoutedNetwork, *, graphs: bool = False, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
         self._network = network
         self._graphs = graphs
+        self._modules, self._parameters = list(network.modules()), list(network.parameters())
+        self._checked: set[tuple[Any, ...]] = set()
         how: dict[str, Any] = {"recompile_limit": GRAPHS, "isolate_recompiles": True}
         self._compute: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] = torch.compile(
             lambda images, pathways: network.compute(images, pathways),
@@ -58,6 +70,13 @@ class CompiledNetwork:
             del self._network.compiled
 
     def _run(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
+        form = self._form(images, pathways)
+        if form not in self._checked:
+            self._check(images, pathways)
+            self._checked.add(form)
+        return self._compiled(images, pathways)
+
+    def _compiled(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
         try:
             logits, routing = self._compute(images, pathways)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -69,3 +88,51 @@ class CompiledNetwork:
             return logits, routing
         # the next pass through a graph writes its outputs to the same place
         return logits.clone(), Routing(*(None if part is None else part.clone() for part in routing))  # type: ignore[arg-type]
+
+    def _form(self, images: Tensor, pathways: Tensor | None) -> tuple[Any, ...]:
+        """Everything that a compiled form depends on."""
+        return (
+            tuple(images.shape),
+            images.requires_grad,
+            pathways is None,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(images.device.type),
+            tuple(module.training for module in self._modules),
+            tuple(parameter.requires_grad for parameter in self._parameters),
+        )
+
+    def _check(self, images: Tensor, pathways: Tensor | None) -> None:
+        """Compare a pass with the uncompiled one, without a trace in the network's statistics.
+
+        Raises:
+            ConfigError: They differ.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
+        found = []
+        for compute in (self._network.compute, self._compiled):
+            logits, _ = compute(images, pathways)
+            found.append((logits.detach(), self._gradient(logits, images)))
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        (expected, gradient), (got, of_compiled) = found
+        autocast = torch.is_autocast_enabled(images.device.type)
+        most, most_of_gradient = LARGEST[torch.bfloat16 if autocast else torch.float32]
+        distance = float((got - expected).abs().amax(dim=1).median() / expected.abs().amax())
+        of_gradient = float((of_compiled - gradient).norm() / gradient.norm()) if gradient.any() else 0.0
+        check(
+            distance <= most and of_gradient <= most_of_gradient,
+            f"compiled passes differ from uncompiled ones: logits by {distance:.2g} of the largest (at most {most:g} "
+            f"is rounding), gradients by {of_gradient:.2g} of their norm (at most {most_of_gradient:g}); leave the "
+            "network uncompiled",
+            "compile",
+        )
+
+    def _gradient(self, logits: Tensor, images: Tensor) -> Tensor:
+        """A gradient of the logits by all that needs one, in one vector."""
+        inputs = [tensor for tensor in (images, *self._parameters) if tensor.requires_grad]
+        if not logits.requires_grad:
+            return logits.new_zeros(1)
+        log_p = logits.float().log_softmax(dim=1)
+        found = torch.autograd.grad(log_p[:, 0].sum(), inputs, allow_unused=True, materialize_grads=True)
+        return torch.cat([each.flatten().float() for each in found])

@@ -301,6 +301,11 @@ def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:
 def _pick(outputs: Sequence[Tensor], index_B: Tensor) -> Tensor:
     """outputs[index_B[b]][b] for each b, exactly, even where another output is not finite."""
     shape = (-1, *(1,) * (outputs[0].ndim - 1))
+    if outputs[0].is_cpu and torch.compiler.is_compiling():
+        # torch 2.15's compiler computes wrong statistics of `where` on CPUs, unless the channels are
+        # a multiple of 16 (docs/log.md)
+        y_BN = torch.stack(list(outputs), dim=1)
+        return y_BN.take_along_dim(index_B.reshape(-1, 1, *shape[1:]), dim=1).squeeze(1)
     y = outputs[0]
     for expert, output in enumerate(outputs[1:], start=1):
         y = torch.where((index_B == expert).reshape(shape), output, y)
