@@ -79,6 +79,10 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     ),
     "advmoe_dense": (MOE | {"router_gradient": "dense"}, {"method": "advmoe"} | LEARNED),
     "at_image": (MOE | {"router_gradient": "dense", "granularity": "image"}, {"method": "at"} | LEARNED),
+    "image_mixture": (
+        MOE | {"router_gradient": "dense", "granularity": "image"},
+        {"method": "at", "attack_routing": "mixture"} | LEARNED,
+    ),
     "shared": (
         MOE | {"granularity": "block", "router_gradient": "value", "shared": 1.0, "expert_affine": True},
         {"method": "at"},
@@ -105,7 +109,7 @@ MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
     *((name, seed) for seed in range(3) for name in MAIN),
     *((name, seed) for seed in range(3) for name in EQUAL_TIME),
-    *((name, seed) for seed in range(3) for name in ("at_image",)),
+    *((name, seed) for seed in range(3) for name in ("at_image", "image_mixture")),
     *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
     *((name, 0) for name in ("margin", "mixture", "s_dense_bf16", "at_moe_bf16")),
     *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),

@@ -36,6 +36,7 @@ TITLES = {
     "advmoe_cheap": "AdvMoE, reused images",
     "advmoe_cheap_time": "AdvMoE, reused images, AdvMoE's time",
     "at_image": "AT (MoE), a router per image",
+    "image_mixture": "AT (MoE), a router per image, attack on the mixture",
     "shared": "AT (MoE), shared filters",
     "margin": "AdvMoE, attack on margins",
     "mixture": "AdvMoE, attack on the mixture",
