@@ -11,7 +11,7 @@ channel. It differs from `advmoe` in the gate only.
 Each step is taken twice, and the second is timed. oneDNN makes a convolution for each new size of
 an expert's sub-batch and keeps it; a training of thousands of steps has met almost all sizes.
 
-Shape suffixes: B batch.
+Shape suffixes: B batch, L MoE layers, N experts.
 """
 
 from __future__ import annotations

@@ -304,8 +304,8 @@ def _pick(outputs: Sequence[Tensor], index_B: Tensor) -> Tensor:
     if outputs[0].is_cpu and torch.compiler.is_compiling():
         # torch 2.15's compiler computes wrong statistics of `where` on CPUs, unless the channels are
         # a multiple of 16 (docs/log.md)
-        y_BN = torch.stack(list(outputs), dim=1)
-        return y_BN.take_along_dim(index_B.reshape(-1, 1, *shape[1:]), dim=1).squeeze(1)
+        every = torch.stack(list(outputs), dim=1)
+        return every.take_along_dim(index_B.reshape(-1, 1, *shape[1:]), dim=1).squeeze(1)
     y = outputs[0]
     for expert, output in enumerate(outputs[1:], start=1):
         y = torch.where((index_B == expert).reshape(shape), output, y)
