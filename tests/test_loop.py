@@ -368,6 +368,19 @@ def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_ru
         train(digits, tmp_path / "run", resume=load_checkpoint(whole_run / "best.pt"))
 
 
+@pytest.mark.parametrize(
+    ("granularity", "attack_routing", "warned"),
+    [("image", "fixed", True), ("image", "mixture", False), ("layer", "fixed", False)],
+)
+def test_a_decision_that_no_attack_in_training_sees_is_pointed_out(
+    digits: Dataset, tmp_path: Path, granularity: Any, attack_routing: Any, warned: bool
+) -> None:
+    observer = Observer(stop_after=1)
+    config = dataclasses.replace(TRAIN, attack_routing=attack_routing)
+    train(digits, tmp_path, config, model=dataclasses.replace(MODEL, granularity=granularity), observer=observer)
+    assert any("attack_routing mixture" in warning for warning in observer.warnings) == warned
+
+
 def test_images_travel_to_a_gpu_as_bytes_in_page_locked_memory(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

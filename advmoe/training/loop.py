@@ -37,7 +37,7 @@ from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.guard import MOST_IN_A_ROW, READ_EVERY, Watch
 from advmoe.training.levels import Level, make_levels, set_rates
 from advmoe.training.memory import check_memory, validation_batch
-from advmoe.training.methods import resolve_method
+from advmoe.training.methods import blind_spot, resolve_method
 from advmoe.training.observer import Observer, Unwatched
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
@@ -133,8 +133,9 @@ class Trainer:
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
             equalize(list(model.state_dict().values()))
-        if doubt is not None:
-            observer.warned(doubt)
+        for warning in (doubt, blind_spot(model_config, config)):
+            if warning is not None:
+                observer.warned(warning)
         if (images := len(self.split.validation)) < FEW_IMAGES:
             observer.warned(
                 f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "

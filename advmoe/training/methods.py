@@ -177,3 +177,15 @@ def resolve_method(name: MethodName, model: ModelConfig, *, has_init: bool = Fal
         "init",
     )
     return method
+
+
+def blind_spot(model: ModelConfig, config: TrainConfig) -> str | None:
+    """A warning if the attack in training misses a decision on which the whole network depends (docs/study.md)."""
+    if not (model.several_experts and model.granularity == "image") or config.method == "standard":
+        return None
+    if config.attack_routing != "fixed":
+        return None
+    return (
+        "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost half "
+        "of its RA to attacks on its routing; use attack_routing mixture, and evaluate with --routing"
+    )
