@@ -14,6 +14,7 @@ import base64
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,19 +146,36 @@ def draw_loss(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
 
 
 def draw_accuracy(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
-    """SA and RA, one point per cell, with the standard error over test images; one row per training."""
-    names = [f"{TITLES[name]}\n{1000 * own[0]['gflops']:.2f} million multiply-adds" for name, own in cells.items()]
+    """SA and RA, one point per cell, with the standard error over test images, and RA under attacks
+    on the routing; one row per training.
+    """
+    names = [
+        f"{textwrap.fill(TITLES[name], 32)}\n{1000 * own[0]['gflops']:.2f} million multiply-adds"
+        for name, own in cells.items()
+    ]
     for key, label, color in (("sa", "SA: clean images", "C0"), ("ra_pgd", "RA: PGD-20, 8/255", "C3")):
         points = [(cell["test"], row) for row, own in enumerate(cells.values()) for cell in own]
         values = [test[key] for test, _ in points]
         errors = [(test[key] * (100 - test[key]) / test["images"]) ** 0.5 for test, _ in points]
         axes.errorbar(values, [row for _, row in points], xerr=errors, fmt="o", markersize=4, color=color, label=label)
+    worst = [
+        (cell["test"]["routing"]["ra_worst"], row)
+        for row, own in enumerate(cells.values())
+        for cell in own
+        if "routing" in cell["test"]
+    ]
+    if worst:
+        images = next(
+            cell["test"]["routing"]["images"] for own in cells.values() for cell in own if "routing" in cell["test"]
+        )
+        label = f"RA, the routing attacked too\n(first {images:,} images)"
+        axes.scatter(*zip(*worst, strict=True), marker="x", s=25, linewidth=1.2, color="black", label=label, zorder=3)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("per cent of test images")
     axes.grid(axis="x", linewidth=0.3)
-    axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 
 
 def save(cells: dict[str, list[dict[str, Any]]], draw: Callable[..., None], path: Path) -> None:
