@@ -9,7 +9,7 @@ straight-through gates, attacks that compute the gradients of the parameters too
 channel. It differs from `advmoe` in the gate only.
 
 Each step is taken twice, and the second is timed. oneDNN makes a convolution for each new size of
-an expert's sub-batch and keeps it; a training of thousands of steps has met almost all sizes.
+an expert's sub-batch and keeps it; a training of thousands of steps meets the same sizes again.
 
 Shape suffixes: B batch, L MoE layers, N experts.
 """

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from advmoe.models import convolution
 from advmoe.models.convolution import FILTERS, VECTOR, conv2d, is_narrow
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.routing import Decision
 
 GEOMETRY = [
     pytest.param(3, 4, 3, 1, id="a stem"),
@@ -38,17 +41,30 @@ def test_the_gradients_of_narrow_convolutions_are_those_of_autograd(
     torch.testing.assert_close(gradients_of(y, x, weight), gradients_of(expected_y, x, weight), rtol=1e-5, atol=1e-5)
 
 
-def test_the_routed_convolution_takes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def test_the_experts_of_a_routed_convolution_take_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    filters: list[int] = []
     original = convolution.gradient_of_input
-    monkeypatch.setattr(convolution, "gradient_of_input", lambda *a: calls.append(1) or original(*a))
+
+    def spy(gradient: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+        filters.append(len(weight))
+        return original(gradient, weight, padding)
+
+    monkeypatch.setattr(convolution, "gradient_of_input", spy)
+    layout = ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5)
+    layer, x = MoEConv2d(6, layout, 3, padding=1), torch.randn(4, 6, 5, 5, requires_grad=True)
+    decision = Decision(torch.tensor([0, 1, 1, 0]), None)
+    found = gradients_of(layer(x, decision), x, layer.weight)
+    assert filters == [4, 4]
+    exact = layer.double()
+    y = exact(x.double(), decision)
+    expected = gradients_of(y, x, exact.weight)
+    assert filters == [4, 4], "double precision takes the other way"
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_are_not_wanted_are_none() -> None:
     x, weight, slopes = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 3, 3), torch.randn(4, 4, 5, 5)
-    found = convolution.gradients(slopes, x, weight, [1, 1], [1, 1], (True, True, True))
-    expected = torch.ops.aten.convolution_backward(
-        slopes, x, weight, [4], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
-    )
-    assert calls == [1]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert convolution.gradients(slopes, x, weight, [1, 1], [1, 1], (True, False, False))[1:] == (None, None)
 
 

@@ -241,7 +241,7 @@ def _check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; take another copy of the file") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong; take another copy of the file")

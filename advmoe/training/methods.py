@@ -186,6 +186,6 @@ def blind_spot(model: ModelConfig, config: TrainConfig) -> str | None:
     if config.attack_routing != "fixed":
         return None
     return (
-        "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost half "
-        "of its RA to attacks on its routing; use attack_routing mixture, and evaluate with --routing"
+        "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost "
+        "almost half of its RA to attacks on its routing; use attack_routing mixture, and evaluate with --routing"
     )
