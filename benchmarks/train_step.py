@@ -29,7 +29,8 @@ from typing import Any  # noqa: E402
 import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.optim.swa_utils import update_bn  # noqa: E402
 
 from advmoe.config import ModelConfig, TrainConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
@@ -60,28 +61,15 @@ def images(count: int, number: int, size: int, seed: int) -> list[Batch]:
     return batches
 
 
-@torch.no_grad()
-def calibrate(model: RoutedNetwork, batches: list[Batch]) -> None:
-    """Give BatchNorm and the routers' centering the mean statistics of these batches.
-
-    With BatchNorm's moving averages of a few batches, attacks would meet other features than the routers were
-    centered on, and one expert would get all images.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None  # the mean of all batches
-    model.train()
-    for batch in batches:
-        model(batch.images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
 def subject(config: ModelConfig, batches: list[Batch]) -> RoutedNetwork:
+    """A new network; BatchNorm and the routers' centering have the mean statistics of these batches.
+
+    With BatchNorm's moving averages of a few batches, attacks would meet other features than the
+    routers were centered on, and one expert would get all images.
+    """
     torch.manual_seed(0)
     model = build_model(config)
-    calibrate(model, batches)
+    update_bn(batches, model)
     return model
 
 
