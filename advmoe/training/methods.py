@@ -187,5 +187,5 @@ def blind_spot(model: ModelConfig, config: TrainConfig) -> str | None:
         return None
     return (
         "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost "
-        "almost half of its RA to attacks on its routing; use attack_routing mixture, and evaluate with --routing"
+        "almost half of its RA to attacks on its routing; use attack_routing mixture, and attack the routing too"
     )
