@@ -105,13 +105,34 @@ def test_a_compiler_that_computes_something_else_is_found_at_the_first_pass(
         assert torch.equal(value, state[name]), name
 
 
+def test_a_pass_without_finite_numbers_is_not_compared_but_the_next_one_is(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *args: tuple(1.5 * out if out.is_floating_point() else out for out in graph(*args))
+
+    model = tiny_vgg(kind="s_dense").eval()
+    with CompiledNetwork(model, backend=backend).running():
+        with torch.no_grad():
+            weight = next(model.parameters())
+            before = weight.clone()
+            weight.fill_(torch.nan)
+        assert model(images).isnan().all()
+        with torch.no_grad():
+            weight.copy_(before)
+        with pytest.raises(ConfigError, match="compiled passes differ"):
+            model(images)
+
+
 def test_each_form_is_checked_once_and_leaves_no_trace(
     tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[bool] = []
     original = CompiledNetwork._check
     monkeypatch.setattr(
-        CompiledNetwork, "_check", lambda self, *args: (checked.append(self._network.training), original(self, *args))
+        CompiledNetwork,
+        "_check",
+        lambda self, *args: (checked.append(self._network.training), original(self, *args))[1],
     )
     model, alone = tiny_vgg(kind="s_dense").train(), tiny_vgg(kind="s_dense").train()
     with CompiledNetwork(model, backend="eager").running():

@@ -146,6 +146,6 @@ def test_a_run_that_reads_late_is_the_same_to_the_bit(
     monkeypatch.setattr(loop, "read", lambda values: (readings.append(len(values)), read(values))[1])
     assert train(digits, tmp_path / "late")
     assert_identical(contents(tmp_path / "late"), contents(whole_run))
-    # An epoch has 2 steps, fewer than 50: at its end come clean and attacked routes with labels,
-    # and the sums; saving finds the sums alone left to read.
-    assert readings == [2 * 2 * 2 + 1, 1] * 2
+    # An epoch has 2 steps, fewer than 50: at its end come clean and attacked routes, with labels and
+    # whether the step was taken, and the sums; saving finds the sums alone left to read.
+    assert readings == [2 * 2 * 3 + 1, 1] * 2

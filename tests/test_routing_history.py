@@ -23,7 +23,15 @@ def history(num_layers: int = 2, *, tokens: int = 1, num_images: int = 100) -> R
     return RoutingHistory(model, num_images)
 
 
-def add(log: RoutingHistory, epoch: int, indices: list[int], clean: list[list[int]], attacked: Any = None) -> None:
+def add(
+    log: RoutingHistory,
+    epoch: int,
+    indices: list[int],
+    clean: list[list[int]],
+    attacked: Any = None,
+    *,
+    taken: bool = True,
+) -> None:
     batch = Batch(
         torch.zeros(len(indices), 3, 1, 1), torch.zeros(len(indices), dtype=torch.int64), torch.tensor(indices)
     )
@@ -31,7 +39,7 @@ def add(log: RoutingHistory, epoch: int, indices: list[int], clean: list[list[in
     nothing = torch.zeros(())
     assert routings[0] is not None
     log.add(
-        epoch, batch, StepResult(nothing, len(indices), nothing, None, routings[0], routings[1], torch.tensor(True))
+        epoch, batch, StepResult(nothing, len(indices), nothing, None, routings[0], routings[1], torch.tensor(taken))
     )
 
 
@@ -42,6 +50,16 @@ def test_an_epochs_figures_are_those_of_its_clean_images() -> None:
     # Layer 0 sends three of four images to expert 0, layer 1 two to each. In bits, the entropy of
     # 3/4 and 1/4 is 2 - 3/4 log2 3 = 0.8113.
     assert log.figures(1) == {"router_load": [0.75, 0.5], "router_entropy": [0.8113, 1.0]}
+
+
+def test_a_skipped_step_is_not_logged(tmp_path: Path) -> None:
+    log = history()
+    add(log, 1, [4, 7], [[0, 1], [0, 0]], [[1, 1], [1, 1]])
+    add(log, 1, [0, 9], [[0, 0], [0, 0]], [[0, 0], [0, 0]], taken=False)
+    assert log.figures(1) == {"router_load": [1.0, 0.5], "router_entropy": [0.0, 1.0]}
+    log.save(tmp_path / "routes.npz")
+    kept = RouteLog.load(tmp_path / "routes.npz")
+    assert [sorted(kept.routes((name, 1)).indices) for name in ("clean", "pgd")] == [[4, 7], [4, 7]]
 
 
 def test_changes_are_counted_for_the_images_of_both_epochs() -> None:

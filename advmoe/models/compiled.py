@@ -5,7 +5,7 @@ is selected (`advmoe.models.dispatch.select`). Logits and gradients are equal up
 numbers, such as the noise of an attack, are drawn outside the graph.
 
 A compiler may have defects that show in some networks only. The first pass of each compiled form is
-therefore compared with the same pass uncompiled.
+therefore compared with the same pass uncompiled. If its numbers are not finite, the next one is.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ class CompiledNetwork:
 
     def _run(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
         form = self._form(images, pathways)
-        if form not in self._checked:
-            self._check(images, pathways)
+        if form not in self._checked and self._check(images, pathways):
             self._checked.add(form)
         return self._compiled(images, pathways)
 
@@ -103,8 +102,11 @@ class CompiledNetwork:
             tuple(parameter.requires_grad for parameter in self._parameters),
         )
 
-    def _check(self, images: Tensor, pathways: Tensor | None) -> None:
+    def _check(self, images: Tensor, pathways: Tensor | None) -> bool:
         """Compare a pass with the uncompiled one, without a trace in the network's statistics.
+
+        Returns:
+            Whether they could be compared. Uncompiled numbers that are not finite say nothing.
 
         Raises:
             ConfigError: They differ.
@@ -118,6 +120,8 @@ class CompiledNetwork:
                 for buffer, before in buffers:
                     buffer.copy_(before)
         (expected, gradient), (got, of_compiled) = found
+        if not (expected.isfinite().all() and gradient.isfinite().all()):
+            return False
         autocast = torch.is_autocast_enabled(images.device.type)
         most, most_of_gradient = LARGEST[torch.bfloat16 if autocast else torch.float32]
         distance = float((got - expected).abs().amax(dim=1).median() / expected.abs().amax())
@@ -129,6 +133,7 @@ class CompiledNetwork:
             "network uncompiled",
             "compile",
         )
+        return True
 
     def _gradient(self, logits: Tensor, images: Tensor) -> Tensor:
         """A gradient of the logits by all that needs one, in one vector."""

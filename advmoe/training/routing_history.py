@@ -39,6 +39,8 @@ class _Waiting(NamedTuple):
     indices: Tensor
     experts_BL: Tensor
     labels: Tensor
+    taken: Tensor
+    """Whether the step was taken, bool []."""
 
 
 class RoutingHistory:
@@ -58,22 +60,25 @@ class RoutingHistory:
         self._waiting: list[_Waiting] = []
 
     def add(self, epoch: int, batch: Batch, result: StepResult) -> None:
-        """Note one step of an epoch, to be logged when `take` brings its routes from the device."""
+        """Note one step of an epoch, to be logged when `take` brings its routes from the device.
+
+        A step that was skipped is not logged, because its logits may be no numbers.
+        """
         if self._num_layers:
-            self._wait(CLEAN, epoch, batch, result.routing)
-            self._wait(ATTACKED, epoch, batch, result.adversarial_routing)
+            self._wait(CLEAN, epoch, batch, result, result.routing)
+            self._wait(ATTACKED, epoch, batch, result, result.adversarial_routing)
 
     @property
     def waiting(self) -> list[Tensor]:
         """Tensors to read from the device."""
-        return [tensor for each in self._waiting for tensor in (each.experts_BL, each.labels)]
+        return [tensor for each in self._waiting for tensor in (each.experts_BL, each.labels, each.taken)]
 
     def take(self, values: Sequence[Tensor]) -> None:
         """Log the waiting routes from their copies on the CPU. Only the last two epochs are kept."""
         waiting, self._waiting = self._waiting, []
-        for each, experts_BL, labels in zip(waiting, values[::2], values[1::2], strict=True):
+        for each, experts_BL, labels, taken in zip(waiting, values[::3], values[1::3], values[2::3], strict=True):
             self._log.forget_before(each.condition[1] - 1)
-            logged = each.indices % self._every == 0
+            logged = (each.indices % self._every == 0) & bool(taken)
             self._log.append(each.condition, each.indices[logged], experts_BL[logged], labels=labels[logged])
 
     def unite(self) -> None:
@@ -129,10 +134,10 @@ class RoutingHistory:
         if self._num_layers and path.exists():
             self._log.merge(RouteLog.load(path))
 
-    def _wait(self, condition: str, epoch: int, batch: Batch, routing: Routing | None) -> None:
+    def _wait(self, condition: str, epoch: int, batch: Batch, result: StepResult, routing: Routing | None) -> None:
         if routing is not None:
             experts_BL = routing.expert_index_BL.to(torch.uint8)  # the log's own form
-            self._waiting.append(_Waiting((condition, epoch), batch.indices, experts_BL, batch.labels))
+            self._waiting.append(_Waiting((condition, epoch), batch.indices, experts_BL, batch.labels, result.finite))
 
     def _take_all(self) -> None:
         self.take(read(self.waiting))
