@@ -55,6 +55,23 @@ def test_images_that_are_not_finite_or_of_another_range_are_refused(
         model(images)
 
 
+@pytest.mark.parametrize(
+    ("pathways", "message"),
+    [
+        (torch.zeros(2, 12, dtype=torch.int64), r"expected pathways int64 \[3, 12\].*got int64 \[2, 12\]"),
+        (torch.zeros(3, 13, dtype=torch.int64), r"got int64 \[3, 13\]"),
+        (torch.zeros(3, 12), r"got float32 \[3, 12\]"),
+        (torch.full((3, 12), 2), "experts 0 to 1, got experts 2 to 2"),
+        (torch.full((3, 12), -1), "experts 0 to 1, got experts -1 to -1"),
+    ],
+)
+def test_pathways_of_other_images_or_networks_are_refused(
+    model: RoutedNetwork, pathways: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        model(torch.rand(3, 3, 32, 32), pathways)
+
+
 def test_an_exported_graph_has_no_check_of_values(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     model = tiny_vgg(warm=True, kind="s_dense").eval()
     batch = {"images": {0: torch.export.Dim("batch", min=2)}}

@@ -70,6 +70,15 @@ def test_routed_mlp_computes_the_chosen_part_of_the_hidden_units(granularity: st
         torch.testing.assert_close(y[row].squeeze(2).T, expected)
 
 
+@pytest.mark.parametrize("num_experts", [1, 2, 8])
+def test_each_expert_starts_with_weights_of_the_size_of_an_s_dense(num_experts: int) -> None:
+    mlp = Cell("vit", "moe", 32).build(num_experts=num_experts).blocks[0].mlp
+    alone = Cell("vit", "s_dense", 32).build().blocks[0].mlp
+    for ours, theirs in ((mlp.expand.weight, alone.expand.weight), (mlp.reduce.weight, alone.reduce.weight)):
+        # uniform, so that the largest of many weights is nearly the bound
+        torch.testing.assert_close(ours.detach().abs().max(), theirs.detach().abs().max(), rtol=0.01, atol=0.0)
+
+
 def test_a_router_learns_against_the_mean_of_all_experts() -> None:
     model = Cell("vit", "moe", 32).build(num_experts=3)
     mlp = model.blocks[0].mlp

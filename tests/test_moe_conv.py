@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import moe_conv
 from advmoe.models.channels import Channels
+from advmoe.models.dispatch import row_products
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import Conv2d as PlainConv2d
 from advmoe.models.moe_conv import Convolution, Form, MoEConv2d, moe_conv2d, split_rows
@@ -363,3 +364,8 @@ def test_a_strided_pointwise_convolution_never_reaches_the_kernel_that_overwrite
     y = conv(x, RoutingTape(nn.ModuleList(), []))
     assert strides == [(1, 1)]
     torch.testing.assert_close(y, expected)
+
+
+def test_no_rows_have_no_products() -> None:
+    """A rank may have no image of a batch."""
+    assert row_products(torch.empty(0, 3, 2, 2), torch.empty(0, 3, 2, 2)).shape == (0,)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import Cell
 from torch import Tensor
 
 from advmoe.config import Precision, TrainConfig
@@ -15,7 +16,7 @@ from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import METHODS
-from advmoe.training.steps import training_attack
+from advmoe.training.steps import arithmetic, training_attack
 
 CONFIG = TrainConfig(dataset="digits", batch_size=8)
 LABELS = torch.arange(8)
@@ -56,6 +57,25 @@ def test_convolutions_use_the_precision_asked_for_and_routers_never_do(
     assert decided == {torch.float32}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "token"])
+@pytest.mark.parametrize("num_experts", [2, 3])
+def test_the_routers_of_a_vit_learn_in_bf16_as_in_fp32(granularity: str, num_experts: int) -> None:
+    """Its experts are computed once more in the backward pass, which is not under autocast."""
+    model = Cell("vit", "moe", 32).build(num_experts=num_experts, granularity=granularity)
+    images, gradients = Cell("vit", "moe", 32).images(8), []
+    for _ in range(3):
+        model(images)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for half in (False, True):
+        model.load_state_dict(state)  # each pass moves the statistics by which routers decide
+        with arithmetic(images, half=half):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), LABELS % 5)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.router_parameters()))]))
+    assert gradients[0].any()
+    assert F.cosine_similarity(*gradients, dim=0) > 0.95
 
 
 def test_an_attack_in_bf16_raises_the_loss_by_most_of_what_fp32_does(

@@ -55,6 +55,14 @@ def test_centering_settles_at_once_and_follows_features_that_move() -> None:
     assert centering.running_mean.item() == pytest.approx(4.0)  # batch 11: 3 + 0.1 * (13 - 3)
 
 
+def test_one_image_alone_says_nothing_about_the_features(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    model = tiny_vgg()
+    before = {name: value.clone() for name, value in model.routers.state_dict().items()}
+    model(torch.rand(1, 3, 32, 32))
+    for name, value in model.routers.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_an_attack_between_two_updates_sees_the_pathways_of_the_update(
     tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
 ) -> None:

@@ -234,6 +234,31 @@ def test_the_recorded_pathway_replayed_gives_the_same_logits(
     assert not torch.allclose(detour, logits)
 
 
+@pytest.mark.parametrize("router_gradient", ["dense", "value"])
+def test_layers_with_one_router_can_be_given_different_experts(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, router_gradient: str
+) -> None:
+    model = tiny_vgg(warm=True, granularity="image", router_gradient=router_gradient).eval()
+    with torch.no_grad():
+        own = model(images, torch.zeros(8, 12, dtype=torch.int64))
+        for layer in range(12):
+            pathways = torch.zeros(8, 12, dtype=torch.int64)
+            pathways[:, layer] = 1
+            assert not torch.allclose(model(images, pathways), own, atol=1e-4), layer
+
+
+@pytest.mark.parametrize("by", ["images", "weights"])
+def test_second_derivatives_are_refused_and_not_partly_computed(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, by: str
+) -> None:
+    model = tiny_vgg(warm=True).eval()
+    images.requires_grad_()
+    inputs = images if by == "images" else list(model.expert_parameters())
+    loss = model(images).log_softmax(dim=1)[:, 0].sum()
+    with pytest.raises(RuntimeError, match=r"routed layers .* have first derivatives only; .* without create_graph"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+
+
 def test_a_pathway_is_an_images_own_business(tiny_vgg: Callable[..., RoutedNetwork], images: Tensor) -> None:
     model = tiny_vgg(warm=True, num_experts=3).eval()
     with torch.no_grad():

@@ -37,7 +37,8 @@ def compared(case: dict[str, Any]) -> dict[str, float]:
         torch.nn.init.normal_(layer.affine.scale, std=0.3)
         torch.nn.init.normal_(layer.affine.shift)
     x = torch.randn(7, 5, size, size, requires_grad=True)
-    chosen_B, other_B = torch.tensor([0, 1, 1, 0, number - 1, 0, 0]), torch.arange(7) % number
+    chosen_B = torch.tensor([0, 1, 1, 0, number - 1, 0, 0])[:, None].repeat(1, 2)[:, 0]  # a column of pathways
+    other_B = torch.arange(7) % number
     one_column = case["signal"] in ("own", "mean")
     gate = torch.ones((7,) if one_column else (7, number), requires_grad=True)
     decision = Decision(chosen_B, None, gate, case["signal"], other_B)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.distributed import stack_all, sum_up, world
+from advmoe.models.first_order import first_order
 
 
 def union_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,12 +43,15 @@ def union_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def take_in(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean_C: Tensor, var_C: Tensor, number: Tensor, weight: Any) -> None:
-    """Move the running statistics by `weight` towards those of a batch, the variance as an unbiased estimate."""
+    """Move the running statistics by `weight` towards those of a batch, the variance as an unbiased estimate.
+
+    A single value has no variance, so it changes nothing.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with torch.no_grad():
-        norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), weight)
-        norm.running_var.lerp_((var_C * (number / (number - 1))).to(norm.running_var.dtype), weight)
+        for running, value in ((norm.running_mean, mean_C), (norm.running_var, var_C * (number / (number - 1)))):
+            running.lerp_(torch.where(number > 1, value.to(running.dtype), running), weight)
 
 
 class _Normalize(torch.autograd.Function):
@@ -63,6 +67,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, number = ctx.saved_tensors
         (gradient_y,) = gradients

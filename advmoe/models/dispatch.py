@@ -14,16 +14,16 @@ Shape suffixes: B batch (images, or tokens where those are routed), N experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from advmoe.config import Dispatch
+from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision, Signal
 
 PIECES = 1024
@@ -127,7 +127,6 @@ class _Sort(torch.autograd.Function):
         return order.sort(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.order.combine(ctx.order.split(gradient)), None
 
@@ -139,14 +138,12 @@ class _Combine(torch.autograd.Function):
         return order.combine(parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.order.split(ctx.order.sort(gradient))
 
 
-def dispatch(x: Tensor, expert_index_B: Tensor, num_experts: int, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+def dispatch(x: Tensor, order: Order, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Apply `compute(expert, sub_batch)` to the images of each expert that has any, and combine in batch order."""
-    order = Order.of(expert_index_B, num_experts)
     if order.alone:  # also an empty batch, whose shape an expert knows
         return compute(order.present[0], x)
     parts = order.split(_Sort.apply(x, order))
@@ -160,7 +157,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row of a [B, ...] with the same row of b, [B]."""
     if is_channels_last(a):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
+    return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).reshape(len(a))
 
 
 def router_signal(
@@ -218,20 +215,30 @@ class _Gate(torch.autograd.Function):
     """The output as it is; in the backward pass, the gate's gradient too."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor, x: Tensor, decision: Decision, experts: Experts) -> Tensor:
-        ctx.decision, ctx.experts, ctx.kind = decision._replace(logits_BN=None, gate=None), experts, gate.dtype
-        ctx.save_for_backward(x, y)
+    def forward(
+        ctx: Any, y: Tensor, gate: Tensor, x: Tensor, order: Order, decision: Decision, experts: Experts
+    ) -> Tensor:
+        ctx.decision, ctx.experts, ctx.order = decision._replace(logits_BN=None, gate=None), experts, order
+        ctx.kind, ctx.autocast = gate.dtype, dtype_of_autocast(x.device.type)
+        ctx.save_for_backward(x, y if uses_output(decision.signal, experts.num_experts) else None)
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        order = Order.of(ctx.decision.expert_index_B, ctx.experts.num_experts)
-        of_gate = router_signal(
-            ctx.decision, ctx.experts, order, order.sort(x), row_products(gradient, y), order.sort(gradient)
-        )
-        return gradient, of_gate.to(ctx.kind), None, None, None
+        order, products_B = ctx.order, None if y is None else row_products(gradient, y)
+        # experts are computed as in the forward pass, which autocast leaves before the backward pass
+        with nullcontext() if ctx.autocast is None else torch.autocast(x.device.type, ctx.autocast):
+            of_gate = router_signal(ctx.decision, ctx.experts, order, order.sort(x), products_B, order.sort(gradient))
+        return gradient, of_gate.to(ctx.kind), None, None, None, None
+
+
+def dtype_of_autocast(device: str) -> torch.dtype | None:
+    """The type in which autocast computes on a device, or None if there is no autocast."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
@@ -242,10 +249,11 @@ def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
     """
     if computes_all(x, experts.num_experts):
         return select([experts.output(expert, x) for expert in range(experts.num_experts)], decision)
-    y = dispatch(x, decision.expert_index_B, experts.num_experts, experts.output)
+    order = Order.of(decision.expert_index_B, experts.num_experts)
+    y = dispatch(x, order, experts.output)
     if decision.gate is None:
         return y
-    gated: Tensor = _Gate.apply(y, decision.gate, x.detach(), decision, experts)
+    gated: Tensor = _Gate.apply(y, decision.gate, x.detach(), order, decision, experts)
     return gated
 
 

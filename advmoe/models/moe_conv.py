@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from advmoe.models import convolution
 from advmoe.models.dispatch import (
     Order,
     computes_all,
+    dtype_of_autocast,
     is_channels_last,
     router_signal,
     row_products,
@@ -31,6 +31,7 @@ from advmoe.models.dispatch import (
     uses_tiles,
 )
 from advmoe.models.experts import ExpertLayout
+from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision
 
 Rows = tuple[tuple[int, ...], ...]
@@ -197,7 +198,7 @@ class _RoutedConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_gate = ctx.needs_input_grad[:4]
@@ -242,9 +243,8 @@ def _bank_gradient(bank: Tensor, rows: Rows, of_experts: dict[int, Tensor]) -> T
 
 
 def _routed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, decision: Decision, form: Form) -> Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # autograd records casts here, but not inside the node
-        dtype = torch.get_autocast_dtype(device)
+    dtype = dtype_of_autocast(x.device.type)
+    if dtype is not None:  # autograd records casts here, but not inside the node
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if uses_tiles():
         return _tiled(x, weight, bias, decision, form)

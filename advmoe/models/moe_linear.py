@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.dispatch import dispatch
+from advmoe.models.dispatch import Order, dispatch
 from advmoe.models.moe_conv import Rows, expert_rows, split_rows
 
 
@@ -23,7 +23,7 @@ def _moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Te
     def multiply(expert: int, part: Tensor) -> Tensor:
         return _expert_linear(part, weight, bias, rows[expert])
 
-    return dispatch(x, expert_index, len(rows), multiply)
+    return dispatch(x, Order.of(expert_index, len(rows)), multiply)
 
 
 # Like `advmoe::moe_conv2d`, this is one opaque node for exporters. Eager execution calls the

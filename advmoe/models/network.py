@@ -92,13 +92,15 @@ class RoutedNetwork(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            pathways: int64 [B, L], experts to use instead of the routers' choice (frozen routing).
-                Where tokens are routed, L counts the decisions of all MoE layers and tokens, layer
-                by layer.
+            pathways: int64 [B, L] in [0, N), experts to use instead of the routers' choice (frozen
+                routing). Where tokens are routed, L counts the decisions of all MoE layers and
+                tokens, layer by layer.
             tape_type: Makes the pass's tape; attacks pass one that relaxes the routing
                 (`advmoe.attacks.relaxations`).
         """
         check_images(images, self.config.image_size, in_training=self.training)
+        if pathways is not None:
+            self._check_pathways(pathways, len(images), lowest=0 if tape_type is RoutingTape else -1)
         if self.compiled is not None and tape_type is RoutingTape:
             return self.compiled(images, pathways)
         return self.compute(images, pathways, tape_type)
@@ -119,6 +121,22 @@ class RoutedNetwork(nn.Module):
         # losses are computed in fp32 for every precision of the convolutions
         logits = self.run(x_BCHW, tape).to(x_BCHW.dtype)
         return logits, self._by_image(tape.read())
+
+    def _check_pathways(self, pathways_BL: Tensor, images: int, *, lowest: int) -> None:
+        """Refuse pathways of other images or another network. On a GPU, reading them would be a wait."""
+        shape = (images, len(self.expert_layouts) * self.rows_per_image)
+        if pathways_BL.shape != shape or pathways_BL.dtype != torch.int64:
+            raise DataError(
+                f"expected pathways int64 {list(shape)}, one expert for each image and decision, got "
+                f"{str(pathways_BL.dtype).removeprefix('torch.')} {list(pathways_BL.shape)}"
+            )
+        if not pathways_BL.is_cpu or torch.compiler.is_compiling() or not pathways_BL.numel():
+            return
+        low, high = (int(value) for value in pathways_BL.aminmax())
+        if low < lowest or high >= self.config.num_experts:
+            raise DataError(
+                f"expected pathways of experts 0 to {self.config.num_experts - 1}, got experts {low} to {high}"
+            )
 
     def _as_rows(self, pathways_BL: Tensor) -> Tensor:
         """From pathways of images to pathways of routed units, [B * rows_per_image, MoE layers]."""

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from advmoe.config import RouterGradient
 from advmoe.distributed import world
 from advmoe.models.batch_norm import BatchNorm2d, take_in, union_statistics
+from advmoe.models.dispatch import dtype_of_autocast
 from advmoe.models.routing import Decision, compared, gate
 
 
 def in_full(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off, so that routers compute in fp32 where the network computes in bf16."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if dtype_of_autocast(device) is None else torch.autocast(device, enabled=False)
 
 
 class Centering(nn.BatchNorm1d):
@@ -43,17 +44,23 @@ class Centering(nn.BatchNorm1d):
         assert self.running_mean is not None
         assert self.running_var is not None
         standardized_BC = (features_BC - self.running_mean) * (self.running_var + self.eps).rsqrt()
-        assert self.num_batches_tracked is not None
-        with torch.no_grad():  # like BatchNorm, but the host does not read the weight
-            self.num_batches_tracked += 1
-            weight = self.num_batches_tracked.reciprocal().clamp(min=self.NEWEST).to(features_BC.dtype)
+        with torch.no_grad():
             if world().size > 1:
-                take_in(self, *union_statistics(features_BC), weight)
-            else:
-                variance_C, mean_C = torch.var_mean(features_BC.detach(), dim=0)
+                mean_C, variance_C, number = union_statistics(features_BC)
+                take_in(self, mean_C, variance_C, number, self._weight(number > 1))
+            elif len(features_BC) > 1:  # one image has no variance
+                weight = self._weight(1)
+                variance_C, mean_C = torch.var_mean(features_BC, dim=0)
                 self.running_mean.lerp_(mean_C, weight)
                 self.running_var.lerp_(variance_C, weight)
         return standardized_BC
+
+    def _weight(self, counts: Tensor | int) -> Tensor:
+        """The weight of a new batch, if it counts. Unlike in BatchNorm, the host does not read it."""
+        assert self.num_batches_tracked is not None
+        assert self.running_var is not None
+        self.num_batches_tracked += counts
+        return self.num_batches_tracked.reciprocal().clamp(self.NEWEST, 1.0).to(self.running_var.dtype)
 
 
 class Router(nn.Module):

@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from advmoe.config import RouterGradient
 from advmoe.distributed import positions
+from advmoe.models.first_order import first_order
 
 Signal = Literal["own", "mean", "all", "sampled"]
 """Factor of the gate's gradient (`Decision.gate`)."""
@@ -82,7 +82,7 @@ class _Comparison(torch.autograd.Function):
         return logits_BN.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, value_BN: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BN, chosen_B1, other_B1 = ctx.saved_tensors
         if other_B1 is None:
@@ -161,13 +161,13 @@ class RoutingTape:
             return Decision(self._forced_BL[:, layer], None, None)
         router = self._router_of_layer[layer]
         if router not in self._decisions:
-            if self._forced_BL is None:
-                decision = self._routers[router].decide(self.seen(x_BCHW))  # type: ignore[operator]
-            else:
-                logits_BN = self._routers[router](self.seen(x_BCHW))
-                decision = Decision(self._forced_BL[:, layer], logits_BN, scales=True)
-            self._decisions[router] = decision
-        return self._decisions[router]
+            decide: Callable[[Tensor], Decision] = self._routers[router].decide  # type: ignore[assignment]
+            self._decisions[router] = decide(self.seen(x_BCHW))
+        decision = self._decisions[router]
+        if self._forced_BL is None:
+            return decision
+        # the router's probability of the given expert scales the output; layers with one router may differ
+        return decision._replace(expert_index_B=self._forced_BL[:, layer])
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
         """The input of a router: the layer's input, as a constant.

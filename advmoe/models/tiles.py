@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from advmoe.models.dispatch import row_products
+from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision
 
 SPLITS = 8
@@ -64,7 +64,7 @@ def _convolve_tile(  # type: ignore[no-untyped-def]
     """Computes some places and channels of one image's output; in the backward pass, of the gradient of its input."""
     places = height_out * width_out
     tiles = tl.cdiv(places, pixels)
-    image = tl.program_id(0) // tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)  # a batch may have more than 2^31 numbers
     place = (tl.program_id(0) % tiles) * pixels + tl.arange(0, pixels)
     channel = tl.program_id(1) * columns + tl.arange(0, columns)
     row = place // width_out
@@ -220,7 +220,7 @@ def _launch(
     if not len(y):
         return
     shapes = (*x.shape[1:], *y.shape[1:], *steps, *bank.shape[3:])
-    _convolve_tile[grid](x, bank, expert_index_B, y, *shapes, *geometry, backward, pixels, columns, DEPTH)
+    _convolve_tile[grid](x, bank, expert_index_B.contiguous(), y, *shapes, *geometry, backward, pixels, columns, DEPTH)
 
 
 def _tile(length: int) -> int:
@@ -248,7 +248,7 @@ class _TiledConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, bank, bias, y = ctx.saved_tensors
         chosen_B, geometry = ctx.decision.expert_index_B, ctx.geometry

@@ -10,6 +10,8 @@ token), W width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,9 +42,11 @@ def patch_size(image_size: int) -> int:
     return 8 if image_size >= 64 else 4
 
 
-def init_linear(layer: nn.Module) -> None:
-    """The initialization of torchvision's ViT."""
-    nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
+def init_linear(layer: nn.Module, outputs: int | None = None) -> None:
+    """The initialization of torchvision's ViT, for a layer or for a bank of layers with so many outputs each."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    std = math.sqrt(2.0 / (weight.shape[1] + (len(weight) if outputs is None else outputs)))  # Xavier
+    nn.init.uniform_(weight, -math.sqrt(3.0) * std, math.sqrt(3.0) * std)
     nn.init.normal_(layer.bias, std=1e-6)  # type: ignore[arg-type]
 
 
@@ -98,8 +102,8 @@ class RoutedMLP(nn.Module):
         experts = layout.num_experts
         self.expand = MoELinear(dim, len(layout.bank_channels), layout.rows)
         self.reduce = MoELinear(layout.size, experts * dim, split_rows(range(experts * dim), dim))
-        init_linear(self.expand)
-        init_linear(self.reduce)
+        init_linear(self.expand, layout.size)  # each expert starts as S-Dense does, whatever N is
+        init_linear(self.reduce, dim)
 
     def forward(self, x_BTD: Tensor, tape: RoutingTape) -> Tensor:
         """[B, T, D] -> [B, T, D]. The router sees rows as feature maps [U, D, T, 1]."""
