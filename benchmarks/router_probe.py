@@ -11,9 +11,9 @@ one AdvMoE run per router gradient. It is probed at regular intervals:
 - `probed_loss`: mean loss of the probed images
 - `better`: share of decisions for which another expert would give a smaller loss
 - `gain`: decrease of the loss by the best expert, relative to the loss, mean over all decisions
-- `regret`: the same relative to random decisions: 1 is chance, 0 is the best choice everywhere
-- `fitted_better`, `fitted_regret`: the same for linear routers that were fitted to exact losses of
-  half of the images
+- `regret`: the same relative to uniformly random decisions, which have 1; 0 is the best choice everywhere
+- `held_out`: share and regret on half of the images, for the trained routers, for linear routers
+  fitted to exact losses of the other half, and for the expert that is best for the other half
 - `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other
   figures say nothing
 - `raises_chosen`: among decisions with a better expert, share for which a descent step raises the
@@ -145,19 +145,32 @@ def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
     return [features[router.linear] for router in model.routers]
 
 
-def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dict[str, float]:
-    """The decisions of fitted linear routers on other images.
+def held_out(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor, chosen: Tensor) -> dict[str, Any]:
+    """Decisions of three routings on the second half of the images, `wrong` and `regret` of each.
 
-    For each router, a linear layer is fitted to the exact losses of one half of the images. The
-    objective is the expected loss of a random choice with the probabilities of the layer, plus an
-    L2 penalty of one of two weights. The result is the regret on the other half, for the better of
-    the two penalties. It is slightly better than the regret that any training can reach.
+    - `trained`: by the network's routers.
+    - `fitted`: by linear routers on the same features, fitted to the exact losses of the first half.
+      The objective is the expected loss of a random choice with the probabilities of the layer, plus
+      an L2 penalty of one of two weights. The better of the two on the second half is given. They
+      have seen few images, so training can do better.
+    - `constant`: each router takes the expert that is best for the first half.
+
+    Args:
+        model: The network, in eval mode.
+        views: Clean and attacked images, [B, 3, H, W] each.
+        exact: Exact losses, [2, B, R, N].
+        chosen: Experts that the routers chose, [2, B, R].
     """
     half = exact.shape[1] // 2
     features = [router_features(model, view) for view in views]
-    best: dict[str, float] = {}
+    rest = exact[:, half:]
+    best = exact[:, :half].mean(dim=(0, 1)).argmin(dim=1)
+    found = {
+        "trained": decided(rest, chosen[:, half:]),
+        "constant": decided(rest, best.expand(rest.shape[:3])),
+    }
     for penalty in (1e-3, 1e-1):
-        chosen = torch.empty_like(exact[:, half:, :, 0])
+        choice = torch.empty(rest.shape[:3], dtype=torch.int64)
         for at in range(len(model.routers)):
             x, other = (torch.cat([of[at][part] for of in features]) for part in (slice(half), slice(half, None)))
             losses = exact[:, :half, at].flatten(0, 1)
@@ -174,14 +187,21 @@ def ceiling(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor) -> dic
                 return value.detach()
 
             optimizer.step(closure)  # type: ignore[arg-type]
-            choice = (other @ weight.detach().T).argmax(dim=1).unflatten(0, (len(views), -1))
-            chosen[:, :, at] = exact[:, half:, at].gather(2, choice[..., None]).squeeze(2)
-        rest = exact[:, half:]
-        lost = chosen - rest.min(dim=3).values
-        regret = float(lost.mean() / (rest.mean(dim=3) - rest.min(dim=3).values).mean().clamp(min=EQUAL))
-        if not best or regret < best["fitted_regret"]:
-            best = {"fitted_better": float((lost > EQUAL).double().mean()), "fitted_regret": regret}
-    return best
+            choice[:, :, at] = (other @ weight.detach().T).argmax(dim=1).unflatten(0, (len(views), -1))
+        figures = decided(rest, choice)
+        if "fitted" not in found or figures["regret"] < found["fitted"]["regret"]:
+            found["fitted"] = figures
+    return found
+
+
+def decided(exact: Tensor, choice: Tensor) -> dict[str, float]:
+    """`wrong` and `regret` of decisions [2, B, R] with exact losses [2, B, R, N]."""
+    best = exact.min(dim=3).values
+    lost = exact.gather(3, choice[..., None]).squeeze(3) - best
+    return {
+        "wrong": float((lost > EQUAL).double().mean()),
+        "regret": float(lost.mean() / (exact.mean(dim=3) - best).mean().clamp(min=EQUAL)),
+    }
 
 
 def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[str]) -> dict[str, Any]:
@@ -196,17 +216,17 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
         chosen = chosen[:, :, first]
         base = exact.gather(3, chosen[..., None]).squeeze(3)
     best_loss, best = exact.min(dim=3)
-    better = best_loss < base - EQUAL
+    better, of_all = best_loss < base - EQUAL, decided(exact, chosen)
     figures: dict[str, Any] = {
         "probed_loss": float(base.mean()),
-        "better": float(better.double().mean()),
+        "better": of_all["wrong"],
         "gain": float((base - best_loss).mean() / base.mean()),
-        "regret": float((base - best_loss).mean() / (exact.mean(dim=3) - best_loss).mean().clamp(min=EQUAL)),
+        "regret": of_all["regret"],
         "load": float(F.one_hot(chosen).double().mean(dim=(0, 1)).amax(dim=1).mean()),
         "estimators": {},
     }
     with evaluating(model):
-        figures |= ceiling(model, views, exact)
+        figures["held_out"] = held_out(model, views, exact, chosen)
     for form in forms:
         own = [router.router_gradient for router in model.routers]
         for router in model.routers:
@@ -370,8 +390,10 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     print(f"N = {result['num_experts']}, trained with {result['trained_with']}, {result['seconds']:.0f} s", flush=True)
     for record in result["probes"]:
-        rest = {k: round(v, 3) for k, v in record.items() if k != "estimators"}
+        rest = {k: round(v, 3) for k, v in record.items() if k not in {"estimators", "held_out"}}
         print("  ", rest)
+        for name, figures in record["held_out"].items():
+            print("      ", name, {k: round(v, 3) for k, v in figures.items()})
         for form, figures in record["estimators"].items():
             print("      ", form, {k: round(v, 3) for k, v in (figures or {}).items()}, flush=True)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
@@ -43,4 +44,14 @@ def test_the_router_probe_looks_at_a_checkpoint_without_changing_it(
     assert 0 < figures["better"] < 1
     assert figures["regret"] > 0
     assert 0.5 <= figures["load"] <= 1
+    assert set(figures["held_out"]) == {"trained", "fitted", "constant"}
     assert path.read_bytes() == before
+
+
+def test_the_regret_of_uniform_decisions_is_one_and_of_the_best_zero() -> None:
+    decided = runpy.run_path(str(SCRIPTS[0].parent / "router_probe.py"))["decided"]
+    # One router, two experts, four images: the losses.
+    exact = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 1.0], [3.0, 3.0]]).reshape(1, 4, 1, 2)
+    assert decided(exact, exact.argmin(dim=3)) == {"wrong": 0.0, "regret": 0.0}
+    # Expert 0 everywhere loses 3 on the third image. Uniform decisions lose .5 + .5 + 1.5.
+    assert decided(exact, torch.zeros(1, 4, 1, dtype=torch.int64)) == {"wrong": 0.25, "regret": pytest.approx(1.2)}
