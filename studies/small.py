@@ -168,7 +168,11 @@ def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) 
         other = controlled(model, control, seed)
         with evaluating(other):
             right, robust = attacked(other, few, seed)
-        figures["controls"][control] = {"sa": per_cent(right), "ra_pgd": per_cent(robust)}
+        figures["controls"][control] = {
+            "sa": per_cent(right),
+            "ra_pgd": per_cent(robust),
+            "correct": {"clean": packed(right), "pgd": packed(robust)},
+        }
     return figures
 
 

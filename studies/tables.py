@@ -57,8 +57,25 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def bits(cell: dict[str, Any], condition: str) -> np.ndarray:
     """Whether each image was classified correctly, 0 or 1, int [images]."""
-    packed = np.frombuffer(base64.b64decode(cell["test"]["correct"][condition]), np.uint8)
-    return np.unpackbits(packed)[: cell["test"]["images"]].astype(np.int64)
+    return unpacked(cell["test"]["correct"][condition], cell["test"]["images"])
+
+
+def unpacked(text: str, images: int) -> np.ndarray:
+    """The first `images` bits of base64, int [images]."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:images].astype(np.int64)
+
+
+def control(cell: dict[str, Any], name: str) -> str:
+    """SA and RA of a control, with the standard errors of the paired differences from the network itself."""
+    found, images = cell["test"]["controls"][name], cell["test"]["routing"]["images"]
+    shown = []
+    for key, condition in (("sa", "clean"), ("ra_pgd", "pgd")):
+        error = ""
+        if "correct" in found:
+            difference = unpacked(found["correct"][condition], images) - bits(cell, condition)[:images]
+            error = f" ± {100 * difference.std() / images**0.5:.1f}"
+        shown.append(f"{found[key]:.1f}{error}")
+    return " / ".join(shown)
 
 
 def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], condition: str) -> str:
@@ -113,16 +130,14 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
     for name, cell in routed:
-        routing, controls = cell["test"]["routing"], cell["test"]["controls"]
+        routing = cell["test"]["routing"]
         first = [100 * bits(cell, condition)[: routing["images"]].mean() for condition in ("clean", "pgd")]
         same_seed = [
             100 * bits(other, "pgd")[: routing["images"]].mean() for other in reference if other["seed"] == cell["seed"]
         ]
         of_s_dense = f"{same_seed[0]:.1f}" if same_seed else "-"
         itself = f"{first[0]:.1f} / {first[1]:.1f}"
-        shown = [
-            f"{controls[key]['sa']:.1f} / {controls[key]['ra_pgd']:.1f}" for key in ("random", "averaged", "inverted")
-        ]
+        shown = [control(cell, kind) for kind in ("random", "averaged", "inverted")]
         lines.append(
             f"| {TITLES[name]} | {cell['seed']} | {itself} | {routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | "
             f"{routing['ra_worst']:.1f} | {of_s_dense} | "

@@ -26,6 +26,7 @@ def test_a_cell_is_one_file_and_is_not_made_twice(
     assert (record["setting"], record["seed"], record["test"]["images"]) == ("shared", 0, 40)
     assert record["test"]["routing"]["ra_worst"] <= record["test"]["ra_pgd"]
     assert set(record["test"]["controls"]) == {"random", "averaged", "inverted"}
+    assert set(record["test"]["controls"]["random"]["correct"]) == {"clean", "pgd"}
     before = cell.read_bytes()
     capsys.readouterr()
     run("small.py", *wanted)
@@ -74,6 +75,17 @@ def test_the_spread_of_a_difference_over_seeds_is_shown_beside_that_over_images(
         against([cell(0, "0A=="), cell(1, "oA==")], [cell(1, "0A=="), cell(0, "oA==")], "pgd") == "+0.0 ± 0.0; ± 25.0"
     )
     assert against([cell(3, "0A==")], [cell(0, "oA==")], "pgd") == "-", "no seed in common"
+
+
+def test_a_control_has_the_error_of_its_paired_difference() -> None:
+    control = runpy.run_path(str(STUDIES / "tables.py"))["control"]
+    # 1010 against 1101 of the network: the differences 0, -1, 1, -1 have the standard deviation
+    # sqrt(11 / 16), and the error is half of that. The first four of eight images are attacked.
+    test = {"images": 8, "routing": {"images": 4}, "correct": {"clean": "0A==", "pgd": "0A=="}}
+    found = {"sa": 50.0, "ra_pgd": 25.0, "correct": {"clean": "oA==", "pgd": "0A=="}}
+    assert control({"test": {**test, "controls": {"random": found}}}, "random") == "50.0 ± 41.5 / 25.0 ± 0.0"
+    del found["correct"]
+    assert control({"test": {**test, "controls": {"random": found}}}, "random") == "50.0 / 25.0"
 
 
 def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.MonkeyPatch) -> None:
