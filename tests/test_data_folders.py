@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from advmoe.data.imagenet import IMAGENET, load_imagenet
+from advmoe.data.pictures import find_pictures
 from advmoe.data.sources import Dataset, EncodedSet, dataset_info, load_dataset
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet, load_tiny_imagenet
 from advmoe.data.transforms import CropFlip, RandomResizedCrop
@@ -134,8 +135,57 @@ def test_a_folder_linked_twice_is_refused_and_once_is_followed(tmp_path: Path) -
 def test_the_training_images_are_no_test_images(tmp_path: Path) -> None:
     write(tmp_path, {name: content for name, content in PETS.items() if name.startswith("train")})
     (tmp_path / "val").symlink_to("train")
-    with pytest.raises(DataError, match="are one folder; test images must not be training images"):
+    with pytest.raises(DataError, match=r"/val and .*/train are one folder, by a link"):
         load_dataset("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("val/dog", "../train/dog"),
+        ("val/cat/more", "../../train/cat/deep"),
+        ("val/dog", "../train"),
+        ("train/cow", "../val/cat"),
+    ],
+)
+def test_a_class_of_one_split_is_not_linked_into_the_other(tmp_path: Path, link: str, target: str) -> None:
+    (write(tmp_path, PETS) / link).symlink_to(target)
+    with pytest.raises(DataError, match=r"/val/.* and .*/train.* are one folder, by a link"):
+        load_dataset("folder", tmp_path)
+
+
+def test_splits_may_be_links_to_different_folders(tmp_path: Path) -> None:
+    write(tmp_path, PETS)
+    for split in ("train", "val"):
+        (tmp_path / split).rename(tmp_path / f"the-{split}")
+        (tmp_path / split).symlink_to(f"the-{split}")
+    dataset = load_dataset("folder", tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (3, 1)
+
+
+def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
+    hidden = (".ipynb_checkpoints/x.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/deep/.thumbs/1.png")
+    write(tmp_path, PETS | {f"train/{name}": b"x" for name in hidden})
+    assert len(load_dataset("folder", tmp_path).train) == 3
+    (tmp_path / "train/cat/.twice").symlink_to("../dog")  # nor does it matter where a hidden link leads
+    assert len(load_dataset("folder", tmp_path).train) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("", ["a/1.png", "a/deep/2.png"]),
+        ("*", ["a/1.png", "a/deep/2.png"]),
+        ("**/*.png", ["a/1.png", "a/deep/2.png"]),
+        ("a/.*", ["a/.thumbs/1.png"]),
+        ("a/.thumbs", ["a/.thumbs/1.png"]),
+        (".away/../a/*.png", ["a/1.png"]),
+    ],
+)
+def test_pictures_in_hidden_folders_are_meant_only_by_name(tmp_path: Path, pattern: str, meant: list[str]) -> None:
+    names = ("a/1.png", "a/deep/2.png", "a/.thumbs/1.png", ".away/3.png", ".4.png")
+    write(tmp_path, dict.fromkeys(names, b""))
+    assert [path.resolve() for path in find_pictures([tmp_path / pattern])] == [tmp_path / name for name in meant]
 
 
 @pytest.mark.parametrize(
@@ -423,6 +473,16 @@ def test_reads_tiny_imagenet_from_the_hub_with_the_class_names_of_its_files(tmp_
 def test_numbers_stand_for_class_names_that_the_files_do_not_tell(tmp_path: Path) -> None:
     write_tiny_parquet(tmp_path / "data", names=None)
     assert load_tiny(tmp_path).info.class_names == ("0", "1", "2")
+
+
+def test_refuses_tiny_imagenet_whose_validation_images_are_training_images(tmp_path: Path) -> None:
+    files = {name: content for name, content in TINY.items() if not name.startswith("val/")}
+    root = write(tmp_path / "tiny-imagenet-200", files)
+    (root / "val").mkdir()
+    for wnid in WNIDS:
+        (root / "val" / wnid).symlink_to(f"../train/{wnid}")
+    with pytest.raises(DataError, match=r"val/n01440764 and .*train/n01440764 are one folder, by a link"):
+        load_tiny(tmp_path)
 
 
 def without(*names: str) -> Callable[[Path], None]:

@@ -121,15 +121,19 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
 
 
 def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet]:
-    """The training and test images of the image folder at ``root``, labeled by the position of their class."""
+    """The training and test images of the image folder at ``root``, labeled by the position of their class.
+
+    Raises:
+        DataError: A split is missing or empty, a class has no training images, images lie outside
+            the class folders, or links lead to one folder twice.
+    """
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
-    if folder.samefile(test_folder):
-        raise DataError(f"{folder} and {test_folder} are one folder; test images must not be training images")
-    train = image_folder(folder, class_names)
+    names, test_names = list_splits(folder, test_folder)
+    train = _labeled(folder, names, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
         raise DataError(f"{folder / class_names[empty[0]]} holds no JPEG or PNG images, {empty.size} classes in all")
-    return train, image_folder(test_folder, class_names)
+    return train, _labeled(test_folder, test_names, class_names)
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:
@@ -165,20 +169,34 @@ def class_folders(split: Path) -> tuple[str, ...]:
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Paths of the image files below `folder`, relative to it and with `/`, in a fixed order.
 
-    Links to folders are followed.
+    Links to folders are followed. Files and folders are skipped if their names begin with a dot.
 
     Raises:
         DataError: Links lead to one folder on two ways, so its images would count twice or belong
             to two classes.
     """
-    names: list[str] = []
+    return _list_images(folder, suffixes, reached={})
+
+
+def list_splits(train: Path, test: Path) -> tuple[list[str], list[str]]:
+    """The image files below each of two folders, as `list_images` lists them.
+
+    Raises:
+        DataError: Links lead to one folder on two ways, within a split or from one to the other.
+    """
     reached: dict[tuple[int, int], str] = {}
+    return _list_images(train, IMAGE_SUFFIXES, reached), _list_images(test, IMAGE_SUFFIXES, reached)
+
+
+def _list_images(folder: Path, suffixes: tuple[str, ...], reached: dict[tuple[int, int], str]) -> list[str]:
+    """`list_images`, with the device, inode and path of all folders that were `reached` so far."""
+    names: list[str] = []
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         state = Path(place).stat()
         other = reached.setdefault((state.st_dev, state.st_ino), place)
         if other != place:
@@ -224,7 +242,11 @@ def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | 
     """
     folder = Path(folder)
     class_names = class_names or class_folders(folder)
-    names = list_images(folder)
+    return _labeled(folder, list_images(folder), class_names)
+
+
+def _labeled(folder: Path, names: Sequence[str], class_names: tuple[str, ...]) -> EncodedSet:
+    """The images `names` in `folder`, labeled by the position of their class in `class_names`."""
     if not names:
         raise DataError(f"{folder} holds no JPEG or PNG images; expected {folder}/<class>/*")
     return EncodedSet(

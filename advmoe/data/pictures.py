@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -22,7 +23,8 @@ def find_pictures(named: Sequence[str | os.PathLike[str]]) -> list[Path]:
     Args:
         named: Files; folders, which are searched through all levels for files with one of
             `SUFFIXES`; and patterns with `*`, `?`, `[...]` and `**`, which mean such files among
-            their matches, and those in matching folders.
+            their matches, and those in matching folders. Hidden files and folders, whose names begin
+            with a dot, are meant only if they are named themselves.
 
     Raises:
         DataError: A file or folder does not exist, holds no images, or matches nothing.
@@ -43,13 +45,20 @@ def _meant_by(name: Path) -> list[Path]:
         return [name]
     if not glob.has_magic(str(name)):
         raise DataError(f"no image file {name}")
-    matches = list(Path(name.anchor).glob(str(name.relative_to(name.anchor))))
+    matches = [match for match in Path(name.anchor).glob(str(name.relative_to(name.anchor))) if _shown(match, name)]
     files = [match for match in matches if not match.is_dir() and is_image(match.name, SUFFIXES)]
     inside = [picture for match in matches if match.is_dir() for picture in _in_folder(match)]
     pictures = sorted({*files, *inside}, key=natural)
     if not pictures:
         raise DataError(f"no image file matches {name}")
     return pictures
+
+
+def _shown(match: Path, pattern: Path) -> bool:
+    """Whether the pattern names every hidden part of the match by a part that begins with a dot, as in a shell."""
+    hidden = [part for part in match.parts if part.startswith(".")]
+    dotted = [part for part in pattern.parts if part.startswith(".")]
+    return all(any(fnmatch.fnmatchcase(part, other) for other in dotted) for part in hidden)
 
 
 def _in_folder(folder: Path) -> list[Path]:

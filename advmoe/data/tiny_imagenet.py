@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from advmoe.data.archives import Archive, check_archive, fetch_archive
 from advmoe.data.decode import decode_all
-from advmoe.data.folders import class_folders, is_image, label_by_folder, list_images
+from advmoe.data.folders import class_folders, is_image, label_by_folder, list_splits
 from advmoe.data.locate import read_bytes, search_roots
 from advmoe.data.parquet import HubLayout, class_names, find_splits, read_image_set
 from advmoe.data.sets import Announce, Dataset, DatasetInfo, ImageSet, Progress, complete_dataset
@@ -87,7 +87,8 @@ def _from_folder(tiny: TinyImageNet, folder: Path, progress: Progress | None) ->
     if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         raise DataError(f"{folder} is incomplete: expected {folder}/train and {folder}/val")
     info = _with_classes(tiny.info, class_folders(folder / "train"), folder)
-    train, val = ([f"{split}/{name}" for name in list_images(folder / split)] for split in ("train", "val"))
+    listed = zip(("train", "val"), list_splits(folder / "train", folder / "val"), strict=True)
+    train, val = ([f"{split}/{name}" for name in names] for split, names in listed)
     annotations = read(ANNOTATIONS) if (folder / ANNOTATIONS).is_file() else None
     return _from_files(info, train, val, annotations, read, folder, progress)
 
