@@ -239,6 +239,18 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert second["sa_difference"] == pytest.approx(second["sa"] - first["sa"])
     assert second["sa_difference_error"] > 0
     assert "sa_difference" not in first
+    assert evaluate(checkpoint, "--diagnose", "0", "--out", str(tmp_path / "spared")) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "spared"), str(tmp_path / "second")]) == 0
+    shown = capsys.readouterr()
+    assert "Left out: RA; RA, worst. Reason: the routing of run/best was not attacked" in shown.err
+    assert "RA, PGD" in shown.out
+    assert evaluate(other, "--diagnose", "0", "--eps", "4/255", "--out", str(tmp_path / "third")) == 0
+    capsys.readouterr()
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "second"), str(tmp_path / "third"), "--out", str(page)]) == 1
+    assert "got attack" in capsys.readouterr().err
+    assert not page.exists()
     small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
     assert main(["compare", str(checkpoint.parent), str(other.parent), *small]) == 0
     assert "points ± one paired standard error" in capsys.readouterr().out

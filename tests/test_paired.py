@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from rooms import TwoRooms, room_images
 from torch import Tensor
 
+from advmoe.config import AttackConfig, ModelConfig, to_dict
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.controls import controlled
-from advmoe.evaluation.paired import load_outcomes, paired_difference
+from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
 
@@ -39,6 +41,51 @@ def test_outcomes_of_another_kind_are_refused(tmp_path: Path) -> None:
         np.savez(path, **arrays)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="does not hold the outcomes of an evaluation image by image"):
             load_outcomes(path)
+
+
+def card_of(name: str, kind: str, *ran: str) -> dict[str, Any]:
+    """The part of a card that tells what was run on which model."""
+    model = to_dict(ModelConfig(arch="vgg16", kind=kind))  # type: ignore[arg-type]
+    numbers = {"model": model, "attack": to_dict(AttackConfig())} | dict.fromkeys(ran, 50.0)
+    return {"name": name, "dataset": "digits", "advmoe": numbers}
+
+
+def outcomes_of(card: dict[str, Any]) -> dict[str, Any]:
+    ran = {"sa", "ra", "ra_pgd", "ra_worst"} | (card["advmoe"].keys() & {"ra_aa"})
+    return {"index": np.arange(4), "label": np.arange(4)} | {name: np.ones(4, bool) for name in ran}
+
+
+@pytest.mark.parametrize(
+    ("cards", "kept", "reason"),
+    [
+        ([("moe", "ra_route"), ("s_dense",)], "sa ra ra_pgd ra_worst", ""),
+        ([("moe", "ra_route", "ra_aa"), ("s_dense", "ra_aa")], "sa ra ra_pgd ra_aa ra_worst", ""),
+        ([("moe",), ("s_dense",)], "sa ra_pgd", "the routing of 0 was not attacked"),
+        ([("moe", "ra_route"), ("moe",)], "sa ra_pgd", "the routing of 1 was not attacked"),
+        ([("dense",), ("s_dense", "ra_aa")], "sa ra ra_pgd", "AutoAttack ran on 1 only"),
+        ([("moe", "ra_aa"), ("s_dense", "ra_aa")], "sa ra_pgd ra_aa", "the routing of 0 was not attacked"),
+    ],
+)
+def test_only_figures_that_rest_on_the_same_attacks_are_compared(
+    cards: list[tuple[str, ...]], kept: str, reason: str
+) -> None:
+    made = [card_of(str(number), *what) for number, what in enumerate(cards)]
+    figures, left_out = comparable(made, [outcomes_of(card) for card in made])
+    assert [figure.key for figure in figures] == kept.split()
+    assert bool(left_out) == bool(reason)
+    assert all(reason in why for why in left_out.values())
+    assert left_out.keys() <= {figure.key for figure in COMPARED}
+
+
+def test_other_images_and_another_pgd_are_refused() -> None:
+    first, other = card_of("a", "dense"), card_of("b", "dense")
+    same, moved = outcomes_of(first), outcomes_of(other) | {"index": np.arange(1, 5)}
+    check_same_images([first, other], [same, outcomes_of(other)])
+    with pytest.raises(ConfigError, match="got images 4 for a and 4 others for b"):
+        check_same_images([first, other], [same, moved])
+    other["advmoe"]["attack"]["steps"] = 20
+    with pytest.raises(ConfigError, match="got attack"):
+        check_same_images([first, other], [same, same])
 
 
 def test_inverted_routers_take_the_other_of_two_experts_and_random_ones_are_a_seeds() -> None:

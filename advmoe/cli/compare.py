@@ -12,7 +12,6 @@ from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, training_rad
 from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.config import AttackConfig, check
-from advmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from advmoe.evaluation.state import Arrays
@@ -40,10 +39,17 @@ def compare(
 
     RA is what withstands all attacks that a model can be given: PGD, and for a routed model every
     view of its routing and the route attack. Runs and checkpoints are evaluated now; evaluation
-    folders are compared as they are.
+    folders are compared as they are. An RA that rests on different attacks is left out.
     """
     from advmoe.evaluation.card import load_card, standard_error
-    from advmoe.evaluation.paired import COMPARED, load_outcomes, outcomes, paired_difference
+    from advmoe.evaluation.paired import (
+        COMPARED,
+        check_same_images,
+        comparable,
+        load_outcomes,
+        outcomes,
+        paired_difference,
+    )
     from advmoe.evaluation.results import SuiteConfig
 
     check(len(models) >= 2, "compare needs two models or more")
@@ -68,7 +74,7 @@ def compare(
         cards.append(card)
         found.append(right)
     check_same_images(cards, found)
-    kept = [figure for figure in COMPARED if all(figure.key in right for right in found)]
+    kept, left_out = comparable(cards, found)
     rows = []
     for card, right in zip(cards, found, strict=True):
         row: dict[str, Any] = {"name": card["name"], "verdict": card["advmoe"]["verdict"]}
@@ -83,7 +89,8 @@ def compare(
                 row[f"{figure.key}_difference_error"] = round(difference.error, 2)
         rows.append(row)
     if json:
-        console.emit_json({"dataset": cards[0]["dataset"], "images": len(found[0]["index"]), "models": rows})
+        images = len(found[0]["index"])
+        console.emit_json({"dataset": cards[0]["dataset"], "images": images, "models": rows, "left_out": left_out})
         return
     table = []
     for row in rows:
@@ -101,26 +108,6 @@ def compare(
     ]
     title = f"Difference from {rows[0]['name']} on the same images, points ± one paired standard error"
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)
-
-
-def check_same_images(cards: list[dict[str, Any]], found: list[Arrays]) -> None:
-    """Refuse models that were not evaluated on the same images by the same PGD.
-
-    Raises:
-        ConfigError: The images or the attacks differ.
-    """
-    from advmoe.evaluation.paired import IMAGES
-
-    first, images = cards[0], found[0]
-    for card, right in zip(cards[1:], found[1:], strict=True):
-        same = all((right[name].shape == images[name].shape) and (right[name] == images[name]).all() for name in IMAGES)
-        for what, ours, theirs in (
-            ("data set", first["dataset"], card["dataset"]),
-            ("images", f"{len(images['index'])}", f"{len(right['index'])}" + ("" if same else " others")),
-            ("attack", first["advmoe"]["attack"], card["advmoe"]["attack"]),
-        ):
-            if ours != theirs:
-                raise ConfigError(
-                    f"models are compared on the same images under the same attack, got {what} {ours} for "
-                    f"{first['name']} and {theirs} for {card['name']}; evaluate them with the same options"
-                )
+    for reason in dict.fromkeys(left_out.values()):
+        labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
+        console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}.")

@@ -9,9 +9,8 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.analyze import model_of
-from advmoe.cli.evaluate import CARD, EXAMPLES, ROUTES
+from advmoe.cli.evaluate import CARD, EXAMPLES, OUTCOMES, ROUTES
 from advmoe.cli.models import checkpoint_of
-from advmoe.errors import ConfigError
 
 
 def report(
@@ -29,6 +28,7 @@ def report(
     from advmoe.evaluation.analysis import analyze
     from advmoe.evaluation.card import load_card
     from advmoe.evaluation.examples import load_examples
+    from advmoe.evaluation.paired import check_same_images, load_outcomes
     from advmoe.files import write_text_atomically
     from advmoe.reports.html import render
     from advmoe.reports.training import read_log
@@ -51,13 +51,8 @@ def report(
         model = model_of(card["advmoe"]["model"])
         if model.expert_layouts:
             analyses[card["name"]] = analyze(RouteLog.load(folder / ROUTES), model, sparse=sparse)
-    if len({(card["dataset"], card["eps"], card["advmoe"]["images"]) for card in cards}) > 1:
-        raise ConfigError(
-            "models are compared on the same images under the same radius, got "
-            + "; ".join(
-                f"{card['name']}: {card['advmoe']['images']} of {card['dataset']} at {card['eps']}" for card in cards
-            )
-        )
+    if len(cards) > 1:
+        check_same_images(cards, [load_outcomes(folder / OUTCOMES) for folder in evaluations])
     html = render(cards, analyses, logs=logs, examples=examples)
     write_text_atomically(out, html)
     console.note(f"written to {out}")

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe.errors import DataError
+from advmoe.config import ModelConfig, from_dict
+from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.results import PGD, WORST, SuiteResult
 from advmoe.evaluation.state import Arrays
-from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA
+from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA, Figure
 from advmoe.files import write_atomically
 
 IMAGES = ("index", "label")
@@ -86,3 +89,60 @@ def load_outcomes(path: Path) -> Arrays:
             f"{path} does not hold the outcomes of an evaluation image by image; evaluate the model again"
         ) from error
     return arrays
+
+
+def check_same_images(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> None:
+    """Refuse models that were not evaluated on the same images by the same PGD.
+
+    Args:
+        cards: The models' cards.
+        found: Their outcomes, in the same order.
+
+    Raises:
+        ConfigError: The images or the attacks differ.
+    """
+    first, images = cards[0], found[0]
+    for card, right in zip(cards[1:], found[1:], strict=True):
+        same = all((right[name].shape == images[name].shape) and (right[name] == images[name]).all() for name in IMAGES)
+        for what, ours, theirs in (
+            ("data set", first["dataset"], card["dataset"]),
+            ("images", f"{len(images['index'])}", f"{len(right['index'])}" + ("" if same else " others")),
+            ("attack", first["advmoe"]["attack"], card["advmoe"]["attack"]),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"models are compared on the same images under the same attack, got {what} {ours} for "
+                    f"{first['name']} and {theirs} for {card['name']}; evaluate them with the same settings"
+                )
+
+
+def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> tuple[list[Figure], dict[str, str]]:
+    """The figures that rest on the same attacks for all models.
+
+    RA claims all attacks on the routing, so each routed model must have had them. For the RA under
+    everything that was run, AutoAttack must have run on all models or on none.
+
+    Args:
+        cards: The models' cards.
+        found: Their outcomes, in the same order.
+
+    Returns:
+        The figures of `COMPARED` that can be compared, and the reason for each one left out, by its key.
+    """
+    spared = [card["name"] for card in cards if _routed(card) and "ra_route" not in card["advmoe"]]
+    extra = [card["name"] for card in cards if RA_AA.key in card["advmoe"]]
+    reasons: dict[str, str] = {}
+    if spared:
+        why = f"the routing of {', '.join(spared)} was not attacked; evaluate with the attacks on the routing"
+        reasons |= {RA.key: why, RA_WORST.key: why}
+    if 0 < len(extra) < len(cards):
+        why = f"AutoAttack ran on {', '.join(extra)} only; run it on all models or on none"
+        reasons = {RA_AA.key: why, RA_WORST.key: why} | reasons
+    everywhere = [figure for figure in COMPARED if all(figure.key in right for right in found)]
+    return [figure for figure in everywhere if figure.key not in reasons], reasons
+
+
+def _routed(card: Mapping[str, Any]) -> bool:
+    """Whether the model of a card has a choice of experts."""
+    model = from_dict(ModelConfig, card["advmoe"]["model"])
+    return model.kind == "moe" and model.num_experts > 1
