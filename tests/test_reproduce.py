@@ -70,6 +70,18 @@ def test_pathways_of_fig6_are_compared_with_the_mask_of_the_sparse_cnn(commands:
     assert all(runs[name][0]["routing"]["mask"]["clean"]["mean"] == 0.25 for name in runs if name != sparse)
 
 
+def test_pathways_of_each_seed_are_compared_with_the_mask_of_that_seed(commands: Commands) -> None:
+    runs = table("fig6", "--seeds", "0,1")["runs"]
+    (sparse,) = [name for name in runs if "sparse" in name]
+    analyzed = commands.named("analyze")
+    assert len(analyzed) == 4
+    for _, folder, _, mask in analyzed:
+        ending = "-seed1" if "-seed1/" in folder else ""
+        assert mask == f"runs/{sparse}{ending}/best.pt"
+    (report,) = commands.named("report")  # of the first seed
+    assert f"runs/{sparse}/best.pt" in report
+
+
 def test_mask_and_pathways_of_fig6_start_from_one_checkpoint(commands: Commands) -> None:
     table("fig6")
     trained = commands.named("train")

@@ -129,11 +129,10 @@ def conclude(plan: Plan, results: dict[str, list[dict[str, Any]]], out: Path, *,
     """Write and show the table and the reports."""
     from advmoe.files import write_text_atomically
 
-    mask = plan.mask_option()
     for recipe in plan.chosen if plan.experiment.routing else ():
         if recipe.model.get("kind") == "moe":
             for seed, result in zip(plan.seeds, results[recipe.name], strict=True):
-                result[ROUTING] = run("analyze", str(plan.evaluation(recipe, seed)), *mask)
+                result[ROUTING] = run("analyze", str(plan.evaluation(recipe, seed)), *plan.mask_option(seed))
     table = {
         "experiment": plan.experiment.title,
         "scale": plan.scale,
@@ -151,7 +150,7 @@ def conclude(plan: Plan, results: dict[str, list[dict[str, Any]]], out: Path, *,
             for recipe in plan.chosen
             if plan.size.dataset is not None or recipe.dataset == dataset
         ]
-        run("report", *folders, *mask, "--out", str(out / f"{title}.html"), json=False)
+        run("report", *folders, *plan.mask_option(plan.seeds[0]), "--out", str(out / f"{title}.html"), json=False)
     if json:
         console.emit_json(table)
     else:
@@ -215,12 +214,16 @@ class Plan:
         """Folder of a run's evaluation for this table or figure."""
         return self.folder(recipe, seed) / f"evaluation-{self.name}"
 
-    def mask_option(self) -> list[str]:
-        """The option that compares pathways with the mask of the Sparse-CNN among the runs."""
+    def mask_option(self, seed: int) -> list[str]:
+        """The option that compares pathways with the mask of the Sparse-CNN among the runs of a seed.
+
+        Mask and MoE-CNN start from the AT (Dense) of that seed. Channels of another seed's mask
+        have no common order with theirs.
+        """
         if not self.experiment.mask:
             return []
         masks = [recipe for recipe in self.chosen if recipe.model.get("kind") == "sparse_cnn"]
-        return ["--mask", str(self.folder(masks[0], self.seeds[0]) / "best.pt")] if masks else []
+        return ["--mask", str(self.folder(masks[0], seed) / "best.pt")] if masks else []
 
     def commands(self, out: Path) -> list[list[str]]:
         """Independent commands that train and evaluate everything."""
