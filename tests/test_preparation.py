@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from PIL import Image
 from advmoe.cli.app import main
 from advmoe.cli.predict import read_image
 from advmoe.data.folders import image_folder
+from advmoe.data.pictures import SUFFIXES
 from advmoe.data.sources import shorter_side
 from advmoe.data.views import in_memory
-from advmoe.errors import DataError
+from advmoe.errors import AdvMoEError, DataError
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
 
@@ -133,3 +135,44 @@ def test_other_formats_are_read_and_files_that_are_no_images_are_named(
         read_image(tmp_path / "cut.png", metadata)
     with pytest.raises(export.InputError, match=r"expected uint8 RGB pixels .*, got float64 \[4, 4\]"):
         export.prepare(np.zeros((4, 4)), metadata)
+
+
+def test_an_image_that_grows_beyond_the_limit_is_refused_before_it_is_resized(
+    model_file: tuple[Any, Path], tmp_path: Path
+) -> None:
+    from advmoe_export.errors import TooManyPixelsError
+
+    metadata = export.Session(model_file[1]).metadata
+    # One row becomes 18 rows, so 2^26 / 18^2 = 207,126.3 columns reach the limit, which Rust has too.
+    for size, read in (((207_127, 1), export.prepare), ((1, 207_127), export.prepare), ((207_127, 1), read_image)):
+        Image.new("L", size).save(tmp_path / "line.png")
+        with pytest.raises((TooManyPixelsError, AdvMoEError), match=r"would be resized to .*67108864 pixels"):
+            read(tmp_path / "line.png", metadata)
+    Image.new("L", (2000, 1)).save(tmp_path / "line.png")
+    assert export.prepare(tmp_path / "line.png", metadata).shape == (SIZE, SIZE, 3)
+
+
+def test_the_formats_read_are_those_that_folders_select(tmp_path: Path) -> None:
+    from advmoe_export.preparation import FORMATS
+
+    endings = Image.registered_extensions()
+    assert {endings[suffix] for suffix in SUFFIXES} == set(FORMATS)
+    # Pillow starts Ghostscript for EPS, and decodes the image in an ICO before its size can be checked.
+    (tmp_path / "image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n%%EOF\n")
+    Image.new("RGB", (16, 16)).save(tmp_path / "icon.png", "ICO")
+    for name in ("image.png", "icon.png"):
+        with pytest.raises(export.InputError, match=f"{name} cannot be decoded as an image .cannot identify"):
+            export.read_image(tmp_path / name)
+
+
+def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
+    content = io.BytesIO()
+    Image.new("L", (64, 64)).save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    last, end = whole.rfind(b"\xff\xda"), whole.rfind(b"\xff\xd9")
+    many = whole[:end] + 100 * whole[last:end] + whole[end:]
+    with pytest.raises(export.InputError, match="the upload is a JPEG of more than 100 scans"):
+        export.read_image(io.BytesIO(many))
+    # 0xFFDA in a thumbnail and after the end of the image is no scan of it.
+    thumbnail = b"\xff\xe1" + (2 + 400).to_bytes(2, "big") + 200 * b"\xff\xda"
+    assert export.read_image(io.BytesIO(whole[:2] + thumbnail + whole[2:] + 200 * b"\xff\xda")).size == (64, 64)

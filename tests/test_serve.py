@@ -328,6 +328,8 @@ def bomb(width: int, height: int) -> bytes:
         (bytes(2**20 + 1), 413, "the body has 1048577 bytes, at most 1048576 are accepted"),
         (bomb(8000, 8000), 413, "the upload has 8000 x 8000 pixels, at most 40000000 are decoded"),
         (bomb(60000, 60000), 413, "far too many pixels"),
+        (bomb(300_000, 1), 413, "an image of 300000 x 1 pixels would be resized to 5400000 x 18, more than 67108864"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", 400, "the upload cannot be decoded as an image"),
     ],
 )
 def test_an_upload_that_is_no_image_or_too_large_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -35,6 +36,8 @@ def prepare(
 
     Raises:
         InputError: the image cannot be read.
+        TooManyPixelsError: the image, or its resized form, has more than `MAX_PIXELS` pixels. An
+            image of one row and many columns grows by resizing.
         MissingPackageError: Pillow is not installed.
     """
     try:
@@ -53,13 +56,22 @@ def prepare(
     else:
         picture = read_image(image)
     shown, resized = middle(picture.height, picture.width, metadata.image_size, metadata.resize)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise TooManyPixelsError(
+            f"an image of {picture.width} x {picture.height} pixels would be resized to {resized[1]} x {resized[0]}, "
+            f"more than {MAX_PIXELS} pixels; crop it first"
+        )
     scaled = picture.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
     height, width = metadata.image_size
     return np.asarray(scaled.crop((shown[1], shown[0], shown[1] + width, shown[0] + height)))
 
 
-MAX_PIXELS = 89_478_485
-"""The limit of Pillow. A larger image is treated as an attack on the memory."""
+MAX_PIXELS = 1 << 26
+"""The largest number of pixels of a decoded or resized image (8192 x 8192), as in the Rust code."""
+MAX_SCANS = 100
+"""Most scans of a JPEG. Usual files have at most a dozen. Each scan costs a pass over all pixels."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Pillow's names of the formats that are read. Its other decoders run programs or ignore limits."""
 
 
 def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -70,7 +82,9 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
         max_pixels: highest number of pixels. It is compared with the header before decoding.
 
     Raises:
-        InputError: the file is missing, is not an image, or has too many pixels.
+        InputError: the file is missing, is not of one of `FORMATS`, is damaged, or is a JPEG of
+            more than `MAX_SCANS` scans.
+        TooManyPixelsError: the image has more than `max_pixels` pixels.
     """
     from PIL import Image
 
@@ -78,11 +92,16 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise TooManyPixelsError(
                         f"{what} has {image.width} x {image.height} pixels, at most {max_pixels} are decoded"
                     )
+                if image.format in ("JPEG", "MPO"):
+                    assert image.fp is not None
+                    image.fp.seek(0)
+                    if _scans(image.fp.read()) > MAX_SCANS:
+                        raise InputError(f"{what} is a JPEG of more than {MAX_SCANS} scans, which are not decoded")
                 return _rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no image file {path}") from error
@@ -95,6 +114,22 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
         raise InputError(
             f"{what} cannot be decoded as an image ({reason}); expected a JPEG, PNG or the like"
         ) from error
+
+
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])", re.DOTALL)
+"""A marker of a JPEG with a length after it, or its end. A scan contains no such bytes."""
+
+
+def _scans(content: bytes) -> int:
+    """Number of scans of a JPEG; counting stops above `MAX_SCANS`.
+
+    Segments are skipped, because a thumbnail in one of them has scans too.
+    """
+    scans = position = 0
+    while scans <= MAX_SCANS and (marker := _MARKER.search(content, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def middle(
@@ -112,4 +147,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit levels at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "RGB":  # Pillow would copy the pixels
+        image.load()
+        return image
     return image.convert("RGB")
