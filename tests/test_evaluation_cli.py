@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from advmoe.attacks.victims import Victims
 from advmoe.cli.app import main
 from advmoe.cli.models import remember_data
 from advmoe.data import sources
+from advmoe.data.digits import load_digits
 from advmoe.data.sources import dataset_info
 from advmoe.evaluation import suite
 from advmoe.evaluation.diagnostics import Diagnostic, diagnose
@@ -220,6 +222,20 @@ def test_a_repeated_evaluation_takes_the_diagnostics_it_has_kept(
     (tmp_path / "out" / "state-diagnostics.json").write_text("damaged")
     assert evaluate(checkpoint, "--out", str(tmp_path / "out"), "--diagnose", "10") == 0
     assert asked == [20, 10, 10]
+
+
+def test_a_limit_chooses_the_same_images_for_every_seed(checkpoint: Path, tmp_path: Path) -> None:
+    test, found = load_digits().test, []
+    for seed in ("0", "1"):
+        assert evaluate(checkpoint, "--diagnose", "0", "--seed", seed, "--out", str(tmp_path / seed)) == 0
+        with np.load(tmp_path / seed / "images.npz") as arrays:
+            found.append(dict(arrays))
+    numbers = found[0]["index"]
+    np.testing.assert_array_equal(numbers, found[1]["index"])
+    assert len(np.unique(numbers)) == 20
+    assert numbers.max() >= 20, "numbers in the data set, not rows of the choice"
+    np.testing.assert_array_equal(found[0]["label"], test.labels[numbers])
+    assert main(["compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
 
 
 def test_models_are_compared_on_the_same_images_with_paired_errors(

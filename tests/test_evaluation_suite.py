@@ -9,7 +9,9 @@ import pytest
 import torch
 from rooms import TwoRooms, room_images
 
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
+from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import evaluate
@@ -171,6 +173,19 @@ def test_an_interrupted_evaluation_goes_on_with_the_attack_that_was_interrupted(
     assert {done for done, _ in seen} == {5}
 
 
+def test_a_choice_of_images_is_attacked_as_in_the_whole_set(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    torch.manual_seed(0)
+    model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    images = ImageSet(images=noise, labels=np.arange(12) % 10, class_names=tuple("0123456789"))
+    numbers = np.array([2, 7, 11])
+    (whole,), (few,) = (BatchLoader(each, batch_size=12).epoch(0) for each in (images, images.take(numbers)))
+    chosen = Victims.of(model, few, ATTACK, seed=0, numbers=numbers)
+    assert torch.equal(chosen.starts(), Victims.of(model, whole, ATTACK, seed=0).starts()[numbers])
+    result = run_suite(model, images.take(numbers), SuiteConfig(attack=ATTACK, diagnosed=0), numbers=numbers)
+    assert result.arrays["index"].tolist() == [2, 7, 11]
+
+
 def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path) -> None:
     images, path = rooms(124, 110), tmp_path / "state.npz"
     run_suite(TwoRooms(), images, ROUTING, state_path=path)
@@ -182,6 +197,8 @@ def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path
         run_suite(TwoRooms(), images, ROUTING, state_path=path, seed=1)
     with pytest.raises(CheckpointError, match="images was"):
         run_suite(TwoRooms(), rooms(124, 111), ROUTING, state_path=path)
+    with pytest.raises(CheckpointError, match="images was"):
+        run_suite(TwoRooms(), images, ROUTING, state_path=path, numbers=np.array([0, 2]))
     path.write_bytes(b"PK broken")
     with pytest.raises(CheckpointError, match="damaged; move it away"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path)

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import starting_point
@@ -28,22 +30,40 @@ class Victims:
     """[B]."""
     indices: Tensor
     """[B], on the CPU: the images' numbers in their data set, the keys of the random starts. A
-    result therefore depends neither on the batch size nor on the order of the images."""
+    result therefore depends neither on the batch size, nor on the order of the images, nor on which
+    other images were chosen."""
     attack: AttackConfig
     """Radius, steps, restarts and kind of start."""
     seed: int
     """Seed of everything random in the attack."""
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, attack: AttackConfig, *, seed: int) -> Victims:
-        """The images of a loader's batch, on the model's device (the CPU for a model without parameters)."""
+    def of(
+        cls,
+        model: nn.Module,
+        batch: Batch,
+        attack: AttackConfig,
+        *,
+        seed: int,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> Victims:
+        """The images of a loader's batch, on the model's device (the CPU for a model without parameters).
+
+        Args:
+            model: The model to attack.
+            batch: The images. Its indices are rows of the loader's image set.
+            attack: Settings of the attack.
+            seed: Seed of the attack.
+            numbers: The number in its data set of each image of that image set, [I], if the set is
+                a choice. Default: the rows.
+        """
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         return cls(
             model=model,
             images=batch.images.to(device),
             labels=batch.labels.to(device),
-            indices=batch.indices,
+            indices=batch.indices if numbers is None else torch.from_numpy(numbers[batch.indices.numpy()]),
             attack=attack,
             seed=seed,
         )

@@ -66,8 +66,8 @@ def compare(
             radius = training_radius(subject.contents) if radius is None else radius
             attack = AttackConfig(eps=radius, steps=steps, step_size=radius / 4)
             config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
-            data, images = subject.test_images(None, data_dir, limit_eval, seed)
-            card, result = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(subject, None)
+            tested = subject.test_images(None, data_dir, limit_eval)
+            card, result = Measuring(config, tested, batch_size, seed, False).card_of(subject, None)
             right = outcomes(result)
         if card["name"] in {other["name"] for other in cards}:
             card["name"] = str(path)

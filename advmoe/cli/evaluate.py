@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json as json_text
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from advmoe.data.sets import Dataset, Images, ImageSet
+    from advmoe.data.sets import ImageSet
     from advmoe.evaluation.results import SuiteConfig, SuiteResult
     from advmoe.models.network import RoutedNetwork
     from advmoe.routing_log import PathwayChannels
@@ -34,6 +35,8 @@ CARD, STATE, ROUTES, OUTCOMES, EXAMPLES = "card.json", "state.npz", "routes.npz"
 """What `--out` holds."""
 SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
 """Radii of the whole suite's sweep, relative to eps."""
+CHOICE_SEED = 0
+"""Seed of the choice of test images under a limit."""
 UNTRUSTED = 2
 """Exit status of --strict if a diagnostic failed."""
 
@@ -123,23 +126,34 @@ def evaluate(
             eps_sweep=sweep,
             diagnosed=diagnose,
         )
-        data, images = leader_first(lambda: subject.test_images(dataset, data_dir, limit_eval, seed))
-        measuring = Measuring(config, data.info.name, images, batch_size, seed, latency)
+        tested = leader_first(lambda: subject.test_images(dataset, data_dir, limit_eval))
+        measuring = Measuring(config, tested, batch_size, seed, latency)
         card, result = measuring.card_of(subject, out, masked=masked)
         for name, other in changed.items():
             variant = Subject(subject.path, subject.contents, other, control=name)
             folder = None if out is None else out / f"control-{name}"
-            of_control, _ = Measuring(config, data.info.name, images, batch_size, seed, False).card_of(variant, folder)
+            of_control, _ = dataclasses.replace(measuring, latency=False).card_of(variant, folder)
             shared = ("sa", "ra", "ra_worst", "verdict")
             card["advmoe"]["controls"][name] = {key: of_control["advmoe"][key] for key in shared}
         if out is not None:
-            from_leader(lambda: _save(out, card, result, subject, images))
+            from_leader(lambda: _save(out, card, result, subject, tested.images))
         if json:
-            console.emit_json({"checkpoint": str(subject.path), "dataset": data.info.name} | card["advmoe"])
+            console.emit_json({"checkpoint": str(subject.path), "dataset": tested.dataset} | card["advmoe"])
         else:
-            show(f"{subject.path} on {data.info.name} (test)", card)
+            show(f"{subject.path} on {tested.dataset} (test)", card)
         if strict and card["advmoe"]["verdict"] != "trusted":
             raise typer.Exit(UNTRUSTED)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The test images of an evaluation, decoded."""
+
+    dataset: str
+    """Name of the data set."""
+    images: ImageSet
+    numbers: NDArray[np.int64] | None
+    """The images' numbers in the data set; None if the images are all there are."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +181,8 @@ class Subject:
         file = self.path.name if is_address(self.path) else self.path.stem
         return f"{self.path.resolve().parent.name}/{file}{ending}"
 
-    def test_images(
-        self, dataset: str | None, data_dir: Path | None, limit: int | None, seed: int
-    ) -> tuple[Dataset, ImageSet]:
-        """The data set and its test images, all or a seeded choice, decoded.
+    def test_images(self, dataset: str | None, data_dir: Path | None, limit: int | None) -> Tested:
+        """The test images of a data set, all or as many as the limit says.
 
         Raises:
             ConfigError: The checkpoint names no data set, and none was given.
@@ -191,7 +203,9 @@ class Subject:
                 f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
                 "evaluate it on the data set it was trained on"
             )
-        return data, in_memory(_chosen(data.test, limit, seed), self.contents.model.image_size)
+        numbers = _chosen(len(data.test), limit)
+        chosen = data.test if numbers is None else data.test.take(numbers)
+        return Tested(data.info.name, in_memory(chosen, self.contents.model.image_size), numbers)
 
 
 @dataclass(frozen=True)
@@ -199,8 +213,7 @@ class Measuring:
     """The settings of an evaluation and its images."""
 
     config: SuiteConfig
-    dataset: str
-    images: ImageSet
+    tested: Tested
     batch_size: int
     seed: int
     latency: bool
@@ -219,11 +232,12 @@ class Measuring:
 
         if self.config.autoattack:
             package()
-        with suite_progress(len(self.images)) as progress:
+        with suite_progress(len(self.tested.images)) as progress:
             result = run_suite(
                 subject.model,
-                self.images,
+                self.tested.images,
                 self.config,
+                numbers=self.tested.numbers,
                 batch_size=self.batch_size,
                 seed=self.seed,
                 state_path=None if out is None else out / STATE,
@@ -232,7 +246,7 @@ class Measuring:
         card = make_card(
             result,
             name=subject.name,
-            dataset=self.dataset,
+            dataset=self.tested.dataset,
             model=subject.contents.model,
             train=subject.contents.train,
             cost=measure_cost(subject.model, subject.contents.model.image_size),
@@ -248,7 +262,7 @@ class Measuring:
             similar = mask_similarity(log, [name for name, _ in log.conditions], channels, mask)
             card["advmoe"]["mask_iou"] = {each.condition: round(float(each.iou.mean()), 4) for each in similar}
         if subject.control is not None and out is not None:
-            from_leader(lambda: _save(out, card, result, subject, self.images))
+            from_leader(lambda: _save(out, card, result, subject, self.tested.images))
         return card, result
 
     def _latency(self, model: RoutedNetwork) -> dict[int, float]:
@@ -257,7 +271,7 @@ class Measuring:
         from advmoe.evaluation.cost import measure_latency
         from advmoe.evaluation.precision import full_precision
 
-        batch = next(iter(BatchLoader(self.images, batch_size=self.batch_size).epoch(0)))
+        batch = next(iter(BatchLoader(self.tested.images, batch_size=self.batch_size).epoch(0)))
         with full_precision(model):
             return measure_latency(model, batch.images, (1, len(batch.images)))
 
@@ -304,13 +318,17 @@ def training_radius(contents: Checkpoint) -> float:
     return float(trained)
 
 
-def _chosen(images: Images, limit: int | None, seed: int) -> Images:
-    """All the images, or a seeded choice of them in their order."""
+def _chosen(images: int, limit: int | None) -> NDArray[np.int64] | None:
+    """Ascending numbers of the images to evaluate; None if they are all `images` images.
+
+    The choice is random, but it is the same for every evaluation with this limit, whatever its
+    seed, so that models can be compared on the same images.
+    """
     import numpy as np
 
-    if limit is None or limit >= len(images):
-        return images
-    return images.take(np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False)))
+    if limit is None or limit >= images:
+        return None
+    return np.sort(np.random.default_rng(CHOICE_SEED).choice(images, limit, replace=False))
 
 
 def _recipe_of(run: str) -> str | None:

@@ -37,7 +37,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images attacked at a time; changes nothing but memory.")]
 LimitEval = Annotated[
-    int | None, typer.Option("--limit-eval", help="Evaluate this many images only (a seeded choice). Default: all.")
+    int | None, typer.Option("--limit-eval", help="Evaluate this many images only, always the same ones. Default: all.")
 ]
 
 

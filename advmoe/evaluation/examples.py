@@ -38,7 +38,7 @@ def examples(model: nn.Module, images: ImageSet, result: SuiteResult) -> Arrays:
     rows = np.sort(np.concatenate([broken[: SHOWN - min(len(kept), SHOWN // 2)], kept])[:SHOWN])
     if not len(rows):
         return {}
-    shown = attack_some(model, images, rows, result.config.attack, seed=result.seed)
+    shown = attack_some(model, images, rows, result.config.attack, seed=result.seed, numbers=result.arrays["index"])
     return {
         "clean": shown.clean,
         "attacked": shown.attacked,
@@ -65,12 +65,18 @@ class Attacked:
 
 
 def attack_some(
-    model: nn.Module, images: ImageSet, rows: NDArray[np.int64], attack: AttackConfig, *, seed: int
+    model: nn.Module,
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    attack: AttackConfig,
+    *,
+    seed: int,
+    numbers: NDArray[np.int64] | None = None,
 ) -> Attacked:
-    """Attack a few images, as the evaluation of all images with that seed attacks them."""
+    """Attack a few images, as the evaluation of all images with that seed and these numbers attacks them."""
     (batch,) = BatchLoader(images, batch_size=len(rows), indices=rows).epoch(0)
     with evaluating(model), full_precision(model):
-        victims = Victims.of(model, batch, attack, seed=seed)
+        victims = Victims.of(model, batch, attack, seed=seed, numbers=numbers)
         found, _ = untargeted(victims)
         with torch.no_grad():
             after = model(found).argmax(dim=1)

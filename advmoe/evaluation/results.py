@@ -95,8 +95,8 @@ class SuiteResult:
     attacks: tuple[Attack, ...]
     """What was run, see `planned`."""
     arrays: Arrays
-    """One row per image: `index`, `label`, `right`, `prediction/C` and `pathway/C` [L] for `CONDITIONS`, `flip_radius`,
-    and a column for each attack."""
+    """One row per image: `index` (its number in the data set), `label`, `right`, `prediction/C` and
+    `pathway/C` [L] for `CONDITIONS`, `flip_radius`, and a column for each attack."""
     diagnostics: tuple[Diagnostic, ...]
     exact_routes: bool
     """Whether the route attack tried every pathway there is."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD
@@ -52,6 +53,7 @@ def run_suite(
     images: ImageSet,
     config: SuiteConfig,
     *,
+    numbers: NDArray[np.int64] | None = None,
     batch_size: int = 256,
     seed: int = 0,
     state_path: Path | None = None,
@@ -67,6 +69,8 @@ def run_suite(
             `RoutedNetwork`.
         images: The test images.
         config: Settings of the evaluation.
+        numbers: The images' numbers in their data set, [I], if they are a choice of its images.
+            They identify the images, and are the keys of random starts. Default: 0, 1, 2, ...
         batch_size: Images attacked at a time; changes nothing but memory and the rounding of
             convolutions.
         seed: Seed of everything random.
@@ -81,7 +85,7 @@ def run_suite(
         AdvMoEError: Logits or gradients are not finite.
     """
     tell = progress or (lambda *_: None)
-    subject = identity(model, images, config, batch_size, seed)
+    subject = identity(model, images, config, batch_size, seed, numbers)
     own_path = state_path if world().leads else None
     state = together(lambda: EvaluationState(own_path, subject))
     parameter = next(model.parameters(), None)
@@ -97,7 +101,7 @@ def run_suite(
         batch = next(own, None)
         if batch is None:
             return None
-        victims = Victims.of(model, batch, config.attack, seed=seed)
+        victims = Victims.of(model, batch, config.attack, seed=seed, numbers=numbers)
         run = begin(victims, config)
         if state.under_way:
             run.restore(state.under_way)
@@ -154,7 +158,14 @@ def _choices(model: RoutedNetwork) -> int:
     return int(model.config.num_experts ** (len(model.routers) * model.rows_per_image))
 
 
-def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size: int, seed: int) -> dict[str, Any]:
+def identity(
+    model: nn.Module,
+    images: ImageSet,
+    config: SuiteConfig,
+    batch_size: int,
+    seed: int,
+    numbers: NDArray[np.int64] | None = None,
+) -> dict[str, Any]:
     """The settings that an interrupted evaluation and its continuation must share."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -162,6 +173,8 @@ def identity(model: nn.Module, images: ImageSet, config: SuiteConfig, batch_size
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     pixels = hashlib.sha256(images.images.tobytes())
     pixels.update(images.labels.tobytes())
+    if numbers is not None:
+        pixels.update(numbers.tobytes())
     settings = to_dict(config)
     for diagnostic_only in ("diagnosed", "square_queries"):
         del settings[diagnostic_only]
@@ -201,7 +214,7 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
     withstood = result.robust(result.white_box)
-    sample = Victims.of(model, batch, config.attack, seed=result.seed)
+    sample = Victims.of(model, batch, config.attack, seed=result.seed, numbers=result.arrays["index"])
     kept = torch.from_numpy(withstood[chosen]).to(device)
     square = Attack("autoattack", STANDARD[-1])
     if square in result.attacks:  # more queries, and on all images
