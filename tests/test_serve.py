@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ from advmoe_export.serve.app import ModelServer
 from advmoe_export.serve.batching import Batcher, OverloadedError, StoppingError
 from advmoe_export.serve.command import parse
 from advmoe_export.serve.config import ServeConfig
+from advmoe_export.serve.protocol import read_request
 from advmoe_export.serve.server import _listen
 
 from advmoe.cli.app import main
@@ -164,21 +166,30 @@ def change(**fields: Any) -> dict[str, Any]:
         (b"{", "expected an infer request"),
         (b"[" * 100_000, "expected an infer request"),
         (b"{}", "missing required field `inputs`"),
-        (b'{"inputs": []}', "expected one input named 'images', got none"),
+        (b'{"inputs": []}', "Expected `array` of length 1 - at `$.inputs`"),
         (change(name="x"), "expected one input named 'images', got x"),
         (change(datatype="BYTES"), "expected images of datatype FP32 or UINT8, got 'BYTES'"),
-        (change(shape=[1, 3, 16]), "expected 48 numbers for shape"),
-        (change(shape=[-1, -3, 16, 16]), "without negative sizes"),
+        (change(shape=[1, 3, 16]), "Expected `array` of length 4 - at `$.inputs[0].shape`"),
+        (change(shape=[-1, -3, 16, 16]), "expected at least one image: FP32 [B, 3, 16, 16]"),
+        (change(shape=[2**62, 0, 16, 16], data=[]), "got FP32 [4611686018427387904, 0, 16, 16]"),
+        (change(shape=[10**30, 3, 16, 16], data=[]), f"expected at most 32 images in a request, got {10**30}"),
+        (change(shape=[10**30, 3, 16, 16], data=None, parameters={"binary_data_size": 0}), "at most 32 images"),
         (change(shape="big"), "Expected `array`, got `str`"),
-        (change(data=None), "expected 'data' as a list of numbers"),
-        (change(data=[[1, 2], [3]]), "regularly nested list of numbers"),
-        (change(data=["a"] * 768), "expected 'data' as a list of numbers"),
+        (change(data=None), "expected 'data' as a list of numbers, 768 for shape [1, 3, 16, 16], got 0"),
+        (change(data=[1, 2]), "expected 'data' as a list of numbers, 768 for shape [1, 3, 16, 16], got 2"),
+        (change(data=[[]] * 768), "nested as [1, 3, 16, 16]"),
+        (change(data=[True] * 768), "flat or nested list of FP32 numbers: Expected `float`, got `bool`"),
+        (change(data=[1e39] * 768), "values from inf to inf"),
+        (change(data=[[[[0] * 700]], [[[0] * 68]]]), "a flat list of numbers, or nested as [1, 3, 16, 16]"),
+        (change(data=["a"] * 768), "flat or nested list of FP32 numbers: Expected `float`, got `str`"),
         (change(data=[2.0] * 768), "values from 2 to 2; divide 8-bit images by 255"),
-        (change(data=[300] * 768, datatype="UINT8", shape=[1, 16, 16, 3]), "UINT8 values in 0 ... 255, got 300"),
-        (change(shape=[1, 3, 8, 32]), r"got float32 [1, 3, 8, 32]"),
+        (change(data=[300] * 768, datatype="UINT8", shape=[1, 16, 16, 3]), "Expected `int` <= 255"),
+        (change(shape=[1, 3, 8, 32]), "got FP32 [1, 3, 8, 32]"),
         (change(data=[], shape=[0, 3, 16, 16]), "expected at least one image"),
         (change(parameters={"binary_data_size": 4}), "expected 3072 bytes after the JSON"),
         (infer(FLOATS[:1], outputs=[{"name": "secret"}]), "unknown output 'secret', expected one of: logits"),
+        (infer(FLOATS[:1], outputs=[{"name": "logits"}] * 2), "expected each output once, got 'logits' 2 times"),
+        (infer(FLOATS[:1], outputs=[{"name": "logits"}] * 9000), "at most 65536 bytes of JSON besides 'data'"),
         (
             infer(FLOATS[:1], outputs=[{"name": "expert_index", "parameters": {"classification": 1}}]),
             "classification needs the output 'logits'",
@@ -192,6 +203,16 @@ def test_a_mistaken_request_is_one_line(session: Session, body: bytes | dict[str
     assert response.status_code == 400
     assert message in response.json()["error"]
     assert "\n" not in response.json()["error"]
+
+
+def test_a_list_that_is_far_too_long_is_refused_before_it_is_made(session: Session) -> None:
+    body = json.dumps(change(data=0)).replace('"data": 0', '"data": [' + "[]," * 10**6 + "[]]").encode()
+    tracemalloc.start()
+    with pytest.raises(InputError, match="768 for shape"):
+        read_request(body, None, session.metadata, 32)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * len(body)  # a million lists take 64 MB, 20 times the body
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1" * 30])

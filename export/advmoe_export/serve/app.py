@@ -282,11 +282,9 @@ class ModelServer:
     def _parse(self, body: bytes, json_length: str | None) -> tuple[protocol.InferRequest, npt.NDArray[Any]]:
         if json_length is not None and not re.fullmatch(r"\d{1,12}", json_length):
             raise InputError(f"{protocol.HEADER} must be a number, got '{json_length[:100]}'")
-        request = protocol.read_request(body, None if json_length is None else int(json_length), self.metadata)
-        images = self.session.check(request.images, any_size=True)
-        if len(images) > self.batcher.max_batch:
-            raise InputError(f"expected at most {self.batcher.max_batch} images in a request, got {len(images)}")
-        return request, images
+        length = None if json_length is None else int(json_length)
+        request = protocol.read_request(body, length, self.metadata, self.batcher.max_batch)
+        return request, self.session.check(request.images, any_size=True)
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None, *, close: bool = False) -> Response:

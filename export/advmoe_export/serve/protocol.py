@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -25,6 +26,17 @@ HEADER = "inference-header-content-length"
 VERSION = "1"
 TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
 LOGITS = "logits"
+MAX_JSON = 2**16
+"""Most bytes of the JSON of a request without its 'data'. Unread text needs no memory of its own."""
+
+_Levels = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_NUMBERS = {
+    "FP32": (list[float], list[list[list[list[float]]]]),
+    "UINT8": (list[_Levels], list[list[list[list[_Levels]]]]),
+}
+"""'data' as a flat and as a nested list. With these types the decoder makes nothing but numbers."""
+_NESTED = re.compile(rb"\[\s*\[")
+_NOTHING = msgspec.Raw(b"null")
 
 
 class _Parameters(msgspec.Struct):
@@ -36,9 +48,9 @@ class _Parameters(msgspec.Struct):
 
 class _Input(msgspec.Struct):
     name: str
-    shape: list[int]
+    shape: tuple[int, int, int, int]
     datatype: str
-    data: Any = None
+    data: msgspec.Raw = _NOTHING
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
@@ -48,10 +60,10 @@ class _Output(msgspec.Struct):
 
 
 class _Request(msgspec.Struct):
-    inputs: list[_Input]
+    inputs: tuple[_Input]
     id: str | None = None
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
-    outputs: list[_Output] | None = None
+    outputs: msgspec.Raw = _NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +85,14 @@ class InferRequest:
     outputs: tuple[Wanted, ...]
 
 
-def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) -> InferRequest:
+def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata, max_batch: int) -> InferRequest:
     """Read the body of an infer request.
 
     Args:
         body: JSON, and optional tensors after it.
         json_length: number of bytes of the JSON if tensors follow, else None.
-        metadata: metadata of the model, for the names of its outputs.
+        metadata: metadata of the model, for the shape of its input and the names of its outputs.
+        max_batch: highest number of images in the request. More are refused before they are read.
 
     Raises:
         InputError: the body violates the protocol.
@@ -87,21 +100,29 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) 
     if json_length is not None and not 0 < json_length <= len(body):
         raise InputError(f"{HEADER} must be in 1 ... {len(body)}, the length of the body, got {json_length}")
     rest = memoryview(body)[json_length:] if json_length is not None else memoryview(b"")
+    text = memoryview(body)[:json_length]
     try:
-        request = msgspec.json.decode(memoryview(body)[:json_length], type=_Request)
+        request = msgspec.json.decode(text, type=_Request)
+        tensor = request.inputs[0]
+        if len(text) - len(memoryview(tensor.data)) > MAX_JSON:
+            raise InputError(f"expected at most {MAX_JSON} bytes of JSON besides 'data'")
+        asked = msgspec.json.decode(request.outputs, type=list[_Output] | None)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"expected an infer request of the Open Inference Protocol: {error}") from error
-    if [entry.name for entry in request.inputs] != ["images"]:
-        given = ", ".join(entry.name for entry in request.inputs) or "none"
-        raise InputError(f"expected one input named 'images', got {given[:100]}")
-    images, used = _read_tensor(request.inputs[0], rest)
+    if tensor.name != "images":
+        raise InputError(f"expected one input named 'images', got {tensor.name[:100]}")
+    _check_shape(tensor, metadata, max_batch)
+    images, used = _read_tensor(tensor, rest)
     if used != len(rest):
         raise InputError(f"expected {used} bytes of tensors after the JSON, got {len(rest)}")
     default = bool(request.parameters.binary_data_output)
-    wanted = [_Output(name) for name in metadata.outputs] if request.outputs is None else request.outputs
+    wanted = [_Output(name) for name in metadata.outputs] if asked is None else asked
+    names = [entry.name for entry in wanted]
     for entry in wanted:
         if entry.name not in metadata.outputs:
             raise InputError(f"unknown output '{entry.name[:100]}', expected one of: {', '.join(metadata.outputs)}")
+        if names.count(entry.name) > 1:
+            raise InputError(f"expected each output once, got '{entry.name}' {names.count(entry.name)} times")
         classes = entry.parameters.classification
         if classes is not None and (entry.name != LOGITS or classes < 0):
             raise InputError(f"classification needs the output '{LOGITS}' and a number of classes, got {classes}")
@@ -119,32 +140,44 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata) 
     )
 
 
-def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int]:
-    """An input tensor, and the number of its bytes after the JSON."""
-    dtype = TYPES.get(entry.datatype)
-    if dtype is None or entry.datatype == "INT64":
+def _check_shape(entry: _Input, metadata: ModelMetadata, max_batch: int) -> None:
+    """Refuse a type or a shape that the model does not take."""
+    height, width = metadata.image_size
+    expected = {"FP32": (3, height, width), "UINT8": (height, width, 3)}.get(entry.datatype)
+    if expected is None:
         raise InputError(f"expected images of datatype FP32 or UINT8, got '{entry.datatype[:100]}'")
-    if any(size < 0 for size in entry.shape):
-        raise InputError(f"expected a shape without negative sizes, got {entry.shape}")
+    if entry.shape[1:] != expected or entry.shape[0] < 1:
+        raise InputError(
+            f"expected at least one image: FP32 [B, 3, {height}, {width}] or UINT8 [B, {height}, {width}, 3], "
+            f"got {entry.datatype} {list(entry.shape)}"
+        )
+    if entry.shape[0] > max_batch:
+        raise InputError(f"expected at most {max_batch} images in a request, got {entry.shape[0]}")
+
+
+def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int]:
+    """An input tensor of a shape that was checked, and the number of its bytes after the JSON."""
+    dtype, data = TYPES[entry.datatype], b"" if entry.data == _NOTHING else bytes(entry.data)
     count, size = math.prod(entry.shape), entry.parameters.binary_data_size
     if size is not None:
-        if entry.data is not None or size != count * dtype.itemsize or size > len(rest):
+        if data or size != count * dtype.itemsize or size > len(rest):
             raise InputError(
-                f"expected {count * dtype.itemsize} bytes after the JSON for shape {entry.shape} of "
+                f"expected {count * dtype.itemsize} bytes after the JSON for shape {list(entry.shape)} of "
                 f"{entry.datatype} and no 'data', got binary_data_size {size} and {len(rest)} bytes"
             )
         return np.frombuffer(rest[:size], dtype).reshape(entry.shape), size
+    # n numbers are separated by n - 1 commas, however nested: the list is counted before it is made
+    given = data.count(b",") + 1 if data else 0
+    if given != count:
+        raise InputError(f"expected 'data' as a list of numbers, {count} for shape {list(entry.shape)}, got {given}")
     try:
-        values = np.array(entry.data)
+        values = msgspec.json.decode(data, type=_NUMBERS[entry.datatype][_NESTED.match(data) is not None])
+        with np.errstate(over="ignore"):  # the check of the range refuses infinity
+            return np.array(values, dtype).reshape(entry.shape), 0
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"expected 'data' as a flat or nested list of {entry.datatype} numbers: {error}") from error
     except ValueError as error:
-        raise InputError("expected 'data' as a flat or regularly nested list of numbers") from error
-    if values.dtype.kind not in "iuf" or (dtype == np.uint8 and values.dtype.kind == "f"):
-        raise InputError(f"expected 'data' as a list of numbers of datatype {entry.datatype}")
-    if values.size != count:
-        raise InputError(f"expected {count} numbers for shape {entry.shape}, got {values.size}")
-    if dtype == np.uint8 and count and (values.min() < 0 or values.max() > 255):
-        raise InputError(f"expected UINT8 values in 0 ... 255, got {values.min()} to {values.max()}")
-    return values.reshape(entry.shape).astype(dtype), 0
+        raise InputError(f"expected 'data' as a flat list of numbers, or nested as {list(entry.shape)}") from error
 
 
 def write_response(
