@@ -8,16 +8,23 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from advmoe_export.exporter import plan_graph
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
-from advmoe_export.passes.half import UseHalfPrecision
+from advmoe_export.passes.half import UseHalfPrecision, routers_are_float32
 from advmoe_export.passes.interface import AddExpertIndex, AddRouterMargin, ReadUint8Images
 from advmoe_export.passes.quantize import Quantize
 from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
 from advmoe_export.profiles import build
 from advmoe_export.trace import trace
+from torch import Tensor, nn
+
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.router import ImageRouter
+from advmoe.models.routing import scaled
 
 PICTURES = np.random.default_rng(0).random((16, 3, 16, 16), dtype=np.float32)
 PIXELS = np.zeros((16, 16, 16, 3), np.uint8)
@@ -122,3 +129,44 @@ def test_a_scalar_is_stored_as_a_scalar_and_once(traced: ir.Graph) -> None:
     graph = run(traced, FoldBatchNorm(), CompareTwoWay())
     zeros = [value for name, value in graph.initializers.items() if name.startswith("zero")]
     assert [list(value.shape) for value in zeros if value.shape is not None] == [[]]
+
+
+class Scaled(nn.Module):
+    """Two MoE layers that obey one router of three convolutions, which also scales their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layout = ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5)
+        self.stem = nn.Conv2d(3, 3, 3, padding=1)
+        self.router = ImageRouter(3, router_gradient="value")
+        self.first, self.second = (MoEConv2d(channels, layout, 3, padding=1) for channels in (3, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decision = self.router.decide(x)
+        y = torch.relu(scaled(self.first(self.stem(x), decision), decision))
+        return self.head(scaled(self.second(y, decision), decision).mean((2, 3)))
+
+
+def test_a_router_that_scales_the_output_stays_in_float32() -> None:
+    torch.manual_seed(0)
+    graph = run(trace(Scaled(), image_size=(16, 16), opset=18).graph, FoldBatchNorm(), CompareTwoWay())
+    half, eighth = run(graph, UseHalfPrecision()), run(graph, Quantize(PICTURES, 18))
+    assert routers_are_float32(half) is None
+    types = {
+        (node.op_type, node.inputs[0].dtype)
+        for node in half
+        if node.op_type in {"ArgMax", "Softmax", "GatherElements", "moe_conv2d"} and node.inputs[0] is not None
+    }
+    # The scale is converted after its softmax.
+    single = {(op, ir.DataType.FLOAT) for op in ("ArgMax", "Softmax", "GatherElements")}
+    assert types == {("moe_conv2d", ir.DataType.FLOAT16), *single}
+    # Three convolutions of the router, and the stem, which int8 spares because it reads the image.
+    for rounded, float_convolutions in ((half, 3), (eighth, 4)):
+        weights = [node.inputs[1] for node in rounded if node.op_type == "Conv"]
+        assert len(weights) == 4
+        plain = [w for w in weights if w is not None and w.const_value is not None and w.dtype == ir.DataType.FLOAT]
+        assert len(plain) == float_convolutions
+    softmax = next(node for node in half if node.op_type == "Softmax")
+    softmax.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    assert "computes in float16" in str(routers_are_float32(half))

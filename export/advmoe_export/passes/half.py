@@ -1,7 +1,8 @@
 """Convert weights and activations to float16. Routers stay in float32.
 
-If the logits of a router are nearly equal, rounding changes the decision and thus the pathway.
-Nodes that only serve decisions therefore stay in float32. Their inputs are converted to float32.
+If the logits of a router are nearly equal, rounding changes the decision and thus the pathway. The
+nodes of routers therefore stay in float32. Their inputs are converted to float32, and what other
+nodes read of their results is converted to float16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FLOAT_ONLY = frozenset({"Resize", "Upsample"})
 
 
 def routers_are_float32(graph: ir.Graph) -> str | None:
-    """Fact: nodes that only serve decisions compute in float32."""
+    """Fact: routers compute in float32."""
     for node in router_nodes(graph):
         if node.op_type != "Cast" and any(v is not None and v.dtype == HALF for v in (*node.inputs, *node.outputs)):
             return f"router node '{node.name}' computes in float16"
@@ -39,22 +40,44 @@ class UseHalfPrecision(GraphPass):
 
 
 def router_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes whose results reach the logits only through decisions, or not at all."""
+    """The nodes of routers.
+
+    A node belongs to a router if its results reach the logits only through decisions and through
+    the scores that decisions compare, or not at all. The scores may have other uses, because a
+    router can also scale the output of its layer. A node that computes with results of routers
+    only, such as the softmax of such a scale, belongs to a router, too.
+    """
     found: set[ir.Node] = set()
     logits = graph.outputs[0]
+    scores = {_score(decision_of(node)) for node in graph}
     for node in reversed(list(graph)):
         uses = [use for output in node.outputs for use in output.uses()]
-        if logits not in node.outputs and all(
-            use.node in found or decision_of(use.node) is use.node.inputs[use.idx] for use in uses
+        if logits not in node.outputs and (
+            not scores.isdisjoint(node.outputs)
+            or all(use.node in found or decision_of(use.node) is use.node.inputs[use.idx] for use in uses)
         ):
             found.add(node)
+    for node in graph:
+        computed = [value for value in node.inputs if value is not None and value.const_value is None]
+        if computed and logits not in node.outputs and all(value.producer() in found for value in computed):
+            found.add(node)
     return found
+
+
+def _score(decision: ir.Value | None) -> ir.Value | None:
+    """The numbers that a decision compares: the first float value before it."""
+    value = decision
+    while value is not None and value.dtype not in (FLOAT, HALF):
+        producer = value.producer()
+        value = None if producer is None or not producer.inputs else producer.inputs[0]
+    return value
 
 
 def _narrow(graph: ir.Graph) -> None:
     routers = router_nodes(graph)
     halves: dict[ir.Value, ir.Value] = {}
     widened: dict[ir.Value, ir.Value] = {}
+    rounded: dict[ir.Value, ir.Value] = {}
     for images in graph.inputs:
         if images.dtype == FLOAT:
             half = (f"{images.name}.half", HALF, images.shape)
@@ -77,6 +100,11 @@ def _narrow(graph: ir.Graph) -> None:
                 continue
             if value in halves:
                 node.replace_input_with(position, halves[value])
+            elif value.producer() in routers:
+                if value not in rounded:
+                    half = (f"{value.name}.half", HALF, value.shape)
+                    rounded[value] = insert_one(graph, node, "Cast", [value], {"to": HALF.value}, half)
+                node.replace_input_with(position, rounded[value])
             elif value.const_value is not None and node.op_type not in FLOAT_ONLY:
                 array = value.const_value.numpy()
                 with np.errstate(over="ignore"):
