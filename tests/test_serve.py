@@ -472,6 +472,54 @@ def test_a_failure_of_the_counting_reaches_its_requests_and_leaves_the_worker_al
     assert asyncio.run(run()) == 7
 
 
+def test_images_that_cannot_be_joined_reach_their_requests_and_leave_the_worker_alive() -> None:
+    async def run() -> int:
+        batcher = Batcher(lambda images: {"same": images}, max_batch=2)
+        async with batcher.running():
+            parts = np.zeros((1, 2)), np.zeros((1, 3))
+            errors = await asyncio.gather(*map(batcher.submit, parts), return_exceptions=True)
+            assert [type(error) for error in errors] == [ValueError, ValueError]
+            assert batcher.working
+            return int((await batcher.submit(np.array([7])))["same"][0])
+
+    assert asyncio.run(run()) == 7
+
+
+def test_readiness_ends_with_a_worker(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    class Lost(BaseException):
+        """An error that no request causes."""
+
+    async def run() -> tuple[int, int]:
+        async with client(session, timeout=0.2) as (http, model):
+
+            def observe(*_: Any) -> None:
+                raise Lost
+
+            before = await http.get("/v2/health/ready")
+            model.batcher._observe = observe
+            await http.post("/v2/models/small/infer", json=infer(FLOATS[:1]))
+            return before.status_code, (await http.get("/v2/health/ready")).status_code
+
+    assert asyncio.run(run()) == (200, 503)
+    assert "a worker of the batches has ended" in caplog.text
+
+
+def test_images_that_were_given_up_do_not_wait_for_a_worker() -> None:
+    async def run() -> list[int]:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=1)
+        async with batcher.running():
+            first, second = (asyncio.create_task(batcher.submit(np.array([i]))) for i in range(2))
+            await until(lambda: gate.batches == [[0]] and batcher.waiting == 1)
+            second.cancel()
+            await asyncio.wait([second])
+            waiting = batcher.waiting
+            gate.open.set()
+            return [waiting, len((await first)["double"])]
+
+    assert asyncio.run(run()) == [0, 1]
+
+
 def test_admission_is_bounded_and_ends_with_the_stop() -> None:
     batcher = Batcher(Gate(), max_batch=1, max_requests=2)
     with batcher.admit(), batcher.admit():

@@ -195,10 +195,10 @@ class ModelServer:
         return JSONResponse({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Whether the model is warmed up and the server accepts requests."""
+        """Whether the server accepts requests and computes them."""
         if "name" in request.path_params:
             self._known(request)
-        ready = self.ready and not self.batcher.stopping
+        ready = self.ready and self.batcher.working and not self.batcher.stopping
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def prometheus(self, request: Request) -> Response:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+logger = logging.getLogger("advmoe_export.serve")
 Outputs = Mapping[str, npt.NDArray[Any]]
 Run = Callable[[npt.NDArray[Any]], Outputs]
 
@@ -70,6 +72,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Condition()
         self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
         self.requests = 0
         """Number of requests between `admit` and its end."""
 
@@ -82,6 +85,11 @@ class Batcher:
     def stopping(self) -> bool:
         """Whether new requests are refused."""
         return self._stopping
+
+    @property
+    def working(self) -> bool:
+        """Whether batches are computed: no worker has ended."""
+        return not any(task.done() for task in self._tasks)
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -111,20 +119,26 @@ class Batcher:
         async with self._arrived:
             self._waiting.append(entry)
             self._arrived.notify()
-        return await entry.result
+        try:
+            return await entry.result
+        finally:  # images that were given up do not wait, and need no memory
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(entry)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Compute submitted images. At the end, waiting images are still computed."""
         with ThreadPoolExecutor(self._workers, thread_name_prefix="model") as pool:
-            tasks = [asyncio.create_task(self._work(pool)) for _ in range(self._workers)]
+            self._tasks = [asyncio.create_task(self._work(pool)) for _ in range(self._workers)]
+            for task in self._tasks:
+                task.add_done_callback(_report)
             try:
                 yield
             finally:
                 self._stopping = True
                 async with self._arrived:
                     self._arrived.notify_all()
-                await asyncio.gather(*tasks)
+                await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def stop(self) -> None:
         """Refuse new requests. Waiting requests are still answered."""
@@ -133,22 +147,19 @@ class Batcher:
     async def _work(self, pool: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while entries := await self._next_batch():
-            images = np.concatenate([entry.images for entry in entries])
-            begin = loop.time()
+            begin, parts = loop.time(), [entry.images for entry in entries]
             try:
-                outputs = await loop.run_in_executor(pool, self._run_filled, images)
-                self._observe(len(images), loop.time() - begin, outputs)
+                outputs = await loop.run_in_executor(pool, self._run_joined, parts)
+                self._observe(sum(map(len, parts)), loop.time() - begin, outputs)
+                results = _split(outputs, parts)
             except Exception as error:
                 for entry in entries:
                     if not entry.result.done():
                         entry.result.set_exception(error)
                 continue
-            start = 0
-            for entry in entries:
-                part = slice(start, start + len(entry.images))
+            for entry, result in zip(entries, results, strict=True):
                 if not entry.result.done():
-                    entry.result.set_result({name: values[part] for name, values in outputs.items()})
-                start = part.stop
+                    entry.result.set_result(result)
 
     async def _next_batch(self) -> list[_Waiting]:
         """The next batch; empty if the batcher stops and no image waits."""
@@ -186,10 +197,23 @@ class Batcher:
             self._waiting = deque(entry for entry in self._waiting if not entry.result.done())
         return bool(self._waiting)
 
-    def _run_filled(self, images: npt.NDArray[Any]) -> Outputs:
+    def _run_joined(self, parts: Sequence[npt.NDArray[Any]]) -> Outputs:
         """Run a batch. For a fixed batch size, pad it with the last image, and drop the extra results."""
-        if self._fixed is None or len(images) == self._fixed:
-            return self._run(images)
-        filling = np.repeat(images[-1:], self._fixed - len(images), axis=0)
-        outputs = self._run(np.concatenate([images, filling]))
-        return {name: values[: len(images)] for name, values in outputs.items()}
+        count = sum(map(len, parts))
+        if self._fixed is not None and count < self._fixed:
+            parts = [*parts, np.repeat(parts[-1][-1:], self._fixed - count, axis=0)]
+        outputs = self._run(np.concatenate(parts))
+        return {name: values[:count] for name, values in outputs.items()}
+
+
+def _split(outputs: Outputs, parts: Sequence[npt.NDArray[Any]]) -> list[Outputs]:
+    """The outputs of each part of a batch."""
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    named = {name: np.split(values, ends) for name, values in outputs.items()}
+    return [{name: values[i] for name, values in named.items()} for i in range(len(parts))]
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Log the error that ended a worker."""
+    if not task.cancelled() and (error := task.exception()):
+        logger.critical("a worker of the batches has ended; the server is not ready any more", exc_info=error)
