@@ -38,5 +38,9 @@ class LostRankError(AdvMoEError):
     """
 
 
+class NotFiniteError(AdvMoEError):
+    """Logits or gradients of a network that are not finite, so that its figures would mean nothing."""
+
+
 class TrainingError(AdvMoEError):
     """A training run that cannot continue, for example because its loss is no longer finite."""

@@ -17,6 +17,7 @@ eps = 0.01
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ def _checked(path: Path, section: str, owner: type[Settings], name: str, value: 
     """A value of a section, checked against the field of its name."""
     known = {each.name: each for each in fields_of(owner)}
     if name not in known or name in {"attack", "val_attack"}:
-        raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}", "config")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}{hint}", "config")
     each = known[name]
     try:
         return conform(None if value == NONE else value, each.kind, each.setting.noun or name, each.setting)

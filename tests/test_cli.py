@@ -161,7 +161,10 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
             ["train", "digits", "--image-size", "64"],
             r"images of digits are 32 pixels wide and are not resized, got .* 64",
         ),
-        (["train", "digits", "--resume"], r"holds no run to go on with; leave out --resume"),
+        (
+            ["train", "digits", "--resume"],
+            r"holds no run to go on with; give the run's folder, or leave out --resume to begin one \(--out\)",
+        ),
         (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
         (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
         (["train", "cifar10", "--data-dir", "file"], r"file is a file; give the folder"),
@@ -210,7 +213,8 @@ def test_a_run_folder_that_cannot_be_made_gets_one_clear_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert re.search(r"error: file: .*exists", refused(["train", "digits", *QUICK, "--out", "file"], capsys))
+    message = refused(["train", "digits", *QUICK, "--out", "file"], capsys)
+    assert re.search(r"error: cannot use file: .*exists; give another place", message)
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_over(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,6 +241,24 @@ def test_training_again_with_resume_and_other_options_is_refused(
     capsys.readouterr()
     message = refused(["train", "digits", *QUICK, "--lr", "0.5", "--out", "copy", "--resume"], capsys)
     assert "started with lr = 0.1" in message
+
+
+def test_a_run_goes_on_by_its_folder_alone(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "copy")
+    capsys.readouterr()
+    assert main(["train", "--out", "copy", "--resume"]) == 0
+    assert "copy is finished, all 1 epochs; to train on, begin a new run from it" in capsys.readouterr().err
+    assert main(["train", "--config", "copy", "--out", "copy", "--resume"]) == 0
+    capsys.readouterr()
+    assert "holds no run to go on with" in refused(["train", "--config", "copy", "--resume"], capsys)
+
+
+def test_a_folder_in_place_of_a_data_set_is_told_apart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    message = refused(["train", "pets"], capsys)
+    assert "'pets' is a folder and no data set; for images of your own: advmoe train folder --data-dir pets" in message
 
 
 def test_train_and_evaluate_print_one_json_object(

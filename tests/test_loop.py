@@ -251,6 +251,18 @@ def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, t
     assert all(value.isfinite().all() for value in last.weights.values())
 
 
+def test_a_network_that_is_no_longer_finite_after_an_epoch_has_diverged(digits: Dataset, tmp_path: Path) -> None:
+    class Sabotage(Observer):
+        def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+            assert self.trainer is not None
+            nn.init.constant_(self.trainer.model.classifier.bias, float("inf"))  # type: ignore[union-attr, arg-type]
+
+    message = r"training has diverged: after epoch 1 .* not finite; .*last\.pt is from before; lower the learning rate"
+    with pytest.raises(TrainingError, match=message) as caught:
+        train(digits, tmp_path / "run", STANDARD, observer=Sabotage())
+    assert caught.value.options == ("lr",)
+
+
 @pytest.mark.parametrize(("threshold", "warnings"), [(0.5, 1), (1.1, 0)])
 def test_a_collapsed_router_is_pointed_out_once_with_its_layer_and_load(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float, warnings: int

@@ -1,5 +1,6 @@
 """The folder of a run: no lost checkpoint, one writer, and a full disk."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from runs import Observer, assert_identical, contents, resumed, train
+from runs import TRAIN, Observer, assert_identical, contents, resumed, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -46,6 +47,16 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(
     path = tmp_path / "run"
     path.mkdir()
     (path / dies_with).write_text('{"epoch": 1, "val_s')
+    assert train(digits, path)
+    assert_identical(contents(path), contents(whole_run))
+
+
+def test_a_run_without_a_step_gives_way_to_another(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    other = dataclasses.replace(TRAIN, lr=0.5)
+    with pytest.raises(MemoryError):
+        train(digits, path, other, observer=Observer(fail_after=1))
+    assert load_checkpoint(path / "last.pt").progress["step"] == 0
     assert train(digits, path)
     assert_identical(contents(path), contents(whole_run))
 

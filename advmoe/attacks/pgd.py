@@ -18,7 +18,7 @@ from torch import Tensor
 
 from advmoe.config import AttackConfig
 from advmoe.distributed import Place
-from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.errors import ConfigError, NotFiniteError
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(images [b, 3, H, W] in [0, 1], their positions in the batch [b]) -> outputs [b, K]; see `plain` and `forced`."""
@@ -157,7 +157,7 @@ def pgd(
             instead of an error that the host would have to wait for.
 
     Raises:
-        AdvMoEError: An output or a gradient is not finite, and there is no `sound`. sign(NaN) would
+        NotFiniteError: An output or a gradient is not finite, and there is no `sound`. sign(NaN) would
             leave the image where it is, and argmax of NaNs is class 0: either would pass for
             robustness.
     """
@@ -189,7 +189,7 @@ def pgd(
         else:
             adversarial[rows] = project(stepped, images[rows], config.eps)
     if sound is None and not finite:
-        raise AdvMoEError(
+        raise NotFiniteError(
             "the attack met logits or gradients that are not finite, so its result would flatter the model; "
             "expected finite logits: check the checkpoint (diverged training?) and the input images"
         )

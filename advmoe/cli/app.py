@@ -124,7 +124,7 @@ def run(arguments: Sequence[str] | None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that is a file or may not be written to
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        fail(f"cannot use {error.filename}: {error.strerror}; give another place" if error.filename else str(error))
         return 1
     except typer.TyperException as error:
         message = error.format_message() or str(error)

@@ -109,6 +109,11 @@ def train(
     from advmoe.models.registry import build_model
 
     check(recipe is None or config_file is None, "give --recipe or --config, not both")
+    if config_file is not None and config_file.is_dir():
+        config_file /= RUN_FILE
+    alone = dataset is None and recipe is None and config_file is None
+    if resume and alone and out is not None and (out / RUN_FILE).is_file():
+        config_file = out / RUN_FILE  # the run's own settings; given options must be the same
     check(seeds is None or "seed" not in settings, "give --seed or --seeds, not both")
     chosen_seeds = None if seeds is None else parse_seeds(seeds)
     plan = make_plan(dataset, recipe, config_file, init, data_dir, settings)
@@ -161,7 +166,7 @@ def make_plan(
     Raises:
         ConfigError: A setting is invalid, or two settings contradict each other.
     """
-    from advmoe.data.sources import dataset_info
+    from advmoe.data.sources import dataset_info, dataset_names
     from advmoe.training.checkpoint import file_digest
     from advmoe.training.methods import resolve_method
 
@@ -177,6 +182,10 @@ def make_plan(
     chosen = dataset or base.train.get("dataset")
     if chosen is None:
         raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
+    check(
+        not Path(chosen).is_dir() or chosen in dataset_names(),
+        f"'{chosen}' is a folder and no data set; for images of your own: advmoe train folder --data-dir {chosen}",
+    )
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
     init = None if init is None else checkpoint_of(init)
@@ -267,7 +276,12 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
             text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
             from_leader(lambda: remember_data(path, config.dataset, plan.data_dir))
             from_leader(lambda: write_text_atomically(path / RUN_FILE, text))
-            console.note(f"starting: {trainer.memory}")
+            if trainer.step == trainer.schedule.steps:
+                console.note(
+                    f"{path} is finished, all {trainer.schedule.epochs} epochs; to train on, begin a new run from it"
+                )
+            else:
+                console.note(f"starting: {trainer.memory}")
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
@@ -287,9 +301,13 @@ def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:
     from advmoe.training.checkpoint import load_checkpoint
 
     refused, there = f"not begun here: {folder.path}", folder.last.exists()
-    if there and not resume and restarts() == 0:
+    if there and not resume and restarts() == 0 and folder.begun:
         keep_for_restarts(refused)
-    check(not resume or there, f"{folder.path} holds no run to go on with; leave out --resume to begin one")
+    check(
+        not resume or there,
+        f"{folder.path} holds no run to go on with; give the run's folder, or leave out --resume to begin one",
+        "out",
+    )
     if resume or (there and restarts() > 0 and not kept_before_restart(refused)):
         return load_checkpoint(folder.last)
     return None

@@ -21,7 +21,7 @@ from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import ImageSet
 from advmoe.distributed import gather, own_rows, together
-from advmoe.errors import AdvMoEError
+from advmoe.errors import NotFiniteError
 from advmoe.evaluation.precision import full_precision
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -89,11 +89,11 @@ def check_finite(logits: Tensor, routing: Routing) -> None:
     no gradient.
 
     Raises:
-        AdvMoEError: A logit of the classifier or of a router is not finite.
+        NotFiniteError: A logit of the classifier or of a router is not finite.
     """
     for whose, values in (("the classifier", logits), ("the routers", routing.logits_BRN)):
         if values is not None and not values.isfinite().all():
-            raise AdvMoEError(
+            raise NotFiniteError(
                 f"the logits of {whose} are not finite, so accuracies would mean nothing; expected finite logits: "
                 "check the checkpoint (diverged training?) and the input images"
             )
@@ -126,7 +126,7 @@ def evaluate(
             figures are the same. By default on a GPU.
 
     Raises:
-        AdvMoEError: Logits, or a gradient of the attack, are not finite.
+        NotFiniteError: Logits, or a gradient of the attack, are not finite.
     """
     mine = together(lambda: _attack_batches(model, images, attack, batch_size, seed, progress, one_shape))
     batches = sorted(chain.from_iterable(gather(mine)), key=lambda arrays: int(arrays[0][0]))

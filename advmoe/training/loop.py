@@ -24,7 +24,7 @@ from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
 from advmoe.device import read
 from advmoe.distributed import any_rank, equalize, from_leader, together, world
-from advmoe.errors import CheckpointError, ConfigError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
@@ -246,13 +246,20 @@ class Trainer:
     def _finish_epoch(self, images_per_second: float) -> None:
         epoch = self.step // self.steps_per_epoch
         share = math.ceil(len(self.split.validation) / world().size)
-        validation = evaluate(
-            self._validated(),
-            self.split.validation,
-            self.config.val_attack,
-            batch_size=min(validation_batch(self.config.batch_size, self.model_config.image_size), max(1, share)),
-            seed=self.config.seed,
-        )
+        try:
+            validation = evaluate(
+                self._validated(),
+                self.split.validation,
+                self.config.val_attack,
+                batch_size=min(validation_batch(self.config.batch_size, self.model_config.image_size), max(1, share)),
+                seed=self.config.seed,
+            )
+        except NotFiniteError as error:
+            raise TrainingError(
+                f"the training has diverged: after epoch {epoch} the network's logits or gradients are not finite; "
+                f"{self.folder.last} is from before; lower the learning rate in a new run",
+                "lr",
+            ) from error
         if not world().leads:
             self.sums = self._new_sums()
             self._save(best=False)
@@ -305,7 +312,7 @@ class Trainer:
             shown = ", ".join(f"{layer} ({100 * load:.1f} %)" for layer, load in new.items())
             self.observer.warned(
                 f"epoch {epoch}: routers send nearly every image to one expert, in MoE layer {shown}; "
-                "such a layer is as good as one expert"
+                "such a layer is as good as one expert; if they stay like this, use balance 0.01 in a new run"
             )
 
     def _count_skipped(self, epoch: int) -> int:
@@ -386,7 +393,8 @@ class Trainer:
             if stored != wanted:
                 raise CheckpointError(
                     f"cannot resume {self.folder.path}: it was started with {difference(stored, wanted)}; "
-                    "repeat the original options"
+                    "repeat the original options, or begin a new run from its weights",
+                    "init",
                 )
         progress = from_dict(Progress, checkpoint.progress)
         try:

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.config import CHECKPOINT_MINUTES
-from advmoe.errors import ConfigError, DataError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
-from advmoe.training.checkpoint import Checkpoint, save_checkpoint
+from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe.training.events import EventLog
 from advmoe.training.routing_history import RoutingHistory
 
@@ -72,15 +72,25 @@ class RunFolder:
         """Route log of the last two epochs of an MoE-CNN (see `advmoe.routing_log`)."""
         return self.path / "routes.npz"
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run with at least one step, or a checkpoint that cannot be read."""
+        if not self.last.exists():
+            return self.best.exists()
+        try:
+            return bool(load_checkpoint(self.last).progress.get("step", 1))
+        except CheckpointError:
+            return True
+
     def start(self, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Start a new run with a checkpoint of step 0, so that the run can be resumed from any point.
 
-        A run that stopped before its first checkpoint is started again.
+        A run that stopped before its first step is started again.
 
         Raises:
             ConfigError: The folder already holds a run, or another process writes to it.
         """
-        if self.last.exists() or self.best.exists():
+        if self.begun:
             raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
