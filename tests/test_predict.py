@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,17 +120,20 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_make_the_exit_code_1
     (tmp_path / "1.png").write_bytes(Path("photos/9.png").read_bytes()[:60])
     (tmp_path / "2.png").write_bytes(Path("photos/9.png").read_bytes())
     (tmp_path / "3.gif").write_text("no picture")
+    Image.fromarray(np.zeros((1, 100_000, 3), np.uint8)).save(tmp_path / "4.png")
     capsys.readouterr()
     assert main(["predict", "model.onnx", str(tmp_path), "--json"]) == 1
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert [Path(each["image"]).name for each in result["predictions"]] == ["2.png"]
-    assert [Path(each["image"]).name for each in result["skipped"]] == ["1.png", "3.gif"]
+    assert [Path(each["image"]).name for each in result["skipped"]] == ["1.png", "3.gif", "4.png"]
     lines = err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "error"]
+    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "warning", "error"]
     assert "1.png cannot be decoded" in lines[0]
     assert "3.gif cannot be decoded" in lines[1]
-    assert lines[2] == "error: 2 of 3 images could not be read and were skipped"
+    # 32 * 3,200,000 pixels are more than 2^26
+    assert re.search(r"4\.png cannot be resized .*: it would be resized to 32 x 3200000", lines[2])
+    assert lines[3] == "error: 3 of 4 images could not be read and were skipped"
     assert main(["predict", "model.onnx", str(tmp_path), "--csv"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2  # names, and the row of 2.png
 

@@ -18,7 +18,7 @@ from advmoe.cli.exporter import export_errors, exporter, open_session
 from advmoe.cli.options import Json
 from advmoe.cli.progress import data_progress
 from advmoe.config import check
-from advmoe.errors import DataError
+from advmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,7 +172,7 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
     JPEG and PNG are decoded as in data sets, other formats by Pillow. Rust resizes all of them.
 
     Raises:
-        DataError: The file is missing or cannot be decoded.
+        DataError: The file is missing, cannot be decoded, or is too long and thin to be resized.
     """
     import numpy as np
 
@@ -193,4 +193,8 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
         raise DataError(str(error)) from error
     except (DataError, OSError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); expected a JPEG, PNG or the like") from error
-    return shown(pixels, ResizeCenterCrop(size=metadata.image_size, resize=metadata.resize))
+    try:
+        return shown(pixels, ResizeCenterCrop(size=metadata.image_size, resize=metadata.resize))
+    except ConfigError as error:
+        reason = str(error).removeprefix("image 0: ")  # the only one of its batch
+        raise DataError(f"{path} cannot be resized as an image of the model: {reason}") from error
