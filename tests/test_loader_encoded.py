@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +377,34 @@ def test_bad_images_are_skipped_on_request_and_reported(
     assert all(len(batch.images) == len(batch.labels) == len(batch.indices) > 0 for batch in batches)
     assert sorted(loader.skipped) == [row for row in range(len(bad) + 2) if row not in (1, len(bad) + 1)]
     assert "0000.jpg" in loader.skipped[0]
+
+
+def test_other_threads_of_python_run_while_an_image_is_decoded() -> None:
+    content = encode(Image.new("RGB", (2000, 2000)))
+    rust_router.decode_image(content)  # the first call imports modules, which releases the lock too
+    began, ended = threading.Event(), threading.Event()
+
+    def decode() -> None:
+        began.set()
+        rust_router.decode_image(content)
+        ended.set()
+
+    def decoding_is_seen() -> bool:
+        began.clear()
+        ended.clear()
+        thread = threading.Thread(target=decode)
+        thread.start()
+        began.wait()
+        seen = not ended.is_set()
+        thread.join()
+        return seen
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # a thread runs until it waits, ends or releases the lock by itself
+    try:
+        assert any(decoding_is_seen() for _ in range(50))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_images_of_different_sizes_need_a_transform_that_resizes(photo: Image.Image, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ pub(super) fn open_pack(py: Python<'_>, path: PathBuf) -> PyResult<PackContents<
 #[pyfunction]
 pub(super) fn decode_image<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound<'py, PyArray3<u8>>> {
     let mut rgb = Vec::new();
-    let (height, width) = guarded(|| decode::decode(encoded, &mut rgb)).map_err(DataError::new_err)?;
+    let size = py.detach(|| guarded(|| decode::decode(encoded, &mut rgb)));
+    let (height, width) = size.map_err(DataError::new_err)?;
     rgb.into_pyarray(py).reshape([height, width, 3])
 }
