@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from advmoe import rust_router
 from advmoe.data.loader import Batch, BatchLoader, CropFlip, default_threads
 from advmoe.data.sets import EncodedSet
 from advmoe.errors import ConfigError
@@ -315,6 +316,43 @@ def test_images_of_another_form_are_refused() -> None:
         BatchLoader(Images(np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2, np.int64)), batch_size=1)
     with pytest.raises(ConfigError, match="a label for each of 2 images, got 1 labels"):
         BatchLoader(Images(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(1, np.int64)), batch_size=1)
+
+
+def filler(**options: object) -> rust_router.BatchFiller:
+    defaults: dict[str, object] = {
+        "seed": 0,
+        "stream": 0,
+        "transform": rust_router.Transform.as_they_are(),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "channels_last": False,
+        "num_threads": 1,
+        "skip_bad": False,
+    }
+    return rust_router.BatchFiller(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "shape", "expected"),
+    [
+        (False, (3, 1, 5, 6), r"expected a batch \[1, 3, H, W\] to fill, got \[3, 1, 5, 6\]"),
+        (False, (1, 1, 15, 6), r"got \[1, 1, 15, 6\]"),
+        (True, (1, 5, 9, 2), r"expected a batch \[1, H, W, 3\] to fill, got \[1, 5, 9, 2\]"),
+    ],
+)
+def test_a_batch_to_fill_has_the_right_axes(channels_last: bool, shape: tuple[int, ...], expected: str) -> None:
+    images = some_images(1).images
+    with pytest.raises(ConfigError, match=expected):
+        filler(channels_last=channels_last).fill(
+            images, np.zeros(1, np.int64), 0, np.zeros(shape, np.uint8), rust_router.Stop()
+        )
+
+
+def test_compiled_code_refuses_images_in_fortran_order() -> None:
+    images, out = some_images(2).images, np.zeros((2, 3, 5, 6), np.uint8)
+    for source, target in ((np.asfortranarray(images), out), (images, np.asfortranarray(out))):
+        with pytest.raises(ConfigError, match="expected C-contiguous arrays"):
+            filler().fill(source, np.arange(2), 0, target, rust_router.Stop())
 
 
 def test_an_epoch_or_batch_that_does_not_exist_is_refused() -> None:

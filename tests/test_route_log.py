@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from advmoe import rust_router
 from advmoe.errors import ConfigError, DataError
 from advmoe.routing_log import Dissection, PathwayChannels, RouteLog
 
@@ -179,7 +180,7 @@ def test_similarities_are_those_of_written_out_masks() -> None:
         ([[2]], "expected experts 0 to 1 in MoE layer 0, got 2"),
         ([[256]], "expected expert_index_BL from 0 to 255, got 256 to 256"),
         ([[-1]], "expected expert_index_BL from 0 to 255, got -1 to -1"),
-        ([[0, 0]], r"expected 1 x 1 expert indices \(samples x MoE layers\), got 2"),
+        ([[0, 0]], r"expected 1 x 1 expert indices \(samples x MoE layers\), got 1 x 2"),
         ([0], "expected expert_index_BL as integers with 2 axes, got int64"),
         ([[0.5]], "expected expert_index_BL as integers with 2 axes, got float64"),
     ],
@@ -189,6 +190,23 @@ def test_routes_no_such_model_can_take_are_refused(experts: list[object], messag
     with pytest.raises(ConfigError, match=message):
         log.append("clean", [0], experts)  # type: ignore[arg-type]
     assert log.conditions == ()
+
+
+@pytest.mark.parametrize("experts", [np.eye(4, 2, dtype=int).T, np.eye(4, 2, dtype=int).reshape(8, 1)])
+def test_a_table_with_the_right_number_of_entries_needs_the_right_shape(experts: np.ndarray) -> None:
+    log = RouteLog([2, 2])
+    rows, columns = experts.shape
+    with pytest.raises(ConfigError, match=f"expected 4 x 2 expert indices .*, got {rows} x {columns}"):
+        log.append("clean", np.arange(4), experts)
+    assert log.conditions == ()
+
+
+def test_compiled_code_refuses_tables_in_fortran_order() -> None:
+    experts, minus = np.asfortranarray(np.eye(4, 2, dtype=np.uint8)), np.full(4, -1, np.int32)
+    with pytest.raises(ConfigError, match="expected C-contiguous arrays"):
+        rust_router.RouteLog([2, 2]).append(("clean", 0), np.arange(4), experts, minus, minus)
+    with pytest.raises(ConfigError, match="expected C-contiguous arrays"):
+        rust_router.Channels([np.asfortranarray(np.ones((2, 3), bool))])
 
 
 def test_a_condition_nobody_logged_is_named_with_those_that_are() -> None:

@@ -5,6 +5,8 @@ mod batches;
 mod files;
 mod routes;
 
+use numpy::ndarray::Dimension;
+use numpy::{Element, PyReadonlyArray, PyReadwriteArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::FileError;
@@ -49,8 +51,25 @@ impl From<RouteError> for PyErr {
     }
 }
 
-/// The error for an array that is not contiguous in memory.
-fn contiguous(_: impl std::error::Error) -> PyErr {
+/// The elements of an array, the last axis first.
+///
+/// `as_slice` alone also accepts an array in Fortran order, whose elements lie in another order.
+fn c_slice<'a, T: Element, D: Dimension>(array: &'a PyReadonlyArray<'_, T, D>) -> PyResult<&'a [T]> {
+    if !array.is_c_contiguous() {
+        return Err(not_contiguous());
+    }
+    array.as_slice().map_err(|_| not_contiguous())
+}
+
+/// As [`c_slice`], for an array that is written.
+fn c_slice_mut<'a, T: Element, D: Dimension>(array: &'a mut PyReadwriteArray<'_, T, D>) -> PyResult<&'a mut [T]> {
+    if !array.is_c_contiguous() {
+        return Err(not_contiguous());
+    }
+    array.as_slice_mut().map_err(|_| not_contiguous())
+}
+
+fn not_contiguous() -> PyErr {
     ConfigError::new_err("expected C-contiguous arrays; use numpy.ascontiguousarray")
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray4, PyReadwriteArray4, PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
-use super::{ConfigError, contiguous};
+use super::{ConfigError, c_slice, c_slice_mut};
 use crate::images::Result;
 use crate::images::augment;
 use crate::images::batch::{self, Layout};
@@ -165,11 +165,11 @@ impl BatchFiller {
         out: &Bound<'py, PyAny>,
     ) -> PyResult<Vec<Skipped>> {
         let done: Result<Vec<Skipped>> = if let Ok(mut out) = out.extract::<PyReadwriteArray4<'py, f32>>() {
-            let out = out.as_slice_mut().map_err(contiguous)?;
+            let out = c_slice_mut(&mut out)?;
             py.detach(|| loader::fill(&self.workers, source, &self.floats, request, out))
         } else {
             let mut out = out.extract::<PyReadwriteArray4<'py, u8>>()?;
-            let out = out.as_slice_mut().map_err(contiguous)?;
+            let out = c_slice_mut(&mut out)?;
             py.detach(|| loader::fill(&self.workers, source, &self.bytes, request, out))
         };
         Ok(done?)
@@ -212,12 +212,16 @@ impl BatchFiller {
         out: &Bound<'py, PyAny>,
         stop: &Stop,
     ) -> PyResult<Vec<(usize, String)>> {
-        let rows = rows.as_slice().map_err(contiguous)?;
+        let rows = c_slice(&rows)?;
         let shape: [usize; 4] = out.getattr("shape")?.extract::<(usize, usize, usize, usize)>()?.into();
-        let [height, width] = match self.bytes.layout {
-            Layout::Planar => [shape[2], shape[3]],
-            Layout::Interleaved => [shape[1], shape[2]],
+        let ([height, width], expected, form) = match self.bytes.layout {
+            Layout::Planar => ([shape[2], shape[3]], [rows.len(), 3, shape[2], shape[3]], "3, H, W"),
+            Layout::Interleaved => ([shape[1], shape[2]], [rows.len(), shape[1], shape[2], 3], "H, W, 3"),
         };
+        if shape != expected {
+            let message = format!("expected a batch [{}, {form}] to fill, got {shape:?}", rows.len());
+            return Err(ConfigError::new_err(message));
+        }
         let interruption = Interruption::new(stop, self.workers.are_only_the_caller());
         let came = || interruption.came();
         let request = Request { rows, epoch, height, width, stop: &came };
@@ -227,7 +231,7 @@ impl BatchFiller {
                     let shape = array.shape();
                     return Err(ConfigError::new_err(format!("expected RGB images [n, H, W, 3], got {shape:?}")));
                 };
-                let source = Pixels::new(array.as_slice().map_err(contiguous)?, height, width)?;
+                let source = Pixels::new(c_slice(array)?, height, width)?;
                 self.fill_from(py, &source, request, out)
             }
             Images::Encoded(source) => self.fill_from(py, &source.get().0, request, out),

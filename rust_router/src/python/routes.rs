@@ -7,7 +7,7 @@ use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonl
 use numpy::{PyUntypedArrayMethods, ToPyArray};
 use pyo3::prelude::*;
 
-use super::contiguous;
+use super::{ConfigError, c_slice};
 use crate::routes::Result;
 use crate::routes::diversity::{self, PairBudget};
 use crate::routes::key::Key;
@@ -35,7 +35,7 @@ impl Channels {
     fn new(layers: Vec<PyReadonlyArray2<'_, bool>>) -> PyResult<Self> {
         let mut channels = channels::Channels::new();
         for layer in layers {
-            channels.push(layer.as_slice().map_err(contiguous)?.to_vec(), layer.shape()[1])?;
+            channels.push(c_slice(&layer)?.to_vec(), layer.shape()[1])?;
         }
         Ok(Self(channels))
     }
@@ -99,11 +99,17 @@ impl RouteLog {
         labels: PyReadonlyArray1<'_, i32>,
         predictions: PyReadonlyArray1<'_, i32>,
     ) -> PyResult<()> {
+        let num_layers = self.with(py, |log| Ok(log.num_experts().len()))?;
+        let (shape, num_samples) = (experts.shape(), indices.len());
+        if shape != [num_samples, num_layers] {
+            let expected = format!("{num_samples} x {num_layers} expert indices (samples x MoE layers)");
+            return Err(ConfigError::new_err(format!("expected {expected}, got {} x {}", shape[0], shape[1])));
+        }
         let rows = Rows {
-            indices: indices.as_slice().map_err(contiguous)?,
-            experts: experts.as_slice().map_err(contiguous)?,
-            labels: labels.as_slice().map_err(contiguous)?,
-            predictions: predictions.as_slice().map_err(contiguous)?,
+            indices: c_slice(&indices)?,
+            experts: c_slice(&experts)?,
+            labels: c_slice(&labels)?,
+            predictions: c_slice(&predictions)?,
         };
         Ok(self.with(py, |log| log.append(key(condition), rows))?)
     }
@@ -187,7 +193,7 @@ impl RouteLog {
         channels: &Channels,
         mask: PyReadonlyArray1<'py, bool>,
     ) -> PyResult<(Array1<'py, f64>, Array1<'py, f64>)> {
-        let mask = mask.as_slice().map_err(contiguous)?;
+        let mask = c_slice(&mask)?;
         let (ious, cosines) =
             self.with(py, |log| similarity::with_mask(log.table(&key(condition))?, &channels.0, mask))?;
         Ok((ious.into_pyarray(py), cosines.into_pyarray(py)))
