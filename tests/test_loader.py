@@ -116,9 +116,10 @@ def test_encoded_images_are_decoded_on_the_processors_of_this_process(
     none = np.zeros(0, np.int64)
     encoded = EncodedSet(files=(), file_index=none, offsets=none, lengths=none, labels=none, class_names=())
     assert (default_threads(encoded), default_threads(some_images())) == expected
-    monkeypatch.setenv("RAYON_NUM_THREADS", "many")
-    with pytest.raises(ConfigError, match="expected RAYON_NUM_THREADS >= 1, got 'many'"):
-        default_threads(encoded)
+    for wrong in ("many", "0", "1025"):
+        monkeypatch.setenv("RAYON_NUM_THREADS", wrong)
+        with pytest.raises(ConfigError, match=f"expected RAYON_NUM_THREADS from 1 to 1024, got '{wrong}'"):
+            default_threads(encoded)
 
 
 @pytest.mark.parametrize("start", range(7))
@@ -303,7 +304,8 @@ def test_batches_for_a_gpu_lie_in_page_locked_memory() -> None:
         ({"batch_size": 1, "seed": -1}, "expected seed and stream from 0"),
         ({"batch_size": 1, "dtype": torch.float64}, "expected dtype torch.float32 or torch.uint8"),
         ({"batch_size": 1, "std": (0.0, 1.0, 1.0)}, "3 positive standard deviations"),
-        ({"batch_size": 1, "num_threads": 0}, "expected num_threads >= 1, got 0"),
+        ({"batch_size": 1, "num_threads": 0}, "expected num_threads from 1 to 1024, got 0"),
+        ({"batch_size": 1, "num_threads": 10**6}, "expected num_threads from 1 to 1024, got 1000000"),
     ],
 )
 def test_arguments_out_of_range_are_named(options: dict[str, object], message: str) -> None:
@@ -330,6 +332,17 @@ def filler(**options: object) -> rust_router.BatchFiller:
         "skip_bad": False,
     }
     return rust_router.BatchFiller(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def test_compiled_code_starts_no_million_threads() -> None:
+    for num_threads in (0, 10**6):
+        with pytest.raises(ConfigError, match=f"expected 1 to 1024 loader threads, got {num_threads}"):
+            filler(num_threads=num_threads)
+
+
+def test_an_order_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"expected a number of images whose order fits in memory, got {2**62}"):
+        rust_router.epoch_order(0, 0, 0, 2**62)
 
 
 @pytest.mark.parametrize(

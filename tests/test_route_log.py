@@ -209,6 +209,14 @@ def test_compiled_code_refuses_tables_in_fortran_order() -> None:
         rust_router.Channels([np.asfortranarray(np.ones((2, 3), bool))])
 
 
+def test_a_sample_of_no_pairs_is_refused() -> None:
+    channels = PathwayChannels([[[0], [1]]], [2])
+    log = RouteLog([2])
+    log.append("clean", [0, 1], [[0], [1]])
+    with pytest.raises(ConfigError, match="expected at least 1 sampled pair, got 0"):
+        log._log.diversity(("clean", 0), channels._compiled, num_bins=2, max_exact=0, sampled=0, seed=0)
+
+
 def test_a_condition_nobody_logged_is_named_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r'has no "apgd" of epoch 0; it has clean \(epoch 0\), pgd \(epoch 0\)'):
         random_log(2, [2]).routes("apgd")

@@ -33,6 +33,9 @@ __all__ = ["Batch", "BatchLoader", "CropFlip", "LabeledImages"]
 FAST_THREADS = 2
 """Threads for images in memory. Each fills 500,000 images of 32 x 32 per second."""
 
+MAX_THREADS = 1024
+"""Highest number of threads. It is that of the compiled module."""
+
 
 def default_threads(images: object) -> int:
     """Default number of threads: at most two for images in memory, otherwise one for each processor of this process.
@@ -42,12 +45,12 @@ def default_threads(images: object) -> int:
     programs that use Rust's rayon.
     """
     if chosen := os.environ.get("RAYON_NUM_THREADS"):
-        if not (chosen.isdecimal() and int(chosen) > 0):
-            raise ConfigError(f"expected RAYON_NUM_THREADS >= 1, got {chosen!r}")
+        if not (chosen.isdecimal() and 1 <= int(chosen) <= MAX_THREADS):
+            raise ConfigError(f"expected RAYON_NUM_THREADS from 1 to {MAX_THREADS}, got {chosen!r}")
         return int(chosen)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return share if isinstance(images, EncodedSet) else min(FAST_THREADS, share)
+    return min(MAX_THREADS if isinstance(images, EncodedSet) else FAST_THREADS, share)
 
 
 class Batch(NamedTuple):
@@ -171,8 +174,8 @@ class BatchLoader:
             raise ConfigError(f"expected dtype torch.float32 or torch.uint8, got {dtype}")
         if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
             raise ConfigError(f"expected 3 means and 3 positive standard deviations, got {mean} and {std}")
-        if num_threads is not None and num_threads < 1:
-            raise ConfigError(f"expected num_threads >= 1, got {num_threads}")
+        if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
+            raise ConfigError(f"expected num_threads from 1 to {MAX_THREADS}, got {num_threads}")
         if on_bad_image not in ("raise", "skip"):
             raise ConfigError(f'expected on_bad_image "raise" or "skip", got {on_bad_image!r}')
         self.skipped: dict[int, str] = {}

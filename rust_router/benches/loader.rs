@@ -16,13 +16,15 @@ const BATCH: usize = 512;
 
 /// The size of CIFAR-10's training set.
 fn images() -> Vec<u8> {
-    (0..50_000_u64).flat_map(|i| STREAM.permutation(i, 96).into_iter().flat_map(|v| [v as u8; 32])).collect()
+    (0..50_000_u64)
+        .flat_map(|i| STREAM.permutation(i, 96).expect("memory").into_iter().flat_map(|v| [v as u8; 32]))
+        .collect()
 }
 
 fn crop_flip(criterion: &mut Criterion) {
     let images = images();
     let source = Pixels::new(&images, 32, 32).expect("whole images");
-    let order = STREAM.permutation(0, 50_000);
+    let order = STREAM.permutation(0, 50_000).expect("memory");
     let mut group = criterion.benchmark_group("crop_flip");
     group.throughput(Throughput::Elements(BATCH as u64));
     let request = |turn: usize| {
@@ -62,7 +64,9 @@ fn crop_flip(criterion: &mut Criterion) {
 }
 
 fn shuffle(criterion: &mut Criterion) {
-    criterion.bench_function("epoch_order_1m3", |bench| bench.iter(|| STREAM.permutation(black_box(3), 1_281_167)));
+    criterion.bench_function("epoch_order_1m3", |bench| {
+        bench.iter(|| STREAM.permutation(black_box(3), 1_281_167).expect("memory"))
+    });
 }
 
 criterion_group!(benches, crop_flip, shuffle);

@@ -30,7 +30,7 @@ impl From<ImageError> for PyErr {
             Error::Row { .. } | Error::Sample { .. } | Error::Empty { .. } | Error::Stopped | Error::File(_) => {
                 DataError::new_err(message)
             }
-            Error::NoThreads
+            Error::NumThreads { .. }
             | Error::Threads { .. }
             | Error::Buffer { .. }
             | Error::Pixels { .. }

@@ -7,6 +7,8 @@
 //! `numpy.random.Philox(key=[seed, stream], counter=[0, index, epoch, purpose]).random_raw()`
 //! returns the same words, because NumPy increments the counter before it computes the first block.
 
+use std::collections::TryReserveError;
+
 /// The use of a random word. Each purpose has its own counters, so no two decisions share a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -43,12 +45,16 @@ impl Stream {
     ///
     /// Position `p` uses word `p % 4` of block `p / 4` of index 0. NumPy's `argsort(Philox(key,
     /// counter=[0, 0, epoch, 0]).random_raw(len), kind="stable")` is the same permutation.
-    #[must_use]
-    pub fn permutation(self, epoch: u64, len: usize) -> Vec<i64> {
+    ///
+    /// # Errors
+    /// The memory of `len` positions and words is not available.
+    pub fn permutation(self, epoch: u64, len: usize) -> Result<Vec<i64>, TryReserveError> {
         let words = (0..).flat_map(|block| self.block(Purpose::Shuffle, epoch, 0, block));
-        let mut keyed: Vec<(u64, i64)> = words.zip(0..).take(len).collect();
+        let mut keyed: Vec<(u64, i64)> = Vec::new();
+        keyed.try_reserve_exact(len)?;
+        keyed.extend(words.zip(0..).take(len));
         keyed.sort_unstable();
-        keyed.into_iter().map(|(_, position)| position).collect()
+        Ok(keyed.into_iter().map(|(_, position)| position).collect())
     }
 }
 
@@ -115,7 +121,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_permutation_holds_every_position_once(seed: u64, stream: u64, epoch: u64, len in 0..300_usize) {
-            let mut order = Stream { seed, stream }.permutation(epoch, len);
+            let mut order = Stream { seed, stream }.permutation(epoch, len).unwrap();
             order.sort_unstable();
             prop_assert!(order.into_iter().eq(0..i64::try_from(len).unwrap()));
         }
@@ -128,8 +134,14 @@ mod tests {
     }
 
     #[test]
+    fn an_order_that_no_memory_holds_is_an_error() {
+        let stream = Stream { seed: 0, stream: 0 };
+        assert!(stream.permutation(0, 1 << 62).is_err());
+    }
+
+    #[test]
     fn streams_epochs_and_seeds_have_orders_of_their_own() {
-        let order = |seed, stream, epoch| Stream { seed, stream }.permutation(epoch, 100);
+        let order = |seed, stream, epoch| Stream { seed, stream }.permutation(epoch, 100).unwrap();
         let first = order(0, 0, 0);
         assert_eq!(first, order(0, 0, 0));
         for other in [order(1, 0, 0), order(0, 1, 0), order(0, 0, 1)] {

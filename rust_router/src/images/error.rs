@@ -5,13 +5,19 @@ use std::path::PathBuf;
 use super::geometry::Size;
 use crate::error::FileError;
 
+/// Highest number of loader threads.
+pub const MAX_THREADS: usize = 1024;
+
 /// An error with one variant per cause. Messages contain the expected value, the actual value, and
 /// the image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The number of loader threads is 0.
-    #[error("expected at least 1 loader thread, got 0")]
-    NoThreads,
+    /// The number of loader threads is out of range.
+    #[error("expected 1 to {MAX_THREADS} loader threads, got {num_threads}")]
+    NumThreads {
+        /// The number.
+        num_threads: usize,
+    },
     /// The system cannot start the threads.
     #[error("cannot start {num_threads} loader threads ({reason}); use fewer")]
     Threads {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::images::augment::Transform;
 use crate::images::batch::{Layout, Levels, write};
-use crate::images::error::{Error, Result};
+use crate::images::error::{Error, MAX_THREADS, Result};
 use crate::images::resize::Resizer;
 use crate::images::source::{Scratch, Source};
 use crate::rng::Stream;
@@ -23,17 +23,17 @@ impl Workers {
     /// Starts `num_threads` threads. With 1, the calling thread does the work.
     ///
     /// # Errors
-    /// `num_threads` is 0, or the system cannot start so many threads.
+    /// `num_threads` is not in 1..=[`MAX_THREADS`], or the system cannot start so many threads.
     pub fn new(num_threads: usize) -> Result<Self> {
         let process = std::process::id();
         let pool = match num_threads {
-            0 => return Err(Error::NoThreads),
             1 => None,
-            _ => {
+            2..=MAX_THREADS => {
                 let builder = rayon::ThreadPoolBuilder::new().num_threads(num_threads);
                 let named = builder.thread_name(|i| format!("loader-{i}"));
                 Some(named.build().map_err(|e| Error::Threads { num_threads, reason: e.to_string() })?)
             }
+            _ => return Err(Error::NumThreads { num_threads }),
         };
         Ok(Self { pool, process })
     }
@@ -198,6 +198,14 @@ mod tests {
         for row in [-1, 10] {
             let message = batch(2, &[0, row]).unwrap_err().to_string();
             assert_eq!(message, format!("row {row} is outside the 10 images of the source; use rows from 0 to 9"));
+        }
+    }
+
+    #[test]
+    fn a_number_of_threads_out_of_range_starts_none() {
+        for num_threads in [0, MAX_THREADS + 1, usize::MAX] {
+            let message = Workers::new(num_threads).unwrap_err().to_string();
+            assert_eq!(message, format!("expected 1 to 1024 loader threads, got {num_threads}"));
         }
     }
 

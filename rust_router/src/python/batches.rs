@@ -18,8 +18,17 @@ use crate::rng::Stream;
 
 /// The order of an epoch: a permutation of `range(len)`. It is a pure function of its arguments.
 #[pyfunction]
-pub(super) fn epoch_order(py: Python<'_>, seed: u64, stream: u64, epoch: u64, len: usize) -> Bound<'_, PyArray1<i64>> {
-    py.detach(|| Stream { seed, stream }.permutation(epoch, len)).to_pyarray(py)
+pub(super) fn epoch_order(
+    py: Python<'_>,
+    seed: u64,
+    stream: u64,
+    epoch: u64,
+    len: usize,
+) -> PyResult<Bound<'_, PyArray1<i64>>> {
+    let order = py.detach(|| Stream { seed, stream }.permutation(epoch, len)).map_err(|reason| {
+        ConfigError::new_err(format!("expected a number of images whose order fits in memory, got {len} ({reason})"))
+    })?;
+    Ok(order.to_pyarray(py))
 }
 
 /// The transform of every image.

@@ -42,8 +42,8 @@ pub struct PairBudget {
 /// pathways, and not with the square of the number of samples.
 ///
 /// # Errors
-/// Channels and table have different layers, there are fewer than two samples, or `num_bins` is not
-/// in 1..=2^20.
+/// Channels and table have different layers, there are fewer than two samples, `num_bins` is not in
+/// 1..=2^20, or pairs would be sampled and `budget.sampled` is 0.
 pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: PairBudget) -> Result<Diversity> {
     channels.check(table)?;
     if table.len() < 2 {
@@ -60,6 +60,9 @@ pub fn diversity(table: &Table, channels: &Channels, num_bins: usize, budget: Pa
     let distinct = unique.len() as u64;
     let mut tally = Tally::new(num_bins);
     let exact = distinct * (distinct - 1) / 2 <= budget.max_exact;
+    if !exact && budget.sampled == 0 {
+        return Err(Error::NoPairs);
+    }
     if exact {
         let grouped = Grouped::new(&pairs, &unique);
         grouped.tally(&unique, &unique_sizes, &mut tally);
@@ -265,6 +268,14 @@ mod tests {
         let got = diversity(&table, &channels, 3, BUDGET).unwrap();
         assert_eq!(got.histogram, [2, 3, 1]);
         assert_eq!(got.mean_intersection, (4.0 + 3.0 * 2.0) / 6.0);
+    }
+
+    #[test]
+    fn a_sample_of_no_pairs_is_refused() {
+        let (table, channels) = (table(&[2], &[0, 1]), windows(&[2], false));
+        let none = PairBudget { max_exact: 0, sampled: 0, seed: 0 };
+        let message = diversity(&table, &channels, 4, none).unwrap_err().to_string();
+        assert_eq!(message, "expected at least 1 sampled pair, got 0");
     }
 
     #[test]

@@ -161,6 +161,9 @@ pub enum Error {
         /// The number.
         num_bins: usize,
     },
+    /// Pairs would have to be sampled, and the number of sampled pairs is 0.
+    #[error("expected at least 1 sampled pair, got 0")]
+    NoPairs,
     /// A log cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
