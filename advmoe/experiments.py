@@ -37,7 +37,7 @@ CIFAR10_RESNET18 = "*cifar10-resnet18*"
 SIZES: Mapping[Scale, Size] = {
     "smoke": Size(
         train="--width 0.0625 --epochs 1 --limit-train 64 --batch-size 16 --val-limit 16",
-        evaluate="--limit-eval 16 --steps 2 --diagnose 4 --no-latency --batch-size 16",
+        evaluate="--limit-eval 16 --steps 2 --diagnose 16 --no-latency --batch-size 16",
         made_smaller="digits instead of the data set, 64 training and 16 test images, 1/16 of the width, one epoch, "
         "PGD-2 in the evaluation: it shows that the commands work, and nothing else",
         dataset="digits",

@@ -11,6 +11,7 @@ from rooms import TwoRooms, room_images
 from torch import Tensor, nn
 from under_attack import victims_of
 
+from advmoe.attacks.pgd import plain
 from advmoe.attacks.relaxations import routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.config import AttackConfig
@@ -19,6 +20,7 @@ from advmoe.errors import ConfigError
 from advmoe.evaluation.diagnostics import (
     Diagnostic,
     black_box,
+    check_routing,
     diagnose,
     routing_gap,
     routing_seen,
@@ -84,6 +86,10 @@ def defended(sound: Digits, defense: type[Digits]) -> Digits:
     return model
 
 
+def verdict(diagnostics: dict[str, Diagnostic]) -> str:
+    return verdict_of({name: check.status for name, check in diagnostics.items()})
+
+
 def failures(diagnostics: dict[str, Diagnostic]) -> set[str]:
     return {name for name, diagnostic in diagnostics.items() if diagnostic.status == "failed"}
 
@@ -91,7 +97,7 @@ def failures(diagnostics: dict[str, Diagnostic]) -> set[str]:
 def test_a_sound_model_passes_every_check(sound: Digits, data: tuple[Tensor, Tensor]) -> None:
     diagnostics = checked(sound, data)
     assert {diagnostic.status for diagnostic in diagnostics.values()} == {"passed"}, diagnostics
-    assert verdict_of(check.status for check in diagnostics.values()) == "trusted"
+    assert verdict(diagnostics) == "trusted"
     assert list(diagnostics) == [
         "finite",
         "logits",
@@ -187,7 +193,40 @@ def test_a_broken_defense_is_caught(
         model.labels = data[1][:40]
     diagnostics = checked(model, data)
     assert caught_by <= failures(diagnostics), diagnostics
-    assert verdict_of(check.status for check in diagnostics.values()) == "not to be trusted"
+    assert verdict(diagnostics) == "not to be trusted"
+
+
+ATTACKED = {"zero_gradients", "large_eps", "one_step", "converged", "monotone_in_eps", "black_box"}
+"""Checks of the attack."""
+
+
+@pytest.mark.parametrize("images", [0, 1, 4, 15])
+def test_a_few_images_show_nothing_of_an_attack(sound: Digits, data: tuple[Tensor, Tensor], images: int) -> None:
+    right = (sound(data[0]).argmax(dim=1) == data[1]).nonzero().squeeze(1)
+    wrong = (data[1][:8] + 1) % 10  # a wrong label makes a wrong prediction
+    shown = torch.cat((data[0][right[:images]], data[0][:8])), torch.cat((data[1][right[:images]], wrong))
+    diagnostics = checked(sound, shown)
+    assert all(diagnostics[name].status == "not run" for name in ATTACKED), diagnostics
+    assert diagnostics["large_eps"].value == f"{images} images are classified correctly, the check needs 16"
+    assert verdict(diagnostics) == "not checked"
+    # A mask may be seen on a few images, but is never called sound because of them.
+    assert verdict(checked(defended(sound, Quantized), shown)) == ("not to be trusted" if images else "not checked")
+
+
+def test_a_radius_of_zero_has_no_radii_around_it(sound: Digits, data: tuple[Tensor, Tensor]) -> None:
+    diagnostics = checked(sound, data, AttackConfig(eps=0.0, steps=2, step_size=0.0))
+    assert (diagnostics["monotone_in_eps"].status, diagnostics["monotone_in_eps"].value) == ("not run", "eps is 0")
+    assert diagnostics["large_eps"].status == "passed"
+
+
+def test_the_route_attack_sees_what_the_views_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advmoe.evaluation.diagnostics.routing_views", lambda model: {"detached": plain(model)})
+    for images, status in ((16, "failed"), (1, "not run")):
+        sample = victims_of(TwoRooms(), room_images(*[0.49] * images), torch.tensor([0] * images), ATTACK)
+        gap = check_routing(sample, torch.tensor([[0], [1]]))
+        assert gap.status == status
+        if status == "failed":
+            assert gap.value.startswith("RA 100.0 % by the model's own gradient, 0.0 %")
 
 
 def test_normalization_outside_the_model_is_caught(data: tuple[Tensor, Tensor]) -> None:
@@ -233,15 +272,15 @@ def test_a_robustness_that_only_routing_hides_is_caught() -> None:
 def test_square_is_compared_with_all_that_sees_a_gradient() -> None:
     """PGD stands still before the router of the first room; Square walks through, and so do the routing's views."""
     attack = AttackConfig(eps=24 / 255, steps=5, step_size=6 / 255)
-    sample = victims_of(TwoRooms(), room_images(0.49, 0.47), torch.tensor([0, 0]), attack)
+    sample = victims_of(TwoRooms(), room_images(*[0.49, 0.47] * 8), torch.tensor([0] * 16), attack)
 
     def seen(withstood: Tensor | None) -> Diagnostic:
         found = diagnose(sample, withstood=withstood, square_queries=20)
         return {check.name: check for check in found}["black_box"]
 
     assert seen(None).status == "failed"
-    assert seen(torch.tensor([True, True])).status == "failed"
-    assert seen(torch.tensor([False, False])).status == "passed"
+    assert seen(torch.tensor([True] * 16)).status == "failed"
+    assert seen(torch.tensor([False] * 16)).status == "passed"
     # AutoAttack's authors warn from 0.2 points on: 20 of 10,000. One image is always allowed.
     assert [black_box(broken, 10_000, 5000).status for broken in (20, 21)] == ["passed", "failed"]
     assert [black_box(broken, 64, 500).status for broken in (1, 2)] == ["passed", "failed"]
@@ -257,4 +296,4 @@ def test_the_use_of_the_routers_is_told_without_a_verdict() -> None:
         "2 pathways in 4 images; entropy of the load 0.50, lowest layer 0.00; "
         "PGD changes the pathway of 25.0 % of images, 12.5 % of decisions"
     )
-    assert verdict_of([check.status]) == "not checked"
+    assert verdict_of({check.name: check.status}) == "not checked"

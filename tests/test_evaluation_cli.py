@@ -105,8 +105,9 @@ def test_the_mask_of_a_sparse_cnn_is_compared_at_once(
 
 
 def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(checkpoint, "--strict", "--diagnose", "0") == 1
-    assert "--strict judges by the diagnostics" in capsys.readouterr().err
+    for images in ("0", "15"):
+        assert evaluate(checkpoint, "--strict", "--diagnose", images) == 1
+        assert f"correctly classified images; give --diagnose 16 or more, got {images}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,9 @@ def test_a_repeated_evaluation_takes_the_diagnostics_it_has_kept(
     (tmp_path / "out" / "state-diagnostics.json").write_text("damaged")
     assert evaluate(checkpoint, "--out", str(tmp_path / "out"), "--diagnose", "10") == 0
     assert asked == [20, 10, 10]
+    monkeypatch.setattr(suite, "installed", lambda: False)  # the package of Square: black_box may not have run
+    assert evaluate(checkpoint, "--out", str(tmp_path / "out"), "--diagnose", "10") == 0
+    assert asked == [20, 10, 10, 10]
 
 
 def test_a_limit_chooses_the_same_images_for_every_seed(checkpoint: Path, tmp_path: Path) -> None:

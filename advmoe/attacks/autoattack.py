@@ -13,6 +13,7 @@ convolutions.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -47,12 +48,16 @@ class AutoAttackResult:
     """Attack -> [B]: whether the image withstands this attack and all attacks before it."""
 
 
+def installed() -> bool:
+    """Whether the pyautoattack package, which is optional, is there."""
+    return importlib.util.find_spec("pyautoattack") is not None
+
+
 def package() -> ModuleType:
     """The pyautoattack package.
 
     Raises:
-        ConfigError: The package is missing, there are too few classes for the targeted losses (at
-            least 3 others), or images are outside [0, 1].
+        ConfigError: The package is missing.
     """
     try:
         import pyautoattack

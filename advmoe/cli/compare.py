@@ -27,7 +27,7 @@ def compare(
         str | None, typer.Option(help="Radius of the attack, e.g. 8/255. Default: that of the first model's training.")
     ] = None,
     autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack, too.")] = False,
-    diagnose: Annotated[int, typer.Option(help="Images that the diagnostics look at; 0: not checked.")] = 64,
+    diagnose: Annotated[int, typer.Option(help="Images for the diagnostics of runs and checkpoints; 0: none.")] = 64,
     limit_eval: LimitEval = None,
     batch_size: BatchSize = 256,
     data_dir: DataDir = None,

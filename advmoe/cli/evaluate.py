@@ -38,7 +38,7 @@ SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
 CHOICE_SEED = 0
 """Seed of the choice of test images under a limit."""
 UNTRUSTED = 2
-"""Exit status of --strict if a diagnostic failed."""
+"""Exit status of --strict if the numbers are not trusted."""
 
 
 def evaluate(
@@ -71,7 +71,11 @@ def evaluate(
         ),
     ] = None,
     diagnose: Annotated[
-        int, typer.Option(help="Images that the diagnostics look at; with 0 the numbers count as not checked.")
+        int,
+        typer.Option(
+            help="Images that the diagnostics look at. With fewer than 16 that are classified correctly the numbers "
+            "count as not checked."
+        ),
     ] = 64,
     mask: Annotated[
         Path | None,
@@ -79,7 +83,10 @@ def evaluate(
     ] = None,
     latency: Annotated[bool, typer.Option(help="Time single images and whole batches, for a few seconds.")] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 2 if a diagnostic fails: the numbers are not to be trusted.")
+        bool,
+        typer.Option(
+            "--strict", help="Exit with 2 unless the diagnostics ran and passed, so that the numbers are trusted."
+        ),
     ] = False,
     out: Annotated[
         Path | None,
@@ -101,11 +108,16 @@ def evaluate(
     from advmoe.device import resolve_device
     from advmoe.distributed import PATIENT_SECONDS, from_leader, joined, leader_first
     from advmoe.evaluation.controls import CONTROLS, controlled
+    from advmoe.evaluation.diagnostics import NEEDED
     from advmoe.evaluation.results import SuiteConfig
 
     check(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
-    check(diagnose > 0 or not strict, "--strict judges by the diagnostics; give --diagnose 1 or more")
+    check(
+        diagnose >= NEEDED or not strict,
+        f"--strict judges by the diagnostics, which need {NEEDED} correctly classified images; give --diagnose "
+        f"{NEEDED} or more, got {diagnose}",
+    )
     check(out is None or not out.is_file(), f"{out} is a file; give --out a folder")
     controls = list(dict.fromkeys(one_of("control", name, CONTROLS, "control") for name in control or []))
     place = resolve_device(device)
@@ -354,6 +366,7 @@ def _training_seconds(run: Path) -> float | None:
 def show(title: str, card: Mapping[str, Any]) -> None:
     """Figures and diagnostics as tables."""
     from advmoe.evaluation.card import latencies, pixels
+    from advmoe.evaluation.diagnostics import NEEDED
     from advmoe.evaluation.vocabulary import FIGURES, FOOLED, RA_PGD, failed_readings, measured
 
     numbers = card["advmoe"]
@@ -396,5 +409,7 @@ def show(title: str, card: Mapping[str, Any]) -> None:
         )
         for name, reading in failed_readings(numbers["diagnostics"]):
             console.note(f"{name}: {reading.meaning} {reading.next_step}")
+        if verdict == "not checked":
+            console.note(f"The checks need {NEEDED} images that are classified correctly; give --diagnose more images.")
     else:
         console.note("No diagnostics were run: these numbers are NOT CHECKED.")

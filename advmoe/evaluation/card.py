@@ -197,7 +197,7 @@ def make_card(
         control: Name of the control (`advmoe.evaluation.controls`), if the model is one.
     """
     numbers = figures(result)
-    verdict = verdict_of(diagnostic.status for diagnostic in result.diagnostics)
+    verdict = verdict_of({diagnostic.name: diagnostic.status for diagnostic in result.diagnostics})
     trusted = None if verdict == "not checked" else verdict == "trusted"
     kind = {"moe": "MoE", "s_dense": "S-Dense", "sparse_cnn": "Sparse-CNN", "dense": "Dense"}[model.kind]
     card: dict[str, Any] = {

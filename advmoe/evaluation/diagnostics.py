@@ -5,7 +5,7 @@ Each check looks for one known way in which a defense, or the evaluation itself,
 results). The checks use a sample of the images. A failed check does not prove the number wrong. It
 names a reason why the attack may have been too weak.
 
-Shape suffixes: B batch, I images of a set, K classes, L MoE layers, N experts, R routers.
+Shape suffixes: B batch, I images of a set, K classes, L MoE layers, M pathways, N experts, R routers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advmoe.attacks.autoattack import autoattack
+from advmoe.attacks.pathways import RouteAttackConfig, route_attack
 from advmoe.attacks.pgd import (
     GradientCount,
     check_images,
@@ -46,6 +47,9 @@ TOLERANCE = 0.02
 the model, before a check fails. A single image may always change."""
 BLACK_BOX = 0.002
 """The same limit for Square, which sees no gradient. AutoAttack's authors chose this value for their own warning."""
+NEEDED = 16
+"""Correctly classified images without which a check of an attack shows nothing. A single image may
+always change, and of a few images it is a large share."""
 LARGE_EPS = AttackConfig(eps=1.0, steps=50, step_size=0.05, start="clean")
 """An attack that may replace the whole image. It starts at the clean image, so that it depends on gradients only."""
 
@@ -94,6 +98,21 @@ def _verdict(name: str, passed: bool, value: str, expected: str) -> Diagnostic:
 
 def _slack(images: int, tolerance: float = TOLERANCE) -> float:
     return max(tolerance, 1.0 / max(images, 1)) + 1e-9  # differences of shares carry rounding
+
+
+def on_enough(check: Diagnostic, right: int) -> Diagnostic:
+    """A check of an attack, with the status `not run` if it passed on too few images to mean
+    anything. A failure counts on any number.
+
+    Args:
+        check: The check.
+        right: The number of images that were attacked, because they are classified correctly.
+    """
+    if check.status != "passed" or right >= NEEDED:
+        return check
+    return dataclasses.replace(
+        check, status="not run", value=f"{right} images are classified correctly, the check needs {NEEDED}"
+    )
 
 
 def _percent(share: float) -> str:
@@ -212,7 +231,15 @@ def check_attack(sample: Victims, withstood: Tensor | None, square_queries: int)
     slack = _slack(total)
     unseen = survived if withstood is None else survived & withstood[right]
     rising = any(later > earlier + slack for earlier, later in itertools.pairwise(by_radius))
-    return [
+    monotone = _verdict(
+        "monotone_in_eps",
+        not rising,
+        f"RA {', '.join(map(_percent, by_radius))} at eps/2, eps, 2 eps",
+        "a larger radius never helps the model",
+    )
+    if not by_radius:
+        monotone = dataclasses.replace(monotone, status="not run", value="eps is 0")
+    checks = [
         _verdict(
             "zero_gradients",
             count.zero_share <= 0.01,
@@ -237,14 +264,10 @@ def check_attack(sample: Victims, withstood: Tensor | None, square_queries: int)
             f"{_percent(further)} more broken by {attack.steps} further steps",
             f"next to nothing; else {attack.steps} steps of {255 * attack.step_size:.3g}/255 are too few",
         ),
-        _verdict(
-            "monotone_in_eps",
-            not rising,
-            f"RA {', '.join(map(_percent, by_radius))} at eps/2, eps, 2 eps",
-            "a larger radius never helps the model",
-        ),
+        monotone,
         _check_black_box(victims.take(unseen), square_queries, total),
     ]
+    return [on_enough(check, len(victims)) for check in checks]
 
 
 def _attacked_further(survivors: Victims, adversarial: Tensor) -> int:
@@ -292,15 +315,27 @@ def black_box(broken: int, total: int, queries: int) -> Diagnostic:
     )
 
 
-def check_routing(sample: Victims) -> Diagnostic:
-    """`routing_gap` on the sample, for an evaluation that does not attack the routing of all images."""
+def check_routing(sample: Victims, observed_ML: Tensor) -> Diagnostic:
+    """`routing_gap` on the sample, for an evaluation that does not attack the routing of all images.
+
+    Args:
+        sample: Some images, right and wrong ones. The model routes. Each attack gets one start.
+        observed_ML: Pathways of other images, for the route attack.
+    """
     with evaluating(sample.model), full_precision(sample.model):
         victims = sample.take(sample.right()).under(dataclasses.replace(sample.attack, restarts=1))
-        left = []
+        right, left, nearby = len(victims), [], victims.images
         for forward in routing_views(sample.model).values():  # the model itself comes first
-            victims = victims.take(victims.right(untargeted(victims, forward)[0]))
-            left.append(len(victims) / len(sample))
-    return routing_gap(left[0], left[-1], len(sample))
+            found = untargeted(victims, forward)[0]
+            kept = victims.right(found)
+            nearby = nearby[kept] if left else found[kept]
+            victims = victims.take(kept)
+            left.append(len(victims))
+        if len(victims):
+            _, robust = route_attack(victims, observed_ML=observed_ML, nearby=nearby, config=RouteAttackConfig())
+            left.append(int(robust.sum()))
+    gap = routing_gap(left[0] / len(sample), left[-1] / len(sample), len(sample))
+    return on_enough(gap, right)
 
 
 def routing_gap(ra: float, ra_routing: float, images: int) -> Diagnostic:

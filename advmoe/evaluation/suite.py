@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD
+from advmoe.attacks.autoattack import SQUARE_QUERIES, STANDARD, installed
+from advmoe.attacks.pathways import all_pathways
 from advmoe.attacks.relaxations import is_routed
 from advmoe.attacks.victims import Victims
 from advmoe.config import to_dict
@@ -31,16 +32,16 @@ from advmoe.evaluation.diagnostics import (
     black_box,
     check_routing,
     diagnose,
+    on_enough,
     routing_gap,
     routing_seen,
 )
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
-from advmoe.evaluation.stages import begin, predict, stages
+from advmoe.evaluation.stages import OBSERVED, begin, predict, stages
 from advmoe.evaluation.state import Arrays, EvaluationState, read_note, write_note
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
-from advmoe.models.network import RoutedNetwork
 
 STATE_LAYOUT = 3
 """Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
@@ -122,15 +123,19 @@ def run_suite(
             attacks=planned(config, model),
             arrays=state.arrays,
             diagnostics=(),
-            exact_routes=is_routed(model) and _choices(model) <= config.route.exhaustive,
+            exact_routes=is_routed(model) and all_pathways(model, config.route.exhaustive) is not None,
             pathways_used=len(counts),
         )
         notes = None if state_path is None else state_path.with_name(f"{state_path.stem}-diagnostics.json")
-        asked = subject | {"diagnosed": config.diagnosed, "square_queries": config.square_queries}
+        asked = subject | {
+            "diagnosed": config.diagnosed,
+            "square_queries": config.square_queries,
+            "square_installed": installed(),  # without it black_box does not run
+        }
         found = _diagnosed_before(notes, asked)
         if found is None:
             tell(total, total, "diagnostics")
-            found = _diagnose(model, images, result, device)
+            found = _diagnose(model, images, result, common_ML[:OBSERVED], device)
             if notes is not None and config.diagnosed:
                 write_note(notes, asked, [dataclasses.asdict(check) for check in found])
         return dataclasses.replace(result, diagnostics=found)
@@ -151,11 +156,6 @@ def _diagnosed_before(path: Path | None, asked: dict[str, Any]) -> tuple[Diagnos
         return None if content is None else tuple(Diagnostic(**check) for check in content)
     except TypeError:
         return None
-
-
-def _choices(model: RoutedNetwork) -> int:
-    """Number of possible pathways."""
-    return int(model.config.num_experts ** (len(model.routers) * model.rows_per_image))
 
 
 def identity(
@@ -206,9 +206,11 @@ def common_pathways(
     return distinct_ML[order].to(device), counts[order].numpy()
 
 
-def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: torch.device) -> tuple[Diagnostic, ...]:
+def _diagnose(
+    model: nn.Module, images: ImageSet, result: SuiteResult, observed_ML: Tensor, device: torch.device
+) -> tuple[Diagnostic, ...]:
     """Checks on evenly spaced images, and on the results of the attacks on all images."""
-    config, total = result.config, len(images)
+    config, total, right = result.config, len(images), int(result.arrays["right"].sum())
     if not config.diagnosed or not total:
         return ()
     chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
@@ -219,13 +221,16 @@ def _diagnose(model: nn.Module, images: ImageSet, result: SuiteResult, device: t
     square = Attack("autoattack", STANDARD[-1])
     if square in result.attacks:  # more queries, and on all images
         alone = int((withstood & ~result.robust([square])).sum())
+        judged = on_enough(black_box(alone, total, SQUARE_QUERIES), right)
         found = diagnose(sample, withstood=kept, square_queries=0)
-        found = [black_box(alone, total, SQUARE_QUERIES) if check.name == "black_box" else check for check in found]
+        found = [judged if check.name == "black_box" else check for check in found]
     else:
         found = diagnose(sample, withstood=kept, square_queries=config.square_queries)
     if is_routed(model):
         clean, attacked = (result.arrays[f"pathway/{condition}"] for condition in ("clean", "pgd"))
         found.append(routing_seen(clean, attacked, model.config.num_experts))
-        gap = routing_gap(result.ra(PGD), result.ra(ROUTE), total) if config.routing else check_routing(sample)
-        found.append(gap)
+        if config.routing:
+            found.append(on_enough(routing_gap(result.ra(PGD), result.ra(ROUTE), total), right))
+        else:
+            found.append(check_routing(sample, observed_ML))
     return tuple(found)

@@ -97,12 +97,15 @@ Verdict = Literal["trusted", "not to be trusted", "not checked"]
 Status = Literal["passed", "failed", "info", "not run"]
 
 
-def verdict_of(statuses: Iterable[Status]) -> Verdict:
-    """The verdict that follows from the outcomes of all diagnostics."""
-    seen = set(statuses)
-    if "failed" in seen:
+ATTACK_CHECKS = ("zero_gradients", "large_eps", "one_step", "converged")
+"""Checks of PGD itself. Unless they pass, nothing is known of an RA."""
+
+
+def verdict_of(statuses: Mapping[str, Status]) -> Verdict:
+    """The verdict that follows from the outcomes of all diagnostics, by name."""
+    if "failed" in statuses.values():
         return "not to be trusted"
-    return "trusted" if "passed" in seen else "not checked"
+    return "trusted" if all(statuses.get(name) == "passed" for name in ATTACK_CHECKS) else "not checked"
 
 
 class Reading(NamedTuple):
