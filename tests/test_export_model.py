@@ -1,6 +1,7 @@
 """Exported files: outputs, metadata, and no leftover files after an error."""
 
 import errno
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from advmoe_export import (
     export_model,
 )
 from advmoe_export.trace import Traced, trace
+from advmoe_export.verify import run_reference
 from torch import Tensor, nn
 
 from advmoe.models.experts import ExpertLayout
@@ -198,6 +200,56 @@ def test_a_users_own_module_with_our_convolution_is_exported(pictures: Tensor, t
     prediction = Session(report.path).run(pictures.numpy())
     chosen = (pictures[:, 0].mean((1, 2)) > 0.5).long()
     np.testing.assert_array_equal(prediction.pathway, torch.stack((chosen, chosen), dim=1))
+
+
+def test_the_reference_is_the_modules_own_result(small_moe: Make, pictures: Tensor) -> None:
+    for num_experts in (1, 3):
+        model = small_moe(num_experts=num_experts, decisions=(0, 1, 1, 2))
+        reference = run_reference(trace(model, image_size=(16, 16), opset=18).program, pictures.numpy())
+        logits, expert_index_BL, margin_BL = model.forward_with_routing(pictures)
+        np.testing.assert_allclose(reference.logits, logits.detach(), atol=1e-5)
+        np.testing.assert_array_equal(reference.expert_index, expert_index_BL)
+        expected = np.full((8, 4), np.inf) if num_experts == 1 else margin_BL.detach()  # one expert has no rival
+        np.testing.assert_allclose(reference.margin, expected, atol=1e-5)
+
+
+def test_the_module_computes_the_given_images_once_and_in_small_batches(
+    small_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def counted(network: Any, decisions: Any, images: Any) -> Any:
+        computed.append(len(images))
+        return run_module(network, decisions, images)
+
+    module = sys.modules["advmoe_export.verify"]  # the package's own `verify` is the function
+    run_module = module._run_module  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "_run_module", counted)
+    images = np.random.default_rng(0).random((150, 3, 16, 16), dtype=np.float32)
+    report = export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS, images=images)
+    assert sorted(computed) == [22, 64, 64, 64]  # 150 images given, and 64 synthetic ones
+    assert report.agreement is not None
+    assert report.agreement.images == 150
+
+
+@pytest.mark.parametrize("number", [3, 10])
+def test_a_file_with_a_fixed_batch_size_is_compared_on_all_images(
+    number: int, small_moe: Make, pictures: Tensor, tmp_path: Path
+) -> None:
+    images = torch.cat([pictures, pictures.flip(3)])[:number]
+    form = {"profile": "static", "batch_size": 4}
+    path = tmp_path / "model.onnx"
+    model = small_moe()
+    targets = model(images).argmax(dim=1).numpy()
+    targets[-1] += 1  # the last image is wrong, and among those that do not fill a batch
+    report = export_model(model, path, image_size=16, labels=LABELS, images=images.numpy(), targets=targets, **form)
+    assert report.agreement is not None
+    assert (report.agreement.images, report.agreement.same_label, report.agreement.same_pathway) == (number, 1.0, 1.0)
+    assert report.agreement.module_accuracy == report.agreement.file_accuracy == pytest.approx(1 - 1 / number)
+    assert ("given, from 0", number) in {(check.batch, check.size) for check in report.verification.checks}
+    session = Session(path)
+    outputs = session.execute(session.check(images[:3].numpy(), any_size=True))
+    np.testing.assert_allclose(outputs["logits"], model(images[:3]).detach(), atol=1e-4)
 
 
 def test_a_graph_that_differs_is_not_left_behind(

@@ -112,11 +112,10 @@ class Predicting:
     def _of_batch(self, paths: list[Path], images: list[NDArray[np.uint8]]) -> Iterator[dict[str, Any]]:
         import numpy as np
 
-        fixed = self.session.metadata.batch_size or len(images)
-        filled = images + images[-1:] * (fixed - len(images))
+        session = self.session
         with export_errors():
-            result = self.session.run(np.stack(filled))
-        labels = self.session.metadata.labels
+            result = session.interpret(session.execute(session.check(np.stack(images), any_size=True)))
+        labels = session.metadata.labels
         for row, path in enumerate(paths):
             order = np.argsort(-result.probabilities[row], kind="stable")[: self.top]
             ranked = [{"label": labels[k], "probability": round(float(result.probabilities[row, k]), 6)} for k in order]

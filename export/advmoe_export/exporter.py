@@ -183,7 +183,7 @@ def export_model(
             draft = Path(folder) / target.name
             described = _write(onnx_model, draft, described)
             report = verify(
-                draft, traced.program, images=images, tolerance=tolerance, optimizations=OPTIMIZATION_LEVELS
+                draft, traced.program, reference=reference, tolerance=tolerance, optimizations=OPTIMIZATION_LEVELS
             )
             if not report.passed:
                 raise VerificationError(f"'{target}' was not written: {report.explanation()}", report)

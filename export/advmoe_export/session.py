@@ -119,12 +119,19 @@ class Session:
         return self.execute(self.check(images))
 
     def execute(self, prepared: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs of the file by name, for a batch that `check` returned."""
+        """All outputs of the file by name, for a batch that `check` returned.
+
+        A batch below the fixed size of the file is filled up with its last image. The results of
+        these copies are left out.
+        """
+        count, missing = len(prepared), (self.metadata.batch_size or 0) - len(prepared)
+        if missing > 0:
+            prepared = np.concatenate([prepared, np.repeat(prepared[-1:], missing, axis=0)])
         if self.provider == PROVIDER_NAMES["cpu"]:
             results = self._session.run(None, {"images": prepared})
         else:
             results = self._run_on_device(prepared)
-        return dict(zip(self.outputs, results, strict=True))
+        return {name: result[:count] for name, result in zip(self.outputs, results, strict=True)}
 
     def interpret(self, outputs: dict[str, npt.NDArray[Any]]) -> Prediction:
         """The outputs of the file with names and probabilities."""

@@ -27,6 +27,8 @@ from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
 
 BATCHES = (1, 2, 7, 64)
 """Batch sizes that are compared if the profile accepts them."""
+IMAGES_AT_A_TIME = 64
+"""Largest batch that the module computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,44 +175,52 @@ def run_reference(program: Any, images: npt.NDArray[Any]) -> Reference:
 
     from advmoe_export.operators import ATTRIBUTES, DOMAIN
 
-    routed = {
-        getattr(getattr(torch.ops, DOMAIN), name).default
-        for name in ATTRIBUTES
-        if hasattr(getattr(torch.ops, DOMAIN), name)
-    }
-    decisions: list[Any] = []
-    margins: list[Any] = []
+    domain = getattr(torch.ops, DOMAIN)
+    routed = {getattr(domain, name).default for name in ATTRIBUTES if hasattr(domain, name)}
+    network = program.module()
+    decisions = [node.args[3] for node in network.graph.nodes if node.target in routed]
+    starts = range(0, len(images), IMAGES_AT_A_TIME)
+    parts = [_run_module(network, decisions, images[start : start + IMAGES_AT_A_TIME]) for start in starts]
+    return Reference(images=images, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _run_module(network: Any, decisions: Sequence[Any], images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """The results of one batch by their names in `Reference`.
+
+    Args:
+        network: a `torch.fx.GraphModule`.
+        decisions: the node of each MoE layer's decision.
+        images: as in `run_reference`.
+    """
+    import torch
+
+    chosen: dict[Any, Any] = {}
+    margins: dict[Any, Any] = {}
 
     class Recorder(torch.fx.Interpreter):
         def run_node(self, n: Any) -> Any:
-            if n.target in routed:
-                decision = n.args[3]
-                chosen = self.env[decision].reshape(len(x), -1)
-                decisions.append(chosen)
-                margins.append(self.margin(decision).reshape(len(x), -1).expand(chosen.shape))
-            return super().run_node(n)
+            result = super().run_node(n)
+            if n in decisions:
+                chosen[n] = result.reshape(len(x), -1)
+                margins[n] = self.margin(n, result).reshape(len(x), -1)
+            return result
 
-        def margin(self, decision: Any) -> Any:
-            logits = self.env.get(decision.args[0]) if decision.target == torch.ops.aten.argmax.default else None
-            if logits is None:
-                return torch.full((len(x), 1), torch.inf)
-            first_second = logits.topk(min(2, logits.shape[-1]), dim=-1).values
-            return (
-                first_second[..., 0] - first_second[..., -1]
-                if logits.shape[-1] > 1
-                else first_second[..., 0] * 0 + torch.inf
-            )
+        def margin(self, decision: Any, result: Any) -> Any:
+            logits = self.env[decision.args[0]] if decision.target == torch.ops.aten.argmax.default else None
+            if logits is None or logits.shape[-1] == 1:
+                return torch.full(result.shape, torch.inf)
+            first_second = logits.topk(2, dim=-1).values
+            return first_second[..., 0] - first_second[..., 1]
 
     x = as_float_tensor(images)
     with torch.no_grad():
-        logits = Recorder(program.module(), garbage_collect_values=False).run(x)
-    empty = torch.zeros((len(x), 0))
-    return Reference(
-        images=images,
-        logits=logits.numpy(),
-        expert_index=torch.cat(decisions, dim=1).numpy() if decisions else empty.long().numpy(),
-        margin=torch.cat(margins, dim=1).numpy() if margins else empty.numpy(),
-    )
+        logits = Recorder(network).run(x)
+    none = torch.zeros((len(x), 0))
+    return {
+        "logits": logits.numpy(),
+        "expert_index": torch.cat([none.long(), *(chosen[node] for node in decisions)], dim=1).numpy(),
+        "margin": torch.cat([none, *(margins[node] for node in decisions)], dim=1).numpy(),
+    }
 
 
 def as_float_tensor(images: npt.NDArray[Any]) -> Any:
@@ -242,7 +252,7 @@ def verify(
     path: str | os.PathLike[str],
     program: Any,
     *,
-    images: npt.NDArray[Any] | None = None,
+    reference: Reference | None = None,
     tolerance: Tolerance | None = None,
     optimizations: Sequence[str] = OPTIMIZATION_LEVELS,
 ) -> VerificationReport:
@@ -251,7 +261,8 @@ def verify(
     Args:
         path: the `.onnx` file.
         program: `Traced.program` of the module.
-        images: further images to compare, in the input format of the file.
+        reference: results of the program for further images (`run_reference`), in the input format
+            of the file.
         tolerance: largest accepted differences; the default is `TOLERANCES` of the file's dtype.
         optimizations: optimization levels of onnxruntime.
     """
@@ -260,11 +271,11 @@ def verify(
     tolerance = tolerance or TOLERANCES[metadata.dtype]
     probes = run_reference(program, probe_images(metadata.image_size, metadata.input_type))
     batches = list(_batches("synthetic", probes, metadata.batch_size))
-    if images is not None and len(images):
-        batches += _batches("given", run_reference(program, images), metadata.batch_size)
+    if reference is not None:
+        batches += _batches("given", reference, metadata.batch_size)
     checks = [
-        _compare(name, reference, session, level, metadata.layers, tolerance)
-        for name, reference in batches
+        _compare(name, batch, session, level, metadata.layers, tolerance)
+        for name, batch in batches
         for level, session in sessions.items()
     ]
     return VerificationReport(path=str(Path(path)), tolerance=tolerance, checks=tuple(checks))
@@ -279,17 +290,10 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         targets: int64 [B], classes of the images, or None.
     """
     session = Session(path, check_data=False)
-    size = session.metadata.batch_size or 64
-    starts = range(0, len(reference.images) - size + 1 if session.metadata.batch_size else len(reference.images), size)
-    parts = [session.run_raw(reference.images[start : start + size]) for start in starts]
-    if not parts:
-        return Agreement(images=0, same_label=1.0, same_pathway=1.0, module_accuracy=None, file_accuracy=None)
-    labels = np.concatenate([part["logits"].argmax(axis=1) for part in parts])
-    known = reference[: len(labels)]
-    expected = known.logits.argmax(axis=1)
-    chosen = [part.get("expert_index", np.zeros((len(part["logits"]), 0), np.int64)) for part in parts]
-    same = (np.concatenate(chosen) == known.expert_index).all(axis=1)
-    right = None if targets is None else np.asarray(targets)[: len(labels)]
+    outputs = _run(session, reference.images, max(BATCHES))
+    labels, expected = outputs["logits"].argmax(axis=1), reference.logits.argmax(axis=1)
+    same = (outputs.get("expert_index", reference.expert_index) == reference.expert_index).all(axis=1)
+    right = None if targets is None else np.asarray(targets)
     return Agreement(
         images=len(labels),
         same_label=float((labels == expected).mean()),
@@ -300,27 +304,36 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
 
 
 def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:
-    """Batches to compare: several sizes, and one image repeated, so that other experts get no image."""
+    """Batches to compare: several sizes, all images, and one image repeated, so that other experts get no image."""
     total = len(reference.images)
-    for size in BATCHES if fixed is None else (fixed,):
+    sizes = BATCHES if fixed is None else (fixed,)
+    for size in sizes:
         if size <= total:
             yield f"{source}, first {size}", reference[:size]
-    if fixed is not None:
+    if fixed is None:
+        pathways = np.unique(reference.expert_index, axis=0, return_index=True)[1]
+        for image in sorted(pathways)[:3]:
+            yield f"{source}, image {image} repeated", reference[[int(image)] * 5]
+    else:
         for image in range(1, min(4, total)):
             yield f"{source}, image {image} x{fixed}", reference[[image] * fixed]
-        return
-    pathways = np.unique(reference.expert_index, axis=0, return_index=True)[1]
-    for image in sorted(pathways)[:3]:
-        yield f"{source}, image {image} repeated", reference[[int(image)] * 5]
-    if total > max(BATCHES):
+    if total not in sizes:
         for start in range(0, total, 256):
             yield f"{source}, from {start}", reference[start : start + 256]
+
+
+def _run(session: Session, images: npt.NDArray[Any], size: int) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of a file for any number of images, in batches of this size or of the file's own."""
+    size = session.metadata.batch_size or size
+    starts = range(0, len(images), size)
+    parts = [session.execute(session.check(images[start : start + size], any_size=True)) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in session.outputs}
 
 
 def _compare(
     batch: str, reference: Reference, session: Session, level: str, layers: Sequence[str], tolerance: Tolerance
 ) -> Check:
-    outputs = session.run_raw(reference.images)
+    outputs = _run(session, reference.images, len(reference.images))
     chosen = outputs.get("expert_index", reference.expert_index)
     differs_BL = chosen != reference.expert_index
     flipped = np.flatnonzero(differs_BL.any(axis=1))
