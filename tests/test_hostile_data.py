@@ -108,6 +108,61 @@ def test_a_batch_of_nested_lists_is_refused_before_it_unfolds() -> None:
         load_batch(pickle.dumps({b"labels": laughs}, protocol=2), where="batch")
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({((b"a", b"b"), 1): 1}, "it has a key of type tuple, and not text"),
+        ({b"data": {1: 2}}, "it has a key of type int, and not text"),
+        ({b"labels": frozenset((1,))}, "it holds a set, which no CIFAR batch needs"),
+        ({b"labels": {1}}, "it holds a set, which no CIFAR batch needs"),
+        ({b"labels": ((1,), 2)}, "it holds a list of lists, which no CIFAR batch needs"),
+        ({b"labels": [np.zeros(9)]}, "it holds a list of lists, which no CIFAR batch needs"),
+    ],
+)
+def test_only_text_names_the_entries_of_a_batch(batch: object, message: str) -> None:
+    for protocol in (4, 5):
+        with pytest.raises(DataError, match=message):
+            load_batch(pickle.dumps(batch, protocol=protocol), where="batch")
+
+
+TEXT = pickle.SHORT_BINSTRING + b"\x01a"
+LIST_AS_KEY = pickle.EMPTY_LIST + TEXT
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pickle.EMPTY_DICT + LIST_AS_KEY + pickle.SETITEM,
+        pickle.EMPTY_DICT + pickle.MARK + TEXT + TEXT + LIST_AS_KEY + pickle.SETITEMS,
+        pickle.MARK + TEXT + TEXT + LIST_AS_KEY + pickle.DICT,
+    ],
+)
+def test_a_key_is_refused_before_it_is_hashed(entries: bytes) -> None:
+    # Hashing a list would be another error. Hashing nested tuples takes twice as
+    # long with each level.
+    with pytest.raises(DataError, match="it has a key of type list, and not text"):
+        load_batch(pickle.PROTO + b"\x02" + entries + pickle.STOP, where="batch")
+
+
+def array_of(raw: bytes, code: bytes = pickle.SHORT_BINSTRING + b"\x02u1", order: bytes = TEXT) -> bytes:
+    """A batch with one array, as NumPy writes it in protocol 5, from the pickles of its parts."""
+    dtype = b"cnumpy\ndtype\n" + code + pickle.TUPLE1 + pickle.REDUCE
+    shape = pickle.BININT1 + b"\x04" + pickle.TUPLE1
+    array = b"cnumpy.core.numeric\n_frombuffer\n" + pickle.MARK + raw + dtype + shape + order + pickle.TUPLE
+    return pickle.PROTO + b"\x05" + pickle.EMPTY_DICT + TEXT + array + pickle.REDUCE + pickle.SETITEM + pickle.STOP
+
+
+def test_the_numbers_of_an_array_are_bytes_and_its_words_are_text() -> None:
+    four, pair = pickle.BININT1 + b"\x04", pickle.NONE + pickle.NONE + pickle.TUPLE2
+    written = load_batch(array_of(pickle.SHORT_BINBYTES + b"\x04abcd"), where="batch")
+    assert written["a"].tolist() == [97, 98, 99, 100]
+    with pytest.raises(DataError, match="the numbers of an array are of type int, and not bytes"):
+        load_batch(array_of(four), where="batch")
+    for words in ({"code": pair}, {"order": pair}):
+        with pytest.raises(DataError, match="it holds a value of type tuple in the place of text"):
+            load_batch(array_of(pickle.SHORT_BINBYTES + b"\x04abcd", **words), where="batch")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_named_pipe_is_no_image_and_nothing_waits_for_it(tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()

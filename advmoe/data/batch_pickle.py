@@ -11,7 +11,8 @@ import io
 import pickle
 import pickletools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,10 +40,12 @@ def load_batch(raw: bytes, *, where: str) -> Batch:
 
 
 def _check_opcodes(raw: bytes) -> None:
-    """Refuse a pickle that is truncated, or whose lengths would make the unpickler reserve memory
-    without limit. The check runs before the unpickler.
+    """Refuse a pickle that is truncated, that holds sets, or whose lengths would make the unpickler
+    reserve memory without limit. The check runs before the unpickler.
     """
     for opcode, argument, _ in pickletools.genops(raw):
+        if opcode.name in ("EMPTY_SET", "ADDITEMS", "FROZENSET"):
+            raise pickle.UnpicklingError("it holds a set, which no CIFAR batch needs")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
             raise pickle.UnpicklingError(f"it numbers an object {argument}, and has only {len(raw)} bytes")
 
@@ -85,8 +88,10 @@ def _reconstruct(*_: Any) -> _ArrayStandIn:
 
 
 def _frombuffer(raw: Any, dtype: _DtypeStandIn, shape: Any, order: Any) -> _ArrayStandIn:
+    if not isinstance(raw, bytes | bytearray):  # bytes(n) of a number n would be n zeros
+        raise pickle.UnpicklingError(f"the numbers of an array are of type {type(raw).__name__}, and not bytes")
     array = _ArrayStandIn()
-    array.state = (1, shape, dtype, _text(order) == "F", bytes(raw))
+    array.state = (1, shape, dtype, _text(order) == "F", raw)
     return array
 
 
@@ -95,7 +100,7 @@ def _scalar(dtype: _DtypeStandIn, raw: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
+    if _text(encoding) != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}, and not as latin1")
     return text.encode("latin1")
 
@@ -115,7 +120,34 @@ _ALLOWED = {
 }
 
 
-class _ArraysOnly(pickle.Unpickler):
+def _with_text_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """The unpickler's function for an opcode, preceded by a check of the keys among the arguments."""
+
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[keys]:
+            if not isinstance(key, bytes | str):
+                raise pickle.UnpicklingError(f"it has a key of type {type(key).__name__}, and not text")
+        load(unpickler)
+
+    return checked
+
+
+class _ArraysOnly(pickle._Unpickler):
+    """Makes containers, text and numbers, and of other objects only the parts of arrays.
+
+    This is the unpickler that is written in Python, because it can check a key before the key is
+    hashed. The time to hash nested tuples doubles with each level, and a level takes five bytes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        opcode[0]: _with_text_keys(pickle._Unpickler.dispatch[opcode[0]], keys)
+        for opcode, keys in (
+            (pickle.SETITEM, slice(-2, -1)),
+            (pickle.SETITEMS, slice(None, None, 2)),
+            (pickle.DICT, slice(None, None, 2)),
+        )
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -124,18 +156,21 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _text(value: Any) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, bytes | str):
+        raise pickle.UnpicklingError(f"it holds a value of type {type(value).__name__} in the place of text")
+    return value.decode("latin1") if isinstance(value, bytes) else value
 
 
 def _plain(value: Any) -> Any:
     """``value`` with stand-ins turned into arrays and byte strings of Python 2 into text.
 
     Lists of lists are refused: a pickle of 100 bytes can hold a list of lists with 10^9 items.
+    Tuples and arrays count as lists.
     """
     if isinstance(value, _ArrayStandIn):
         return value.resolve()
-    if isinstance(value, list):
-        if any(isinstance(item, (list, tuple, dict)) for item in value):
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, list | tuple | dict | _ArrayStandIn) for item in value):
             raise pickle.UnpicklingError("it holds a list of lists, which no CIFAR batch needs")
         return [_plain(item) for item in value]
     return _text(value) if isinstance(value, bytes) else value
