@@ -13,10 +13,11 @@ import httpx
 
 
 @contextlib.contextmanager
-def server(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server process on a free port, and a client for it."""
+def server(model: Path, *options: str, before: str = "") -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server process on a free port, and a client for it. `before` is Python code that the process runs first."""
+    program = f"{before}\nimport sys\nfrom advmoe_export.serve.command import main\nsys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-m", "advmoe_export.serve", str(model), "--port", "0", "--threads", "1", *options],
+        [sys.executable, "-c", program, str(model), "--port", "0", "--threads", "1", *options],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pickle
+import socket
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -134,6 +135,22 @@ def test_reads_hub_parquet_from_the_repository_folder_or_its_parents(tmp_path: P
 def test_reads_hub_parquet_from_the_hub_cache(tmp_path: Path) -> None:
     write_hub(tmp_path / "datasets--uoft-cs--cifar10" / "snapshots" / "0b2714987fa478" / "plain_text")
     assert_is_small_cifar(load(tmp_path))
+
+
+def test_the_current_snapshot_of_the_hub_cache_is_read(tmp_path: Path) -> None:
+    cache = tmp_path / "datasets--uoft-cs--cifar10"
+    outdated = LABELS[:TRAIN][::-1].tolist()
+    for name in ("0ld", "5new", "9ld"):
+        write_hub(cache / "snapshots" / name / "plain_text")
+        if name != "5new":
+            folder = cache / "snapshots" / name / "plain_text"
+            write_parquet(folder, "train-00000-of-00001.parquet", slice(0, TRAIN), label=outdated)
+    assert load(tmp_path).train.labels.tolist() == outdated  # by name, as long as nothing names the current one
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("5new")
+    assert_is_small_cifar(load(tmp_path))
+    (cache / "refs" / "main").write_bytes(b"\xff")
+    assert load(tmp_path).train.labels.tolist() == outdated
 
 
 def test_reads_several_shards_in_order(tmp_path: Path) -> None:

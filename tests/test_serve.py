@@ -562,6 +562,35 @@ def test_overload_is_429_time_outs_are_504_and_health_answers_meanwhile(
     assert answers[0].json()["error"] == "the model did not answer within 0.5 seconds"
 
 
+def test_a_request_that_was_given_up_is_counted_until_its_thread_is_free(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, started = threading.Event(), []
+    decode = ModelServer._decode
+
+    def slow(self: ModelServer, body: bytes) -> Any:
+        started.append(body)
+        assert release.wait(10)
+        return decode(self, body)
+
+    monkeypatch.setattr(ModelServer, "_decode", slow)
+    monkeypatch.setattr("advmoe_export.serve.app._cores", lambda: 2)
+
+    async def run() -> tuple[list[int], int, int, int]:
+        async with client(session, max_queue=3, timeout=0.3) as (http, model):
+            answers = await asyncio.gather(*(http.post("/classify", content=png()) for _ in range(3)))
+            held, decoded = model.batcher.requests, len(started)
+            # of three requests, two are in threads, which cannot be interrupted, and one waited for a thread
+            await asyncio.gather(*(http.post("/classify", content=png()) for _ in range(2)))
+            release.set()
+            await until(lambda: model.batcher.requests == 0)
+            fine = await http.post("/classify", content=png())
+            return [answer.status_code for answer in answers], held, decoded, fine.status_code
+
+    assert asyncio.run(run()) == ([504] * 3, 2, 2, 200)
+    assert len(started) == 3
+
+
 # --- a real server --------------------------------------------------------------------------------
 
 
@@ -574,6 +603,10 @@ def test_an_idle_connection_is_closed_when_it_was_idle_as_long_as_allowed(path: 
         connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
         while connection.recv(1000):
             pass  # the answer, and then the end, or a time-out
+
+
+def connect(http: httpx.Client) -> socket.socket:
+    return socket.create_connection((http.base_url.host, http.base_url.port or 0), timeout=20)
 
 
 def receive(connection: socket.socket) -> str:
@@ -624,6 +657,22 @@ def test_a_body_that_never_comes_is_given_up(path: Path) -> None:
         assert answer.startswith("HTTP/1.1 408")
         assert "the body did not arrive within 0.3 seconds" in answer
         assert http.post("/classify", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize("grace", ["0", "0.1"])
+def test_the_process_ends_although_a_thread_does_not(path: Path, grace: str) -> None:
+    hanging = (
+        "import time\nfrom advmoe_export.serve.app import ModelServer\nModelServer._decode = lambda *_: time.sleep(100)"
+    )
+    with server(path, "--grace", grace, before=hanging) as (process, http), connect(http) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\n\r\nx")
+        while "advmoe_open_requests 1.0" not in http.get("/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        answer = receive(connection)
+        assert answer.startswith("HTTP/1.1 503")
+        assert "the server is stopping" in answer
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize(

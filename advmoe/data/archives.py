@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import http.client
 import os
+import socket
 import tarfile
 import tempfile
+import threading
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,11 @@ from torchvision.datasets.utils import download_url
 
 from advmoe.data.sets import Announce, Progress
 from advmoe.errors import DataError
+
+STALLED = 60.0
+"""Seconds after which a download ends if the server sends nothing."""
+
+_downloading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,15 @@ def download_archive(archive: Archive, folder: Path, *, progress: Progress | Non
     torchvision draws its progress bar on stderr only if ``progress`` is given.
 
     Raises:
-        DataError: The download fails or has the wrong checksum.
+        DataError: The download fails or stalls, or has the wrong checksum. Nothing of it stays.
     """
     target = folder / archive.file_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as unfinished,
+            _downloading,  # the timeout and stderr belong to the whole process
+            _socket_timeout(STALLED),
             contextlib.ExitStack() as quiet,
         ):
             if progress is not None:
@@ -111,7 +120,23 @@ def download_archive(archive: Archive, folder: Path, *, progress: Progress | Non
             download_url(archive.url, unfinished, archive.file_name, archive.md5)
             Path(unfinished, archive.file_name).replace(target)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+            raise DataError(
+                f"downloading {archive.url} into {folder} stalled: the server sent nothing for {STALLED:g} s; try again"
+                " later, or put the file there yourself"
+            ) from error
         raise DataError(f"downloading {archive.url} into {folder} failed: {error}") from error
     if progress is not None:
         progress(f"downloading {archive.url}", 1, 1)
     return target
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Let sockets that are opened inside wait at most so long. torchvision's download sets no timeout."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

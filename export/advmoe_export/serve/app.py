@@ -7,18 +7,19 @@ import base64
 import hashlib
 import io
 import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -38,6 +39,7 @@ TOP = 5
 """Number of classes in the answers of the page and of /classify."""
 RETRY = {"Retry-After": "1"}
 Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 
 class RefusedError(Exception):
@@ -66,6 +68,7 @@ class ModelServer:
             workers=config.workers,
             observe=self._observe,
         )
+        self._threads = ThreadPoolExecutor(_cores(), thread_name_prefix="request")
         self.ready = False
         self._page = files("advmoe_export.serve").joinpath("page.html").read_text("utf-8")
 
@@ -102,11 +105,12 @@ class ModelServer:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        async with self.batcher.running():
-            await run_in_threadpool(self._warm_up)
-            self.ready = True
-            yield
-            self.ready = False
+        with self._threads:
+            async with self.batcher.running():
+                await self._in_thread(self._warm_up)
+                self.ready = True
+                yield
+                self.ready = False
 
     def _warm_up(self) -> None:
         """Run the smallest and the largest batch, so that no request waits for the first allocations."""
@@ -151,7 +155,7 @@ class ModelServer:
         begin = time.perf_counter()
         with self.batcher.admit():
             body = await self._body(request)
-            pixels = await run_in_threadpool(self._decode, body)
+            pixels = await self._in_thread(self._decode, body)
             outputs = await self.batcher.submit(pixels)
         prediction = self.session.interpret(dict(outputs))
         probabilities = prediction.probabilities[0]
@@ -171,11 +175,9 @@ class ModelServer:
         self._known(request)
         with self.batcher.admit():
             body = await self._body(request)
-            infer, images = await run_in_threadpool(self._parse, body, request.headers.get(protocol.HEADER))
+            infer, images = await self._in_thread(self._parse, body, request.headers.get(protocol.HEADER))
             outputs = await self.batcher.submit(images)
-            content, json_length = await run_in_threadpool(
-                protocol.write_response, infer, outputs, model=self.config.model_name, labels=self.metadata.labels
-            )
+            content, json_length = await self._in_thread(self._write, infer, outputs)
         if json_length is None:
             return Response(content, media_type="application/json")
         headers = {protocol.HEADER: str(json_length)}
@@ -229,6 +231,10 @@ class ModelServer:
             reading = not getattr(request.state, "body_read", request.method == "GET")
             what = "the body did not arrive" if reading else "the model did not answer"
             return _error(408 if reading else 504, f"{what} within {self.config.timeout:g} seconds", close=reading)
+        except asyncio.CancelledError:  # the time to stop is over
+            if not self.batcher.stopping:
+                raise
+            return _error(503, "the server is stopping", RETRY, close=True)
         except ClientDisconnect:
             return _error(400, "the client went away")
         except OverloadedError:
@@ -272,6 +278,20 @@ class ModelServer:
         request.state.body_read = True
         return bytes(body)
 
+    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do work of an admitted request in one of few threads.
+
+        A thread cannot be interrupted. If the request is given up meanwhile, it stays admitted
+        until the work ends, so that the number of admitted requests bounds threads and memory.
+        """
+        doing = self._threads.submit(work, *arguments)
+        try:
+            return await asyncio.wrap_future(doing)
+        except asyncio.CancelledError:
+            if not doing.cancel():
+                self.batcher.hold(doing)
+            raise
+
     def _decode(self, body: bytes) -> npt.NDArray[Any]:
         """An uploaded image as a batch of one, in the input format of the model."""
         if not body:
@@ -285,6 +305,14 @@ class ModelServer:
         length = None if json_length is None else int(json_length)
         request = protocol.read_request(body, length, self.metadata, self.batcher.max_batch)
         return request, self.session.check(request.images, any_size=True)
+
+    def _write(self, request: protocol.InferRequest, outputs: Outputs) -> tuple[bytes, int | None]:
+        return protocol.write_response(request, outputs, model=self.config.model_name, labels=self.metadata.labels)
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None, *, close: bool = False) -> Response:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Batcher:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self.requests = 0
-        """Number of requests between `admit` and its end."""
+        """Number of requests between `admit` and its end, and of those in `hold`."""
 
     @property
     def waiting(self) -> int:
@@ -93,7 +93,7 @@ class Batcher:
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request, from before the reading of its body until its response is ready.
+        """Count a request, from before the reading of its body until its response is ready or given up.
 
         Raises:
             OverloadedError: the limit is reached.
@@ -107,7 +107,21 @@ class Batcher:
         try:
             yield
         finally:
-            self.requests -= 1
+            self._release()
+
+    def hold(self, work: Future[Any]) -> None:
+        """Count a request until its work in a thread ends, although nobody waits for it."""
+        loop = asyncio.get_running_loop()
+        self.requests += 1
+
+        def ended(_: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._release)
+
+        work.add_done_callback(ended)
+
+    def _release(self) -> None:
+        self.requests -= 1
 
     async def submit(self, images: npt.NDArray[Any]) -> Outputs:
         """All outputs for images [n, ...], where n is at most `max_batch`.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -14,6 +18,10 @@ from advmoe_export.serve.app import ModelServer
 from advmoe_export.serve.config import ServeConfig
 from advmoe_export.session import Session
 
+logger = logging.getLogger("advmoe_export.serve")
+MARGIN = 1.0
+"""Seconds after `grace` in which the process ends."""
+
 
 class AddressError(ProviderError):
     """The server cannot listen on the address."""
@@ -21,6 +29,9 @@ class AddressError(ProviderError):
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line: None) -> None:
     """Serve a model. Returns after SIGTERM or SIGINT, when the running requests are answered.
+
+    The process is ended if work in a thread is not over a second after `config.grace`. A thread
+    cannot be interrupted, and Python waits for it.
 
     Args:
         config: settings of the server.
@@ -46,7 +57,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 # uvicorn's 5 s are less than proxies wait: a request that crosses the closing of
                 # its connection is lost
                 timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # asyncio takes fractions
-                timeout_graceful_shutdown=max(1, round(config.grace)),
+                timeout_graceful_shutdown=config.grace,  # type: ignore[arg-type]
             ),
             lambda: announce(
                 f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{config.host}:{port}"
@@ -58,6 +69,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
         try:
             server.run(sockets=[listener])
         finally:
+            server.end.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -68,6 +80,9 @@ class _Server(uvicorn.Server):
     def __init__(self, model: ModelServer, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._model, self._on_start = model, started
+        self.end = threading.Timer(model.config.grace + MARGIN, _leave)
+        """Ends the process if it has not stopped in time."""
+        self.end.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and announce it."""
@@ -75,8 +90,13 @@ class _Server(uvicorn.Server):
         if self.started:
             self._on_start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish the running requests."""
+        self.end.start()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse new requests. A second signal does not wait for running requests."""
+        """Refuse new requests. A second Ctrl-C does not wait for running requests."""
         self._model.batcher.stop()
         super().handle_exit(sig, frame)
 
@@ -95,6 +115,13 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port"
         ) from error
     return listener
+
+
+def _leave() -> None:
+    logger.error("a thread is still working; the process ends without it")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
