@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe.data import archives
+from advmoe.data.archives import Archive
 from advmoe.data.cifar import CIFAR10, CIFAR100, BatchFiles, Cifar, load_cifar
 from advmoe.data.sets import Dataset
 from advmoe.data.sources import dataset_names, load_dataset
@@ -226,6 +228,46 @@ def test_a_download_with_the_wrong_checksum_leaves_nothing_behind(tmp_path: Path
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, "0" * 32, f"{site[1]}/{source.name}"))
     with pytest.raises(DataError, match=r"not found in .*, and downloading http://.* failed: .*corrupted"):
         load_cifar(cifar, tmp_path / "data", download=True)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+class Stalling(Silent):
+    """Sends a part of a file, or nothing, and then waits."""
+
+    ended = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path.endswith("part.tar.gz"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(10))
+            self.wfile.flush()
+        self.ended.wait()
+
+
+@pytest.mark.parametrize("name", ["part.tar.gz", "nothing.tar.gz"])
+@pytest.mark.parametrize("before", [None, 7.0])
+def test_a_download_that_stalls_ends_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: float | None
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(archives, "STALLED", 0.2)
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before)
+    with SilentServer(("127.0.0.1", 0), Stalling) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/{name}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            message = r"stalled: the server sent nothing for 0\.2 s; try again later, or put the file there yourself"
+            with pytest.raises(DataError, match=rf"downloading {url} into .*data {message}"):
+                archives.download_archive(Archive(name, "0" * 32, url, 1000), tmp_path / "data")
+            assert socket.getdefaulttimeout() == before
+        finally:
+            socket.setdefaulttimeout(default)
+            Stalling.ended.set()
+            server.shutdown()
+    Stalling.ended.clear()
     assert list((tmp_path / "data").iterdir()) == []
 
 
