@@ -114,7 +114,10 @@ def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pyt
     ("options", "message"),
     [
         (["--eps", "8"], "did you mean 8/255?"),
-        (["--eps-sweep", "2/255,3"], "did you mean 3/255?"),
+        (["--eps-sweep", "2/255,3"], "got 3; did you mean 3/255? (--eps-sweep)"),
+        (["--eps-sweep", "300/255"], "got 1.17647 (--eps-sweep)"),
+        (["--steps", "0"], "expected an attack that moves the images, got 0 steps; take 1 or more (--steps)"),
+        (["--step-size", "0"], "got steps of length 0; take a quarter of eps (--step-size)"),
         (["--dataset", "mnist"], "unknown data set"),
     ],
 )
@@ -128,8 +131,9 @@ def test_bad_options_are_one_line(
 
 
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["analyze", str(tmp_path)]) == 1
-    assert "is not a result card" in capsys.readouterr().err
+    for arguments in (["analyze", str(tmp_path)], ["report", str(tmp_path / "nothere")]):
+        assert main(arguments) == 1
+        assert f"there is no result card {arguments[1]}/card.json" in " ".join(capsys.readouterr().err.split())
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "missing" / "r.html")]) == 1
     assert "does not exist; create it first" in capsys.readouterr().err
 
@@ -144,6 +148,12 @@ def test_without_diagnostics_the_numbers_are_not_checked_anywhere(
     assert (card["unreliable"], card["advmoe"]["trusted"], card["advmoe"]["verdict"]) == (None, None, "not checked")
     assert main(["report", str(out), "--out", str(page)]) == 0
     assert '<span class="verdict not-checked">not checked</span>' in page.read_text()
+
+
+def test_an_attack_without_radius_needs_no_step(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(checkpoint, "--diagnose", "0", "--eps", "0", "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["ra"] == numbers["sa"]
 
 
 def test_a_log_file_gets_a_line_for_each_attack_on_each_batch(

@@ -126,7 +126,16 @@ def test_a_failed_diagnostic_marks_card_and_report(result: SuiteResult) -> None:
 
 
 @pytest.mark.parametrize(
-    ("eps", "text"), [(8 / 255, "8/255"), (0.5 / 255, "0.5/255"), (0.0, "0/255"), (1.0, "255/255")]
+    ("eps", "text"),
+    [
+        (8 / 255, "8/255"),
+        (0.5 / 255, "0.5/255"),
+        (0.0, "0/255"),
+        (1.0, "255/255"),
+        (0.001, "0.255/255"),
+        (0.0156863, "4/255"),  # 4/255 as the name of a result holds it
+        (1e-6, "0.000255/255"),
+    ],
 )
 def test_radii_are_written_as_the_field_does(eps: float, text: str) -> None:
     assert pixels(eps) == text

@@ -9,7 +9,6 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,9 +50,8 @@ def standard_error(per_cent: float, images: int) -> float:
 
 
 def pixels(eps: float) -> str:
-    """A radius in the usual notation: 8/255."""
-    levels = Fraction(eps * 255).limit_denominator(100)
-    return f"{levels}/255" if levels.denominator == 1 else f"{float(levels):g}/255"
+    """A radius in the usual notation, 8/255, with five digits: the names of results hold six."""
+    return f"{255 * eps:.5g}/255"
 
 
 def figures(result: SuiteResult) -> dict[str, Any]:
@@ -270,6 +268,8 @@ def load_card(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file is missing or no card of this project.
     """
+    if not path.is_file():
+        raise DataError(f"there is no result card {path}; expected a folder that an evaluation has written")
     try:
         card = json.loads(path.read_text())
         numbers = dict(card["advmoe"])
