@@ -34,7 +34,7 @@ def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Pat
     """Existing folders in which the layouts of data set ``name`` are looked for, in this order.
 
     ``data_dir`` itself, a folder of it named after the data set or after its repository on the hub,
-    and the snapshots in a hub cache.
+    and the snapshots in a hub cache, the current one of the main branch first.
 
     Raises:
         DataError: ``data_dir`` is a file, or is missing and is not the default folder.
@@ -42,11 +42,19 @@ def search_roots(data_dir: Path, name: str, hub_repository: str) -> Iterator[Pat
     check_data_dir(data_dir)
     repository_name = hub_repository.rsplit("/", 1)[-1]
     candidates = [data_dir, data_dir / name, data_dir / repository_name, data_dir / hub_repository]
-    snapshots = data_dir / f"datasets--{hub_repository.replace('/', '--')}" / "snapshots"
-    candidates += sorted(snapshots.glob("*"))
+    candidates += _snapshots(data_dir / f"datasets--{hub_repository.replace('/', '--')}")
     for candidate in dict.fromkeys(candidates):
         if candidate.is_dir():
             yield candidate
+
+
+def _snapshots(cache: Path) -> list[Path]:
+    """The snapshots in a repository's hub cache: the one that `refs/main` names, then the others by name."""
+    try:
+        current = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        current = ""
+    return sorted((cache / "snapshots").glob("*"), key=lambda snapshot: (snapshot.name != current, snapshot.name))
 
 
 def read_bytes(path: Path) -> bytes:
