@@ -1,12 +1,15 @@
 """Image folders, ImageNet and TinyImageNet, as small copies in the exact form of the originals."""
 
+import copy
 import hashlib
 import io
 import json
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe.data.folders import image_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
+from advmoe.data.loader import BatchLoader
 from advmoe.data.pictures import find_pictures
 from advmoe.data.sources import Dataset, EncodedSet, dataset_info, load_dataset
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet, load_tiny_imagenet
@@ -267,6 +272,29 @@ def test_a_file_that_has_shrunk_is_named(tmp_path: Path) -> None:
     (tmp_path / "packed").write_bytes(b"short")
     with pytest.raises(DataError, match=r"image 0 \(.*packed at byte 0\)"):
         in_memory(whole, 7)
+
+
+@pytest.mark.parametrize("bad", [[0], [2], [0, 1, 2, 5]])
+def test_progress_counts_skipped_images_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[int]
+) -> None:
+    monkeypatch.setattr("advmoe.data.views.BatchLoader", partial(BatchLoader, prefetch=0))
+    files = {f"a/{n:04d}.png": b"x" if n in bad else encoded(8) for n in range(300)}
+    files |= {f"a/{n:04d}.png": b"x" for n in range(256, 300) if len(bad) > 1}  # all of the second and last batch
+    calls: list[tuple[str, int, int]] = []
+    images = image_folder(write(tmp_path, files))
+    found = in_memory(images, 8, skip_bad_images=True, progress=lambda *call: calls.append(call))
+    assert len(found) == 300 - sum(content == b"x" for content in files.values())
+    assert calls == [("decoding images", done, 300) for done in (256, 300)]
+
+
+def test_an_encoded_set_is_copied_and_pickled_after_it_was_read(tmp_path: Path) -> None:
+    whole = spans(tmp_path)
+    expected = in_memory(whole, 7).images
+    assert "source" in vars(whole)
+    for again in (pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole), copy.copy(whole)):
+        assert again.files == whole.files
+        np.testing.assert_array_equal(in_memory(again, 7).images, expected)
 
 
 def test_training_cuts_images_in_memory_as_cifar_and_encoded_ones_as_imagenet(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,10 @@ class EncodedSet:
             lengths=self.lengths[indices],
             labels=self.labels[indices],
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the kept `source` out of copies and pickles. They make their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "source"}
 
     @cached_property
     def source(self) -> rust_router.EncodedSource:
