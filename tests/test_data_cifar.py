@@ -243,7 +243,7 @@ class Stalling(Silent):
             self.end_headers()
             self.wfile.write(bytes(10))
             self.wfile.flush()
-        self.ended.wait()
+        self.ended.wait(10)
 
 
 @pytest.mark.parametrize("name", ["part.tar.gz", "nothing.tar.gz"])
