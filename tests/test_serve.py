@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import signal
@@ -675,9 +676,93 @@ def test_the_process_ends_although_a_thread_does_not(path: Path, grace: str) -> 
         assert process.wait(20) == 0
 
 
+def test_a_head_is_refused_as_soon_as_it_is_too_long(path: Path) -> None:
+    with server(path) as (_, http):
+        for start in (b"GET /", b"GET / HTTP/1.1\r\nHost: test\r\na: ", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 12_000):
+            with connect(http) as connection:
+                connection.sendall(start.ljust(2**16, b"x") + b"x")
+                assert receive(connection).startswith("HTTP/1.1 431"), start[:20]
+        fine = {f"name-{i}": "x" * 1000 for i in range(60)}
+        assert http.post("/classify", content=bytes(2**20), headers=fine).status_code == 400
+        with connect(http) as connection:  # an endless trailer belongs to no body
+            connection.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    connection.sendall(b"a: b\r\n" * 2**14)
+                raise AssertionError("65 MB of trailers were taken")
+
+
+def test_a_body_in_many_small_chunks_is_read(path: Path) -> None:
+    content = b"".join(b"1\r\n%c\r\n" % byte for byte in png()) + b"0\r\na: b\r\n\r\n"
+    head = b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server(path) as (_, http), connect(http) as connection:
+        connection.sendall(20 * (head + content))
+        for _ in range(2):
+            assert receive(connection).startswith("HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\na: ", b"\r\n"])
+@pytest.mark.parametrize("before", [b"", b"GET /v2 HTTP/1.1\r\nHost: test\r\n\r\n"])
+def test_a_connection_without_a_request_is_closed(path: Path, start: bytes, before: bytes) -> None:
+    with server(path, "--timeout", "0.5", "--keep-alive", "0.5") as (_, http), connect(http) as connection:
+        if before:
+            connection.sendall(before)
+            receive(connection)
+        connection.settimeout(0.1)
+        connection.sendall(start)
+        for _ in range(200):
+            try:
+                connection.sendall(start[-1:])
+                if not connection.recv(1000):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            raise AssertionError("it is open after 20 s")
+
+
+def test_an_answered_request_whose_body_trickles_is_closed_and_one_whose_body_ended_is_not(path: Path) -> None:
+    with server(path, "--timeout", "1", "--max-queue", "1") as (_, http), connect(http) as first:
+        first.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\n")
+        while "advmoe_open_requests 1.0" not in http.get("/metrics").text:
+            time.sleep(0.01)
+        with connect(http) as ended, connect(http) as trickling:
+            for connection in (ended, trickling):
+                connection.sendall(b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\n")
+                assert receive(connection).startswith("HTTP/1.1 429")
+            ended.sendall(b"123456789")
+            trickling.sendall(b"1")
+            assert trickling.recv(1000) == b""
+            ended.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert receive(ended).startswith("HTTP/1.1 200")
+
+
+def test_connections_beyond_the_limit_are_refused_and_logged_once(path: Path) -> None:
+    with server(path, "--max-connections", "3") as (process, http):
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(connect(http))
+            for _ in range(2):
+                answer = receive(stack.enter_context(connect(http)))
+                assert answer.startswith("HTTP/1.1 503")
+                assert "3 connections are open already" in answer
+        for _ in range(200):
+            with contextlib.suppress(httpx.HTTPError):
+                if http.get("/v2/health/live").status_code == 200:
+                    break
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read().splitlines() == ["3 connections are open; more are refused"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max-connections", "0"], "max_connections must be at least 1, got 0"),
         (["--port", "x"], "argument --port: invalid int value: 'x'"),
         (["--prot", "80"], "unrecognized arguments: --prot 80; see 'advmoe serve --help'"),
         (["--workers", "0"], "workers must be at least 1, got 0"),

@@ -39,7 +39,11 @@ class ServeConfig:
         0.0, "How long an image may wait for others to join its batch; 0 joins only those that wait anyway."
     )
     max_queue: int = _option(128, "Requests at a time, waiting or running; more are refused with 429.")
-    timeout: float = _option(10.0, "Seconds until a request is given up: 408 while reading it, 504 afterwards.")
+    max_connections: int = _option(512, "Open connections at a time; more are refused with 503.")
+    timeout: float = _option(
+        10.0,
+        "Seconds until a request is given up: 408 while reading it, 504 afterwards. As long may its headers take.",
+    )
     grace: float = _option(20.0, "Seconds that running requests get to finish after SIGTERM.")
     keep_alive: float = _option(
         75.0, "Seconds until an idle connection is closed; choose more than the proxy before the server waits."
@@ -51,7 +55,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name, lowest in (
-            *dict.fromkeys(("workers", "max_batch", "max_queue", "drift_window"), 1).items(),
+            *dict.fromkeys(("workers", "max_batch", "max_queue", "max_connections", "drift_window"), 1).items(),
             *dict.fromkeys(("threads", "port", "max_delay_ms", "grace", "keep_alive"), 0).items(),
         ):
             if not lowest <= getattr(self, name) < math.inf:

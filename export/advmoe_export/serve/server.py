@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import uvicorn
 from advmoe_export.errors import ProviderError
 from advmoe_export.serve.app import ModelServer
 from advmoe_export.serve.config import ServeConfig
+from advmoe_export.serve.connection import Connection, Limits
 from advmoe_export.session import Session
 
 logger = logging.getLogger("advmoe_export.serve")
@@ -42,6 +44,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
         ProviderError: no provider starts.
         AddressError: the address is in use, or does not belong to this machine.
     """
+    limits = Limits(connections=config.max_connections, seconds=config.timeout)
     session = Session(config.model, providers=config.provider, threads=config.threads or None)
     with _listen(config.host, config.port) as listener:
         port = listener.getsockname()[1]
@@ -50,6 +53,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
             model,
             uvicorn.Config(
                 model.app(),
+                http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]  # makes connections
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 lifespan="on",

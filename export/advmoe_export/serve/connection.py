@@ -1,0 +1,142 @@
+"""Connections whose clients must send requests and read answers, or lose them.
+
+uvicorn ends a connection that is idle after an answer. It waits for all other clients forever, and
+it collects a request line and headers of any length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger("advmoe_export.serve")
+MAX_HEAD = 2**16
+"""Most bytes of a request line and its headers."""
+PAUSE = 60.0
+"""Seconds between two messages that there are too many connections."""
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """What the connections of a server share."""
+
+    connections: int
+    """Most connections at a time."""
+    seconds: float
+    """Time for a request line and its headers, and for the rest of a body that was not wanted."""
+    complained: float = -math.inf
+    """When the log last said that there are too many connections."""
+
+
+class Connection(HttpToolsProtocol):
+    """A connection with limits. uvicorn passes the other arguments."""
+
+    def __init__(self, *arguments: Any, limits: Limits, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._limits = limits
+        self._head = 0
+        """Bytes that were parsed since the last head, chunk or body."""
+        self._unsent: asyncio.TimerHandle | None = None
+        """Ends a connection whose client owes a request."""
+        self._unread: asyncio.TimerHandle | None = None
+        """Ends a connection whose client does not read an answer."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request. The connection is refused if there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) <= self._limits.connections:
+            self._expect_request()
+            return
+        if self.loop.time() >= self._limits.complained + PAUSE:
+            self._limits.complained = self.loop.time()
+            logger.warning("%d connections are open; more are refused", self._limits.connections)
+        self._refuse("503 Service Unavailable", f"{self._limits.connections} connections are open already")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the limits of time."""
+        for timer in (self._unsent, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a part of a request. Too long a head, chunk header or trailer is refused before its end."""
+        while data and not self.transport.is_closing():
+            part, data = data[: MAX_HEAD - self._head], data[MAX_HEAD - self._head :]
+            if part:
+                self._head += len(part)
+                super().data_received(part)
+            elif self._running:
+                self.transport.abort()
+            else:
+                self._refuse("431 Request Header Fields Too Large", f"at most {MAX_HEAD} bytes of headers are accepted")
+        if not self._running and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._expect_request()
+
+    def on_headers_complete(self) -> None:
+        """Start the request, which has a limit of time of its own."""
+        self._head = 0
+        self._requested()
+        super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Count up to the next chunk, or to the end of the trailers."""
+        self._head = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Do not count the body, which the application limits."""
+        self._head = max(0, self._head - len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Count the next head. If the answer was sent before the body ended, the connection is idle now."""
+        self._head = 0
+        super().on_message_complete()
+        if not self._running and not self.transport.is_closing():
+            self._requested()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection. `close` would wait for a client that does not read the last answer."""
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read, as long as for an idle one."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on writing."""
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
+
+    @property
+    def _running(self) -> bool:
+        """Whether a request has not been answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_request(self) -> None:
+        """End the connection unless the head of a request is complete in time. Further bytes do not extend it."""
+        if self._unsent is None:
+            self._unsent = self.loop.call_later(self._limits.seconds, self.transport.abort)
+
+    def _requested(self) -> None:
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
+
+    def _refuse(self, status: str, message: str) -> None:
+        body = json.dumps({"error": message})
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(f"HTTP/1.1 {status}\r\n{head}{body}".encode())
+        self.transport.close()
