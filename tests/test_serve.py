@@ -759,9 +759,39 @@ def test_connections_beyond_the_limit_are_refused_and_logged_once(path: Path) ->
         assert process.stderr.read().splitlines() == ["3 connections are open; more are refused"]
 
 
+def test_a_model_that_fails_at_the_largest_batch_is_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Session, images: np.ndarray) -> Any:
+        if len(images) == 64:
+            raise MemoryError("Unable to allocate 3 GiB")
+
+    monkeypatch.setattr(Session, "run_raw", run)
+    assert main(["serve", str(path), "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the model fails for 64 images at a time (Unable to allocate 3 GiB); choose a")
+
+
+def test_an_address_of_ipv6_has_brackets(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this Python has no IPv6")
+    with socket.socket(socket.AF_INET6) as taken:
+        try:
+            taken.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", str(path), "--host", "::1", "--port", str(port)]) == 1
+        assert f"cannot listen on [::1]:{port}: " in capsys.readouterr().err
+    with server(path, "--host", "::1") as (_, http):
+        assert http.get("/v2/health/live").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max-batch", "1000000"], "max_batch must be at most 4096, got 1000000"),
         (["--max-connections", "0"], "max_connections must be at least 1, got 0"),
         (["--port", "x"], "argument --port: invalid int value: 'x'"),
         (["--prot", "80"], "unrecognized arguments: --prot 80; see 'advmoe serve --help'"),

@@ -78,7 +78,7 @@ class ModelServer:
             self.monitor.record(self.session.interpret(dict(outputs)))
 
     def app(self) -> Starlette:
-        """The application. It warms up the model when it starts."""
+        """The application."""
         model = "/v2/models/{name}"
         routes: list[tuple[str, str, str, Handler]] = [
             ("GET", "/", "page", self.page),
@@ -107,17 +107,27 @@ class ModelServer:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         with self._threads:
             async with self.batcher.running():
-                await self._in_thread(self._warm_up)
                 self.ready = True
                 yield
                 self.ready = False
 
-    def _warm_up(self) -> None:
-        """Run the smallest and the largest batch, so that no request waits for the first allocations."""
+    def warm_up(self) -> None:
+        """Run the smallest and the largest batch, so that no request waits for the first allocations.
+
+        Raises:
+            InputError: the model fails, for example because the memory is too small.
+        """
         height, width = self.metadata.image_size
         sizes = {1, self.batcher.max_batch} if self.metadata.batch_size is None else {self.metadata.batch_size}
         for size in sorted(sizes):
-            self.session.run_raw(np.zeros((size, height, width, 3), np.uint8))
+            try:
+                self.session.run_raw(np.zeros((size, height, width, 3), np.uint8))
+            except Exception as error:  # onnxruntime raises many types
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"the model fails for {size} images at a time ({reason}); choose a smaller max_batch "
+                    f"than {self.batcher.max_batch} if the memory is too small"
+                ) from error
 
     # --- handlers ---------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from typing import Any
 from advmoe_export.errors import InputError
 
 MEBIBYTE = 2**20
+MAX_BATCH = 4096
+"""A batch is computed when the server starts. A larger one takes many gigabytes."""
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -63,8 +65,9 @@ class ServeConfig:
         for name in ("timeout", "max_upload_mb", "max_megapixels"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.port > 65535:
-            raise InputError(f"port must be at most 65535, got {self.port}")
+        for name, highest in (("port", 65535), ("max_batch", MAX_BATCH)):
+            if getattr(self, name) > highest:
+                raise InputError(f"{name} must be at most {highest}, got {getattr(self, name)}")
         if not self.provider:
             raise InputError("provider must name at least one onnxruntime provider")
         if "/" in self.model_name:

@@ -42,6 +42,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
     Raises:
         ModelFileError: the model file is missing, is damaged, or was not written by this package.
         ProviderError: no provider starts.
+        InputError: the model fails for batches of `max_batch`.
         AddressError: the address is in use, or does not belong to this machine.
     """
     limits = Limits(connections=config.max_connections, seconds=config.timeout)
@@ -49,6 +50,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
     with _listen(config.host, config.port) as listener:
         port = listener.getsockname()[1]
         model = ModelServer(session, config)
+        model.warm_up()
         server = _Server(
             model,
             uvicorn.Config(
@@ -65,7 +67,7 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None] = lambda line:
                 timeout_graceful_shutdown=config.grace,  # type: ignore[arg-type]
             ),
             lambda: announce(
-                f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{config.host}:{port}"
+                f"serving '{config.model}' as '{config.model_name}' on {session.provider}: http://{_shown(config.host)}:{port}"
             ),
         )
         # uvicorn handles signals while it runs. At its end it raises them again for the earlier
@@ -117,9 +119,14 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise AddressError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port"
+            f"cannot listen on {_shown(host)}:{port}: {error.strerror or error}; choose another host or port"
         ) from error
     return listener
+
+
+def _shown(host: str) -> str:
+    """The host as in a URL: IPv6 addresses have brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _leave() -> None:
