@@ -1,5 +1,6 @@
 """`advmoe evaluate`, `analyze` and `report`: files, exit codes, and refused inputs."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_an_untrusted_result_is_marked_everywhere_and_strict_ends_with_2(
     assert "NOT TO BE TRUSTED" in shown
     card = json.loads((out / "card.json").read_text())
     assert card["unreliable"] is True
+    assert card["advmoe"]["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     failed = {item["name"] for item in card["advmoe"]["diagnostics"] if item["status"] == "failed"}
     assert "zero_gradients" in failed
     assert sorted(path.name for path in out.iterdir()) == [
@@ -260,7 +262,9 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     digits = {"class_names": dataset_info("digits").class_names, "train": {"dataset": "digits"}}
     save_checkpoint(other, Checkpoint(model=model.config, weights=model.state_dict(), **digits))  # type: ignore[arg-type]
     assert evaluate(checkpoint, "--diagnose", "0", "--routing", "--control", "averaged", "--out", str(out)) == 0
-    assert (out / "control-averaged" / "card.json").is_file()
+    of_control = json.loads((out / "control-averaged" / "card.json").read_text())["advmoe"]
+    assert of_control["control"] == "averaged"
+    assert of_control["checkpoint_sha256"] == json.loads((out / "card.json").read_text())["advmoe"]["checkpoint_sha256"]
     assert "control: averaged" in capsys.readouterr().out
     assert evaluate(other, "--diagnose", "0", "--eps", "8/255", "--out", str(tmp_path / "second")) == 0
     capsys.readouterr()

@@ -142,7 +142,7 @@ def evaluate(
         measuring = Measuring(config, tested, batch_size, seed, latency)
         card, result = measuring.card_of(subject, out, masked=masked)
         for name, other in changed.items():
-            variant = Subject(subject.path, subject.contents, other, control=name)
+            variant = dataclasses.replace(subject, model=other, control=name)
             folder = None if out is None else out / f"control-{name}"
             of_control, _ = dataclasses.replace(measuring, latency=False).card_of(variant, folder)
             shared = ("sa", "ra", "ra_worst", "verdict")
@@ -175,16 +175,18 @@ class Subject:
     path: Path
     contents: Checkpoint
     model: RoutedNetwork
+    digest: str
+    """SHA-256 of the file."""
     control: str | None = None
 
     @classmethod
     def load(cls, path: Path, *, device: str | torch.device) -> Subject:
         """Read a checkpoint."""
         from advmoe.device import resolve_device
-        from advmoe.training.checkpoint import load_checkpoint
+        from advmoe.training.checkpoint import file_digest, load_checkpoint
 
-        contents = load_checkpoint(path)
-        return cls(path, contents, contents.build().to(resolve_device(device)))
+        digest, contents = file_digest(path), load_checkpoint(path)
+        return cls(path, contents, contents.build().to(resolve_device(device)), digest)
 
     @property
     def name(self) -> str:
@@ -264,6 +266,7 @@ class Measuring:
             cost=measure_cost(subject.model, subject.contents.model.image_size),
             device=hardware(next(subject.model.parameters()).device),
             latency=self._latency(subject.model) if self.latency and world().leads else None,
+            checkpoint_sha256=subject.digest,
             training_seconds=_training_seconds(subject.path.parent),
             recipe=_recipe_of(subject.path.resolve().parent.name),
             control=subject.control,

@@ -122,6 +122,7 @@ class CardNumbers(Settings):
     ra_worst: Annotated[float, PERCENT]
     standard_error: float
     trusted: bool | None
+    checkpoint_sha256: Annotated[str | None, Setting("SHA-256 of the evaluated file, in hexadecimal.")] = None
     training_seconds: float | None = None
     control: str | None = None
     recipe: str | None = None
@@ -175,6 +176,7 @@ def make_card(
     cost: Cost,
     device: str,
     latency: Mapping[int, float] | None = None,
+    checkpoint_sha256: str | None = None,
     training_seconds: float | None = None,
     recipe: str | None = None,
     control: str | None = None,
@@ -190,6 +192,7 @@ def make_card(
         cost: The cost of the model.
         device: Hardware of the evaluation.
         latency: Milliseconds per image by batch size on that hardware, if measured.
+        checkpoint_sha256: SHA-256 of the checkpoint file, in hexadecimal, if the model is from one.
         training_seconds: Duration of the training, if known.
         recipe: Name of the paper's run, if the model is from one.
         control: Name of the control (`advmoe.evaluation.controls`), if the model is one.
@@ -229,6 +232,7 @@ def make_card(
         "model": to_dict(model),
         "method": train.get("method", ""),
         "epochs": train.get("epochs"),
+        "checkpoint_sha256": checkpoint_sha256,
         "training_seconds": training_seconds,
         "recipe": recipe,
         "control": control,

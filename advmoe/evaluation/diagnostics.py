@@ -324,7 +324,8 @@ def check_routing(sample: Victims, observed_ML: Tensor) -> Diagnostic:
     """
     with evaluating(sample.model), full_precision(sample.model):
         victims = sample.take(sample.right()).under(dataclasses.replace(sample.attack, restarts=1))
-        right, left, nearby = len(victims), [], victims.images
+        right, nearby = len(victims), victims.images
+        left: list[int] = []
         for forward in routing_views(sample.model).values():  # the model itself comes first
             found = untargeted(victims, forward)[0]
             kept = victims.right(found)
