@@ -130,6 +130,13 @@ def test_averaging_takes_the_scale_and_shift_of_each_expert_into_account(
     assert averaged(images).isfinite().all()
 
 
+def test_experts_are_not_averaged_where_routers_scale_their_outputs(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
+    # Equal logits would scale every output by 1/2, whatever the routers' probabilities were.
+    with pytest.raises(ConfigError, match="with router_gradient 'value' their probabilities also scale"):
+        controlled(tiny_vgg(router_gradient="value"), "averaged", 0)
+    controlled(tiny_vgg(router_gradient="value"), "inverted", 0)
+
+
 def test_a_model_without_a_choice_of_experts_has_no_control(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     with pytest.raises(ConfigError, match="no choice of experts"):
         controlled(tiny_vgg(kind="s_dense"), "random", 0)

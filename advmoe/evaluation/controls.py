@@ -37,7 +37,8 @@ def controlled(model: nn.Module, control: Control, seed: int) -> RoutedNetwork:
         seed: Seed of the random routers.
 
     Raises:
-        ConfigError: The model has no choice of experts.
+        ConfigError: The model has no choice of experts, or its experts cannot be averaged, because
+            the routers scale the outputs.
     """
     check(
         is_routed(model),
@@ -45,6 +46,12 @@ def controlled(model: nn.Module, control: Control, seed: int) -> RoutedNetwork:
         "control",
     )
     assert isinstance(model, RoutedNetwork)
+    check(
+        control != "averaged" or not any(router.scales for router in model.routers),
+        "the control 'averaged' takes the choice from the routers, but with router_gradient 'value' their "
+        "probabilities also scale the outputs; take 'random' or 'inverted'",
+        "control",
+    )
     changed = copy.deepcopy(model)
     with torch.no_grad(), seeded(seed):
         _CHANGES[control](changed)
@@ -65,8 +72,6 @@ def _averaged(model: RoutedNetwork) -> None:
         if isinstance(module, MoEConv2d):
             module.fold_affine()
         if isinstance(module, MoEConv2d | MoELinear):
-            if isinstance(module, MoEConv2d):
-                module.fold_affine()
             for bank in module.parameters():
                 rows_NS = torch.tensor(module.rows, device=bank.device)
                 bank[rows_NS[0]] = bank[rows_NS].mean(dim=0)
