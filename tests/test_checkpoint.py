@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, plain data only, and refused with a reason if they are anything else."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import pickle
@@ -391,6 +392,45 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, change: str) -> None:
         weights["classifier.weight"] = torch.ones(3, 3)
     with pytest.raises(CheckpointError, match="weights do not fit its own model description"):
         advmoe.load(rewritten(saved, weights=weights))
+
+
+def test_a_description_takes_no_memory_for_weights_that_the_file_does_not_hold(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VGG-16 of width 16 has 16^2 times the weights of VGG-16, which are gigabytes."""
+    made = []
+
+    def recorded(config: ModelConfig) -> RoutedNetwork:
+        made.append(build_model(config))
+        return made[-1]
+
+    monkeypatch.setattr("advmoe.training.checkpoint.build_model", recorded)
+    description = to_dict(dataclasses.replace(MODEL, width=16.0))
+    with pytest.raises(CheckpointError, match=r"must be .*\[.*\], got"):
+        load_checkpoint(rewritten(saved, model=description)).build()
+    assert made
+    assert all(tensor.is_meta for model in made for tensor in model.state_dict().values())
+
+
+def test_a_weight_that_is_one_number_repeated_is_refused(saved: Path) -> None:
+    weights = load_checkpoint(saved).weights
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 4)
+    weights[name] = torch.zeros(()).expand(weights[name].shape)
+    with pytest.raises(CheckpointError, match=f"{name} must be stored in full"):
+        load_checkpoint(rewritten(saved, weights=weights)).build()
+
+
+@pytest.mark.parametrize("form", ["deflated", "overlapping"])
+def test_an_archive_that_would_grow_is_refused_before_it_is_read(saved: Path, form: str) -> None:
+    content = io.BytesIO(saved.read_bytes())
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(saved, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry, old.read(entry), zipfile.ZIP_DEFLATED if form == "deflated" else zipfile.ZIP_STORED)
+        if form == "overlapping":  # the directory names the largest part many times
+            largest = max(new.filelist, key=lambda entry: entry.file_size)
+            new.filelist += [largest] * 50
+    with pytest.raises(CheckpointError, match="is compressed or has parts that overlap"):
+        load_checkpoint(saved)
 
 
 def test_a_stored_option_that_means_nothing_for_its_kind_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:

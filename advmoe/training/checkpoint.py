@@ -64,6 +64,8 @@ class Checkpoint:
     def build(self) -> RoutedNetwork:
         """The model in eval mode. A Sparse-CNN with learned masks is built without its dropped channels."""
         try:
+            with torch.device("meta"):  # no memory is taken for a model that the file does not hold
+                check_weights(build_model(self.model), self.weights)
             model = build_model(self.model)
             load_weights(model, self.weights)
         except ConfigError as error:
@@ -80,6 +82,16 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
     Raises:
         ConfigError: They differ; the message names the first difference.
     """
+    check_weights(model, weights)
+    model.load_state_dict(dict(weights))
+
+
+def check_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compare weights with those of a model, whose tensors may be on the device `meta`.
+
+    Raises:
+        ConfigError: They differ in name, shape or type, or several numbers are stored as one.
+    """
     own = model.state_dict()
     for name in (*own, *weights):
         if name not in weights or name not in own:
@@ -89,7 +101,8 @@ def load_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> N
             raise ConfigError(
                 f"{name} must be {expected.dtype} {list(expected.shape)}, got {found.dtype} {list(found.shape)}"
             )
-    model.load_state_dict(dict(weights))
+        if found.untyped_storage().nbytes() < found.nbytes:
+            raise ConfigError(f"{name} must be stored in full, got fewer bytes than its shape has")
 
 
 DEVICE_SETTINGS = {"lr", "foreach", "fused", "capturable"}
@@ -231,15 +244,22 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
 
 
 def _check_sums(path: Path) -> None:
-    """Refuse an archive whose checksums are wrong. `torch.load` does not look at them.
+    """Refuse an archive that grows when it is read, or whose checksums are wrong. `torch.load` looks at neither.
 
     Raises:
-        CheckpointError: Bytes of the file have changed since it was written.
+        CheckpointError: The file was compressed, or bytes have changed since it was written.
     """
     if not zipfile.is_zipfile(path):
         return  # reading the file reports that it is no archive
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+                sum(entry.file_size for entry in entries) > path.stat().st_size
+            ):
+                raise CheckpointError(
+                    f"{path} is compressed or has parts that overlap, and torch writes neither; take the original file"
+                )
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; take another copy of the file") from error
