@@ -711,7 +711,18 @@ def check_together(model: ModelConfig, train: TrainConfig) -> None:
         "router_lr",
     )
     check(
-        model.several_experts or train.balance == 0,
-        f"balance {train.balance:g} needs routers with a choice; leave it out or use kind moe with 2 experts or more",
+        train.balance == 0 or (model.several_experts and train.method != "expert_at"),
+        f"balance {train.balance:g} needs routers that learn a choice; leave it out or use kind moe with 2 experts or "
+        "more, and a method that trains routers",
         "balance",
+    )
+    check(
+        train.awp == 0 or train.method != "mask_at",
+        f"awp {train.awp:g} perturbs filters, and mask_at trains none; leave it out",
+        "awp",
+    )
+    check(
+        train.router_statistics == "stored" or model.arch != "vit",
+        f"router_statistics {train.router_statistics} is about BatchNorm, which a vit does not have; leave it out",
+        "router_statistics",
     )

@@ -85,6 +85,8 @@ def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, i
         "train": {name: value for name, value in to_dict(train).items() if name not in {"attack", "val_attack"}},
         "attack": {field.name: getattr(attack, field.name) for field in fields_of(TrainingAttack)},
     }
+    if attack.step_size == TrainingAttack(eps=attack.eps).in_training().step_size:
+        sections["attack"]["step_size"] = None  # it follows another radius
     for section, values in sections.items():
         sections[section] = {name: NONE if value is None else value for name, value in values.items()}
     return tomli_w.dumps(contents | sections)

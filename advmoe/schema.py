@@ -261,5 +261,16 @@ def _meant(unknown: Iterable[str], fields: Iterable[str]) -> str:
 
 def difference(given: Any, wanted: Any) -> str:
     """The first field in which two configs differ, as `name = given (not wanted)`."""
-    pairs = zip(to_dict(given).items(), to_dict(wanted).values(), strict=True)
-    return next((f"{name} = {value} (not {other})" for (name, value), other in pairs if value != other), "nothing")
+    return _first_difference(to_dict(given), to_dict(wanted)) or "nothing"
+
+
+def _first_difference(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+    for name, value in given.items():
+        other = wanted[name]
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            inner = _first_difference(value, other, f"{prefix}{name}.")
+            if inner is not None:
+                return inner
+        elif value != other:
+            return f"{prefix}{name} = {value} (not {other})"
+    return None

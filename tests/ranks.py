@@ -54,6 +54,11 @@ CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
         ModelConfig(arch="vgg16", kind="moe", width=0.0625, granularity="image"),
         dataclasses.replace(TRAIN, method="at", loss="pgd_at", awp=0.01),
     ),
+    # routers learn from two images, so one of three ranks has none
+    "few": (
+        ModelConfig(arch="resnet18", kind="moe", width=0.0625),
+        dataclasses.replace(TRAIN, router_share=0.25),
+    ),
     "vit": (
         ModelConfig(arch="vit", kind="moe", width=1 / 6, depth=2),
         dataclasses.replace(TRAIN, router_step="reuse", router_share=0.5),
@@ -211,7 +216,7 @@ def two(folder: Path) -> dict[str, Any]:
 def three(folder: Path) -> dict[str, Any]:
     """What three ranks do: with shares that are not equal, and going on with what two began."""
     return {
-        "advmoe": bits(train("advmoe", folder / "three" / "advmoe")),
+        **{case: bits(train(case, folder / "three" / case)) for case in ("advmoe", "few")},
         "stopped": bits(train("advmoe", folder / "stopped", resume=True)),
     }
 

@@ -374,7 +374,7 @@ def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
     # that wait.
     skipped = json.loads(out)["metrics"]["train_skipped"]
     assert 4 - 2 - 2 < skipped <= 4
-    assert f"{skipped} images were skipped; image" in " ".join(err.split())
+    assert f"skipped images: {skipped}; image" in " ".join(err.split())
 
 
 @pytest.mark.slow

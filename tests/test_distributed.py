@@ -70,9 +70,12 @@ def test_an_image_that_one_rank_cannot_read_stops_all_with_one_message(two: list
     assert "mend or remove the file and begin anew" in first
 
 
-def test_shares_need_not_be_equal(folder: Path, one: dict[str, Any], three: list[dict[str, Any]]) -> None:
-    assert three[0]["advmoe"] == three[1]["advmoe"] == three[2]["advmoe"]
-    assert_same_run(folder / "three" / "advmoe", folder / "one" / "advmoe")
+@pytest.mark.parametrize("case", ["advmoe", "few"])
+def test_shares_need_not_be_equal_and_may_be_empty(
+    case: str, folder: Path, one: dict[str, Any], three: list[dict[str, Any]]
+) -> None:
+    assert three[0][case] == three[1][case] == three[2][case]
+    assert_same_run(folder / "three" / case, folder / "one" / case)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(

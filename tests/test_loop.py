@@ -375,6 +375,23 @@ def test_a_run_is_not_resumed_with_another_model(digits: Dataset, whole_run: Pat
         resumed(digits, whole_run, model=dataclasses.replace(MODEL, num_experts=1))
 
 
+def test_a_run_is_not_resumed_with_other_images(digits: Dataset, tmp_path: Path) -> None:
+    assert not train(digits, tmp_path / "run", STANDARD, observer=Observer(stop_after=3))
+    records = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    fewer = dataclasses.replace(digits, train=digits.train.take(np.arange(len(digits.train) - 1)))
+    with pytest.raises(CheckpointError, match=r"the data set has other images or labels .*; restore them") as caught:
+        resumed(fewer, tmp_path / "run", STANDARD)
+    assert caught.value.options == ("init",)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == records
+    assert resumed(digits, tmp_path / "run", STANDARD)
+
+
+def test_a_moving_average_counts_all_batches(digits: Dataset, tmp_path: Path) -> None:
+    assert train(digits, tmp_path / "run", dataclasses.replace(STANDARD, ema=0.99))
+    weights = load_checkpoint(tmp_path / "run" / "last.pt").weights
+    assert {int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")} == {4}
+
+
 def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no training state; resume needs the last.pt"):
         train(digits, tmp_path / "run", resume=load_checkpoint(whole_run / "best.pt"))

@@ -13,7 +13,7 @@ import torch
 import advmoe
 from advmoe.cli.app import main
 from advmoe.cli.options import flag
-from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, to_dict
+from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check_together, to_dict
 from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.models.registry import ARCHITECTURES
 from advmoe.schema import Setting, Settings, conform, fields_of, from_dict
@@ -141,6 +141,20 @@ def test_the_attack_in_training_and_the_one_of_validation_follow_the_radius() ->
     assert dataclasses.astuple(chosen.in_training()) == (0.4, 3, 5 / 8 * 0.4, 1, "gaussian")
     assert dataclasses.astuple(chosen.in_validation()) == (0.4, 10, 0.1, 1, "uniform")
     assert TrainConfig(dataset="digits").attack == TrainingAttack().in_training()
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "message"),
+    [
+        ({"kind": "moe"}, {"method": "expert_at", "balance": 0.5}, "balance 0.5 needs routers that learn a choice"),
+        ({"kind": "dense"}, {"method": "at", "balance": 0.5}, "balance 0.5 needs routers that learn a choice"),
+        ({"kind": "sparse_cnn"}, {"method": "mask_at", "awp": 0.05}, "awp 0.05 perturbs filters, and mask_at trains"),
+        ({"arch": "vit"}, {"router_statistics": "batch"}, "router_statistics batch is about BatchNorm"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(model: Any, train: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_together(ModelConfig(**{"arch": "vgg16", **model}), TrainConfig(dataset="digits", **train))
 
 
 def test_only_the_command_line_names_options() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 import advmoe
 from advmoe.cli.app import main
 from advmoe.cli.seeds import mean_and_deviation, parse_seeds, summary
+from advmoe.cli.train import Plan, make_plan
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack
 from advmoe.data.sources import dataset_info
 from advmoe.errors import ConfigError
@@ -46,6 +47,21 @@ def test_a_file_gives_every_setting_back(tmp_path: Path) -> None:
     stored = tomllib.loads(path.read_text())
     assert set(stored["model"]) == {field.name for field in fields_of(ModelConfig)}
     assert set(stored["train"]) == {field.name for field in fields_of(TrainConfig)} - {"attack", "val_attack"}
+
+
+def test_a_file_leaves_what_follows_from_radius_and_data_set_to_them(tmp_path: Path) -> None:
+    digits = dataset_info("digits")
+    model, train = resolve(digits, *defaults_of(digits))
+    path = tmp_path / "run.toml"
+    path.write_text(run_file(model, train, data_dir=None, init=None))
+
+    def planned(dataset: str, config_file: Path | None) -> Plan:
+        return make_plan(dataset, None, config_file, None, None, {"eps": 4 / 255})
+
+    assert planned("digits", path).train.attack.step_size == 5 / 8 * 4 / 255
+    for dataset in ("digits", "cifar10"):
+        ours, theirs = planned(dataset, path), planned(dataset, None)
+        assert (ours.model, ours.train) == (theirs.model, theirs.train), dataset
 
 
 def test_settings_of_earlier_files_keep_their_names(tmp_path: Path) -> None:

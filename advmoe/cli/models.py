@@ -24,8 +24,8 @@ def checkpoint_of(path: Path) -> Path:
         return path / BEST
     if (path / LAST).is_file():
         raise CheckpointError(
-            f"the run in {path} has not finished an epoch, so it has no {BEST} yet; let it go on, "
-            f"or give {path / LAST} to take it as it is"
+            f"the run in {path} has no {BEST} yet, which the first epoch writes (with at_sparse, the first one of the "
+            f"last phase); let it go on, or give {path / LAST} to take it as it is"
         )
     raise CheckpointError(
         f"{path} is a folder without {BEST}; expected a run folder such as runs/NAME, or a checkpoint"

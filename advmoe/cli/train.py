@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.models import checkpoint_of, remember_data
+from advmoe.cli.models import LAST, checkpoint_of, remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
@@ -135,7 +135,8 @@ def train(
             folder = seed_folder(path, seed)
             console.note(f"seed {seed}: {folder}")
             of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
-            runs[seed] = train_run(of_seed, folder, place, resume=resume and folder.exists(), saving=saving)
+            begun = resume and (folder / LAST).exists()
+            runs[seed] = train_run(of_seed, folder, place, resume=begun, saving=saving, out=path)
         show_seeds(path, runs, json=json)
 
 
@@ -186,6 +187,8 @@ def make_plan(
         not Path(chosen).is_dir() or chosen in dataset_names(),
         f"'{chosen}' is a folder and no data set; for images of your own: advmoe train folder --data-dir {chosen}",
     )
+    if config_file is not None and base.train.get("dataset") not in {None, chosen}:
+        base = without_data(base)
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
     init = None if init is None else checkpoint_of(init)
@@ -227,6 +230,19 @@ def make_plan(
     )
 
 
+OF_DATA = {"model": {"num_classes", "image_size", "mean", "std"}, "train": {"flip"}, "attack": {"eps", "step_size"}}
+"""Settings of a run that follow from its data set, by section of a run file."""
+
+
+def without_data(run: RunFile) -> RunFile:
+    """A run without the settings that follow from its data set, for a run on another one."""
+    kept: dict[str, Any] = {
+        section: {name: value for name, value in getattr(run, section).items() if name not in names}
+        for section, names in OF_DATA.items()
+    }
+    return dataclasses.replace(run, **kept, data_dir=None)
+
+
 class Saving(NamedTuple):
     """Checkpoints that a run writes in addition to those at the end of an epoch."""
 
@@ -245,8 +261,18 @@ class Trained:
     last_metrics: Mapping[str, Any]
 
 
-def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, saving: Saving) -> Trained:
+def train_run(
+    plan: Plan, path: Path, place: torch.device, *, resume: bool, saving: Saving, out: Path | None = None
+) -> Trained:
     """Train one model in one folder.
+
+    Args:
+        plan: What to train.
+        path: Folder of the run.
+        place: Device of the training.
+        resume: Whether the run goes on.
+        saving: Checkpoints to write besides those of epochs.
+        out: What the command calls the output, if it is not `path`.
 
     Raises:
         typer.Exit: The run was interrupted, and its state is saved.
@@ -285,7 +311,7 @@ def train_run(plan: Plan, path: Path, place: torch.device, *, resume: bool, savi
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
-        console.note(f"interrupted; go on with the same command and --resume --out {path}")
+        console.note(f"interrupted; go on with the same command and --resume --out {out or path}")
         raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have received the signal
     best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)

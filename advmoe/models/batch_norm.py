@@ -72,9 +72,12 @@ class _Normalize(torch.autograd.Function):
         x, weight, mean, var, number = ctx.saved_tensors
         (gradient_y,) = gradients
         # Gradient with mean and var as constants:
-        gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
+        if x.numel():
+            gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            )
+        else:  # a rank without images; the operator would divide by their number
+            gradient_x, gradient_weight, gradient_bias = (torch.zeros_like(each) for each in (x, weight, weight))
         # Gradient through mean and var: - weight / std * (mean of gradient + normalized x * mean of
         # (gradient * normalized x)).
         of_bias, of_weight = gradient_bias.clone(), gradient_weight.clone()

@@ -80,7 +80,7 @@ class CompiledNetwork:
     def _compiled(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
         try:
             logits, routing = self._compute(images, pathways)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"the network cannot be compiled here: {reason}; leave it uncompiled", "compile"

@@ -39,6 +39,7 @@ class Progress(Settings):
     selection: Annotated[Weights, Setting("Outcomes on the validation images that later epochs are compared with.")]
     sums: Annotated[list[Weights], Setting("Sums of the epoch under way, one set per level.")]
     skipped_in_a_row: Annotated[int, Setting("Steps up to this one that could not be taken.", at_least=0)] = 0
+    images: Annotated[str, Setting("Digest of the split of the images; empty in earlier checkpoints.")] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ class Level:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters that this level may not change. The list is made once, because a network keeps
-        its parameter objects.
+        """Parameters that this level may change. The list is made once, because a network keeps its
+        parameter objects.
         """
         fixed = {id(parameter) for parameter in self._fixed}
         known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +25,7 @@ from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict
 from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
 from advmoe.device import read
-from advmoe.distributed import any_rank, equalize, from_leader, together, world
+from advmoe.distributed import any_rank, collect, equalize, from_leader, together, world
 from advmoe.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
@@ -49,6 +51,8 @@ from advmoe.training.streams import Streams
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
+NAMED = 20
+"""Number of skipped images that a warning names."""
 PICTURES = 4
 """Validation images that TensorBoard shows, clean and attacked."""
 
@@ -111,6 +115,12 @@ class Trainer:
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()
         self.average = self._new_average()
+        self._counts = [
+            (kept, own)
+            for kept, own in zip(self._validated().buffers(), self.model.buffers(), strict=True)
+            if kept is not own and not kept.is_floating_point()
+        ]
+        """Numbers of batches, which an average would round down."""
         self.streams = Streams(self.split, model_config, config, number=len(self.levels), device=device)
         self.steps_per_epoch = self.streams.steps_per_epoch
         self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
@@ -192,6 +202,8 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
+            for kept, counted in self._counts:
+                kept.copy_(counted)
         for level, batch, sums, result in zip(levels, batches, self.sums, results, strict=True):
             if result is not None:
                 sums.add(result)
@@ -260,6 +272,7 @@ class Trainer:
                 f"{self.folder.last} is from before; lower the learning rate in a new run",
                 "lr",
             ) from error
+        skipped = collect(self.streams.skipped) if self.config.skip_bad_images else []
         if not world().leads:
             self.sums = self._new_sums()
             self._save(best=False)
@@ -277,7 +290,7 @@ class Trainer:
             if sums.skipped:
                 record[f"{prefix}_steps_skipped"] = sums.skipped
         if self.config.skip_bad_images:
-            record["train_skipped"] = self._count_skipped(epoch)
+            record["train_skipped"] = self._count_skipped(epoch, sorted(set(chain.from_iterable(skipped))))
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
         record |= self.routing.figures(epoch)
         self._warn_of_collapse(epoch, record.get("router_load", []))
@@ -315,11 +328,13 @@ class Trainer:
                 "such a layer is as good as one expert; if they stay like this, use balance 0.01 in a new run"
             )
 
-    def _count_skipped(self, epoch: int) -> int:
-        """Number of images that are missing from the epoch's batches."""
+    def _count_skipped(self, epoch: int, reasons: Sequence[str]) -> int:
+        """Number of images that are missing from the epoch's batches. A warning names the images that are known."""
         number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
         if number:
-            self.observer.warned(f"epoch {epoch}: {number} images were skipped; {self.streams.example_of_skipped()}")
+            named = "".join(f"; {reason}" for reason in reasons[:NAMED])
+            more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+            self.observer.warned(f"epoch {epoch}: skipped images: {number}{named}{more}")
         return number
 
     def _new_sums(self) -> list[EpochSums]:
@@ -379,6 +394,7 @@ class Trainer:
                 "selection": self.selection.state_dict(),
                 "sums": [sums.state_dict() for sums in self.sums],
                 "skipped_in_a_row": self.watch.in_a_row,
+                "images": self.split.digest,
             },
             optimizers=[optimizer_state(level.optimizer) for level in self.levels],
         )
@@ -397,6 +413,12 @@ class Trainer:
                     "init",
                 )
         progress = from_dict(Progress, checkpoint.progress)
+        if progress.images not in {"", self.split.digest}:
+            raise CheckpointError(
+                f"cannot resume {self.folder.path}: the data set has other images or labels than when the run was "
+                "started; restore them, or begin a new run from its weights",
+                "init",
+            )
         try:
             self._restore_weights(checkpoint, progress)
             for sums, state in zip(self.sums, progress.sums, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ class Split:
     validation: ImageSet
     skipped: int
     """Images held out for validation that cannot be decoded."""
+    digest: str
+    """SHA-256 of the labels and of the rows that are trained on and held out, in hexadecimal."""
 
 
 def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | None = None) -> Split:
@@ -33,4 +36,7 @@ def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | No
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
     size = image_size or dataset.info.image_size
     validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images)
-    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated))
+    digest = hashlib.sha256()
+    for part in (dataset.train.labels, train, validation, np.array([len(validated)])):
+        digest.update(f"{len(part)}:".encode() + part.astype("<i8").tobytes())
+    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated), digest=digest.hexdigest())

@@ -51,6 +51,8 @@ class Streams:
         try:
             yield from self._batches(step, epochs)
         except DataError as error:
+            if self._config.skip_bad_images:
+                raise
             raise DataError(
                 f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
             ) from error
@@ -70,9 +72,10 @@ class Streams:
                 raise DataError(f"no image of a whole batch can be read, and {self._config.batch_size} make a batch")
             start = 0
 
-    def example_of_skipped(self) -> str:
-        """Why one of the images that were skipped could not be decoded; empty if none was skipped."""
-        return next((message for loader in self.loaders for message in loader.skipped.values()), "")
+    @property
+    def skipped(self) -> list[str]:
+        """Why each image that this process has skipped since it started could not be decoded."""
+        return sorted({message for loader in self.loaders for message in loader.skipped.values()})
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
