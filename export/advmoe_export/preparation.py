@@ -86,7 +86,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
             more than `MAX_SCANS` scans.
         TooManyPixelsError: the image has more than `max_pixels` pixels.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     what = path if isinstance(path, str | os.PathLike) else "the upload"
     try:
@@ -109,10 +109,12 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
         raise
     except Exception as error:  # Pillow's decoders raise many types of errors for a damaged file
         reason = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):  # its text names a Python object
+            reason = "it is in none of the formats"
         if isinstance(error, Image.DecompressionBombError):
             raise TooManyPixelsError(f"{what} has far too many pixels ({reason})") from error
         raise InputError(
-            f"{what} cannot be decoded as an image ({reason}); expected a JPEG, PNG or the like"
+            f"{what} cannot be decoded as an image ({reason}); expected one of: {', '.join(FORMATS)}"
         ) from error
 
 

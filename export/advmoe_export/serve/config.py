@@ -44,7 +44,7 @@ class ServeConfig:
     max_connections: int = _option(512, "Open connections at a time; more are refused with 503.")
     timeout: float = _option(
         10.0,
-        "Seconds until a request is given up: 408 while reading it, 504 afterwards. As long may its headers take.",
+        "Seconds until a request is given up: 408 while reading it, 504 afterwards. Headers may take as long.",
     )
     grace: float = _option(20.0, "Seconds that running requests get to finish after SIGTERM.")
     keep_alive: float = _option(
