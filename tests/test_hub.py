@@ -242,3 +242,25 @@ def test_a_model_card_tells_the_attack_the_verdict_and_how_to_use_the_model(run:
     unknown = model_card(contents, "owner/digits", license="mit", evaluation=None, onnx=False)
     assert "was not evaluated on test images. Its robustness is unknown." in unknown
     assert "onnx" not in unknown
+
+
+def test_a_model_card_says_what_the_model_is(run: Path) -> None:
+    contents = load_checkpoint(run / "best.pt")
+    for settings, said, of_experts in (
+        ({}, "vgg16 as a dense CNN of one pathway's size, trained", False),
+        ({"kind": "dense"}, "vgg16 as a dense CNN, trained", False),
+        ({"kind": "sparse_cnn"}, "vgg16 as a sparse CNN, trained", False),
+        (
+            {"kind": "moe"},
+            "vgg16 as a sparse mixture-of-experts CNN with N = 2 experts at scale r = 0.5, trained",
+            True,
+        ),
+        ({"arch": "vit", "kind": "dense"}, "vit as a dense vision transformer, trained", False),
+        ({"arch": "vit", "kind": "moe"}, "vit as a sparse mixture-of-experts vision transformer with N = 2", True),
+    ):
+        model = dataclasses.replace(MODEL, **settings)
+        of_model = dataclasses.replace(contents, model=model)
+        text = model_card(of_model, "owner/digits", license="mit", evaluation=None, onnx=True)
+        assert said in text
+        assert ("mixture-of-experts" in text.split("---")[1]) == of_experts  # the hub's tags
+        assert ("`model.onnx` computes the chosen experts of each image only and needs neither" in text) == of_experts

@@ -10,10 +10,10 @@ from advmoe.evaluation.card import pixels
 from advmoe.training.checkpoint import Checkpoint
 
 KINDS = {
-    "moe": "a sparse mixture-of-experts CNN",
-    "dense": "a dense CNN",
-    "s_dense": "a dense CNN of one pathway's size",
-    "sparse_cnn": "a sparse CNN",
+    "moe": "a sparse mixture-of-experts {network}",
+    "dense": "a dense {network}",
+    "s_dense": "a dense {network} of one pathway's size",
+    "sparse_cnn": "a sparse {network}",
 }
 
 
@@ -43,13 +43,12 @@ def model_card(
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in header.items()), "---", ""]
     lines += [f"# {repository.split('/')[1]}", ""]
     experts = f" with N = {model.num_experts} experts at scale r = {model.model_scale:g}" if model.kind == "moe" else ""
-    lines += [
-        f"{model.arch} as {KINDS[model.kind]}{experts}, trained with the method `{train.get('method', 'unknown')}`."
-    ]
+    network = KINDS[model.kind].format(network="vision transformer" if model.arch == "vit" else "CNN")
+    lines += [f"{model.arch} as {network}{experts}, trained with the method `{train.get('method', 'unknown')}`."]
     lines += ["It maps images [B, 3, H, W] in [0, 1] to logits; normalization is inside.", ""]
     lines += ["## Results", "", *_results(evaluation), ""]
     lines += ["## Data and training", "", *_training(contents, dataset), ""]
-    lines += ["## Use", "", *_use(repository, onnx=onnx), ""]
+    lines += ["## Use", "", *_use(repository, routed=model.kind == "moe", onnx=onnx), ""]
     lines += ["## License", "", f"Weights: {license}. The images of the training set have terms of their own.", ""]
     return "\n".join(lines)
 
@@ -95,7 +94,7 @@ def _training(contents: Checkpoint, dataset: str) -> list[str]:
     return lines
 
 
-def _use(repository: str, *, onnx: bool) -> list[str]:
+def _use(repository: str, *, routed: bool, onnx: bool) -> list[str]:
     lines = [
         "```python",
         "import advmoe",
@@ -105,9 +104,10 @@ def _use(repository: str, *, onnx: bool) -> list[str]:
         "```",
     ]
     if onnx:
+        computes = "computes the chosen experts of each image only and " if routed else ""
         lines += [
             "",
-            "`model.onnx` computes the chosen expert of each image only and needs neither torch nor advmoe:",
+            f"`model.onnx` {computes}needs neither torch nor advmoe:",
             "",
             "```console",
             "pip install 'advmoe-export[cpu,serve]'",
