@@ -186,6 +186,63 @@ def test_a_model_on_the_hub_is_evaluated_and_exported_as_the_run_it_came_from(
     assert main(["info", "hf://owner/digits-v1.5", "--json"]) == 0
 
 
+@pytest.fixture
+def evaluated(run: Path) -> Path:
+    """The run folder with an evaluation of its checkpoint, and beside it that of a control."""
+    of_run = load_checkpoint(run / "best.pt")
+    save_checkpoint(run / "best.pt", dataclasses.replace(of_run, class_names=DIGITS.class_names))
+    small = ["--steps", "1", "--limit-eval", "20", "--diagnose", "0", "--no-latency", "--json"]
+    assert main(["evaluate", str(run), *small, "--out", str(run / "evaluation")]) == 0
+    changed_card(run / "evaluation", run / "evaluation" / "control-averaged", control="averaged")
+    return run
+
+
+def changed_card(source: Path, target: Path, **changes: Any) -> None:
+    """The card of another folder with other entries under `advmoe`."""
+    target.mkdir(exist_ok=True)
+    card = json.loads((source / "card.json").read_text())
+    (target / "card.json").write_text(json.dumps(card | {"advmoe": card["advmoe"] | changes}))
+
+
+def test_the_evaluation_of_the_pushed_file_is_published_and_no_other(
+    hub: dict[str, dict[str, bytes]], evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def push(*options: str) -> tuple[int, str]:
+        capsys.readouterr()
+        return main(["push", str(evaluated), "owner/digits", "--no-onnx", *options]), capsys.readouterr().err
+
+    folder, other = evaluated / "evaluation", tmp_path / "other"
+    assert push()[0] == 0  # the control in the run folder does not count
+    published = json.loads(hub["owner/digits"]["card.json"])
+    assert published == json.loads((folder / "card.json").read_text())
+    assert f"| SA, clean images | {published['advmoe']['sa']:.2f} |" in hub["owner/digits"]["README.md"].decode()
+    hub.clear()
+
+    model = published["advmoe"]["model"]
+    for changes, message in (
+        ({"control": "averaged"}, "other is no evaluation of .*best.pt: its model is the control 'averaged'"),
+        ({"checkpoint_sha256": "0" * 64}, "it is of a file with SHA-256 000000000000, this has [0-9a-f]{12};"),
+        (
+            {"checkpoint_sha256": None, "model": model | {"arch": "resnet18"}},
+            "it is of a model whose arch is resnet18, this has vgg16; choose or make one .--evaluation.",
+        ),
+    ):
+        changed_card(folder, other, **changes)
+        code, err = push("--evaluation", str(other))
+        assert code == 1
+        assert re.search(message, err)
+    changed_card(folder, other, checkpoint_sha256=None)  # by an earlier version
+    assert push("--evaluation", str(other))[0] == 0
+    hub.clear()
+
+    changed_card(folder, evaluated / "of last.pt", checkpoint_sha256="0" * 64)
+    assert push()[0] == 0
+    changed_card(folder, evaluated / "again")
+    code, err = push()
+    assert code == 1
+    assert "mine holds 2 evaluations; choose one" in err
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

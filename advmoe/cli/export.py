@@ -17,6 +17,7 @@ from advmoe.config import check, to_dict
 
 if TYPE_CHECKING:
     import numpy as np
+    from advmoe_export import ExportReport
 
     from advmoe.training.checkpoint import Checkpoint
 
@@ -74,7 +75,6 @@ def export(
     if model.suffix == ".safetensors":
         export_safetensors(checkpoint, model, context, json=json)
         return
-    from advmoe.data.sources import shorter_side
     from advmoe.training.checkpoint import load_checkpoint
 
     checkpoint = checkpoint_of(checkpoint)
@@ -104,21 +104,9 @@ def export(
     images, targets, calibration = real_images(contents, checkpoint, data_dir, verify_images, calibrated, seed)
     if input_type == "float32":
         images, calibration = as_float(images), as_float(calibration)
-    with console.err.status("exporting and verifying"), export_errors():
-        report = package.export_model(
-            contents.build(),
-            model,
-            image_size=contents.model.image_size,
-            resize=shorter_side(contents.train.get("dataset"), contents.model.image_size),
-            labels=contents.class_names or tuple(map(str, range(contents.model.num_classes))),
-            metadata=describe(contents, checkpoint),
-            margins=margins,
-            images=images,
-            targets=targets,
-            calibration=calibration,
-            allow_unrouted=contents.model.kind != "moe",
-            **asked,
-        )
+    asked |= {"margins": margins, "images": images, "targets": targets, "calibration": calibration}
+    report = export_onnx(contents, checkpoint, model, **asked)
+    with export_errors():
         repository = None if triton is None else package.write_triton_repository(model, triton)
     figures: dict[str, Any] = jsonlib.loads(report.to_json())
     if json:
@@ -127,7 +115,7 @@ def export(
     for warning in report.warnings:
         console.note(warning)
     verification, agreement = report.verification, report.agreement
-    facts = {} if agreement is None else {"test images compared": agreement.images}
+    facts: dict[str, Any] = {} if agreement is None else {"test images compared": agreement.images}
     if agreement is not None:
         facts |= {
             "same label, same pathway": f"{agreement.same_label:.2%}, {agreement.same_pathway:.2%}",
@@ -146,6 +134,24 @@ def export(
             **facts,
         },
     )
+
+
+def export_onnx(contents: Checkpoint, checkpoint: Path, path: Path, **options: Any) -> ExportReport:
+    """Write a checkpoint as a verified ONNX file. The options are those of `advmoe_export.export_model`."""
+    from advmoe.data.sources import shorter_side
+
+    with console.err.status("exporting and verifying"), export_errors():
+        report: ExportReport = exporter().export_model(
+            contents.build(),
+            path,
+            image_size=contents.model.image_size,
+            resize=shorter_side(contents.train.get("dataset"), contents.model.image_size),
+            labels=contents.class_names or tuple(map(str, range(contents.model.num_classes))),
+            metadata=describe(contents, checkpoint),
+            allow_unrouted=contents.model.kind != "moe",
+            **options,
+        )
+    return report
 
 
 def export_safetensors(checkpoint: Path, target: Path, context: typer.Context, *, json: bool) -> None:

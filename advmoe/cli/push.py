@@ -11,11 +11,10 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD
-from advmoe.cli.export import describe
-from advmoe.cli.exporter import export_errors, exporter
+from advmoe.cli.export import export_onnx
 from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import Json
-from advmoe.config import check, to_dict
+from advmoe.config import ModelConfig, check, from_dict, to_dict
 
 if TYPE_CHECKING:
     from advmoe.training.checkpoint import Checkpoint
@@ -28,7 +27,7 @@ def push(
         Path | None,
         typer.Option(
             help="Folder written by 'advmoe evaluate --out', whose figures the model card shows. "
-            "Default: the only one in the run folder."
+            "Default: the checkpoint's only one in the run folder."
         ),
     ] = None,
     license: Annotated[str, typer.Option(help="License of the weights, as the hub names it.")] = "mit",
@@ -48,7 +47,7 @@ def push(
     check_repository(repository)
     checkpoint = checkpoint_of(run)
     contents = load_checkpoint(checkpoint)
-    card = find_card(run, evaluation)
+    card = find_card(run, evaluation, checkpoint, contents)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_repository(contents, checkpoint, repository, folder, card=card, license=license, onnx=onnx)
@@ -64,19 +63,44 @@ def push(
         console.show_facts(address, {"files": ", ".join(files), "load": f'advmoe.load("hf://{repository}")'})
 
 
-def find_card(run: Path, evaluation: Path | None) -> dict[str, Any] | None:
-    """The result card to show: the one asked for, or the only one in a run folder.
+def find_card(run: Path, evaluation: Path | None, checkpoint: Path, contents: Checkpoint) -> dict[str, Any] | None:
+    """The result card to show: the one asked for, or the checkpoint's only one in a run folder.
 
     Raises:
-        ConfigError: The run folder has several cards.
+        ConfigError: The card is of another model, or the run folder has several cards.
     """
     from advmoe.evaluation.card import load_card
 
     if evaluation is not None:
-        return load_card(evaluation / CARD)
-    found = sorted(run.rglob(CARD)) if run.is_dir() else []
-    check(len(found) <= 1, f"{run} holds {len(found)} evaluations; choose one", "evaluation")
-    return load_card(found[0]) if found else None
+        cards = {evaluation: load_card(evaluation / CARD)}
+    else:
+        found = {path.parent: load_card(path) for path in sorted(run.rglob(CARD))} if run.is_dir() else {}
+        cards = {folder: card for folder, card in found.items() if card["advmoe"].get("control") is None}
+    reasons = {folder: other_model(card["advmoe"], checkpoint, contents) for folder, card in cards.items()}
+    own = [folder for folder, reason in reasons.items() if reason is None]
+    for folder, reason in reasons.items():
+        check(bool(own), f"{folder} is no evaluation of {checkpoint}: {reason}; choose or make one", "evaluation")
+    check(len(own) <= 1, f"{run} holds {len(own)} evaluations; choose one", "evaluation")
+    return cards[own[0]] if own else None
+
+
+def other_model(numbers: dict[str, Any], checkpoint: Path, contents: Checkpoint) -> str | None:
+    """Why the figures of a card are not those of a checkpoint; None if they are.
+
+    Cards of earlier versions name no file, so the description of the model has to do.
+    """
+    from advmoe.training.checkpoint import file_digest
+
+    if (control := numbers.get("control")) is not None:
+        return f"its model is the control '{control}'"
+    if (evaluated := numbers.get("checkpoint_sha256")) is not None:
+        digest = file_digest(checkpoint)
+        return None if digest == evaluated else f"it is of a file with SHA-256 {evaluated[:12]}, this has {digest[:12]}"
+    described = to_dict(contents.model)
+    for name, value in to_dict(from_dict(ModelConfig, numbers["model"])).items():
+        if value != described[name]:
+            return f"it is of a model whose {name} is {value}, this has {described[name]}"
+    return None
 
 
 def write_repository(
@@ -100,18 +124,7 @@ def write_repository(
     if card is not None:
         (folder / CARD).write_text(jsonlib.dumps(card, indent=2) + "\n")
     if onnx:
-        with console.err.status("exporting and verifying"), export_errors():
-            from advmoe.data.sources import shorter_side
-
-            exporter().export_model(
-                contents.build(),
-                folder / "model.onnx",
-                image_size=contents.model.image_size,
-                resize=shorter_side(contents.train.get("dataset"), contents.model.image_size),
-                labels=contents.class_names or tuple(map(str, range(contents.model.num_classes))),
-                metadata=describe(contents, checkpoint),
-                allow_unrouted=contents.model.kind != "moe",
-            )
+        export_onnx(contents, checkpoint, folder / "model.onnx")
     text = model_card(contents, repository, license=license, evaluation=card, onnx=onnx)
     (folder / "README.md").write_text(text)
     return sorted(path.name for path in folder.iterdir())
