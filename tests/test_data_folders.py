@@ -105,7 +105,7 @@ def test_the_validation_folder_may_have_other_names(tmp_path: Path, name: str) -
         ({"val/cow/1.png": b"x"}, "val/cow is a class that the training images do not have"),
         (
             {"train/dog/1.JPG": None, "train/dog/2.png": None, "train/dog/a.webp": b"x"},
-            r"train/dog holds no JPEG",
+            r"train/dog holds no JPEG or PNG images; add some, or delete the folder; the files there are 1 \.webp",
         ),
         (
             {"train/cat/deep/er/9.jpeg": None, "train/cat/notes.txt": None, "train/cat/.hidden.png": None},
@@ -222,15 +222,31 @@ def test_few_and_unequal_images_are_pointed_out(tmp_path: Path) -> None:
 
     def notes(cats: int, dogs: int, tested: int) -> tuple[str, ...]:
         shutil.rmtree(tmp_path, ignore_errors=True)
-        counts = {"train/cat": cats, "train/dog": dogs, "val/cat": tested}
+        counts = {"train/cat": cats, "train/dog": dogs, "val/cat": tested - 1, "val/dog": 1}
         write(tmp_path, {f"{place}/{n}.png": image for place, count in counts.items() for n in range(count)})
-        return dataset_info("folder", tmp_path).notes[1:]
+        return dataset_info("folder", tmp_path).notes[2:]
 
     few, unequal, tested = notes(9, 90, 25)
     assert few.startswith("class cat has 9 training images")
     assert unequal.startswith("class dog has 90 training images, class cat 9;")
     assert tested == "accuracy on 25 test images has a standard error of up to 10.0 points"  # sqrt(0.5 * 0.5 / 25)
     assert notes(100, 101, 200) == ()
+    shutil.rmtree(tmp_path / "val/dog")
+    assert dataset_info("folder", tmp_path).notes[2] == "no test images of dog: accuracies leave these classes out"
+
+
+def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, PETS)
+    there = "3 training and 1 test images of 2 classes; not read, since they are not JPEG or PNG: "
+    assert dataset_info("folder", tmp_path).notes[1] == f"{there}1 .txt"
+    write(tmp_path, {"val/dog/a.WEBP": b"", "train/dog/b.webp": b"", "train/.git/c.heic": b""})
+    assert dataset_info("folder", tmp_path).notes[1] == f"{there}2 .webp, 1 .txt"
+
+
+def test_images_of_ones_own_need_their_folder() -> None:
+    with pytest.raises(DataError, match=r"needs the folder of your images") as caught:
+        dataset_info("folder")
+    assert caught.value.options == ("data_dir",)
 
 
 # Encoded sets

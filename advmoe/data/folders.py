@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_folder(data_dir: Path) -> Dataset:
         train_size=len(train),
         test_size=len(test),
         image_size=size,
-        notes=(reason, *warnings_of(train, test)),
+        notes=(reason, what_is_there(data_dir, train, test), *warnings_of(train, test)),
     )
     return Dataset(info=info, train=train, test=test)
 
@@ -99,6 +100,33 @@ def suggest_size(images: EncodedSet) -> tuple[int, str]:
     )
 
 
+def what_is_there(root: Path, train: EncodedSet, test: EncodedSet) -> str:
+    """The numbers of images and classes of a folder, and of files that are not read, by their ending."""
+    others: Counter[str] = Counter()
+    for split in (("train",), VALIDATION_NAMES):
+        others += unread(find_split(root, split))
+    told = f"{len(train)} training and {len(test)} test images of {len(train.class_names)} classes"
+    return f"{told}; not read, since they are not JPEG or PNG: {listed(others)}" if others else told
+
+
+def unread(folder: Path) -> Counter[str]:
+    """Number of files below `folder` that are no JPEG or PNG by their names, by ending. Hidden ones do not count."""
+    found: Counter[str] = Counter()
+    for _, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.update(
+            Path(name).suffix.lower() or "without ending"
+            for name in files
+            if not name.startswith(".") and not is_image(name)
+        )
+    return found
+
+
+def listed(endings: Counter[str]) -> str:
+    """E.g. `6 .webp, 1 .gif`, the most frequent first."""
+    return ", ".join(f"{number} {ending}" for ending, number in endings.most_common(5))
+
+
 def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
     """Warnings about few images, or about classes of very different sizes."""
     found = []
@@ -114,6 +142,11 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
             f"class {train.class_names[most]} has {counts[most]} training images, class {train.class_names[least]} "
             f"{counts[least]}; accuracy over all images says little about the small class"
         )
+    missing = np.flatnonzero(np.bincount(test.labels, minlength=len(train.class_names)) == 0)
+    if missing.size:
+        names = ", ".join(train.class_names[label] for label in missing[:5].tolist())
+        more = f" and {missing.size - 5} more" if missing.size > 5 else ""
+        found.append(f"no test images of {names}{more}: accuracies leave these classes out")
     if len(test) < FEW_TESTED:
         error = 50 / len(test) ** 0.5  # the standard error is largest for a share of one half
         found.append(f"accuracy on {len(test)} test images has a standard error of up to {error:.1f} points")
@@ -132,8 +165,18 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
     train = _labeled(folder, names, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
-        raise DataError(f"{folder / class_names[empty[0]]} holds no JPEG or PNG images, {empty.size} classes in all")
+        others = f" (as do {empty.size - 1} other class folders)" if empty.size > 1 else ""
+        raise DataError(
+            f"{folder / class_names[empty[0]]} holds no JPEG or PNG images{others}; add some, or delete the folder"
+            f"{there(folder / class_names[empty[0]])}"
+        )
     return train, _labeled(test_folder, test_names, class_names)
+
+
+def there(folder: Path) -> str:
+    """What lies in a folder without images, as the end of a message."""
+    others = unread(folder)
+    return f"; the files there are {listed(others)}, and only JPEG and PNG are read" if others else ""
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:
@@ -146,7 +189,8 @@ def find_split(root: Path, names: Sequence[str]) -> Path:
         if (root / name).is_dir():
             return root / name
     raise DataError(
-        f"{root} has no folder {' or '.join(names)}; expected an image folder with train/<class>/* and val/<class>/*",
+        f"{root} has no folder {' or '.join(names)}; expected an image folder with train/<class>/* and val/<class>/* "
+        "(docs/tutorial.md divides one folder per class)",
         "data_dir",
     )
 
@@ -248,7 +292,7 @@ def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | 
 def _labeled(folder: Path, names: Sequence[str], class_names: tuple[str, ...]) -> EncodedSet:
     """The images `names` in `folder`, labeled by the position of their class in `class_names`."""
     if not names:
-        raise DataError(f"{folder} holds no JPEG or PNG images; expected {folder}/<class>/*")
+        raise DataError(f"{folder} holds no JPEG or PNG images; expected {folder}/<class>/*{there(folder)}")
     return EncodedSet(
         files=tuple(f"{folder}/{name}" for name in names),
         file_index=np.arange(len(names)),

@@ -15,7 +15,7 @@ from advmoe.data.locate import default_data_dir
 from advmoe.data.sets import Announce, Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from advmoe.data.views import evaluation_view
-from advmoe.errors import ConfigError
+from advmoe.errors import ConfigError, DataError
 
 __all__ = [
     "Dataset",
@@ -72,7 +72,7 @@ def dataset_names() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def dataset_info(name: str, data_dir: Path | None = None) -> DatasetInfo:
+def dataset_info(name: str, data_dir: Path | str | None = None) -> DatasetInfo:
     """Facts of a data set that are known before its images are read.
 
     For ``folder`` they include the names of the class folders in ``data_dir``.
@@ -82,7 +82,7 @@ def dataset_info(name: str, data_dir: Path | None = None) -> DatasetInfo:
         DataError: ``data_dir`` is not an image folder.
     """
     info = _source(name).info
-    return folder_info(_or_default(data_dir)) if info is FOLDER else info
+    return folder_info(_place(name, data_dir)) if info is FOLDER else info
 
 
 def shorter_side(name: str | None, size: int) -> int:
@@ -96,7 +96,7 @@ def shorter_side(name: str | None, size: int) -> int:
 
 def load_dataset(
     name: str,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     *,
     download: bool = True,
     progress: Progress | None = None,
@@ -121,11 +121,13 @@ def load_dataset(
         ConfigError: No set has this name.
         DataError: The data are missing, incomplete or malformed.
     """
-    return _source(name).load(_or_default(data_dir), download, progress, announce)
+    return _source(name).load(_place(name, data_dir), download, progress, announce)
 
 
-def _or_default(data_dir: Path | None) -> Path:
-    return default_data_dir() if data_dir is None else data_dir
+def _place(name: str, data_dir: Path | str | None) -> Path:
+    if data_dir is None and name == FOLDER.name:
+        raise DataError("data set 'folder' needs the folder of your images, with train/<class>/*", "data_dir")
+    return default_data_dir() if data_dir is None else Path(data_dir)
 
 
 def _source(name: str) -> _Source:

@@ -34,13 +34,25 @@ def evaluation_view(size: int) -> ResizeCenterCrop:
 
 
 def in_memory(
-    images: Images, size: int, *, skip_bad_images: bool = False, progress: Progress | None = None
+    images: Images,
+    size: int,
+    *,
+    skip_bad_images: bool = False,
+    progress: Progress | None = None,
+    skipped: list[str] | None = None,
 ) -> ImageSet:
     """The images as an `ImageSet`: unchanged if they are in memory, otherwise decoded, resized and
     cut to the middle ``[size, size]``.
 
     An attack reads an image many times, so evaluation decodes it once. 50,000 images of 224x224
     need 7.5 GB.
+
+    Args:
+        images: The images.
+        size: Height and width in pixels of decoded images.
+        skip_bad_images: Whether images that cannot be decoded are left out.
+        progress: Called as `progress(what, done, total)`.
+        skipped: Gets the reason for each image that is left out.
 
     Raises:
         DataError: An image cannot be read or decoded, unless bad images are skipped. The message
@@ -66,6 +78,8 @@ def in_memory(
         seen = done + len(loader.skipped)
         if progress is not None:
             progress("decoding images", seen, len(images))
+    if skipped is not None:
+        skipped += loader.skipped.values()
     if progress is not None and seen < len(images):  # the last batch may have been skipped as a whole
         progress("decoding images", len(images), len(images))
     return ImageSet(images=pixels[:done], labels=labels[:done], class_names=images.class_names)

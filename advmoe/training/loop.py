@@ -67,6 +67,12 @@ def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
+def named(reasons: Sequence[str]) -> str:
+    """The first reasons for which images were skipped, as the end of a warning."""
+    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    return "".join(f"; {reason}" for reason in reasons[:NAMED]) + more
+
+
 class Trainer:
     """One run on one data set.
 
@@ -107,7 +113,7 @@ class Trainer:
         dataset.info.check_image_size(model_config.image_size)
         self.split = split_dataset(dataset, config, image_size=model_config.image_size)
         if self.split.skipped:
-            observer.warned(f"{self.split.skipped} validation images cannot be decoded and were skipped")
+            observer.warned(f"skipped validation images: {len(self.split.skipped)}{named(self.split.skipped)}")
         with seeded(config.seed):
             self.model: RoutedNetwork = build_model(model_config).to(device)
         if initial is not None:
@@ -332,9 +338,7 @@ class Trainer:
         """Number of images that are missing from the epoch's batches. A warning names the images that are known."""
         number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
         if number:
-            named = "".join(f"; {reason}" for reason in reasons[:NAMED])
-            more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
-            self.observer.warned(f"epoch {epoch}: skipped images: {number}{named}{more}")
+            self.observer.warned(f"epoch {epoch}: skipped images: {number}{named(reasons)}")
         return number
 
     def _new_sums(self) -> list[EpochSums]:

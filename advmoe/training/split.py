@@ -11,6 +11,7 @@ from advmoe.config import TrainConfig
 from advmoe.data.sets import Dataset, Images, ImageSet
 from advmoe.data.splits import split_validation
 from advmoe.data.views import in_memory
+from advmoe.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Split:
     train: Images
     train_indices: np.ndarray
     validation: ImageSet
-    skipped: int
-    """Images held out for validation that cannot be decoded."""
+    skipped: tuple[str, ...]
+    """Why images that are held out for validation cannot be decoded, one reason for each."""
     digest: str
     """SHA-256 of the labels and of the rows that are trained on and held out, in hexadecimal."""
 
@@ -35,8 +36,14 @@ def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | No
     if config.val_limit < len(validation):
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
     size = image_size or dataset.info.image_size
-    validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images)
+    skipped: list[str] = []
+    try:
+        validated = in_memory(
+            dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images, skipped=skipped
+        )
+    except DataError as error:
+        raise DataError(f"{error}; mend or remove the file, or skip bad images", "skip_bad_images") from error
     digest = hashlib.sha256()
     for part in (dataset.train.labels, train, validation, np.array([len(validated)])):
         digest.update(f"{len(part)}:".encode() + part.astype("<i8").tobytes())
-    return Split(dataset.train, train, validated, skipped=len(validation) - len(validated), digest=digest.hexdigest())
+    return Split(dataset.train, train, validated, skipped=tuple(skipped), digest=digest.hexdigest())
