@@ -151,7 +151,7 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
             ["train", "digits", "--num-experts", "1", "--specialization", "1"],
             r"needs experts .* with N = 1 trains none",
         ),
-        (["train", "digits", "--kind", "s_dense", "--balance", "1"], r"balance 1 needs routers with a choice"),
+        (["train", "digits", "--kind", "s_dense", "--balance", "1"], r"balance 1 needs routers that learn a choice"),
         (["train", "digits", "--method", "standard", "--awp", "0.01"], r"awp 0.01 has no effect on method standard"),
         (
             ["train", "digits", "--loss", "pgd_at", "--trades-beta", "3"],

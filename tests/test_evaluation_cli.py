@@ -202,9 +202,9 @@ def test_a_run_that_has_finished_no_epoch_is_named_as_such(
 ) -> None:
     last = checkpoint.rename(checkpoint.with_name("last.pt"))
     assert evaluate(checkpoint.parent) == 1
-    assert f"has not finished an epoch, so it has no best.pt yet; let it go on, or give {last}" in (
-        " ".join(capsys.readouterr().err.split())
-    )
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "has no best.pt yet, which the first epoch writes" in shown
+    assert f"let it go on, or give {last} to take it as it is" in shown
     assert evaluate(last, "--diagnose", "0") == 0
 
 
