@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -30,12 +31,15 @@ from torch import nn
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import uvicorn
 from advmoe_export.serve.app import ModelServer
 from advmoe_export.serve.batching import Batcher, OverloadedError, StoppingError
 from advmoe_export.serve.command import parse
 from advmoe_export.serve.config import ServeConfig
+from advmoe_export.serve.connection import Connection, Limits
 from advmoe_export.serve.protocol import read_request
 from advmoe_export.serve.server import _listen
+from uvicorn.server import ServerState
 
 from advmoe.cli.app import main
 
@@ -700,7 +704,7 @@ def test_a_body_in_many_small_chunks_is_read(path: Path) -> None:
     content = b"".join(b"1\r\n%c\r\n" % byte for byte in png()) + b"0\r\na: b\r\n\r\n"
     head = b"POST /classify HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
     with server(path) as (_, http), connect(http) as connection:
-        connection.sendall(20 * (head + content))
+        connection.sendall(2 * (head + content))
         for _ in range(2):
             assert receive(connection).startswith("HTTP/1.1 200")
 
@@ -741,6 +745,38 @@ def test_an_answered_request_whose_body_trickles_is_closed_and_one_whose_body_en
             assert trickling.recv(1000) == b""
             ended.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
             assert receive(ended).startswith("HTTP/1.1 200")
+
+
+def test_a_connection_whose_answers_are_not_read_is_closed() -> None:
+    async def aborted(read: bool) -> bool:
+        config = uvicorn.Config(app=lambda: None, ws="none", timeout_keep_alive=0)
+        limits = Limits(connections=1, seconds=10)
+        connection = Connection(config=config, server_state=ServerState(), app_state={}, limits=limits)
+        transport = MagicMock()
+        transport.get_extra_info.return_value = None
+        connection.connection_made(transport)
+        connection.pause_writing()
+        if read:
+            connection.resume_writing()
+        await asyncio.sleep(0.02)
+        connection.connection_lost(None)
+        return bool(transport.abort.called)
+
+    assert asyncio.run(aborted(read=False))
+    assert not asyncio.run(aborted(read=True))
+
+
+def test_a_client_that_does_not_wait_for_answers_loses_its_connection(path: Path) -> None:
+    request = b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n"
+    with server(path) as (_, http):
+        for count, answers in ((10, 10), (1000, 0)):
+            with connect(http) as connection:
+                connection.sendall(count * request)
+                got = b""
+                with contextlib.suppress(ConnectionError):
+                    while got.count(b"HTTP/1.1 200") < count and (part := connection.recv(65536)):
+                        got += part
+                assert got.count(b"HTTP/1.1 200") == answers
 
 
 def test_connections_beyond_the_limit_are_refused_and_logged_once(path: Path) -> None:

@@ -18,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 logger = logging.getLogger("advmoe_export.serve")
 MAX_HEAD = 2**16
 """Most bytes of a request line and its headers."""
+MAX_AHEAD = 16
+"""Most requests that a client may send before earlier ones are answered. uvicorn keeps all of them."""
 PAUSE = 60.0
 """Seconds between two messages that there are too many connections."""
 
@@ -80,10 +82,13 @@ class Connection(HttpToolsProtocol):
             self._expect_request()
 
     def on_headers_complete(self) -> None:
-        """Start the request, which has a limit of time of its own."""
+        """Start the request, which has a limit of time of its own, or let it wait for those before it."""
         self._head = 0
         self._requested()
-        super().on_headers_complete()
+        if len(self.pipeline) >= MAX_AHEAD:
+            self.transport.abort()
+        if not self.transport.is_closing():
+            super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
         """Count up to the next chunk, or to the end of the trailers."""
