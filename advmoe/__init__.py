@@ -2,7 +2,7 @@
 
 >>> import advmoe
 >>> model = advmoe.create_model("vgg16", kind="moe", num_classes=10, num_experts=2, model_scale=0.5)
->>> model = advmoe.load("runs/cifar10-vgg16-moe-advmoe/best.pt")  # doctest: +SKIP
+>>> model = advmoe.load("runs/cifar10-vgg16-moe-advmoe")  # doctest: +SKIP
 
 Models are plain `torch.nn.Module`s from images [B, 3, H, W] in [0, 1] to logits.
 """

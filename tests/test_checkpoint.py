@@ -21,7 +21,7 @@ from advmoe.files import write_atomically
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.safetensors_file import write_safetensors
-from advmoe.training.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
+from advmoe.training.checkpoint import Checkpoint, file_digest, load_checkpoint, load_optimizer, save_checkpoint
 from advmoe.training.start import start_from
 
 MODEL = ModelConfig(arch="vgg16", width=0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -153,8 +153,17 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(saved: Path, tmp_path:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*missing\.pt"):
         load_checkpoint(tmp_path / "missing.pt")
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    with pytest.raises(CheckpointError, match=r"is a folder without best\.pt"):
         load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.onnx is an exported model; expected the run or the checkpoint"):
+        load_checkpoint(tmp_path / "model.onnx")
+
+
+def test_a_run_folder_means_its_best_checkpoint(whole_run: Path) -> None:
+    assert file_digest(whole_run) == file_digest(whole_run / "best.pt")
+    model = advmoe.load(str(whole_run))
+    for name, value in load_checkpoint(whole_run / "best.pt").weights.items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])

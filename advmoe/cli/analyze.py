@@ -10,9 +10,9 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, ROUTES
-from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import Json
 from advmoe.config import ModelConfig, from_dict
+from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe.models.network import RoutedNetwork

@@ -9,9 +9,9 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, training_radius
-from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.config import AttackConfig, check
+from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe.evaluation.state import Arrays

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.models import checkpoint_of, data_dir_of
+from advmoe.cli.models import data_dir_of
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.hub import is_address
+from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     import numpy as np

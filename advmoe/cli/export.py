@@ -10,10 +10,11 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter
-from advmoe.cli.models import checkpoint_of, data_dir_of
+from advmoe.cli.models import data_dir_of
 from advmoe.cli.options import DataDir, Json, Seed
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
+from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     import numpy as np

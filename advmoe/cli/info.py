@@ -12,9 +12,9 @@ import typer
 
 import advmoe
 from advmoe.cli import console
-from advmoe.cli.models import checkpoint_of
 from advmoe.cli.options import Json
 from advmoe.config import KINDS, to_dict
+from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe_export import ModelMetadata

@@ -1,35 +1,13 @@
-"""Trained models as arguments of commands: a run folder or a checkpoint."""
+"""The data folder of a run, which the run folder notes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from advmoe.errors import CheckpointError, DataError
+from advmoe.errors import DataError
 from advmoe.files import write_text_atomically
-
-BEST, LAST, DATA = "best.pt", "last.pt", "data.json"
-"""Files of a run: the checkpoint to use, the one to resume from, and the note of the data folder."""
-
-
-def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the best one of a run folder.
-
-    Raises:
-        CheckpointError: The folder has no checkpoint.
-    """
-    if not path.is_dir():
-        return path
-    if (path / BEST).is_file():
-        return path / BEST
-    if (path / LAST).is_file():
-        raise CheckpointError(
-            f"the run in {path} has no {BEST} yet, which the first epoch writes (with at_sparse, the first one of the "
-            f"last phase); let it go on, or give {path / LAST} to take it as it is"
-        )
-    raise CheckpointError(
-        f"{path} is a folder without {BEST}; expected a run folder such as runs/NAME, or a checkpoint"
-    )
+from advmoe.run_paths import DATA
 
 
 def remember_data(run: Path, dataset: str, data_dir: Path | None) -> None:

@@ -10,7 +10,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.analyze import model_of
 from advmoe.cli.evaluate import CARD, EXAMPLES, OUTCOMES, ROUTES
-from advmoe.cli.models import checkpoint_of
+from advmoe.run_paths import checkpoint_of
 
 
 def report(

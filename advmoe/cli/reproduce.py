@@ -25,6 +25,7 @@ from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
 from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
+from advmoe.run_paths import BEST, LAST
 from advmoe.world import GROUP, launched
 
 T = TypeVar("T")
@@ -223,7 +224,7 @@ class Plan:
         if not self.experiment.mask:
             return []
         masks = [recipe for recipe in self.chosen if recipe.model.get("kind") == "sparse_cnn"]
-        return ["--mask", str(self.folder(masks[0], seed) / "best.pt")] if masks else []
+        return ["--mask", str(self.folder(masks[0], seed) / BEST)] if masks else []
 
     def commands(self, out: Path) -> list[list[str]]:
         """Independent commands that train and evaluate everything."""
@@ -244,10 +245,10 @@ class Plan:
             initial = ["--init", str(self.trained(all_recipes()[recipe.starts_from], seed))]
         dataset = [self.size.dataset] if self.size.dataset else []
         options = [*shlex.split(self.train_options), "--seed", str(seed), *self.common]
-        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        resume = ["--resume"] if (folder / LAST).exists() else []
         arguments = [*dataset, "--recipe", recipe.name, "--out", str(folder), *initial, *options]
         once(folder, "train", arguments, further=resume)
-        return folder / "best.pt"
+        return folder / BEST
 
     def result(self, recipe: Recipe, seed: int) -> dict[str, Any]:
         """Figures of a run. It is trained and evaluated first if necessary."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.models import LAST, checkpoint_of, remember_data
+from advmoe.cli.models import remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
@@ -24,6 +24,7 @@ from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
 from advmoe.run_file import RunFile, read_run_file, run_file
+from advmoe.run_paths import LAST, checkpoint_of
 from advmoe.settings import defaults_of, resolve, sort_settings
 from advmoe.world import restarts
 

@@ -23,6 +23,7 @@ from advmoe.hub import fetch
 from advmoe.models.masked import compact, masks_open
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
+from advmoe.run_paths import checkpoint_of
 from advmoe.safetensors_file import SUFFIX, read_safetensors, write_safetensors
 from advmoe.schema import Setting, Settings, check, conform, from_dict, shown, to_dict
 
@@ -190,15 +191,21 @@ def _write(contents: dict[str, Any], path: Path) -> None:
             raise (refusals[0] if refusals else error) from None
 
 
+def _existing(place: Path | str) -> Path:
+    """The file of a checkpoint, from its path, its run folder or its address on the hub."""
+    path = checkpoint_of(fetch(place))
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
+    return path
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a checkpoint file, in hexadecimal.
 
     Raises:
         CheckpointError: There is no such file.
     """
-    path = fetch(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
+    path = _existing(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -210,9 +217,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
         CheckpointError: The file is missing, cannot be read, or is not a checkpoint of this
             project.
     """
-    path = fetch(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; expected a file such as runs/NAME/best.pt")
+    path = _existing(path)
     contents = read_safetensors(path) if path.suffix == SUFFIX else _read_archive(path, map_location)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of advmoe; expected a file written by 'advmoe train'")
@@ -285,7 +290,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> RoutedNetwo
     """The model of a checkpoint, in eval mode: a plain module from images [B, 3, H, W] in [0, 1] to logits.
 
     Args:
-        path: A file such as `runs/NAME/best.pt`, or `hf://owner/name` on the hub.
+        path: A run folder, a file such as `runs/NAME/best.pt`, or `hf://owner/name` on the hub.
         device: Device of the model; `auto` is CUDA if there is one.
 
     Raises:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from advmoe.config import CHECKPOINT_MINUTES
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
+from advmoe.run_paths import BEST, LAST
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe.training.events import EventLog
 from advmoe.training.routing_history import RoutingHistory
@@ -50,12 +51,12 @@ class RunFolder:
     @property
     def last(self) -> Path:
         """Checkpoint to resume from."""
-        return self.path / "last.pt"
+        return self.path / LAST
 
     @property
     def best(self) -> Path:
         """Checkpoint of the best epoch."""
-        return self.path / "best.pt"
+        return self.path / BEST
 
     @property
     def metrics(self) -> Path:
