@@ -343,6 +343,9 @@ def test_a_session_refuses_what_it_cannot_run(small_moe: Make, tmp_path: Path) -
         Session(path, providers=["NoSuchProvider"])
     with pytest.raises(ModelFileError, match="no model file"):
         Session(tmp_path / "other.onnx")
+    for name in ("", "best.pt"):
+        with pytest.raises(ModelFileError, match="is no exported model; export it to an ONNX file first"):
+            Session(tmp_path / name)
     data = tmp_path / "model.onnx.data"
     content = data.read_bytes()
     data.write_bytes(bytes([content[0] ^ 1]) + content[1:])

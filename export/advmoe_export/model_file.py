@@ -30,6 +30,8 @@ def read_metadata(path: Path) -> ModelMetadata:
     Raises:
         ModelFileError: the file is missing, is not ONNX, or was not written by this package.
     """
+    if path.is_dir() or path.suffix in {".pt", ".safetensors"}:
+        raise ModelFileError(f"'{path}' is no exported model; export it to an ONNX file first, and give that file")
     if not path.is_file():
         raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
     try:

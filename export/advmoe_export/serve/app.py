@@ -61,8 +61,7 @@ class ModelServer:
         self.monitor = RouteMonitor(self.metadata, window=config.drift_window) if recorded else None
         self.batcher = Batcher(
             session.execute,
-            max_batch=config.max_batch,
-            fixed_batch=self.metadata.batch_size,
+            max_batch=min(config.max_batch, self.metadata.batch_size or config.max_batch),
             max_delay=config.max_delay_ms / 1000,
             max_requests=config.max_queue,
             workers=config.workers,

@@ -44,7 +44,6 @@ class Batcher:
     Args:
         run: computes all outputs of a batch. It is called in threads.
         max_batch: highest number of images in a batch.
-        fixed_batch: the only batch size that `run` accepts, or None. Smaller batches are padded.
         max_delay: seconds that images may wait for further images.
         max_requests: highest number of requests between `admit` and its end.
         workers: number of batches that run at the same time.
@@ -56,15 +55,13 @@ class Batcher:
         run: Run,
         *,
         max_batch: int,
-        fixed_batch: int | None = None,
         max_delay: float = 0.0,
         max_requests: int = 128,
         workers: int = 1,
         observe: Callable[[int, float, Outputs], None] = lambda images, seconds, outputs: None,
     ) -> None:
         self._run = run
-        self.max_batch = max_batch if fixed_batch is None else min(max_batch, fixed_batch)
-        self._fixed = fixed_batch
+        self.max_batch = max_batch
         self._max_delay = max_delay
         self._max_requests = max_requests
         self._observe = observe
@@ -212,12 +209,7 @@ class Batcher:
         return bool(self._waiting)
 
     def _run_joined(self, parts: Sequence[npt.NDArray[Any]]) -> Outputs:
-        """Run a batch. For a fixed batch size, pad it with the last image, and drop the extra results."""
-        count = sum(map(len, parts))
-        if self._fixed is not None and count < self._fixed:
-            parts = [*parts, np.repeat(parts[-1][-1:], self._fixed - count, axis=0)]
-        outputs = self._run(np.concatenate(parts))
-        return {name: values[:count] for name, values in outputs.items()}
+        return self._run(np.concatenate(parts))
 
 
 def _split(outputs: Outputs, parts: Sequence[npt.NDArray[Any]]) -> list[Outputs]:
