@@ -65,6 +65,7 @@ def export(kind: str, arch: str, width: float, folder: Path) -> Path:
 def server(path: Path, core: int | None) -> Iterator[int]:
     """A server of a model; gives its port."""
     command = [sys.executable, "-m", "advmoe_export.serve", str(path), "--port", "0", "--threads", "1"]
+    command += ["--max-connections", "16384"]  # every request in flight has its own
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
