@@ -66,7 +66,12 @@ def unpacked(text: str, images: int) -> np.ndarray:
 
 
 def control(cell: dict[str, Any], name: str) -> str:
-    """SA and RA of a control, with the standard errors of the paired differences from the network itself."""
+    """SA and RA of a control, with the standard errors of the paired differences from the network itself.
+
+    A dash where the control does not exist for the network.
+    """
+    if name not in cell["test"]["controls"]:
+        return "-"
     found, images = cell["test"]["controls"][name], cell["test"]["routing"]["images"]
     shown = []
     for key, condition in (("sa", "clean"), ("ra_pgd", "pgd")):
