@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +101,15 @@ def test_a_folder_is_classified_in_batches_as_its_images_are_alone(capsys: pytes
             alone = session.run(name)
             best = float(alone.probabilities[0].max())
             assert (each["label"], each["probability"]) == (alone.labels[0], pytest.approx(best, abs=0.02))
+
+
+def test_a_table_in_a_pipe_has_a_line_per_image() -> None:
+    command = [sys.executable, "-m", "advmoe", "predict", "model.onnx", "photos"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for name in ALL:
+        (line,) = [line for line in done.stdout.splitlines() if f"│ {name} " in line]
+        assert line.count("│") == 4, line
 
 
 def test_csv_has_a_row_per_image_with_the_figures_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,16 @@ from rich.table import Table
 
 from advmoe.errors import ConfigError
 
-out = Console(soft_wrap=True)
+WIDE = 1000
+"""Width of tables in a file or a pipe, in columns, so that no row wraps and lines can be searched."""
+
+
+def _width() -> int | None:
+    """The width of stdout if it is no terminal and the user has not set one ($COLUMNS)."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+
+
+out = Console(soft_wrap=True, width=_width())
 err = Console(stderr=True, soft_wrap=True)
 
 
