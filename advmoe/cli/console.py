@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,7 @@ WIDE = 1000
 """Width of tables in a file or a pipe, in columns, so that no row wraps and lines can be searched."""
 
 
-def _width() -> int | None:
-    """The width of stdout if it is no terminal and the user has not set one ($COLUMNS)."""
-    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
-
-
-out = Console(soft_wrap=True, width=_width())
+out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
@@ -73,7 +67,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_column(escape(column), justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    out.print(table)
+    _show(table)
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
@@ -81,7 +75,15 @@ def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     table = Table(title=escape(title), title_justify="left", show_header=False)
     for name, value in facts.items():
         table.add_row(escape(name), escape(str(value)))
-    out.print(table)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print a table, as wide as the terminal, or as $COLUMNS says, or without folding."""
+    if out.is_terminal or "COLUMNS" in os.environ:
+        out.print(table)
+    elif not out.quiet:
+        Console(soft_wrap=True, width=WIDE).print(table)
 
 
 def number(text: str, what: str) -> float:
