@@ -198,15 +198,15 @@ def draw_accuracy(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
     axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 
 
-def save(cells: dict[str, list[dict[str, Any]]], draw: Callable[..., None], path: Path) -> None:
-    """One figure as an SVG whose bytes depend on the results only."""
+def save(cells: dict[str, list[dict[str, Any]]], draw: Callable[..., None], path: Path, *, height: float = 3.0) -> None:
+    """One figure as an SVG whose bytes depend on the results only; `height` in inches."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5, 3))
+    figure, axes = plt.subplots(figsize=(5, height))
     draw(cells, axes)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -226,7 +226,7 @@ def main() -> None:
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{tables(cells)}\n{end}{rest.partition(end)[2]}"
         save(cells, draw_loss, options.page.parent / f"study-{network}.svg")
-        save(cells, draw_accuracy, options.page.parent / f"study-{network}-accuracy.svg")
+        save(cells, draw_accuracy, options.page.parent / f"study-{network}-accuracy.svg", height=1 + 0.36 * len(cells))
     options.page.write_text(text)
 
 
