@@ -9,13 +9,12 @@ with its help and default.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 
 from advmoe.errors import ConfigError
-from advmoe.schema import Setting, Settings, check, difference, fields_of, from_dict, one_of, to_dict
+from advmoe.schema import Setting, Settings, check, closest, difference, fields_of, from_dict, one_of, to_dict
 
 __all__ = [
     "AttackConfig",
@@ -55,15 +54,19 @@ CHECKPOINT_MINUTES = 10.0
 Triple = tuple[float, float, float]
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: float, setting: str = "eps") -> None:
     """Check that eps is a radius in pixel units of [0, 1].
+
+    Args:
+        eps: The radius.
+        setting: Name of the setting that it comes from.
 
     Raises:
         ConfigError: eps is outside [0, 1].
     """
     if not 0.0 <= eps <= 1.0:
         hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 and eps == round(eps) else ""
-        check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", "eps")
+        check(False, f"eps must be in [0, 1], the pixel range of the images, got {eps:g}{hint}", setting)
 
 
 def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> None:
@@ -330,9 +333,8 @@ def model_config(**settings: Any) -> ModelConfig:
     known = [field.name for field in fields_of(ModelConfig)]
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"a model has no setting '{name}'; {hint}")
+            hint = closest(name, known) or f"; known are {', '.join(known)}"
+            raise ConfigError(f"a model has no setting '{name}'{hint}")
     config = from_dict(ModelConfig, settings)
     if config.kind != "moe":
         for field in (*fields_of(ExpertsConfig), *fields_of(RoutersConfig)):

@@ -17,7 +17,6 @@ eps = 0.01
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ import tomli_w
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, to_dict
 from advmoe.earlier import renamed_settings
 from advmoe.errors import ConfigError
-from advmoe.schema import Settings, check, conform, fields_of, shown
+from advmoe.schema import Settings, check, closest, conform, fields_of, shown
 
 NONE = "none"
 """The text for "no value" in files and options."""
@@ -96,9 +95,7 @@ def _checked(path: Path, section: str, owner: type[Settings], name: str, value: 
     """A value of a section, checked against the field of its name."""
     known = {each.name: each for each in fields_of(owner)}
     if name not in known or name in {"attack", "val_attack"}:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}{hint}", "config")
+        raise ConfigError(f"{path}: [{section}] has no setting {shown(name)}{closest(name, known)}", "config")
     each = known[name]
     try:
         return conform(None if value == NONE else value, each.kind, each.setting.noun or name, each.setting)

@@ -136,6 +136,12 @@ def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
     raise ConfigError(f"unknown {what} '{shown(value)}', expected one of: {', '.join(known)}{hint}", *options)
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known name that is most like it, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def shown(value: Any) -> str:
     """A value as text for a message: one line of limited length."""
     text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)

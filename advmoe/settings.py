@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from advmoe.config import Kind, MethodName, ModelConfig, TrainConfig, TrainingAttack, check_together, model_config
 from advmoe.errors import ConfigError
-from advmoe.schema import check, fields_of, from_dict
+from advmoe.schema import check, closest, fields_of, from_dict
 
 if TYPE_CHECKING:
     from advmoe.data.sources import DatasetInfo
@@ -35,8 +34,7 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     known = set[str]().union(*names)
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"unknown setting '{name}'{f'; did you mean {close[0]}?' if close else ''}")
+            raise ConfigError(f"unknown setting '{name}'{closest(name, known)}")
     model, train, attack = ({name: settings[name] for name in settings if name in own} for own in names)
     return model, train, attack
 

@@ -28,7 +28,7 @@ from torch import nn
 from advmoe.attacks.autoattack import STANDARD
 from advmoe.attacks.pathways import RouteAttackConfig
 from advmoe.attacks.relaxations import DETACHED, TEMPERATURES, is_routed, routing_views
-from advmoe.config import AttackConfig, check
+from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.state import Arrays
 from advmoe.evaluation.vocabulary import Attack, Family
@@ -78,12 +78,7 @@ class SuiteConfig:
             "step_size",
         )
         for eps in self.eps_sweep:
-            hint = f"; did you mean {eps:g}/255?" if 1.0 < eps <= 255.0 and eps == round(eps) else ""
-            check(
-                0.0 <= eps <= 1.0,
-                f"further radii must be in [0, 1], the pixel range of the images, got {eps:g}{hint}",
-                "eps_sweep",
-            )
+            check_eps(eps, "eps_sweep")
         check(self.diagnosed >= 0, f"the number of images to diagnose must not be negative, got {self.diagnosed}")
         check(self.pathways >= 1, f"the number of pathways must be at least 1, got {self.pathways}")
 
