@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from advmoe.errors import ConfigError
+from advmoe.schema import closest
 
 BACKBONES = ("resnet18", "wrn28_10", "vgg16", "densenet")
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "imagenet")
@@ -54,9 +54,9 @@ def recipe(name: str) -> Recipe:
     """
     known = recipes()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"unknown recipe '{name}', 'advmoe recipes' lists the {len(known)} there are{hint}")
+        raise ConfigError(
+            f"unknown recipe '{name}', 'advmoe recipes' lists the {len(known)} there are{closest(name, known)}"
+        )
     return known[name]
 
 

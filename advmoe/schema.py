@@ -131,15 +131,14 @@ def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
     known = sorted(choices)
     if value in known:
         return value
-    close = difflib.get_close_matches(str(value).lower(), known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
+    hint = closest(str(value).lower(), known)
     raise ConfigError(f"unknown {what} '{shown(value)}', expected one of: {', '.join(known)}{hint}", *options)
 
 
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known name that is most like it, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def shown(value: Any) -> str:
@@ -249,7 +248,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in set(values) - set(fields))
-    check(not unknown, f"{cls.__name__} has no field {shown(', '.join(unknown))}; {_meant(unknown, fields)}")
+    check(not unknown, f"{cls.__name__} has no field {shown(', '.join(unknown))}{_meant(unknown, fields)}")
     missing = [
         name
         for name, field in fields.items()
@@ -259,10 +258,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
-def _meant(unknown: Iterable[str], fields: Iterable[str]) -> str:
-    known = list(fields)
-    close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-    return f"did you mean {close[0]}?" if close else "was this written by a newer version?"
+def _meant(unknown: Iterable[str], fields: Mapping[str, Any]) -> str:
+    hints = (closest(name, fields) for name in unknown)
+    return next(filter(None, hints), "; was this written by a newer version?")
 
 
 def difference(given: Any, wanted: Any) -> str:

@@ -70,7 +70,7 @@ def test_every_architecture_is_named_in_the_help_and_every_method_is_a_choice() 
 
 def test_settings_find_their_owner() -> None:
     assert sort_settings({"width": 0.5, "lr": 0.2, "steps": 3}) == ({"width": 0.5}, {"lr": 0.2}, {"steps": 3})
-    with pytest.raises(ConfigError, match="unknown setting 'epoch'; did you mean epochs"):
+    with pytest.raises(ConfigError, match="unknown setting 'epoch'; did you mean 'epochs'"):
         sort_settings({"epoch": 3})
 
 
@@ -94,7 +94,7 @@ def test_settings_find_their_owner() -> None:
         ({"sizes": 3}, r"sizes must be a list, got 3"),
         ({"sizes": [1, -2]}, r"sizes\[1\] must be above 0, got -2"),
         ({"sizes": "ab"}, r"sizes must be a list, got 'ab'"),
-        ({"layer": 1}, "Cake has no field layer; did you mean layers"),
+        ({"layer": 1}, "Cake has no field layer; did you mean 'layers'"),
         ({5: 1}, "Cake has no field 5; was this written by a newer version"),
     ],
     ids=str,

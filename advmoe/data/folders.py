@@ -162,7 +162,7 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
     """
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
     names, test_names = list_splits(folder, test_folder)
-    train = _labeled(folder, names, class_names)
+    train = image_folder(folder, names, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
         others = f" (as do {empty.size - 1} other class folders)" if empty.size > 1 else ""
@@ -170,7 +170,7 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
             f"{folder / class_names[empty[0]]} holds no JPEG or PNG images{others}; add some, or delete the folder"
             f"{there(folder / class_names[empty[0]])}"
         )
-    return train, _labeled(test_folder, test_names, class_names)
+    return train, image_folder(test_folder, test_names, class_names)
 
 
 def there(folder: Path) -> str:
@@ -276,21 +276,22 @@ def label_by_folder(names: Sequence[str], class_names: Sequence[str], *, where: 
     return labels
 
 
-def image_folder(folder: str | os.PathLike[str], class_names: tuple[str, ...] | None = None) -> EncodedSet:
+def image_folder(
+    folder: str | os.PathLike[str], names: Sequence[str] | None = None, class_names: tuple[str, ...] | None = None
+) -> EncodedSet:
     """The images ``<class>/*`` in ``folder``, labeled by the position of their class in ``class_names``.
 
-    By default the classes are the sorted names of the subfolders of ``folder``.
+    Args:
+        folder: Holds one folder for each class.
+        names: Paths of the images, relative to ``folder``. By default all images there.
+        class_names: By default the sorted names of the subfolders of ``folder``.
 
     Raises:
         DataError: There are no images, or some images are outside the class folders.
     """
     folder = Path(folder)
     class_names = class_names or class_folders(folder)
-    return _labeled(folder, list_images(folder), class_names)
-
-
-def _labeled(folder: Path, names: Sequence[str], class_names: tuple[str, ...]) -> EncodedSet:
-    """The images `names` in `folder`, labeled by the position of their class in `class_names`."""
+    names = list_images(folder) if names is None else names
     if not names:
         raise DataError(f"{folder} holds no JPEG or PNG images; expected {folder}/<class>/*{there(folder)}")
     return EncodedSet(

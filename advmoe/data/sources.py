@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from advmoe.data.sets import Announce, Dataset, DatasetInfo, EncodedSet, Images,
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from advmoe.data.views import evaluation_view
 from advmoe.errors import ConfigError, DataError
+from advmoe.schema import closest
 
 __all__ = [
     "Dataset",
@@ -134,6 +134,5 @@ def _source(name: str) -> _Source:
     try:
         return _SOURCES[name]
     except KeyError:
-        closest = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), _SOURCES, n=1)
-        hint = f"; did you mean {closest[0]!r}?" if closest else ""
+        hint = closest(name.lower().replace("-", "").replace("_", ""), _SOURCES)
         raise ConfigError(f"unknown data set {name!r}: known are {', '.join(_SOURCES)}{hint}") from None
