@@ -14,11 +14,18 @@ one AdvMoE run per router gradient. It is probed at regular intervals:
 - `regret`: the same relative to uniformly random decisions, which have 1; 0 is the best choice everywhere
 - `held_out`: share and regret on half of the images, for the trained routers, for linear routers
   fitted to exact losses of the other half, and for the expert that is best for the other half
+- `together`: the figures of `held_out` if the clean and the attacked version of an image take the
+  same expert, of which the loss contains the KL divergence. Above, one version changes its expert
+  and the other one keeps it. The loss then also contains how much the two experts differ, which
+  favors every decision that is equal for both. `one_decision` is the share of (router, image) that
+  choose one expert for both versions
 - `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other
   figures say nothing
 - `raises_chosen`: among decisions with a better expert, share for which a descent step raises the
   logit of the chosen expert
 - `finds_best`: among them, share for which the step raises the logit of the best expert most
+- `together` of an estimator: the last two figures for images of which both versions take one expert
+  and should take another one. The step is then the sum of both versions' steps
 - `cosine`: between the gradient of the routers' weights and the gradient by the exact losses, mean
   over layers
 - `to_start`: cosine between the routers' weights and their initial weights
@@ -78,19 +85,25 @@ def trades_of_each(clean: Tensor, adversarial: Tensor, labels: Tensor, beta: flo
 
 
 @torch.no_grad()
-def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> Tensor:
-    """[views, B, R, N]: loss of an image if one router chose a given expert for a view (clean, attacked) of it."""
+def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Losses of each image if one router chose a given expert.
+
+    Returns:
+        [views, B, R, N] if it chose the expert for one of the views (clean, attacked), and
+        [1, B, R, N] if it chose it for both.
+    """
     own = [model(view) for view in views]
     layers = torch.tensor(model.router_of_layer)
-    losses = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
-    for number, view in enumerate(views):
-        for router in range(losses.shape[2]):
-            for expert in range(losses.shape[3]):
-                forced_BL = torch.where(layers == router, expert, -1).expand(len(view), -1)
-                logits = list(own)
-                logits[number] = model.forward_with_routing(view, forced_BL, tape_type=SteeredTape)[0]
-                losses[number, :, router, expert] = trades_of_each(logits[0], logits[1], labels, beta)
-    return losses
+    of_one = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
+    of_both = torch.empty(1, *of_one.shape[1:])
+    for router in range(of_one.shape[2]):
+        for expert in range(of_one.shape[3]):
+            forced_BL = torch.where(layers == router, expert, -1).expand(len(labels), -1)
+            clean, attacked = (model.forward_with_routing(view, forced_BL, tape_type=SteeredTape)[0] for view in views)
+            of_one[0, :, router, expert] = trades_of_each(clean, own[1], labels, beta)
+            of_one[1, :, router, expert] = trades_of_each(own[0], attacked, labels, beta)
+            of_both[0, :, router, expert] = trades_of_each(clean, attacked, labels, beta)
+    return of_one, of_both
 
 
 def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -157,9 +170,9 @@ def held_out(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor, chose
 
     Args:
         model: The network, in eval mode.
-        views: Clean and attacked images, [B, 3, H, W] each.
-        exact: Exact losses, [2, B, R, N].
-        chosen: Experts that the routers chose, [2, B, R].
+        views: V versions of the images that are decided on, [B, 3, H, W] each.
+        exact: Exact losses, [V, B, R, N].
+        chosen: Experts that the routers chose, [V, B, R].
     """
     half = exact.shape[1] // 2
     features = [router_features(model, view) for view in views]
@@ -195,7 +208,7 @@ def held_out(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor, chose
 
 
 def decided(exact: Tensor, choice: Tensor) -> dict[str, float]:
-    """`wrong` and `regret` of decisions [2, B, R] with exact losses [2, B, R, N]."""
+    """`wrong` and `regret` of decisions [V, B, R] with exact losses [V, B, R, N]."""
     best = exact.min(dim=3).values
     lost = exact.gather(3, choice[..., None]).squeeze(3) - best
     return {
@@ -210,13 +223,15 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
     adversarial = training_attack(model, batch.images, labels, config, generator_for(config.seed, 0))
     views = (batch.images, adversarial)
     with evaluating(model):
-        exact = exact_losses(model, views, labels, config.trades_beta)
+        exact, of_both = exact_losses(model, views, labels, config.trades_beta)
         chosen = torch.stack([model.forward_with_routing(view)[1].expert_index_BL for view in views])
         first = [model.router_of_layer.index(router) for router in range(len(model.routers))]
         chosen = chosen[:, :, first]
         base = exact.gather(3, chosen[..., None]).squeeze(3)
     best_loss, best = exact.min(dim=3)
     better, of_all = best_loss < base - EQUAL, decided(exact, chosen)
+    best_of_both, one = of_both[0].argmin(dim=2), chosen[0] == chosen[1]
+    better_both = one & (of_both[0].amin(dim=2) < of_both[0].gather(2, chosen[0, ..., None]).squeeze(2) - EQUAL)
     figures: dict[str, Any] = {
         "probed_loss": float(base.mean()),
         "better": of_all["wrong"],
@@ -227,6 +242,8 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
     }
     with evaluating(model):
         figures["held_out"] = held_out(model, views, exact, chosen)
+        figures["together"] = held_out(model, views[:1], of_both, chosen[:1])
+        figures["together"]["one_decision"] = float((chosen[0] == chosen[1]).double().mean())
     for form in forms:
         own = [router.router_gradient for router in model.routers]
         for router in model.routers:
@@ -246,6 +263,14 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
                 "raises_chosen": float((of_chosen < 0)[better].double().mean()),
                 "finds_best": float((gradient.argmin(dim=3) == best)[better].double().mean()),
                 "cosine": float(torch.stack(cosines).mean()),
+                "together": None
+                if not better_both.any()
+                else {
+                    "raises_chosen": float((of_chosen.sum(dim=0) < 0)[better_both].double().mean()),
+                    "finds_best": float(
+                        (gradient.sum(dim=0).argmin(dim=2) == best_of_both)[better_both].double().mean()
+                    ),
+                },
             }
         )
     return figures
@@ -390,12 +415,17 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     print(f"N = {result['num_experts']}, trained with {result['trained_with']}, {result['seconds']:.0f} s", flush=True)
     for record in result["probes"]:
-        rest = {k: round(v, 3) for k, v in record.items() if k not in {"estimators", "held_out"}}
-        print("  ", rest)
-        for name, figures in record["held_out"].items():
-            print("      ", name, {k: round(v, 3) for k, v in figures.items()})
-        for form, figures in record["estimators"].items():
-            print("      ", form, {k: round(v, 3) for k, v in (figures or {}).items()}, flush=True)
+        print("  ", rounded({name: value for name, value in record.items() if not isinstance(value, dict)}))
+        for group in ("held_out", "together", "estimators"):
+            for name, figures in record[group].items():
+                print("      ", group, name, rounded(figures), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """The value with three decimals."""
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import advmoe
+
 SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
 
@@ -45,6 +47,7 @@ def test_the_router_probe_looks_at_a_checkpoint_without_changing_it(
     assert figures["regret"] > 0
     assert 0.5 <= figures["load"] <= 1
     assert set(figures["held_out"]) == {"trained", "fitted", "constant"}
+    assert set(figures["together"]) == {"trained", "fitted", "constant", "one_decision"}
     assert path.read_bytes() == before
 
 
@@ -55,3 +58,26 @@ def test_the_regret_of_uniform_decisions_is_one_and_of_the_best_zero() -> None:
     assert decided(exact, exact.argmin(dim=3)) == {"wrong": 0.0, "regret": 0.0}
     # Expert 0 everywhere loses 3 on the third image. Uniform decisions lose .5 + .5 + 1.5.
     assert decided(exact, torch.zeros(1, 4, 1, dtype=torch.int64)) == {"wrong": 0.25, "regret": pytest.approx(1.2)}
+
+
+def test_the_exact_losses_of_a_decision_are_those_of_forced_pathways() -> None:
+    script = runpy.run_path(str(SCRIPTS[0].parent / "router_probe.py"))
+    model = advmoe.create_model(
+        "resnet18", num_classes=3, image_size=8, width=0.0625, num_experts=2, granularity="image"
+    ).eval()
+    views = [torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    of_one, of_both = script["exact_losses"](model, views, labels, 6.0)
+    with torch.no_grad():
+        by_expert = [
+            [model.forward_with_routing(view, torch.full((6, len(model.router_of_layer)), e))[0] for e in range(2)]
+            for view in views
+        ]
+        own = [model(view) for view in views]
+    loss = script["trades_of_each"]
+    for expert in range(2):
+        clean, attacked = by_expert[0][expert], by_expert[1][expert]
+        assert torch.allclose(of_both[0, :, 0, expert], loss(clean, attacked, labels, 6.0))
+        assert torch.allclose(of_one[0, :, 0, expert], loss(clean, own[1], labels, 6.0))
+        assert torch.allclose(of_one[1, :, 0, expert], loss(own[0], attacked, labels, 6.0))
+    assert not torch.allclose(of_one[0], of_both[0])
