@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from advmoe_export import InputError, ModelFileError, ProviderError, Session, export_model, prepare
 from advmoe_export.metadata import KEY
 from advmoe_export.model_file import read_metadata, read_properties
@@ -46,6 +47,14 @@ def test_one_image_is_a_batch_of_one(session: Session) -> None:
     np.testing.assert_array_equal(session.run(PIXELS[0].transpose(2, 0, 1) / np.float32(255)).logits, expected)
 
 
+def test_tensors_on_the_cpu_are_arrays(session: Session) -> None:
+    expected = session.run(PIXELS).logits
+    tensor = torch.from_numpy(PIXELS)
+    for images in (tensor, tensor.permute(0, 3, 1, 2) / 255, list(tensor)):
+        np.testing.assert_array_equal(session.run(images).logits, expected)
+    np.testing.assert_array_equal(session.run(tensor[0]).logits, session.run(PIXELS[0]).logits)
+
+
 def test_pillow_images_and_paths_are_prepared_like_the_images_of_the_evaluation(
     session: Session, tmp_path: Path
 ) -> None:
@@ -76,6 +85,8 @@ def test_pillow_images_and_paths_are_prepared_like_the_images_of_the_evaluation(
         (np.full((1, 3, 16, 16), -1.5, np.float32), "got values from -1.5 to -1.5; do not normalize them"),
         (np.full((1, 3, 16, 16), np.inf, np.float32), "got values from inf to inf; do not normalize them"),
         (np.zeros((1, 3, 16, 16), np.int64), r"got int64 \[1, 3, 16, 16\]"),
+        (torch.zeros(1, 3, 16, 16, device="meta"), "Tensor is no array for NumPy: .*meta"),
+        ([torch.zeros(3, 16, 16, requires_grad=True)], "Tensor is no array for NumPy: .*requires grad"),
     ],
 )
 def test_what_is_no_image_is_one_line(session: Session, images: Any, message: str) -> None:
@@ -224,10 +235,11 @@ def fake_runtime(starting: Sequence[str], installed: Sequence[str] = ("CUDAExecu
         (["tensorrt", "cuda", "cpu"], ["CUDAExecutionProvider"], "CUDAExecutionProvider"),
         (["cpu", "cuda"], ["CUDAExecutionProvider"], "CPUExecutionProvider"),
         (["NoSuchProvider", "cpu"], [], "CPUExecutionProvider"),
+        ("cuda", ["CUDAExecutionProvider"], "CUDAExecutionProvider"),
     ],
 )
 def test_the_first_provider_that_starts_is_used_without_noise(
-    wanted: list[str],
+    wanted: str | list[str],
     starting: list[str],
     used: str,
     path: Path,

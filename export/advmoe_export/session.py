@@ -64,8 +64,8 @@ class Session:
 
     Args:
         path: the `.onnx` file. Its data file must be in the same folder.
-        providers: providers in order of preference: `cpu`, `cuda`, `tensorrt`, or the full name of
-            a provider of onnxruntime. The first provider that starts is used.
+        providers: one provider, or several in order of preference: `cpu`, `cuda`, `tensorrt`, or
+            the full name of a provider of onnxruntime. The first one that starts is used.
         threads: number of threads of one operator; None leaves the choice to onnxruntime.
         optimization: level of graph optimization in onnxruntime, one of `OPTIMIZATION_LEVELS`.
         check_data: whether to compare the data file with the checksum in the metadata.
@@ -80,7 +80,7 @@ class Session:
         self,
         path: str | os.PathLike[str],
         *,
-        providers: Sequence[str] = ("cpu",),
+        providers: str | Sequence[str] = ("cpu",),
         threads: int | None = None,
         optimization: str = "all",
         check_data: bool = True,
@@ -95,7 +95,7 @@ class Session:
         options.graph_optimization_level = _level(self._ort, optimization)
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = self._start(providers, options)
+        self._session = self._start([providers] if isinstance(providers, str) else providers, options)
         self.provider: str = self._session.get_providers()[0]
         """Full name of the provider that runs the model."""
         self.outputs = tuple(output.name for output in self._session.get_outputs())
@@ -107,6 +107,7 @@ class Session:
             images: a batch, one image, or a sequence of images. A batch is an array uint8
                 [B, H, W, 3], or float32 [B, 3, H, W] in [0, 1] if the file has this input type. One
                 image is such an array without B, a Pillow image, or the path of an image file.
+                What NumPy can view as an array, such as a tensor on the CPU, counts as an array.
                 Pillow images and files may have any size, because `prepare` resizes them.
 
         Raises:
@@ -151,11 +152,11 @@ class Session:
         Raises:
             InputError: see `run`.
         """
-        if isinstance(images, np.ndarray):
-            array: npt.NDArray[Any] = images[None] if images.ndim == 3 else images
-            return array
         if _is_picture(images):
             return self._one(images)[None]
+        if _is_array(images):
+            array = _as_array(images)
+            return array[None] if array.ndim == 3 else array
         if not isinstance(images, Sequence):
             raise InputError(f"{self._expectation()}, got {type(images).__name__}")
         if not images:
@@ -169,16 +170,17 @@ class Session:
 
     def _one(self, image: Any) -> npt.NDArray[Any]:
         """One image as an array without the batch dimension."""
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3:
-                raise InputError(
-                    f"expected a sequence of single images, got an array {list(image.shape)} in it; "
-                    "pass a batch as one array"
-                )
-            return image
-        if not _is_picture(image):
+        if _is_picture(image):
+            return prepare(image, self.metadata)
+        if not _is_array(image):
             raise InputError(f"{self._expectation()}, got a sequence with {type(image).__name__} in it")
-        return prepare(image, self.metadata)
+        array = _as_array(image)
+        if array.ndim != 3:
+            raise InputError(
+                f"expected a sequence of single images, got an array {list(array.shape)} in it; "
+                "pass a batch as one array"
+            )
+        return array
 
     def check(self, images: npt.NDArray[Any], *, any_size: bool = False) -> npt.NDArray[Any]:
         """A batch in the input format of the file.
@@ -271,6 +273,18 @@ def _is_picture(image: object) -> bool:
     if isinstance(image, str | os.PathLike):
         return True
     return any(base.__module__.partition(".")[0] == "PIL" for base in type(image).__mro__)
+
+
+def _is_array(image: object) -> bool:
+    """Whether something is an array, or a tensor that NumPy can view as one."""
+    return hasattr(image, "__array__")
+
+
+def _as_array(image: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(image)
+    except (TypeError, RuntimeError) as error:  # a tensor on another device, or with a gradient
+        raise InputError(f"{type(image).__name__} is no array for NumPy: {' '.join(str(error).split())}") from error
 
 
 def _check_range(images: npt.NDArray[Any]) -> None:
