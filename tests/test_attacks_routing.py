@@ -14,16 +14,18 @@ from advmoe.attacks.pathways import (
     all_pathways,
     attack_every_pathway,
     attack_routers,
+    closest_pathways,
     decisions,
     flip_radius,
     nearest_flips,
     route_attack,
     router_margins,
-    weakest_pathways,
+    steer,
 )
 from advmoe.attacks.pgd import GradientCount, forced
 from advmoe.attacks.relaxations import SteeredTape, routing_views
 from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.models.network import RoutedNetwork
 
@@ -183,11 +185,40 @@ def test_the_nearest_flip_changes_its_router_and_nothing_before_it(
         assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
 
 
-def test_the_weakest_pathway_comes_first() -> None:
-    # In reach of both rooms (red at the threshold) only the trap's cross-entropy is high.
+def test_the_own_pathway_is_no_target_while_there_is_another() -> None:
+    # At these images the own pathway has the higher objective: 0.1 on expert 0, 1.3 - 6.5 on expert 1.
     observed = torch.tensor([[0], [1]])
-    victims = victims_of(TwoRooms(), room_images(THRESHOLD), torch.tensor([0]), ATTACK)
-    assert weakest_pathways(victims, observed, 2).tolist() == [[[1], [0]]]
+    victims = victims_of(TwoRooms(), room_images(FAR, THRESHOLD + 16 / 255), torch.tensor([0, 1]), ATTACK)
+    assert closest_pathways(victims, observed, 1).tolist() == [[[1]], [[0]]]
+    assert closest_pathways(victims, observed, 2).tolist() == [[[1], [0]], [[0], [1]]]
+
+
+def test_the_closest_other_pathways_come_first(mixed: Callable[..., RoutedNetwork], images: Tensor) -> None:
+    model = mixed()
+    victims = victims_of(model, images, model(images).argmax(dim=1), ATTACK)
+    own = model.forward_with_routing(images)[1].expert_index_BL[0]
+    near, far = own.clone(), 1 - own
+    near[-1] = 1 - near[-1]  # one decision away, and no later layer depends on it
+    assert torch.equal(closest_pathways(victims, torch.stack([own, far, near]), 2)[0], torch.stack([near, far]))
+
+
+def test_no_attempt_of_the_route_attack_is_spent_on_the_own_pathway(
+    mixed: Callable[..., RoutedNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = mixed(), torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    own = model.forward_with_routing(images)[1].expert_index_BL
+    tried = torch.zeros(16, dtype=torch.int64)
+
+    def watched(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        assert not (pathways_BL == own[victims.indices]).all(dim=1).any()
+        tried[victims.indices] += 1
+        return steer(victims, pathways_BL, start)
+
+    monkeypatch.setattr("advmoe.attacks.pathways.steer", watched)
+    attack = AttackConfig(eps=0.1 / 255, steps=2, step_size=0.04 / 255)
+    _, robust = route(model, images, model(images).argmax(dim=1), attack, sampled=3, greedy=0)
+    assert robust.any()
+    assert (tried[robust] == 3).all()
 
 
 def test_experts_alone_are_robust_where_only_the_router_is_weak() -> None:

@@ -6,9 +6,10 @@ pathway, and no problem needs a gradient through an argmax:
 
     maximize CE(f_P(x'), y)  subject to  margin_r(x'; P) > 0 for every router r.
 
-With few routers, the route attack tries all pathways, and the split is exact. Otherwise it tries
-the weakest pathways of other images, and then the pathways one flip away from the image's own. The
-constraint is a penalty in the objective. Every success is checked on the model itself.
+With few routers, the route attack tries all pathways. Otherwise it tries some pathways of other
+images, those whose objective is highest at the clean image, and then the pathways one flip away
+from the pathway where another attack ended. The constraint is a penalty in the objective. Every
+success is checked on the model itself.
 
 Shape suffixes: B batch, L MoE layers (times tokens where those are routed), M pathways, N experts,
 R routers (likewise).
@@ -45,11 +46,11 @@ class RouteAttackConfig:
     exhaustive: int = 16
     """The attack tries all pathways if there are at most this many."""
     sampled: int = 4
-    """Otherwise: number of other images' pathways that it tries on each image, those on which the
-    image is weakest first."""
+    """Otherwise: number of other images' pathways that it tries on each image, those with the
+    highest steering objective at the clean image first (see `closest_pathways`)."""
     greedy: int = 4
-    """Otherwise: number of pathways one flip away from the image's own that it tries then, the
-    smallest margin first."""
+    """Otherwise: number of pathways one flip away from the one where another attack ended that it
+    tries then, the smallest margin first."""
 
 
 def decisions(model: RoutedNetwork) -> list[int]:
@@ -178,9 +179,10 @@ def route_attack(
         adversarial[rows[~right]] = found[~right]
         alive[rows[~right]] = False
 
+    # The image's own pathway is one of all. It takes no other's place, and no other attack keeps the image on it.
     everything = all_pathways(model, config.exhaustive)
     if everything is None:
-        targets_BML = weakest_pathways(victims, observed_ML, config.sampled)
+        targets_BML = closest_pathways(victims, observed_ML, config.sampled)
     else:
         targets_BML = everything.to(device).expand(len(victims), -1, -1)
     for number in range(targets_BML.shape[1]):
@@ -203,16 +205,26 @@ def all_pathways(model: RoutedNetwork, limit: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def weakest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tensor:
-    """For each image the `number` observed pathways on which the steering objective is highest, [B, number, L]."""
-    objective = steering_objective(victims.labels, victims.network.config.num_classes)
-    rows = torch.arange(len(victims), device=victims.images.device)
+def closest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tensor:
+    """For each image the `number` observed pathways on which the steering objective is highest, [B, number, L].
+
+    The objective is that of the clean image. There the penalty of the margins is mostly far larger
+    than the cross-entropy, so the first pathways are those that the routers nearly take, and not
+    those on which the experts are weakest. The image's own pathway has no penalty, but PGD on the
+    model attacks it already. It therefore comes last, and is a target only if there are no more
+    than `number` observed pathways.
+    """
+    model, images = victims.network, victims.images
+    objective = steering_objective(victims.labels, model.config.num_classes)
+    rows = torch.arange(len(victims), device=images.device)
     score_MB = torch.stack(
         [
-            objective(steered_view(victims.network, pathway_L.expand(len(victims), -1))(victims.images, rows), rows)
+            objective(steered_view(model, pathway_L.expand(len(victims), -1))(images, rows), rows)
             for pathway_L in observed_ML
         ]
     )
+    own_BL = model.forward_with_routing(images)[1].expert_index_BL
+    score_MB[(observed_ML[:, None] == own_BL).all(dim=2)] = -torch.inf
     best_BM = score_MB.topk(min(number, len(observed_ML)), dim=0).indices.T
     return observed_ML[best_BM]
 

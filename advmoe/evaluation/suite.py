@@ -43,7 +43,7 @@ from advmoe.evaluation.state import Arrays, EvaluationState, read_note, write_no
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 
-STATE_LAYOUT = 3
+STATE_LAYOUT = 4
 """Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
 Progress = Callable[[float, int, str], None]
 """(images done, images in all, name of the attack that begins); the name is empty before the first attack."""
