@@ -110,6 +110,17 @@ def joined(device: torch.device, *, patience: float = COLLECTIVE_SECONDS) -> Ite
             dist.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context in which this rank computes as if there were no others. All ranks must do the same work in it."""
+    global _world
+    described, _world = _world, World()
+    try:
+        yield
+    finally:
+        _world = described
+
+
 def _await_all(store: Store, described: World) -> None:
     """Wait until every rank is there. Making a group would wait much longer."""
     store.set(f"here/{described.rank}", "")

@@ -234,7 +234,7 @@ def test_the_average_of_experts_includes_their_scales_and_shifts(tiny_vgg: MakeN
     assert first.affine is not None
     with torch.no_grad():  # scales 1 and 3, whose mean is 2
         first.affine.scale[1], first.affine.shift[1] = 2.0, 4.0
-    averaged = next(m for m in controlled(model, "averaged", 0).modules() if isinstance(m, MoEConv2d))
+    averaged = next(m for m in controlled(model, "averaged", 0, calibration=()).modules() if isinstance(m, MoEConv2d))
     assert averaged.bias is not None
     torch.testing.assert_close(averaged.weight[: averaged.out_channels], 2.0 * first.weight)
     torch.testing.assert_close(averaged.bias[: averaged.out_channels], torch.full((averaged.out_channels,), 2.0))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from rooms import TwoRooms, room_images
-from torch import Tensor
+from torch import Tensor, nn
 
+import advmoe
 from advmoe.config import AttackConfig, ModelConfig, to_dict
+from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
-from advmoe.evaluation.controls import controlled
+from advmoe.evaluation.controls import agreement, controlled
 from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -97,11 +99,63 @@ def test_inverted_routers_take_the_other_of_two_experts_and_random_ones_are_a_se
 
     model = TwoRooms()
     assert taken(model) == [0, 1]
-    assert taken(controlled(model, "inverted", 0)) == [1, 0]
-    weights = [controlled(model, "random", seed).routers[0].linear.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
+    assert taken(controlled(model, "inverted", 0, calibration=())) == [1, 0]
+    weights = [controlled(model, "random", seed, calibration=()).routers[0].linear.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
     assert torch.equal(weights[0], weights[1])  # type: ignore[arg-type]
     assert not torch.equal(weights[0], weights[2])  # type: ignore[arg-type]
     assert taken(model) == [0, 1]  # the model itself is left alone
+
+
+def test_a_control_gets_the_statistics_of_its_own_features(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    model = tiny_vgg(seed=3, warm=True).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [images[:4], images[4:8]]
+    control = controlled(model, "inverted", 0, calibration=batches)
+    assert not control.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # Before the first routed layer, the statistics are plain means over the batches.
+    features: list[Tensor] = []
+    norms = [next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)) for net in (control, model)]
+    with torch.no_grad():
+        hook = norms[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        for batch in batches:
+            control(batch)
+        hook.remove()
+    expected = torch.stack([x.mean(dim=(0, 2, 3)) for x in features]).mean(dim=0)
+    torch.testing.assert_close(norms[0].running_mean, expected)
+    assert not torch.allclose(norms[0].running_mean, norms[1].running_mean)  # type: ignore[arg-type]
+    assert norms[0].momentum == norms[1].momentum
+    for ours, theirs in zip(control.routers, model.routers, strict=True):
+        assert not torch.equal(ours.center.running_mean, theirs.center.running_mean)  # type: ignore[union-attr, arg-type]
+
+
+def test_an_unchanged_control_keeps_all_weights(tiny_vgg: Callable[..., RoutedNetwork], images: Tensor) -> None:
+    model = tiny_vgg(seed=3, warm=True).eval()
+    control = controlled(model, "unchanged", 0, calibration=[images])
+    for (name, own), other in zip(model.named_parameters(), control.parameters(), strict=True):
+        assert torch.equal(own, other), name
+    assert any(not torch.equal(a, b) for a, b in zip(model.buffers(), control.buffers(), strict=True))
+
+
+def test_a_random_router_of_the_whole_image_keeps_none_of_its_weights() -> None:
+    model = advmoe.create_model("resnet18", num_classes=3, image_size=8, width=0.0625, granularity="image").eval()
+    for module in model.routers.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 2.0)  # as if trained
+    control = controlled(model, "random", 1, calibration=())
+    for (name, own), other in zip(model.routers.named_parameters(), control.routers.parameters(), strict=True):
+        assert name.endswith(".bias") or not torch.equal(own, other), name
+    for own, other in zip(model.expert_parameters(), control.expert_parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_the_agreement_counts_equal_decisions() -> None:
+    model = TwoRooms()
+    images = ImageSet(np.full((3, 8, 8, 3), 200, np.uint8), np.zeros(3, np.int64), ("dark", "light"))
+    assert agreement(model, model, images) == 1.0
+    assert agreement(model, controlled(model, "inverted", 0, calibration=()), images) == 0.0
 
 
 @pytest.mark.parametrize("model_scale", [0.5, 0.75])
@@ -109,7 +163,7 @@ def test_averaged_experts_are_one_expert(
     tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, model_scale: float
 ) -> None:
     model = tiny_vgg(seed=3, warm=True, model_scale=model_scale).eval()
-    averaged = controlled(model, "averaged", 0)
+    averaged = controlled(model, "averaged", 0, calibration=())
     assert not averaged.forward_with_routing(images)[1].expert_index_BL.any()
     conv, changed = (next(m for m in net.modules() if isinstance(m, MoEConv2d)) for net in (model, averaged))
     first, second = (list(rows) for rows in conv.rows)
@@ -123,7 +177,7 @@ def test_averaging_takes_the_scale_and_shift_of_each_expert_into_account(
     affine = next(module for module in model.modules() if isinstance(module, ExpertAffine))
     with torch.no_grad():
         affine.shift[1] += 2.0
-    averaged = controlled(model, "averaged", 0)
+    averaged = controlled(model, "averaged", 0, calibration=())
     first = next(module for module in averaged.modules() if isinstance(module, MoEConv2d))
     assert first.bias is not None
     torch.testing.assert_close(first.bias[list(first.rows[0])], torch.ones(first.out_channels))  # the mean of 0 and 2
@@ -133,10 +187,10 @@ def test_averaging_takes_the_scale_and_shift_of_each_expert_into_account(
 def test_experts_are_not_averaged_where_routers_scale_their_outputs(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     # Equal logits would scale every output by 1/2, whatever the routers' probabilities were.
     with pytest.raises(ConfigError, match="with router_gradient 'value' their probabilities also scale"):
-        controlled(tiny_vgg(router_gradient="value"), "averaged", 0)
-    controlled(tiny_vgg(router_gradient="value"), "inverted", 0)
+        controlled(tiny_vgg(router_gradient="value"), "averaged", 0, calibration=())
+    controlled(tiny_vgg(router_gradient="value"), "inverted", 0, calibration=())
 
 
 def test_a_model_without_a_choice_of_experts_has_no_control(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     with pytest.raises(ConfigError, match="no choice of experts"):
-        controlled(tiny_vgg(kind="s_dense"), "random", 0)
+        controlled(tiny_vgg(kind="s_dense"), "random", 0, calibration=())

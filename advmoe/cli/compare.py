@@ -66,7 +66,7 @@ def compare(
             radius = training_radius(subject.contents) if radius is None else radius
             attack = AttackConfig(eps=radius, steps=steps, step_size=radius / 4)
             config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
-            tested = subject.test_images(None, data_dir, limit_eval)
+            tested = subject.images(None, data_dir, limit_eval)
             card, result = Measuring(config, tested, batch_size, seed, False).card_of(subject, None)
             right = outcomes(result)
         if card["name"] in {other["name"] for other in cards}:

@@ -67,7 +67,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Evaluate the MoE-CNN with parts replaced, too: random (routers at random weights), averaged (experts "
-            "averaged into one), inverted (routers take their last choice). Repeatable.",
+            "averaged into one), inverted (routers take their last choice). All of them get new statistics of "
+            "BatchNorm; compare them with unchanged (only new statistics). Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -108,7 +109,7 @@ def evaluate(
     """
     from advmoe.device import resolve_device
     from advmoe.distributed import PATIENT_SECONDS, from_leader, joined, leader_first
-    from advmoe.evaluation.controls import CONTROLS, controlled
+    from advmoe.evaluation.controls import CALIBRATION_IMAGES, CONTROLS, calibration_batches, check_control, controlled
     from advmoe.evaluation.diagnostics import NEEDED
     from advmoe.evaluation.results import SuiteConfig
 
@@ -124,7 +125,9 @@ def evaluate(
     place = resolve_device(device)
     with joined(place, patience=PATIENT_SECONDS):
         subject = leader_first(lambda: Subject.load(checkpoint_of(model), device=place))
-        changed = {name: controlled(subject.model, name, seed) for name in CONTROLS if name in controls}
+        for name in CONTROLS:
+            if name in controls:
+                check_control(subject.model, name)
         masked = None if mask is None else _comparable(subject.model, checkpoint_of(mask))
         radius = training_radius(subject.contents) if eps is None else console.number(eps, "--eps")
         check_eps(radius)
@@ -139,7 +142,16 @@ def evaluate(
             eps_sweep=sweep,
             diagnosed=diagnose,
         )
-        tested = leader_first(lambda: subject.test_images(dataset, data_dir, limit_eval))
+        calibrated = CALIBRATION_IMAGES if controls else 0
+        tested = leader_first(lambda: subject.images(dataset, data_dir, limit_eval, calibrated))
+        changed = {}
+        if tested.calibration is not None:
+            of_training = calibration_batches(subject.model, tested.calibration, config.attack, seed=seed)
+            changed = {
+                name: controlled(subject.model, name, seed, calibration=of_training)
+                for name in CONTROLS
+                if name in controls
+            }
         measuring = Measuring(config, tested, batch_size, seed, latency)
         card, result = measuring.card_of(subject, out, masked=masked)
         for name, other in changed.items():
@@ -160,13 +172,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Tested:
-    """The test images of an evaluation, decoded."""
+    """The images of an evaluation, decoded."""
 
     dataset: str
     """Name of the data set."""
     images: ImageSet
     numbers: NDArray[np.int64] | None
     """The images' numbers in the data set; None if the images are all there are."""
+    calibration: ImageSet | None
+    """Training images for the statistics of controls."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +210,8 @@ class Subject:
         file = self.path.name if is_address(self.path) else self.path.stem
         return f"{self.path.resolve().parent.name}/{file}{ending}"
 
-    def test_images(self, dataset: str | None, data_dir: Path | None, limit: int | None) -> Tested:
-        """The test images of a data set, all or as many as the limit says.
+    def images(self, dataset: str | None, data_dir: Path | None, limit: int | None, calibrated: int = 0) -> Tested:
+        """The test images of a data set, all or as many as the limit says, and a number of training images.
 
         Raises:
             ConfigError: The checkpoint names no data set, and none was given.
@@ -220,7 +234,12 @@ class Subject:
             )
         numbers = _chosen(len(data.test), limit)
         chosen = data.test if numbers is None else data.test.take(numbers)
-        return Tested(data.info.name, in_memory(chosen, self.contents.model.image_size), numbers)
+        size = self.contents.model.image_size
+        calibration = None
+        if calibrated:
+            of_training = _chosen(len(data.train), calibrated)
+            calibration = in_memory(data.train if of_training is None else data.train.take(of_training), size)
+        return Tested(data.info.name, in_memory(chosen, size), numbers, calibration)
 
 
 @dataclass(frozen=True)
