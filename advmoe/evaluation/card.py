@@ -66,7 +66,7 @@ def figures(result: SuiteResult) -> dict[str, Any]:
         ran["ra_views"] = {DETACHED: ra(PGD)} | {view.detail: ra(view) for view in views}
         ran["ra_union"] = ra(PGD, *views)
         ran["ra_route"] = ra(ROUTE)
-        ran["routes_exact"] = result.exact_routes
+        ran["routes_exact"] = result.all_routes_tried
         ran["ra_experts"] = ra(EXPERTS)
         ran["ra_routers"] = ra(ROUTERS)
         ran["every_pathway"] = ra(EVERY_PATHWAY_CLEAN)
@@ -130,7 +130,7 @@ class CardNumbers(Settings):
     ra_views: dict[str, float] = field(default_factory=dict)
     ra_union: Annotated[float | None, PERCENT] = None
     ra_route: Annotated[float | None, PERCENT] = None
-    routes_exact: bool | None = None
+    routes_exact: Annotated[bool | None, Setting("Whether the route attack tried every pathway, each once.")] = None
     ra_experts: Annotated[float | None, PERCENT] = None
     ra_routers: Annotated[float | None, PERCENT] = None
     every_pathway: Annotated[float | None, PERCENT] = None

@@ -106,8 +106,9 @@ class SuiteResult:
     """One row per image: `index` (its number in the data set), `label`, `right`, `prediction/C` and
     `pathway/C` [L] for `CONDITIONS`, `flip_radius`, and a column for each attack."""
     diagnostics: tuple[Diagnostic, ...]
-    exact_routes: bool
-    """Whether the route attack tried every pathway there is."""
+    all_routes_tried: bool
+    """Whether the route attack made an attempt on every pathway there is. An attempt may fail, so
+    its RA is an upper bound here too."""
     pathways_used: int
     """Distinct pathways of the clean images; 1 without routing."""
 

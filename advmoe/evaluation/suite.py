@@ -123,7 +123,7 @@ def run_suite(
             attacks=planned(config, model),
             arrays=state.arrays,
             diagnostics=(),
-            exact_routes=is_routed(model) and all_pathways(model, config.route.exhaustive) is not None,
+            all_routes_tried=is_routed(model) and all_pathways(model, config.route.exhaustive) is not None,
             pathways_used=len(counts),
         )
         notes = None if state_path is None else state_path.with_name(f"{state_path.stem}-diagnostics.json")

@@ -110,7 +110,7 @@ def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
     described = {
         "images": lambda card: card["advmoe"]["images"],
         "PGD": lambda card: attack(card["advmoe"]),
-        "route attack": lambda card: {True: "exact", False: "sampled and greedy"}.get(
+        "route attack": lambda card: {True: "all pathways", False: "some pathways"}.get(
             card["advmoe"].get("routes_exact"), "-"
         ),
         "seed": lambda card: card["advmoe"]["seed"],
