@@ -10,9 +10,10 @@ skipped. An interrupted cell continues from its last checkpoint. The same comman
 stopped and repeated.
 
 All networks have the same images, epochs, schedule and attack in training. The last weights are
-tested, so no image influences the choice of weights. Test images are used once, for SA and RA under
-PGD. For routed networks they are also used for the views of the routing, the route attack and three
-controls. `correct` stores whether each image was classified correctly.
+tested, so no image influences the choice of weights. On all test images, SA and RA under PGD are
+measured. On the first of them, routed networks also meet the views of the routing, the route attack
+and the attack on the routers alone, and are compared with controls. Networks without routing meet
+as many further starts of PGD there. `correct` stores whether each image was classified correctly.
 
 Shape suffixes: B batch, L MoE layers, M pathways.
 """
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 import advmoe
-from advmoe.attacks.pathways import RouteAttackConfig, route_attack
+from advmoe.attacks.pathways import RouteAttackConfig, attack_routers, route_attack
 from advmoe.attacks.pgd import cross_entropy_objective, pgd, plain
 from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.untargeted import untargeted
@@ -46,7 +47,7 @@ from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.data.sources import dataset_info, load_dataset
-from advmoe.evaluation.controls import CONTROLS, controlled
+from advmoe.evaluation.controls import CALIBRATION_IMAGES, CONTROLS, agreement, calibration_batches, controlled
 from advmoe.evaluation.cost import hardware, measure_cost
 from advmoe.evaluation.suite import common_pathways
 from advmoe.files import write_atomically
@@ -102,8 +103,8 @@ EQUAL_TIME = {
 }
 """Settings with AdvMoE's training time: the trained setting, and how many epochs of it take as long as one of AdvMoE.
 
-The ratio is that of the images per second in benchmarks/train_step.py, in which all settings take turns. Times of
-whole runs depend on what else a machine does."""
+The ratios are those of the images per second in benchmarks/train_step.py at width 1/8 (docs/log.md, 2026-11-29), in
+which all settings take turns. Times of whole runs depend on what else a machine does."""
 SETTINGS |= {name: SETTINGS[of] for name, (of, _) in EQUAL_TIME.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
@@ -119,6 +120,10 @@ ATTACK = AttackConfig(steps=20)
 ROUTED_IMAGES = 2000
 """Number of first test images on which the routing is attacked and controls are tested."""
 ROUTE = RouteAttackConfig(sampled=2, greedy=2)
+STARTS = 10
+"""Attacks on these images: PGD, five views of the routing, four pathways. Unrouted networks get so many starts."""
+DRAWS = 5
+"""Number of draws of random routers."""
 
 
 class Watch:
@@ -147,8 +152,13 @@ def packed(correct: Tensor) -> str:
     return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
 
 
-def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) -> dict[str, Any]:
-    """SA and RA on all images, and on the first images attacks on the routing and controls."""
+def test(
+    model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int, calibration: ImageSet
+) -> dict[str, Any]:
+    """SA and RA on all images. On the first images: attacks on the routing and controls, or further starts of PGD.
+
+    The statistics of controls are computed from the images `calibration`.
+    """
     with evaluating(model):
         clean, pgd_robust = attacked(model, images, seed)
     figures: dict[str, Any] = {
@@ -158,23 +168,38 @@ def test(model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int) 
         "ra_pgd": per_cent(pgd_robust),
         "correct": {"clean": packed(clean), "pgd": packed(pgd_robust)},
     }
-    if not is_routed(model):
-        return figures
     few = images.take(np.arange(min(routed_images, len(images))))
+    if not is_routed(model):
+        with evaluating(model):
+            survived = attacked(model, few, seed, starts=STARTS)[1]
+        figures["starts"] = {
+            "images": len(few),
+            "starts": STARTS,
+            "ra": per_cent(survived),
+            "correct": packed(survived),
+        }
+        return figures
     with evaluating(model):
         figures["routing"] = routing_figures(model, few, seed, pgd_robust[: len(few)])
+    batches = calibration_batches(model, calibration, ATTACK, seed=seed)
     figures["controls"] = {}
     for control in CONTROLS:
         if control == "averaged" and model.config.router_gradient == "value":
             continue  # equal scores would scale the outputs too
-        other = controlled(model, control, seed)
-        with evaluating(other):
-            right, robust = attacked(other, few, seed)
-        figures["controls"][control] = {
-            "sa": per_cent(right),
-            "ra_pgd": per_cent(robust),
-            "correct": {"clean": packed(right), "pgd": packed(robust)},
-        }
+        draws = []
+        for draw in range(DRAWS if control == "random" else 1):
+            other = controlled(model, control, seed + draw, calibration=batches)
+            with evaluating(other):
+                right, robust = attacked(other, few, seed)
+            draws.append(
+                {
+                    "sa": per_cent(right),
+                    "ra_pgd": per_cent(robust),
+                    "same_decisions": round(100 * agreement(model, other, few), 2),
+                    "correct": {"clean": packed(right), "pgd": packed(robust)},
+                }
+            )
+        figures["controls"][control] = draws
     return figures
 
 
@@ -183,10 +208,11 @@ def victims_of(model: RoutedNetwork, images: ImageSet, seed: int) -> Iterator[Vi
         yield Victims.of(model, batch, ATTACK, seed=seed)
 
 
-def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified correctly, clean and under PGD, bool [n] each."""
+def attacked(model: RoutedNetwork, images: ImageSet, seed: int, starts: int = 1) -> tuple[Tensor, Tensor]:
+    """Whether each image is classified correctly, clean and under PGD of so many starts, bool [n] each."""
     clean, robust = [], []
-    for victims in victims_of(model, images, seed):
+    attack = dataclasses.replace(ATTACK, restarts=starts)
+    for victims in (victims.under(attack) for victims in victims_of(model, images, seed)):
         right = victims.right()
         survived = torch.zeros_like(right)
         if right.any():
@@ -197,9 +223,14 @@ def attacked(model: RoutedNetwork, images: ImageSet, seed: int) -> tuple[Tensor,
 
 
 def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robust: Tensor) -> dict[str, Any]:
-    """RA under PGD, all views of the routing and the route attack, and the changes of the routing by PGD."""
+    """RA under PGD, all views of the routing and the route attack, and the changes of the routing.
+
+    They are counted under PGD, which does not aim at them, and under an attack that aims at nothing
+    else (RA-R).
+    """
+    assert len(routing_views(model)) + ROUTE.sampled + ROUTE.greedy == STARTS  # PGD is one of the views
     common_ML, counts = common_pathways(model, images, 256, torch.device("cpu"))
-    views, worst, flips = [], [], []
+    views, worst, flips, aimed_flips = [], [], [], []
     for number, victims in enumerate(victims_of(model, images, seed)):
         robust = pgd_robust[256 * number :][: len(victims)].clone()
         with torch.no_grad():
@@ -210,6 +241,9 @@ def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robus
         )
         with torch.no_grad():
             flips.append(model.forward_with_routing(found)[1].expert_index_BL != own)
+        aimed = attack_routers(victims, own)[0]
+        with torch.no_grad():
+            aimed_flips.append(model.forward_with_routing(aimed)[1].expert_index_BL != own)
         for name, forward in routing_views(model).items():
             rows = robust.nonzero().squeeze(1)
             if name != "detached" and len(rows):
@@ -231,6 +265,8 @@ def routing_figures(model: RoutedNetwork, images: ImageSet, seed: int, pgd_robus
         "pathways": len(counts),
         "decisions_flipped": per_cent(torch.cat(flips)),
         "images_flipped": per_cent(torch.cat(flips).any(dim=1)),
+        "decisions_flipped_by_aim": per_cent(torch.cat(aimed_flips)),
+        "images_flipped_by_aim": per_cent(torch.cat(aimed_flips).any(dim=1)),
     }
 
 
@@ -275,8 +311,10 @@ def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> 
         curve = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     trained = time.monotonic(), time.process_time()
     images = data.test.take(np.arange(40)) if options.smoke else data.test
+    calibration = data.train.take(np.arange(64 if options.smoke else CALIBRATION_IMAGES))
     assert isinstance(images, ImageSet)
-    figures = test(model, images, seed, 40 if options.smoke else ROUTED_IMAGES)
+    assert isinstance(calibration, ImageSet)
+    figures = test(model, images, seed, 40 if options.smoke else ROUTED_IMAGES, calibration)
     cost = measure_cost(model, config.image_size)
     record = {
         "setting": name,

@@ -29,8 +29,8 @@ TITLES = {
     "s_dense_time": "AT (S-Dense), AdvMoE's time",
     "dense": "AT (Dense)",
     "sparse": "AT (Sparse)",
-    "at_moe": "AT (MoE)",
-    "at_moe_time": "AT (MoE), AdvMoE's time",
+    "at_moe": "AT (MoE), gate advantage",
+    "at_moe_time": "AT (MoE), gate advantage, AdvMoE's time",
     "advmoe": "AdvMoE, gate advantage",
     "advmoe_batch": "AdvMoE, gate dense, batch statistics",
     "advmoe_dense": "AdvMoE, gate dense",
@@ -47,6 +47,8 @@ TITLES = {
     "at_moe_bf16": "AT (MoE), attack in bf16",
 }
 """Settings in the order of the table."""
+ENOUGH_SEEDS = 3
+"""Two differences say next to nothing about their spread."""
 
 
 def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -66,26 +68,33 @@ def unpacked(text: str, images: int) -> np.ndarray:
 
 
 def control(cell: dict[str, Any], name: str) -> str:
-    """SA and RA of a control, with the standard errors of the paired differences from the network itself.
+    """SA and RA of a control.
 
-    A dash where the control does not exist for the network.
+    Several draws are shown by their mean, least and largest value; one by its value and, unless it
+    is `unchanged` itself, the standard error of the paired difference from `unchanged`. A dash
+    means that the control does not exist for the network.
     """
-    if name not in cell["test"]["controls"]:
+    controls, images = cell["test"]["controls"], cell["test"]["routing"]["images"]
+    draws = controls.get(name, [])
+    if not draws:
         return "-"
-    found, images = cell["test"]["controls"][name], cell["test"]["routing"]["images"]
     shown = []
     for key, condition in (("sa", "clean"), ("ra_pgd", "pgd")):
-        error = ""
-        if "correct" in found:
-            difference = unpacked(found["correct"][condition], images) - bits(cell, condition)[:images]
-            error = f" ± {100 * difference.std() / images**0.5:.1f}"
-        shown.append(f"{found[key]:.1f}{error}")
+        values = [draw[key] for draw in draws]
+        spread = ""
+        if len(values) > 1:
+            spread = f" ({min(values):.1f} to {max(values):.1f})"
+        elif name != "unchanged":
+            ours, theirs = (found["correct"][condition] for found in (draws[0], controls["unchanged"][0]))
+            difference = unpacked(ours, images) - unpacked(theirs, images)
+            spread = f" ± {100 * difference.std() / images**0.5:.1f}"
+        shown.append(f"{statistics.mean(values):.1f}{spread}")
     return " / ".join(shown)
 
 
 def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], condition: str) -> str:
     """Mean difference in points over the seeds that both have, with its standard error over test
-    images and, after a semicolon, over seeds.
+    images and, after a semicolon, over seeds if there are enough.
     """
     of_seed = {cell["seed"]: cell for cell in reference}
     pairs = [(cell, of_seed[cell["seed"]]) for cell in cells if cell["seed"] in of_seed]
@@ -94,7 +103,7 @@ def against(cells: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
     of_pairs = 100 * np.array([bits(cell, condition) - bits(other, condition) for cell, other in pairs])
     difference = of_pairs.mean(axis=0)
     text = f"{difference.mean():+.1f} ± {difference.std() / len(difference) ** 0.5:.1f}"
-    if len(pairs) == 1:
+    if len(pairs) < ENOUGH_SEEDS:
         return text
     return f"{text}; ± {statistics.stdev(of_pairs.mean(axis=1)) / len(pairs) ** 0.5:.1f}"
 
@@ -127,28 +136,56 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
             f"{'-' if same else against(own, reference, 'clean')} | {'-' if same else against(own, reference, 'pgd')} |"
         )
     routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
-    if routed:
-        lines += [
-            "",
-            "| training | seed | network | RA, PGD | RA, union of views | RA, with route attack | S-Dense's RA | "
-            "decisions; images changed by PGD | random routers | averaged experts | inverted routing |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
+    return "\n".join(lines + attack_table(routed, reference) + control_table(routed))
+
+
+def attack_table(routed: Sequence[tuple[str, dict[str, Any]]], reference: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of attacks on the routing, beside S-Dense under PGD and under as many starts of PGD."""
+    if not routed:
+        return []
+    lines = [
+        "",
+        "| training | seed | SA | RA, PGD | RA, union of views | RA, with route attack | "
+        "S-Dense: RA, PGD; ten starts | decisions; images changed by PGD | by the attack on routers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, cell in routed:
         routing = cell["test"]["routing"]
-        first = [100 * bits(cell, condition)[: routing["images"]].mean() for condition in ("clean", "pgd")]
-        same_seed = [
-            100 * bits(other, "pgd")[: routing["images"]].mean() for other in reference if other["seed"] == cell["seed"]
-        ]
-        of_s_dense = f"{same_seed[0]:.1f}" if same_seed else "-"
-        itself = f"{first[0]:.1f} / {first[1]:.1f}"
-        shown = [control(cell, kind) for kind in ("random", "averaged", "inverted")]
+        images = routing["images"]
+        of_s_dense = "-"
+        for other in reference:
+            if other["seed"] == cell["seed"]:
+                starts = other["test"].get("starts")
+                of_s_dense = f"{100 * bits(other, 'pgd')[:images].mean():.1f}; "
+                of_s_dense += f"{starts['ra']:.1f}" if starts else "-"
+        aimed = "-"
+        if "images_flipped_by_aim" in routing:
+            aimed = f"{routing['decisions_flipped_by_aim']:.1f}; {routing['images_flipped_by_aim']:.1f}"
         lines.append(
-            f"| {TITLES[name]} | {cell['seed']} | {itself} | {routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | "
-            f"{routing['ra_worst']:.1f} | {of_s_dense} | "
-            f"{routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | {' | '.join(shown)} |"
+            f"| {TITLES[name]} | {cell['seed']} | {100 * bits(cell, 'clean')[:images].mean():.1f} | "
+            f"{routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | {routing['ra_worst']:.1f} | {of_s_dense} | "
+            f"{routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | {aimed} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def control_table(routed: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The table of controls. Older cells have controls without statistics of their own, which are left out."""
+    own = [(name, cell) for name, cell in routed if "unchanged" in cell["test"]["controls"]]
+    if not own:
+        return []
+    lines = [
+        "",
+        "| training | seed | unchanged | random routers (equal decisions) | averaged experts | inverted routing |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, cell in own:
+        equal = statistics.mean(draw["same_decisions"] for draw in cell["test"]["controls"]["random"])
+        lines.append(
+            f"| {TITLES[name]} | {cell['seed']} | {control(cell, 'unchanged')} | {control(cell, 'random')} "
+            f"({equal:.0f} %) | {control(cell, 'averaged')} | {control(cell, 'inverted')} |"
+        )
+    return lines
 
 
 def draw_loss(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:

@@ -26,8 +26,12 @@ def test_a_cell_is_one_file_and_is_not_made_twice(
     assert (record["setting"], record["seed"], record["test"]["images"]) == ("shared", 0, 40)
     assert record["test"]["routing"]["ra_worst"] <= record["test"]["ra_pgd"]
     # its routers scale the outputs, so experts cannot be averaged without another scale
-    assert set(record["test"]["controls"]) == {"random", "inverted"}
-    assert set(record["test"]["controls"]["random"]["correct"]) == {"clean", "pgd"}
+    controls = record["test"]["controls"]
+    assert {name: len(draws) for name, draws in controls.items()} == {"unchanged": 1, "random": 5, "inverted": 1}
+    assert all(set(draw["correct"]) == {"clean", "pgd"} for draw in controls["random"])
+    assert len({draw["same_decisions"] for draw in controls["random"]}) > 1
+    routing = record["test"]["routing"]
+    assert routing["decisions_flipped_by_aim"] > routing["decisions_flipped"]
     before = cell.read_bytes()
     capsys.readouterr()
     run("small.py", *wanted)
@@ -70,24 +74,34 @@ def test_the_spread_of_a_difference_over_seeds_is_shown_beside_that_over_images(
     def cell(seed: int, packed: str) -> dict[str, object]:
         return {"seed": seed, "test": {"images": 4, "correct": {"pgd": packed}}}
 
-    # 1101 against 1010 is 25 points more, and the other way round 25 less. The images' means over
-    # seeds are all 0. The seeds' standard deviation is 25 * sqrt(2), their error sqrt(2) times less.
-    assert (
-        against([cell(0, "0A=="), cell(1, "oA==")], [cell(1, "0A=="), cell(0, "oA==")], "pgd") == "+0.0 ± 0.0; ± 25.0"
+    # 1101 against 1010 is 25 points more, and the other way round 25 less. The images' differences
+    # 0, 1, -1, 1 times 1, -1 and 1 have means of 0, 1/3, -1/3, 1/3 over seeds, with the mean 1/12.
+    # The seeds' 25, -25 and 25 have a standard deviation of sqrt(833).
+    ours, theirs = (
+        [cell(seed, packed) for seed, packed in enumerate(packed)]
+        for packed in (("0A==", "oA==", "0A=="), ("oA==", "0A==", "oA=="))
     )
+    assert against(ours, theirs, "pgd") == "+8.3 ± 13.8; ± 16.7"
+    assert against(ours[:2], theirs[:2], "pgd") == "+0.0 ± 0.0", "two seeds tell no spread"
     assert against([cell(3, "0A==")], [cell(0, "oA==")], "pgd") == "-", "no seed in common"
 
 
-def test_a_control_has_the_error_of_its_paired_difference() -> None:
+def test_a_control_has_the_error_of_its_difference_from_the_unchanged_one() -> None:
     control = runpy.run_path(str(STUDIES / "tables.py"))["control"]
-    # 1010 against 1101 of the network: the differences 0, -1, 1, -1 have the standard deviation
-    # sqrt(11 / 16), and the error is half of that. The first four of eight images are attacked.
-    test = {"images": 8, "routing": {"images": 4}, "correct": {"clean": "0A==", "pgd": "0A=="}}
-    found = {"sa": 50.0, "ra_pgd": 25.0, "correct": {"clean": "oA==", "pgd": "0A=="}}
-    assert control({"test": {**test, "controls": {"random": found}}}, "random") == "50.0 ± 41.5 / 25.0 ± 0.0"
-    assert control({"test": {**test, "controls": {}}}, "averaged") == "-"
-    del found["correct"]
-    assert control({"test": {**test, "controls": {"random": found}}}, "random") == "50.0 / 25.0"
+
+    def cell(**controls: list[dict[str, object]]) -> dict[str, object]:
+        return {"test": {"routing": {"images": 4}, "controls": controls}}
+
+    def draw(sa: float, ra: float, clean: str = "0A==") -> dict[str, object]:
+        return {"sa": sa, "ra_pgd": ra, "correct": {"clean": clean, "pgd": "0A=="}}
+
+    # 1010 against 1101: the differences 0, -1, 1, -1 have the standard deviation sqrt(11 / 16), and
+    # the error is half of that.
+    measured = cell(unchanged=[draw(75, 75)], inverted=[draw(50, 25, "oA==")], random=[draw(50, 20), draw(70, 25)])
+    assert control(measured, "inverted") == "50.0 ± 41.5 / 25.0 ± 0.0"
+    assert control(measured, "unchanged") == "75.0 / 75.0"
+    assert control(measured, "random") == "60.0 (50.0 to 70.0) / 22.5 (20.0 to 25.0)"
+    assert control(measured, "averaged") == "-"
 
 
 def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.MonkeyPatch) -> None:
