@@ -5,20 +5,26 @@
 
 The exact loss of (router, image, expert) is the TRADES loss of the image if this router chose this
 expert; later routers then decide again. It costs N passes per router, so it can measure a training
-but not replace it. The clean and the attacked version of an image count as two decisions. There is
-one AdvMoE run per router gradient. It is probed at regular intervals:
+but not replace it. In the first figures, the clean and the attacked version of an image count as two
+decisions: one changes, the other one and the attacked pixels stay. There is one AdvMoE run per
+router gradient. It is probed at regular intervals:
 
 - `probed_loss`: mean loss of the probed images
 - `better`: share of decisions for which another expert would give a smaller loss
-- `gain`: decrease of the loss by the best expert, relative to the loss, mean over all decisions
+- `gain`: decrease of the loss if one decision takes its best expert, relative to the loss, mean
+  over all decisions
 - `regret`: the same relative to uniformly random decisions, which have 1; 0 is the best choice everywhere
 - `held_out`: share and regret on half of the images, for the trained routers, for linear routers
   fitted to exact losses of the other half, and for the expert that is best for the other half
-- `together`: the figures of `held_out` if the clean and the attacked version of an image take the
-  same expert, of which the loss contains the KL divergence. Above, one version changes its expert
-  and the other one keeps it. The loss then also contains how much the two experts differ, which
-  favors every decision that is equal for both. `one_decision` is the share of (router, image) that
-  choose one expert for both versions
+- `together`: the figures of `held_out` if both versions of an image take the expert, and the attack
+  of training is made anew against it. The first figures favor the chosen expert in two ways that
+  these avoid: if one version changes its expert, the KL divergence also contains how much two
+  experts differ. And if both change but the attacked pixels stay, the other expert meets an attack
+  that was not made against it. `one_decision` is the share of (router, image) that choose one
+  expert for both versions
+- `oracle`: mean loss if each router in turn takes, for both versions of each image, the expert that
+  gives the lowest loss; before and after the attack is made anew against these pathways. It knows
+  the labels, so routers cannot reach it
 - `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other
   figures say nothing
 - `raises_chosen`: among decisions with a better expert, share for which a descent step raises the
@@ -52,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advmoe.attacks.pgd import Forward, kl_objective, pgd, starting_point
 from advmoe.attacks.relaxations import SteeredTape
 from advmoe.config import ROUTER_GRADIENTS, TrainConfig, from_dict
 from advmoe.data.loader import Batch, BatchLoader
@@ -84,26 +91,66 @@ def trades_of_each(clean: Tensor, adversarial: Tensor, labels: Tensor, beta: flo
     return F.cross_entropy(clean, labels, reduction="none") + beta * kl
 
 
-@torch.no_grad()
-def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Losses of each image if one router chose a given expert.
+def steered(model: RoutedNetwork, pathways_BL: Tensor) -> Forward:
+    """The network on given pathways; a layer whose expert is -1 follows its router."""
+    return lambda images, rows: model.forward_with_routing(images, pathways_BL[rows], tape_type=SteeredTape)[0]
 
-    Returns:
-        [views, B, R, N] if it chose the expert for one of the views (clean, attacked), and
-        [1, B, R, N] if it chose it for both.
-    """
+
+class Probed:
+    """A network in eval mode, images and labels, and the attack of training on given pathways."""
+
+    def __init__(self, model: RoutedNetwork, batch: Batch, config: TrainConfig) -> None:
+        self.model, self.images, self.labels, self.config = model, batch.images, batch.labels, config
+        self.start = starting_point(batch.images, config.attack, generator_for(config.seed, 0))
+        self.rows = torch.arange(len(batch.images))
+
+    def loss(self, pathways_BL: Tensor, attacked: Tensor | None = None) -> Tensor:
+        """Loss of each image on pathways, [B], with these attacked versions or, by default, new ones."""
+        forward = steered(self.model, pathways_BL)
+        with torch.no_grad():
+            clean = forward(self.images, self.rows)
+        if attacked is None:
+            attacked = pgd(forward, self.images, kl_objective(clean), self.config.attack, start=self.start)
+        with torch.no_grad():
+            return trades_of_each(clean, forward(attacked, self.rows), self.labels, self.config.trades_beta)
+
+    def pathways(self, router: int, expert: int, rest_BL: Tensor | None = None) -> Tensor:
+        """Pathways on which a router takes an expert, and the other routers those of `rest_BL`."""
+        if rest_BL is None:
+            rest_BL = torch.full((len(self.rows), len(self.model.router_of_layer)), -1)
+        return torch.where(torch.tensor(self.model.router_of_layer) == router, expert, rest_BL)
+
+    def of_both(self) -> Tensor:
+        """[1, B, R, N]: loss of an image if one router chose a given expert for both versions of it."""
+        routers, experts = len(self.model.routers), self.model.config.num_experts
+        losses = [[self.loss(self.pathways(router, expert)) for expert in range(experts)] for router in range(routers)]
+        return torch.stack([torch.stack(of_router, dim=1) for of_router in losses], dim=1)[None]
+
+    def oracle(self, attacked: Tensor) -> dict[str, float]:
+        """Mean loss on the pathways that a sweep over the routers finds, before and after a new attack."""
+        found_BL = torch.full((len(self.rows), len(self.model.router_of_layer)), -1)
+        losses_BN = torch.empty(0)
+        for router in range(len(self.model.routers)):
+            tried = [self.pathways(router, expert, found_BL) for expert in range(self.model.config.num_experts)]
+            losses_BN = torch.stack([self.loss(pathways_BL, attacked) for pathways_BL in tried], dim=1)
+            found_BL = torch.stack(tried)[losses_BN.argmin(dim=1), self.rows]
+        return {"loss": float(losses_BN.amin(dim=1).mean()), "attacked_anew": float(self.loss(found_BL).mean())}
+
+
+@torch.no_grad()
+def exact_losses(model: RoutedNetwork, views: Sequence[Tensor], labels: Tensor, beta: float) -> Tensor:
+    """[views, B, R, N]: loss of an image if one router chose a given expert for a view (clean, attacked) of it."""
     own = [model(view) for view in views]
-    layers = torch.tensor(model.router_of_layer)
-    of_one = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
-    of_both = torch.empty(1, *of_one.shape[1:])
-    for router in range(of_one.shape[2]):
-        for expert in range(of_one.shape[3]):
-            forced_BL = torch.where(layers == router, expert, -1).expand(len(labels), -1)
-            clean, attacked = (model.forward_with_routing(view, forced_BL, tape_type=SteeredTape)[0] for view in views)
-            of_one[0, :, router, expert] = trades_of_each(clean, own[1], labels, beta)
-            of_one[1, :, router, expert] = trades_of_each(own[0], attacked, labels, beta)
-            of_both[0, :, router, expert] = trades_of_each(clean, attacked, labels, beta)
-    return of_one, of_both
+    layers, rows = torch.tensor(model.router_of_layer), torch.arange(len(labels))
+    losses = torch.empty(len(views), len(labels), len(model.routers), model.config.num_experts)
+    for number, view in enumerate(views):
+        for router in range(losses.shape[2]):
+            for expert in range(losses.shape[3]):
+                forced_BL = torch.where(layers == router, expert, -1).expand(len(view), -1)
+                logits = list(own)
+                logits[number] = steered(model, forced_BL)(view, rows)
+                losses[number, :, router, expert] = trades_of_each(logits[0], logits[1], labels, beta)
+    return losses
 
 
 def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -223,7 +270,9 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
     adversarial = training_attack(model, batch.images, labels, config, generator_for(config.seed, 0))
     views = (batch.images, adversarial)
     with evaluating(model):
-        exact, of_both = exact_losses(model, views, labels, config.trades_beta)
+        exact = exact_losses(model, views, labels, config.trades_beta)
+        probed = Probed(model, batch, config)
+        of_both, oracle = probed.of_both(), probed.oracle(adversarial)
         chosen = torch.stack([model.forward_with_routing(view)[1].expert_index_BL for view in views])
         first = [model.router_of_layer.index(router) for router in range(len(model.routers))]
         chosen = chosen[:, :, first]
@@ -238,6 +287,7 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
         "gain": float((base - best_loss).mean() / base.mean()),
         "regret": of_all["regret"],
         "load": float(F.one_hot(chosen).double().mean(dim=(0, 1)).amax(dim=1).mean()),
+        "oracle": oracle,
         "estimators": {},
     }
     with evaluating(model):
@@ -416,6 +466,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"N = {result['num_experts']}, trained with {result['trained_with']}, {result['seconds']:.0f} s", flush=True)
     for record in result["probes"]:
         print("  ", rounded({name: value for name, value in record.items() if not isinstance(value, dict)}))
+        print("      ", "oracle", rounded(record["oracle"]))
         for group in ("held_out", "together", "estimators"):
             for name, figures in record[group].items():
                 print("      ", group, name, rounded(figures), flush=True)

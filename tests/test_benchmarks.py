@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import advmoe
+from advmoe.attacks.pgd import forced, kl_objective, pgd, plain, starting_point
+from advmoe.config import TrainConfig
+from advmoe.data.loader import Batch
+from advmoe.seeding import generator_for
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
@@ -48,6 +52,7 @@ def test_the_router_probe_looks_at_a_checkpoint_without_changing_it(
     assert 0.5 <= figures["load"] <= 1
     assert set(figures["held_out"]) == {"trained", "fitted", "constant"}
     assert set(figures["together"]) == {"trained", "fitted", "constant", "one_decision"}
+    assert figures["oracle"]["loss"] < figures["probed_loss"]
     assert path.read_bytes() == before
 
 
@@ -65,19 +70,28 @@ def test_the_exact_losses_of_a_decision_are_those_of_forced_pathways() -> None:
     model = advmoe.create_model(
         "resnet18", num_classes=3, image_size=8, width=0.0625, num_experts=2, granularity="image"
     ).eval()
-    views = [torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    of_one, of_both = script["exact_losses"](model, views, labels, 6.0)
-    with torch.no_grad():
-        by_expert = [
-            [model.forward_with_routing(view, torch.full((6, len(model.router_of_layer)), e))[0] for e in range(2)]
-            for view in views
-        ]
-        own = [model(view) for view in views]
-    loss = script["trades_of_each"]
+    batch = Batch(
+        torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        torch.arange(6),
+    )
+    config = TrainConfig(dataset="noise", method="advmoe")
+    loss, attack = script["trades_of_each"], config.attack
+    start = starting_point(batch.images, attack, generator_for(config.seed, 0))
+    attacked = pgd(plain(model), batch.images, kl_objective(model(batch.images)), attack, start=start)
+    of_one = script["exact_losses"](model, [batch.images, attacked], batch.labels, 6.0)
+    probed = script["Probed"](model, batch, config)
+    of_both = probed.of_both()
+    own = [model(images) for images in (batch.images, attacked)]
     for expert in range(2):
-        clean, attacked = by_expert[0][expert], by_expert[1][expert]
-        assert torch.allclose(of_both[0, :, 0, expert], loss(clean, attacked, labels, 6.0))
-        assert torch.allclose(of_one[0, :, 0, expert], loss(clean, own[1], labels, 6.0))
-        assert torch.allclose(of_one[1, :, 0, expert], loss(own[0], attacked, labels, 6.0))
-    assert not torch.allclose(of_one[0], of_both[0])
+        pathways = torch.full((6, len(model.router_of_layer)), expert)
+        clean, moved = (model(images, pathways) for images in (batch.images, attacked))
+        torch.testing.assert_close(of_one[0, :, 0, expert], loss(clean, own[1], batch.labels, 6.0))
+        torch.testing.assert_close(of_one[1, :, 0, expert], loss(own[0], moved, batch.labels, 6.0))
+        # Both versions change, and the attack is made anew against this expert.
+        anew = pgd(forced(model, pathways), batch.images, kl_objective(clean), attack, start=start)
+        expected = loss(clean, model(anew, pathways), batch.labels, 6.0)
+        torch.testing.assert_close(of_both[0, :, 0, expert], expected)
+    # One router: its oracle takes the better expert of each image, on the given attacked images.
+    both = torch.stack([probed.loss(torch.full((6, len(model.router_of_layer)), e), attacked) for e in range(2)])
+    assert probed.oracle(attacked)["loss"] == pytest.approx(float(both.amin(dim=0).mean()))
