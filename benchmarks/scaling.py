@@ -7,10 +7,16 @@ model:
 
     seconds(W) = seconds(1) + exchanges * latency * log2(W) + 2 (W - 1) / W * bytes / bandwidth
 
-`exchanges` and `bytes` are counted in a step. `latency` is the time of a small all-reduce of two
-processes. `bandwidth` is measured by an all-reduce of 8 MB, where each process sends and receives
-all its data. The measured seconds of communication include the time that one process waits for the
-other.
+`seconds(1)` is the CPU time of a step of one process on one thread, which other work on the machine
+distorts less than wall time. `exchanges` and `bytes` are counted in a step. `latency` is the time of
+a small all-reduce of two processes. `bandwidth` is measured by an all-reduce of 8 MB, where each
+process sends and receives all its data. The measured seconds of communication include the time that
+one process waits for the other.
+
+The steps of the methods alternate, on networks and images as in `train_step.py`. Each step is taken
+twice, and the second is timed. `busiest_expert` is the busiest expert's share of the images, the
+larger one of both measurements. At 1 the routing has collapsed, and a step of the MoE-CNN costs
+hardly more than one of S-Dense.
 """
 
 from __future__ import annotations
@@ -19,8 +25,6 @@ from advmoe.host import prepare_process
 
 prepare_process()  # before torch is there
 
-import argparse  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import socket  # noqa: E402
@@ -34,17 +38,15 @@ from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from harness.subjects import busiest, images, step_of, subject  # noqa: E402
 
-from advmoe.config import Kind, MethodName, ModelConfig, TrainConfig  # noqa: E402
+from advmoe.config import Kind, MethodName, ModelConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
 from advmoe.distributed import Place, gather, joined, sum_up, world  # noqa: E402
-from advmoe.evaluation.cost import hardware  # noqa: E402
-from advmoe.models.registry import build_model  # noqa: E402
-from advmoe.seeding import generator_for  # noqa: E402
-from advmoe.training.levels import make_levels  # noqa: E402
-from advmoe.training.methods import METHODS  # noqa: E402
+from advmoe.models.network import RoutedNetwork  # noqa: E402
 
 CPU = torch.device("cpu")
 SUBJECTS: dict[str, tuple[Kind, MethodName]] = {
@@ -53,6 +55,8 @@ SUBJECTS: dict[str, tuple[Kind, MethodName]] = {
     "advmoe": ("moe", "advmoe"),
 }
 EXTRAPOLATED = (8, 64)
+UNITS = {"at_s_dense": 11, "at_moe": 13, "advmoe": 22}
+"""Passes of one pathway in a step, by docs/scaling.md."""
 
 
 @dataclass
@@ -99,30 +103,56 @@ def median_seconds(action: Callable[[int], object], rounds: int) -> float:
     return statistics.median(taken[1:])
 
 
-def measure(kind: Kind, method: MethodName, width: float, images: int, rounds: int) -> dict[str, float]:
-    """Seconds of a step, seconds of its exchanges, and their number."""
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(arch="resnet18", kind=kind, width=width))
-    config = TrainConfig(dataset="benchmark", method=method, batch_size=images * world().size, lr=1e-9)
-    levels = make_levels(METHODS[method].levels, model, config)
-    place = Place(images * world().rank, images * world().size) if world().size > 1 else None
-    generator = torch.Generator().manual_seed(world().rank)
-    pictures = torch.rand(images, 3, 32, 32, generator=generator)
-    batch = Batch(pictures, torch.arange(images) % 10, torch.arange(images), place)
-    traffic = Traffic()
+@dataclass
+class Share:
+    """What one process needs for its steps."""
 
-    def step(number: int) -> None:
-        noise = [generator_for(0, number, level) for level in range(len(levels))]
-        METHODS[method].step(levels, [batch] * len(levels), config, noise, number)
+    models: dict[str, RoutedNetwork]
+    batches: list[Batch]
 
-    with counted(traffic):
-        seconds = median_seconds(step, rounds)
-    steps = rounds + 1
+
+def share_of(rank: int, processes: int, width: float, number: int) -> Share:
+    """Calibrated networks, and batches of one process.
+
+    This is done before the processes meet. Each of them calibrates on the batches of all.
+    """
+    drawn = images(4 * processes, number, 32, seed=1)
+    place = Place(number * rank, number * processes) if processes > 1 else None
+    models = {
+        name: subject(ModelConfig(arch="resnet18", kind=kind, width=width), drawn)
+        for name, (kind, _) in SUBJECTS.items()
+    }
+    return Share(models, [batch._replace(place=place) for batch in drawn[rank::processes]])
+
+
+def measure(share: Share, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step of each method, seconds of its exchanges, and their number."""
+    number = len(share.batches[0].images) * world().size
+    steps = {
+        name: step_of(share.models[name], method, share.batches, batch_size=number)
+        for name, (_, method) in SUBJECTS.items()
+    }
+    traffic = {name: Traffic() for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        for name, step in steps.items():
+            with counted(traffic[name]):
+                step(i)
+                gather(None)
+                start, start_cpu = time.perf_counter(), time.thread_time()
+                step(i)
+                cpu[name].append(time.thread_time() - start_cpu)
+                wall[name].append(time.perf_counter() - start)
     return {
-        "seconds": seconds,
-        "communication_seconds": traffic.seconds / steps,
-        "exchanges": traffic.exchanges / steps,
-        "megabytes": traffic.bytes / steps / 1e6,
+        name: {
+            "seconds": statistics.median(wall[name]),
+            "cpu_seconds": statistics.median(cpu[name]),
+            "communication_seconds": traffic[name].seconds / (2 * rounds),
+            "exchanges": traffic[name].exchanges / (2 * rounds),
+            "megabytes": traffic[name].bytes / (2 * rounds) / 1e6,
+        }
+        for name in steps
     }
 
 
@@ -134,9 +164,10 @@ def wire(rounds: int) -> dict[str, float]:
     return {"latency_ms": 1e3 * latency, "gigabytes_per_second": 4e-9 * large.numel() / seconds}
 
 
-def work(width: float, images: int, rounds: int) -> dict[str, Any]:
+def work(share: Share, rounds: int) -> dict[str, Any]:
     """All measurements of one process of a group."""
-    found: dict[str, Any] = {name: measure(*subject, width, images, rounds) for name, subject in SUBJECTS.items()}
+    found: dict[str, Any] = {"busiest_expert": busiest(share.models["advmoe"], share.batches)}
+    found |= measure(share, rounds)
     return found | ({"wire": wire(10 * rounds)} if world().size > 1 else {})
 
 
@@ -145,7 +176,7 @@ def seconds_of(processes: int, alone: dict[str, float], traffic: dict[str, float
     steps = math.log2(processes)
     per_exchange = 1e-3 * wire["latency_ms"] * traffic["exchanges"]
     volume = 1e-3 * traffic["megabytes"] / wire["gigabytes_per_second"]
-    return alone["seconds"] + per_exchange * steps + 2 * (processes - 1) / processes * volume
+    return alone["cpu_seconds"] + per_exchange * steps + 2 * (processes - 1) / processes * volume
 
 
 def as_pair(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -169,30 +200,37 @@ def as_pair(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--smoke", action="store_true", help="the smallest form: does it run?")
+    parser = harness.parser(__doc__)
     parser.add_argument("--width", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=16, help="images of each process")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = (0.0625, 4, 1) if options.smoke else (options.width, options.batch_size, options.rounds)
+    width, number, rounds = (0.0625, 4, 1) if options.smoke else (options.width, options.batch_size, options.rounds)
     if os.environ.get("RANK") == "1":
+        share = share_of(1, 2, width, number)
         with joined(CPU):
-            work(*sizes)
+            work(share, rounds)
         return
-    one, two = work(*sizes), as_pair(lambda: work(*sizes))
+    one = work(share_of(0, 1, width, number), rounds)
+    share = share_of(0, 2, width, number)
+    two = as_pair(lambda: work(share, rounds))
     figures: dict[str, Any] = {
-        "images_per_process": sizes[1],
-        "width": sizes[0],
+        "images_per_process": number,
+        "width": width,
+        "rounds": rounds,
+        "busiest_expert": round(max(one["busiest_expert"], two["busiest_expert"]), 3),
+        "cost_vs_at_s_dense": {
+            name: {
+                "measured": round(one[name]["cpu_seconds"] / one["at_s_dense"]["cpu_seconds"], 3),
+                "by_units": round(UNITS[name] / UNITS["at_s_dense"], 3),
+            }
+            for name in SUBJECTS
+        },
         "wire": {name: round(value, 4) for name, value in two["wire"].items()},
         "measured": {},
         "estimated_by_the_model": {},
-        "hardware": hardware(CPU),
-        "processors": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
+        **harness.machine(),
     }
     for name in SUBJECTS:
         own = {
@@ -206,20 +244,25 @@ def main() -> None:
             seconds = seconds_of(size, one[name], two[name], two["wire"])
             estimates[str(size)] = {
                 "seconds": round(seconds, 4),
-                "efficiency": round(one[name]["seconds"] / seconds, 3),
+                "efficiency": round(one[name]["cpu_seconds"] / seconds, 3),
             }
         figures["estimated_by_the_model"][name] = estimates
     if options.json:
-        print(json.dumps(figures))
+        harness.emit(figures, as_json=True)
         return
     wire_of = figures["wire"]
+    print(f"busiest expert: {figures['busiest_expert']:.0%} of the images")
     print(f"all-reduce of 2: {wire_of['latency_ms']:.3f} ms, {wire_of['gigabytes_per_second']:.2f} GB/s")
-    print(f"{'':12} {'processes':>9} {'s a step':>9} {'efficiency':>10}")
+    for name, cost in figures["cost_vs_at_s_dense"].items():
+        print(f"{name:12} {cost['measured']:.2f} times at_s_dense in CPU time, {cost['by_units']:.2f} by units")
+    print(f"{'':12} {'processes':>9} {'s a step':>9} {'CPU s':>9} {'efficiency':>10}")
     for name in SUBJECTS:
         for size, found in figures["measured"][name].items():
-            print(f"{name:12} {size:>9} {found['seconds']:9.3f} {found.get('efficiency', 1.0):10.2f}  measured")
+            seconds = f"{found['seconds']:9.3f} {found['cpu_seconds']:9.3f}"
+            print(f"{name:12} {size:>9} {seconds} {found.get('efficiency', 1.0):10.2f}  measured")
         for size, found in figures["estimated_by_the_model"][name].items():
-            print(f"{name:12} {size:>9} {found['seconds']:9.3f} {found['efficiency']:10.2f}  estimated by the model")
+            seconds = f"{found['seconds']:9.3f} {'':9}"
+            print(f"{name:12} {size:>9} {seconds} {found['efficiency']:10.2f}  estimated by the model")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ channel. It differs from `advmoe` in the gate only.
 Each step is taken twice, and the second is timed. oneDNN makes a convolution for each new size of
 an expert's sub-batch and keeps it; a training of thousands of steps meets the same sizes again.
 
-Shape suffixes: B batch, L MoE layers, N experts.
+Shape suffixes: B batch.
 """
 
 from __future__ import annotations
@@ -22,78 +22,20 @@ prepare_process()  # before torch is there
 
 import statistics  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from copy import deepcopy  # noqa: E402
 from typing import Any  # noqa: E402
 
 import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from harness.subjects import RATE, Step, busiest, images, step_of, subject  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.optim.swa_utils import update_bn  # noqa: E402
 
-from advmoe.config import ModelConfig, TrainConfig  # noqa: E402
+from advmoe.config import ModelConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
-from advmoe.models.modes import evaluating  # noqa: E402
 from advmoe.models.moe_conv import MoEConv2d, expert_rows  # noqa: E402
 from advmoe.models.network import RoutedNetwork  # noqa: E402
-from advmoe.models.registry import build_model  # noqa: E402
 from advmoe.models.routing import Decision, RoutingTape  # noqa: E402
-from advmoe.seeding import generator_for  # noqa: E402
-from advmoe.training.levels import make_levels  # noqa: E402
 from advmoe.training.losses import trades  # noqa: E402
-from advmoe.training.methods import METHODS  # noqa: E402
-
-Step = Callable[[int], None]
-RATE = 1e-9
-
-
-def images(count: int, number: int, size: int, seed: int) -> list[Batch]:
-    """Batches of smooth random images, which differ as natural ones do: in color and large shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(count):
-        coarse = torch.rand(number, 3, 4, 4, generator=generator)
-        fine = 0.1 * torch.rand(number, 3, size, size, generator=generator)
-        pictures = (F.interpolate(coarse, size=size, mode="bilinear") * 0.9 + fine).clamp(0, 1)
-        labels = torch.randint(10, (number,), generator=generator)
-        batches.append(Batch(pictures, labels, torch.arange(number)))
-    return batches
-
-
-def subject(config: ModelConfig, batches: list[Batch]) -> RoutedNetwork:
-    """A new network; BatchNorm and the routers' centering have the mean statistics of these batches.
-
-    With BatchNorm's moving averages of a few batches, attacks would meet other features than the
-    routers were centered on, and one expert would get all images.
-    """
-    torch.manual_seed(0)
-    model = build_model(config)
-    update_bn(batches, model)
-    return model
-
-
-@torch.no_grad()
-def busiest(model: RoutedNetwork, batches: list[Batch]) -> float:
-    """Share of images of the busiest expert, mean over layers, in the mode of attacks."""
-    with evaluating(model):
-        index_BL = torch.cat([model.forward_with_routing(batch.images)[1].expert_index_BL for batch in batches])
-    counts_LN = F.one_hot(index_BL, model.config.num_experts).sum(dim=0)
-    return float(counts_LN.amax(dim=1).float().mean()) / len(index_BL)
-
-
-def step_of(model: RoutedNetwork, method: str, batches: list[Batch], **settings: Any) -> Step:
-    """A function that takes the i-th training step of a method, on a copy of the model."""
-    model = deepcopy(model)
-    train = TrainConfig(dataset="benchmark", method=method, lr=RATE, **settings)  # type: ignore[arg-type]
-    levels = make_levels(METHODS[method].levels, model, train)
-
-    def step(i: int) -> None:
-        chosen = [batches[(2 * i + level) % len(batches)] for level in range(len(levels))]
-        noise = [generator_for(0, i, level) for level in range(len(levels))]
-        METHODS[method].step(levels, chosen, train, noise, i)
-
-    return step
 
 
 def masked_forward(self: MoEConv2d, x: Tensor, decision: Decision) -> Tensor:
