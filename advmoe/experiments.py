@@ -90,7 +90,7 @@ IOU = {
     "pairs": f"{ROUTING}.similarity.diversity.clean.mean",
 }
 FAIR = "--routing"
-"""A table gives every model every attack that it can be given."""
+"""A table attacks the routing of every routed model, and gives another as many further starts of PGD."""
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "table1": Experiment(title="Table 1", evaluate=FAIR, columns=ACCURACIES | COST),

@@ -190,7 +190,8 @@ def test_the_own_pathway_is_no_target_while_there_is_another() -> None:
     observed = torch.tensor([[0], [1]])
     victims = victims_of(TwoRooms(), room_images(FAR, THRESHOLD + 16 / 255), torch.tensor([0, 1]), ATTACK)
     assert closest_pathways(victims, observed, 1).tolist() == [[[1]], [[0]]]
-    assert closest_pathways(victims, observed, 2).tolist() == [[[1], [0]], [[0], [1]]]
+    assert closest_pathways(victims, observed, 3).tolist() == [[[1]] * 3, [[0]] * 3]
+    assert closest_pathways(victims.take(torch.tensor([0])), observed[:1], 2).tolist() == [[[0]] * 2]
 
 
 def test_the_closest_other_pathways_come_first(mixed: Callable[..., RoutedNetwork], images: Tensor) -> None:
@@ -199,7 +200,8 @@ def test_the_closest_other_pathways_come_first(mixed: Callable[..., RoutedNetwor
     own = model.forward_with_routing(images)[1].expert_index_BL[0]
     near, far = own.clone(), 1 - own
     near[-1] = 1 - near[-1]  # one decision away, and no later layer depends on it
-    assert torch.equal(closest_pathways(victims, torch.stack([own, far, near]), 2)[0], torch.stack([near, far]))
+    found = closest_pathways(victims, torch.stack([own, far, near]), 3)[0]
+    assert torch.equal(found, torch.stack([near, far, near]))
 
 
 def test_no_attempt_of_the_route_attack_is_spent_on_the_own_pathway(

@@ -3,23 +3,29 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rooms import TwoRooms, room_images
 
+from advmoe.attacks import pathways
+from advmoe.attacks.pgd import Forward
+from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import evaluate
-from advmoe.evaluation.card import figures
+from advmoe.evaluation.card import figures, percent
 from advmoe.evaluation.dissection import dissection, route_log
-from advmoe.evaluation.results import PGD, ROUTE, WORST, SuiteConfig, SuiteResult
-from advmoe.evaluation.suite import run_suite
+from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
+from advmoe.evaluation.stages import begin, stages
+from advmoe.evaluation.suite import common_pathways, run_suite
 from advmoe.evaluation.vocabulary import Attack
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import RoutingTape
 
@@ -137,11 +143,103 @@ def test_without_routing_the_suite_is_sa_and_ra(tiny_vgg: Callable[..., RoutedNe
     images = ImageSet(images=noise, labels=np.arange(12) % 10, class_names=tuple("0123456789"))
     attack = AttackConfig(eps=1 / 255, steps=2, step_size=1 / 255)
     plain = evaluate(model, images, attack, batch_size=5)
-    result = run_suite(model, images, SuiteConfig(attack=attack, diagnosed=0, eps_sweep=(0.0, 4 / 255)), batch_size=5)
+    config = SuiteConfig(attack=attack, routing=False, diagnosed=0, eps_sweep=(0.0, 4 / 255))
+    result = run_suite(model, images, config, batch_size=5)
     assert (result.sa, result.ra(PGD)) == (plain.sa, plain.ra)
     assert result.attacks == (PGD, Attack("eps", "0"), Attack("eps", "0.0156863"), WORST)
     assert result.ra(Attack("eps", "0")) == result.sa
     assert result.ra(Attack("eps", "0.0156863")) <= result.ra(PGD)
+
+
+class Lock(torch.nn.Module):
+    """Says class 0, and class 1 if five pixels of the red channel are brighter than in the images of
+    `locked`. Its gradient is zero, so PGD stays at its start, and one uniform start in 32 opens it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        opened = (x[:, 0, 0, :5] > 128.1 / 255).all(dim=1).float()
+        return torch.stack((torch.full_like(opened, 0.5), opened), dim=1)
+
+
+def locked(number: int) -> ImageSet:
+    gray = np.full((number, 8, 8, 3), 128, np.uint8)
+    return ImageSet(images=gray, labels=np.zeros(number, np.int64), class_names=("zero", "one"))
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_model_without_routing_gets_as_many_starts_as_a_routed_one_gets_attempts(
+    monkeypatch: pytest.MonkeyPatch, restarts: int
+) -> None:
+    made = {"starts": 0, "targets": 0}
+    pgd, steer = untargeted.__globals__["pgd"], pathways.steer
+
+    def counted_pgd(forward: Forward, images: torch.Tensor, *arguments: Any, **further: Any) -> torch.Tensor:
+        made["starts"] += len(images)
+        return pgd(forward, images, *arguments, **further)  # type: ignore[no-any-return]
+
+    def counted_steer(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        made["targets"] += 1
+        return steer(*arguments)
+
+    monkeypatch.setitem(untargeted.__globals__, "pgd", counted_pgd)
+    monkeypatch.setattr(pathways, "steer", counted_steer)
+    config = SuiteConfig(attack=dataclasses.replace(ATTACK, restarts=restarts), diagnosed=0)
+    found = {}
+    for model, images in ((TwoRooms(), rooms(110)), (torch.nn.Sequential(TwoRooms()), rooms(110))):
+        made.update(starts=0, targets=0)
+        (batch,) = BatchLoader(images, batch_size=1).epoch(0)
+        run = begin(Victims.of(model, batch, config.attack, seed=0), config)
+        behind_ra = [
+            attack.column for attack in planned(config, model) if attack.family in ("view", "route", "further")
+        ]
+        with evaluating(model):
+            for stage in stages(run, common_pathways(model, images, 1, torch.device("cpu"))[0]):
+                if stage.gives in ("pathway/pgd", *behind_ra):
+                    stage.work()
+        assert not run.broken.any()
+        found[type(model).__name__] = dict(made)
+    assert found["TwoRooms"] == {"starts": 6 * restarts, "targets": 8}
+    assert found["Sequential"] == {"starts": 6 * restarts + 8, "targets": 0}
+
+
+def test_an_image_that_only_a_further_start_breaks_is_broken(tmp_path: Path) -> None:
+    images, config = locked(24), SuiteConfig(attack=ATTACK, diagnosed=0)
+    (batch,) = BatchLoader(images, batch_size=24).epoch(0)
+    victims = Victims.of(Lock(), batch, ATTACK, seed=0)
+    kept = torch.stack([victims.right(victims.starts([start])) for start in range(14)]).numpy()
+    result = run_suite(Lock(), images, config)
+    assert result.attacks == (PGD, FURTHER, WORST)
+    np.testing.assert_array_equal(result.robust([PGD]), kept[0])
+    np.testing.assert_array_equal(result.robust(result.table), kept.all(axis=0))
+    np.testing.assert_array_equal(result.robust([WORST]), kept.all(axis=0))
+    assert 0 < kept.all(axis=0).sum() < kept[0].sum()
+    np.testing.assert_array_equal(result.arrays["prediction/worst"] == 0, kept.all(axis=0))
+    numbers = figures(result)
+    assert (numbers["further_starts"], numbers["ra_pgd10"]) == (13, percent(float(kept[0].mean())))
+    assert numbers["ra"] == numbers["ra_further_starts"] == numbers["ra_worst"] == percent(float(kept.all(0).mean()))
+
+    def interrupted(done: float, total: int, what: str) -> None:
+        if done > 5 and what == "PGD, further starts":  # of the second batch
+            raise KeyboardInterrupt
+
+    path = tmp_path / "state.npz"
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(Lock(), images, config, batch_size=5, state_path=path, progress=interrupted)
+    for other in (
+        run_suite(Lock(), images, config, batch_size=5, state_path=path),
+        run_suite(Lock(), images, config, batch_size=1),
+    ):
+        for name, array in result.arrays.items():
+            np.testing.assert_array_equal(other.arrays[name], array, err_msg=name)
+    outside = run_suite(Lock(), images.take(np.array([3, 9])), config, numbers=np.array([3, 9]))
+    np.testing.assert_array_equal(outside.robust([FURTHER]), result.robust([FURTHER])[[3, 9]])
+
+
+def test_further_starts_differ_where_the_first_attack_starts_at_the_clean_image() -> None:
+    attack = dataclasses.replace(ATTACK, start="clean")
+    result = run_suite(Lock(), locked(24), SuiteConfig(attack=attack, diagnosed=0))
+    assert result.ra(PGD) == 1.0
+    assert result.ra(FURTHER) < 1.0
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_attack_that_was_interrupted(tmp_path: Path) -> None:

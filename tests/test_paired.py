@@ -49,6 +49,8 @@ def card_of(name: str, kind: str, *ran: str) -> dict[str, Any]:
     """The part of a card that tells what was run on which model."""
     model = to_dict(ModelConfig(arch="vgg16", kind=kind))  # type: ignore[arg-type]
     numbers = {"model": model, "attack": to_dict(AttackConfig())} | dict.fromkeys(ran, 50.0)
+    if "ra_further_starts" in ran:
+        numbers["further_starts"] = 13
     return {"name": name, "dataset": "digits", "advmoe": numbers}
 
 
@@ -60,8 +62,15 @@ def outcomes_of(card: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("cards", "kept", "reason"),
     [
-        ([("moe", "ra_route"), ("s_dense",)], "sa ra ra_pgd ra_worst", ""),
-        ([("moe", "ra_route", "ra_aa"), ("s_dense", "ra_aa")], "sa ra ra_pgd ra_aa ra_worst", ""),
+        ([("moe", "ra_route"), ("s_dense", "ra_further_starts")], "sa ra ra_pgd ra_worst", ""),
+        ([("dense",), ("s_dense",)], "sa ra ra_pgd ra_worst", ""),
+        ([("moe", "ra_route"), ("s_dense",)], "sa ra_pgd", "1 got fewer starts of PGD than the other models got"),
+        ([("dense", "ra_further_starts"), ("s_dense",)], "sa ra_pgd", "1 got fewer starts of PGD than the other"),
+        (
+            [("moe", "ra_route", "ra_aa"), ("s_dense", "ra_further_starts", "ra_aa")],
+            "sa ra ra_pgd ra_aa ra_worst",
+            "",
+        ),
         ([("moe",), ("s_dense",)], "sa ra_pgd", "the routing of 0 was not attacked"),
         ([("moe", "ra_route"), ("moe",)], "sa ra_pgd", "the routing of 1 was not attacked"),
         ([("dense",), ("s_dense", "ra_aa")], "sa ra ra_pgd", "AutoAttack ran on 1 only"),

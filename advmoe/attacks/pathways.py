@@ -52,6 +52,11 @@ class RouteAttackConfig:
     """Otherwise: number of pathways one flip away from the one where another attack ended that it
     tries then, the smallest margin first."""
 
+    @property
+    def attempts(self) -> int:
+        """Attempts on each image. If the attack tries all pathways and there are more, one on each."""
+        return self.sampled + self.greedy
+
 
 def decisions(model: RoutedNetwork) -> list[int]:
     """Positions in a pathway [L] that are independent decisions, in the order of the routers.
@@ -180,11 +185,14 @@ def route_attack(
         alive[rows[~right]] = False
 
     # The image's own pathway is one of all. It takes no other's place, and no other attack keeps the image on it.
+    # Few pathways are tried again from other starts, so that every network gets at least as many attempts.
     everything = all_pathways(model, config.exhaustive)
     if everything is None:
         targets_BML = closest_pathways(victims, observed_ML, config.sampled)
     else:
-        targets_BML = everything.to(device).expand(len(victims), -1, -1)
+        rounds = -(-config.attempts // len(everything))
+        targets = everything.repeat(rounds, 1)[: max(config.attempts, len(everything))]
+        targets_BML = targets.to(device).expand(len(victims), -1, -1)
     for number in range(targets_BML.shape[1]):
         if alive.any():
             attempt(targets_BML[alive, number], victims.take(alive).starts([number]))
@@ -211,8 +219,8 @@ def closest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tens
     The objective is that of the clean image. There the penalty of the margins is mostly far larger
     than the cross-entropy, so the first pathways are those that the routers nearly take, and not
     those on which the experts are weakest. The image's own pathway has no penalty, but PGD on the
-    model attacks it already. It therefore comes last, and is a target only if there are no more
-    than `number` observed pathways.
+    model attacks it already. It is a target only if there is no other. If fewer than `number` others
+    were observed, they are targets again.
     """
     model, images = victims.network, victims.images
     objective = steering_objective(victims.labels, model.config.num_classes)
@@ -225,8 +233,9 @@ def closest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tens
     )
     own_BL = model.forward_with_routing(images)[1].expert_index_BL
     score_MB[(observed_ML[:, None] == own_BL).all(dim=2)] = -torch.inf
-    best_BM = score_MB.topk(min(number, len(observed_ML)), dim=0).indices.T
-    return observed_ML[best_BM]
+    others_B = score_MB.isfinite().sum(dim=0).clamp_min(1)
+    place_BM = torch.arange(number, device=images.device) % others_B[:, None]
+    return observed_ML[score_MB.argsort(dim=0, descending=True).T.gather(1, place_BM)]
 
 
 @torch.no_grad()

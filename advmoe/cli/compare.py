@@ -37,9 +37,9 @@ def compare(
 ) -> None:
     """Compare models on the same images: SA, RA, and their differences from the first model with paired errors.
 
-    RA is what withstands all attacks that a model can be given: PGD, and for a routed model every
-    view of its routing and the route attack. Runs and checkpoints are evaluated now; evaluation
-    folders are compared as they are. An RA that rests on different attacks is left out.
+    RA is what withstands PGD and, for a routed model, every view of its routing and the route
+    attack; another model gets as many further starts of PGD. Runs and checkpoints are evaluated now;
+    evaluation folders are compared as they are. An RA that rests on unequal attacks is left out.
     """
     from advmoe.evaluation.card import load_card, standard_error
     from advmoe.evaluation.paired import (

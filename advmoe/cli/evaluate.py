@@ -54,7 +54,12 @@ def evaluate(
     step_size: Annotated[str | None, typer.Option(help="Length of a PGD step. Default: a quarter of eps.")] = None,
     restarts: Annotated[int, typer.Option(help="Random starts; an image is robust if it survives them all.")] = 1,
     routing: Annotated[
-        bool, typer.Option("--routing", help="Attack the routing of an MoE-CNN too: gradient views, route attack.")
+        bool,
+        typer.Option(
+            "--routing",
+            help="Attack the routing of an MoE-CNN too: gradient views, route attack. A network without routers gets "
+            "as many further starts of PGD.",
+        ),
     ] = False,
     autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack (standard version).")] = False,
     eps_sweep: Annotated[
@@ -404,6 +409,8 @@ def show(title: str, card: Mapping[str, Any]) -> None:
             rows |= {f"  routing seen as {view}": f"{ra:.2f} %" for view, ra in views.items()}
     if "routes_exact" in numbers:
         rows["pathways of the route attack"] = "all" if numbers["routes_exact"] else "sampled, then the nearest flips"
+    if "further_starts" in numbers:
+        rows["further starts of PGD"] = numbers["further_starts"]
     rows |= {f"RA at eps {eps}": f"{ra:.2f} %" for eps, ra in numbers.get("ra_by_eps", {}).items()}
     if (fooled := FOOLED.of(numbers)) is not None:
         rows[FOOLED.long] = f"{fooled:.2f} %"

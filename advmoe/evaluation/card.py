@@ -24,11 +24,13 @@ from advmoe.evaluation.results import (
     EVERY_PATHWAY,
     EVERY_PATHWAY_CLEAN,
     EXPERTS,
+    FURTHER,
     PGD,
     ROUTE,
     ROUTERS,
     WORST,
     SuiteResult,
+    further_starts,
 )
 from advmoe.evaluation.vocabulary import Attack, Status, Verdict, pgd_key, verdict_of
 from advmoe.files import write_text_atomically
@@ -76,6 +78,9 @@ def figures(result: SuiteResult) -> dict[str, Any]:
             pixels(eps): percent(float((radius <= eps).mean()))
             for eps in np.unique(radius[np.isfinite(radius)]).tolist()
         }
+    if result.ran("further"):
+        ran["ra_further_starts"] = ra(PGD, FURTHER)
+        ran["further_starts"] = further_starts(result.config)
     if after := result.ran("autoattack"):
         ran["ra_aa"] = ra(after[-1])
         ran["ra_aa_after"] = {attack.detail: ra(attack) for attack in after}
@@ -130,6 +135,8 @@ class CardNumbers(Settings):
     ra_views: dict[str, float] = field(default_factory=dict)
     ra_union: Annotated[float | None, PERCENT] = None
     ra_route: Annotated[float | None, PERCENT] = None
+    ra_further_starts: Annotated[float | None, PERCENT] = None
+    further_starts: Annotated[int | None, Setting("Starts of PGD after the first ones.", at_least=0)] = None
     routes_exact: Annotated[bool | None, Setting("Whether the route attack tried every pathway, each once.")] = None
     ra_experts: Annotated[float | None, PERCENT] = None
     ra_routers: Annotated[float | None, PERCENT] = None

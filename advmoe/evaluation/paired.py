@@ -119,8 +119,9 @@ def check_same_images(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays
 def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> tuple[list[Figure], dict[str, str]]:
     """The figures that rest on the same attacks for all models.
 
-    RA claims all attacks on the routing, so each routed model must have had them. For the RA under
-    everything that was run, AutoAttack must have run on all models or on none.
+    RA claims all attacks on the routing, so each routed model must have had them. Beside such a
+    model, one without routers must have had further starts of PGD, and all of these the same number.
+    For the RA under everything that was run, AutoAttack must have run on all models or on none.
 
     Args:
         cards: The models' cards.
@@ -130,8 +131,14 @@ def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> t
         The figures of `COMPARED` that can be compared, and the reason for each one left out, by its key.
     """
     spared = [card["name"] for card in cards if _routed(card) and "ra_route" not in card["advmoe"]]
+    starts = {card["name"]: card["advmoe"].get("further_starts", 0) for card in cards if not _routed(card)}
+    attacked = [card["name"] for card in cards if "ra_route" in card["advmoe"]]
+    fewer = [name for name, number in starts.items() if number < max(starts.values()) or (attacked and not number)]
     extra = [card["name"] for card in cards if RA_AA.key in card["advmoe"]]
     reasons: dict[str, str] = {}
+    if fewer:
+        why = f"{', '.join(fewer)} got fewer starts of PGD than the other models got attempts; evaluate with --routing"
+        reasons = {RA.key: why, RA_WORST.key: why}
     if spared:
         why = f"the routing of {', '.join(spared)} was not attacked; evaluate with the attacks on the routing"
         reasons |= {RA.key: why, RA_WORST.key: why}

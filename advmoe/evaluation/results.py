@@ -6,6 +6,8 @@ the image is classified correctly both clean and attacked:
 - `pgd`: untargeted PGD on the unmodified model;
 - `view`: the same through each gradient of the routing (`advmoe.attacks.relaxations`);
 - `route`: a search over pathways for the images that the above left (`advmoe.attacks.pathways`);
+- `further`: for a network without routers, PGD from as many further starts as `view` and `route`
+  make attempts on a routed one, for the images that `pgd` left;
 - `experts` (RA-E): PGD with the clean pathway frozen; `routers` (RA-R): an attack on the routers
   only;
 - `every_pathway`: right on each of the pathways in use, without (`clean`) and with an attack on
@@ -27,7 +29,7 @@ from torch import nn
 
 from advmoe.attacks.autoattack import STANDARD
 from advmoe.attacks.pathways import RouteAttackConfig
-from advmoe.attacks.relaxations import DETACHED, TEMPERATURES, is_routed, routing_views
+from advmoe.attacks.relaxations import DETACHED, GATES, TEMPERATURES, is_routed, routing_views
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.state import Arrays
@@ -35,6 +37,7 @@ from advmoe.evaluation.vocabulary import Attack, Family
 
 PGD = Attack("pgd")
 ROUTE = Attack("route")
+FURTHER = Attack("further")
 EXPERTS = Attack("experts")
 ROUTERS = Attack("routers")
 EVERY_PATHWAY_CLEAN = Attack("every_pathway", "clean")
@@ -52,7 +55,8 @@ class SuiteConfig:
     attack: AttackConfig
     """The PGD attack of RA. All attacks here use its radius, steps and start."""
     routing: bool = True
-    """Whether to attack the routing as well, if the model has one."""
+    """Whether to attack the routing as well. A model that does not route gets as many further starts
+    of PGD instead, so that the RA of all models rests on as many attempts."""
     autoattack: bool = False
     """Run AutoAttack."""
     eps_sweep: tuple[float, ...] = ()
@@ -83,12 +87,22 @@ class SuiteConfig:
         check(self.pathways >= 1, f"the number of pathways must be at least 1, got {self.pathways}")
 
 
+def further_starts(config: SuiteConfig) -> int:
+    """Number of attempts on each image that the views and the route attack make, and of the further
+    starts of PGD that a model without routing gets.
+    """
+    views = len(GATES) + len(set(config.temperatures))
+    return views * config.attack.restarts + config.route.attempts
+
+
 def planned(config: SuiteConfig, model: nn.Module) -> tuple[Attack, ...]:
     """The attacks of an evaluation of this model, in their order."""
     attacks = [PGD]
     if config.routing and is_routed(model):
         attacks += [Attack("view", name) for name in routing_views(model, config.temperatures) if name != DETACHED]
         attacks += [ROUTE, EXPERTS, ROUTERS, EVERY_PATHWAY_CLEAN, EVERY_PATHWAY]
+    elif config.routing:
+        attacks.append(FURTHER)
     if config.autoattack:
         attacks += [Attack("autoattack", name) for name in STANDARD]
     return (*attacks, *(Attack("eps", f"{eps:.6g}") for eps in config.eps_sweep), WORST)
@@ -123,10 +137,10 @@ class SuiteResult:
 
     @property
     def table(self) -> list[Attack]:
-        """The attacks behind the RA of a table: PGD for every model, and the attacks on the routing
-        for a routed one.
+        """The attacks behind the RA of a table: PGD for every model, the attacks on the routing for a
+        routed one, and further starts of PGD for another.
         """
-        return self.ran("pgd", "view", "route")
+        return self.ran("pgd", "view", "route", "further")
 
     @property
     def white_box(self) -> list[Attack]:

@@ -25,11 +25,13 @@ from advmoe.evaluation.results import (
     EVERY_PATHWAY,
     EVERY_PATHWAY_CLEAN,
     EXPERTS,
+    FURTHER,
     PGD,
     ROUTE,
     ROUTERS,
     WORST,
     SuiteConfig,
+    further_starts,
     planned,
 )
 from advmoe.evaluation.state import Arrays
@@ -165,6 +167,8 @@ def stages(run: BatchRun, common_ML: Tensor) -> list[Stage]:
                 chosen.append(Stage(f"PGD, routing seen as {attack.detail}", attack.column, work))
             case "route":
                 chosen.append(Stage("route attack", attack.column, partial(_route, run, common_ML)))
+            case "further":
+                chosen.append(Stage("PGD, further starts", attack.column, partial(_further, run)))
             case "experts":
                 chosen.append(Stage("experts alone", attack.column, partial(_experts, run)))
             case "routers":
@@ -212,6 +216,23 @@ def _route(run: BatchRun, common_ML: Tensor) -> None:
             config=run.config.route,
         )
     run.record(ROUTE, robust_V, found)
+
+
+def _further(run: BatchRun) -> None:
+    """PGD on the model itself, from starts that the first attack did not use."""
+    usual = run.config.attack
+    more = dataclasses.replace(
+        usual,
+        restarts=usual.restarts + further_starts(run.config),
+        start="uniform" if usual.start == "clean" else usual.start,  # a second attack from the same start is the first
+    )
+    victims = run.victims
+    open_V = ~run.broken[run.right]
+    found, robust_V = victims.images.clone(), torch.zeros_like(open_V)
+    if open_V.any():
+        left = victims.take(open_V).under(more)
+        found[open_V], robust_V[open_V] = untargeted(left, first_restart=usual.restarts)
+    run.record(FURTHER, robust_V, found)
 
 
 def _clean_pathways(run: BatchRun) -> Tensor:

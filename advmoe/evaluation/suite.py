@@ -43,7 +43,7 @@ from advmoe.evaluation.state import Arrays, EvaluationState, read_note, write_no
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 
-STATE_LAYOUT = 4
+STATE_LAYOUT = 5
 """Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
 Progress = Callable[[float, int, str], None]
 """(images done, images in all, name of the attack that begins); the name is empty before the first attack."""
@@ -66,8 +66,8 @@ def run_suite(
     every world. Rank 0 alone keeps the state, and runs the diagnostics.
 
     Args:
-        model: A module from images in [0, 1] to logits; its routing is attacked if it is a
-            `RoutedNetwork`.
+        model: A module from images in [0, 1] to logits. Its routing is attacked if it is a
+            `RoutedNetwork` with a choice of experts; else PGD gets further starts.
         images: The test images.
         config: Settings of the evaluation.
         numbers: The images' numbers in their data set, [I], if they are a choice of its images.

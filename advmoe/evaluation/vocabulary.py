@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-Family = Literal["pgd", "view", "route", "experts", "routers", "every_pathway", "autoattack", "eps", "worst"]
+Family = Literal["pgd", "view", "route", "further", "experts", "routers", "every_pathway", "autoattack", "eps", "worst"]
 """Kinds of attack; `advmoe.evaluation.results` says what each does."""
 
 
@@ -48,7 +48,7 @@ def pgd_key(numbers: Mapping[str, Any]) -> str:
 
 
 SA = Figure(key="sa", short="SA", long="SA, clean images")
-RA = Figure(key="ra", short="RA", long="RA: PGD and, if routed, all attacks on the routing")
+RA = Figure(key="ra", short="RA", long="RA: PGD, and all attacks on the routing or further starts")
 RA_PGD = Figure(key="ra_pgd", short="RA, PGD", long="RA under PGD")
 RA_AA = Figure(key="ra_aa", short="RA, AutoAttack", long="RA under AutoAttack (standard)")
 RA_WORST = Figure(key="ra_worst", short="RA, worst", long="RA under everything that was run")
@@ -57,6 +57,7 @@ FIGURES = (
     RA_PGD,
     Figure(key="ra_union", short="RA, views", long="RA under PGD through every view of the routing"),
     Figure(key="ra_route", short="RA, route", long="RA under the route attack as well"),
+    Figure(key="ra_further_starts", short="RA, further starts", long="RA under PGD, further starts as well"),
     RA_AA,
     RA_WORST,
     Figure(key="ra_experts", short="RA-E, experts", long="RA-E: experts attacked, routing frozen"),
@@ -166,7 +167,7 @@ READINGS: Mapping[str, Reading] = {
     ),
     "hidden_by_routing": Reading(
         "Attacks on the routing break images that PGD through the model's own gradient misses.",
-        "Report the RA under the attacks on the routing, and for S-Dense the RA under the same PGD.",
+        "Report the RA under the attacks on the routing, and for S-Dense the RA under as many further starts of PGD.",
     ),
 }
 """Explanations by the name of the check."""

@@ -113,6 +113,7 @@ def _settings(cards: Sequence[Card]) -> list[dict[str, Any]]:
         "route attack": lambda card: {True: "all pathways", False: "some pathways"}.get(
             card["advmoe"].get("routes_exact"), "-"
         ),
+        "further starts of PGD": lambda card: card["advmoe"].get("further_starts", "-"),
         "seed": lambda card: card["advmoe"]["seed"],
         "architecture": lambda card: card["architecture"],
         "training": lambda card: f"{card['advmoe']['method'] or 'unknown'}, {card['advmoe']['epochs'] or '?'} epochs",

@@ -62,6 +62,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> list[str]:
         "SA, clean images": numbers.get("sa"),
         f"RA, PGD-{attack['steps']}": numbers.get(f"ra_pgd{attack['steps']}"),
         "RA, attacks on the routing": numbers.get("ra_route"),
+        "RA, PGD with further starts": numbers.get("ra_further_starts"),
         "RA, AutoAttack": numbers.get("ra_aa"),
         "RA, worst of everything run": numbers.get("ra_worst"),
     }
