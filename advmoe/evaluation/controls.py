@@ -6,7 +6,7 @@ Other routing gives the layers other features, and the stored statistics of Batc
 them. A control would be worse for this reason alone. Each control therefore gets statistics of its
 own, and is compared with `unchanged`, which differs from the model in nothing but new statistics.
 
-Shape suffixes: N experts, S slots of an expert.
+Shape suffixes: B batch, L MoE layers, N experts, S slots of an expert.
 """
 
 from __future__ import annotations
