@@ -1,6 +1,7 @@
 """`advmoe evaluate`, `analyze` and `report`: files, exit codes, and refused inputs."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from advmoe.attacks.victims import Victims
 from advmoe.cli.app import main
+from advmoe.cli.evaluate import Measuring
 from advmoe.cli.models import remember_data
 from advmoe.data import sources
 from advmoe.data.digits import load_digits
@@ -292,3 +295,36 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert "got attack" in capsys.readouterr().err
     assert main(["compare", str(out), str(other), "--steps", "2", "--limit-eval", "10", "--diagnose", "0"]) == 1
     assert "got images 20 for run/best and 10 others for other/best" in capsys.readouterr().err
+
+
+@pytest.fixture
+def three_classes(tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path) -> Path:
+    """A network for an image folder of three classes."""
+    names = ("a", "b", "c")
+    for part, name in itertools.product(("train", "val"), names):
+        (tmp_path / "data" / part / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{number}.png")
+    model = tiny_vgg(num_classes=3, kind="s_dense")
+    path = tmp_path / "three" / "best.pt"
+    train = {"dataset": "folder", "attack": {"eps": 8 / 255}}
+    save_checkpoint(path, Checkpoint(model=model.config, weights=model.state_dict(), class_names=names, train=train))
+    remember_data(path.parent, "folder", tmp_path / "data")
+    return path
+
+
+def test_autoattack_is_refused_at_once_for_too_few_classes_and_left_out_of_the_suite(
+    three_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--steps", "2", "--diagnose", "0"]
+    out = tmp_path / "suite"
+    assert main(["evaluate", str(three_classes), *small, "--no-latency", "--suite", "--out", str(out)]) == 0
+    assert "AutoAttack is left out: it needs at least 4 classes, and the model has 3." in capsys.readouterr().err
+    numbers = json.loads((out / "card.json").read_text())["advmoe"]
+    assert "ra_by_eps" in numbers
+    assert "ra_aa" not in numbers
+    monkeypatch.setattr(Measuring, "card_of", None)  # nothing is measured
+    for command in (["evaluate", str(three_classes), "--suite"], ["compare", str(three_classes), str(three_classes)]):
+        assert main([*command, *small, "--autoattack"]) == 1
+        assert "AutoAttack's targeted losses need at least 4 classes, got 3" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from advmoe.attacks.pgd import check_images
 from advmoe.attacks.victims import Victims
+from advmoe.config import check
 from advmoe.errors import ConfigError
 from advmoe.seeding import generator_for, seeded
 
@@ -34,6 +35,8 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The attacks of the standard version in their order. Each sees the images that the earlier ones did not break."""
 SQUARE_QUERIES = 5000
 """Queries of Square in the standard version."""
+CLASSES = 4
+"""The fewest classes for which the targeted losses are defined."""
 LOGGER = "auto-attack"
 """The package reports through this logger."""
 
@@ -66,6 +69,19 @@ def package() -> ModuleType:
     return pyautoattack  # type: ignore[no-any-return]
 
 
+def check_classes(num_classes: int) -> None:
+    """Refuse a model with too few classes for the targeted losses of the standard version.
+
+    Raises:
+        ConfigError: There are fewer than `CLASSES` classes.
+    """
+    check(
+        num_classes >= CLASSES,
+        f"AutoAttack's targeted losses need at least {CLASSES} classes, got {num_classes}; "
+        "use PGD and the route attack",
+    )
+
+
 def autoattack(
     victims: Victims,
     *,
@@ -94,10 +110,8 @@ def autoattack(
     robust_after: dict[str, Tensor] = {}
     with torch.no_grad():
         num_classes = model(images[:1]).shape[1]
-    if num_classes < 4 and {"apgd-t", "fab-t"} & set(attacks):
-        raise ConfigError(
-            f"AutoAttack's targeted losses need at least 4 classes, got {num_classes}; use PGD and the route attack"
-        )
+    if {"apgd-t", "fab-t"} & set(attacks):
+        check_classes(num_classes)
     images = images.contiguous()
 
     def contiguous(x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def compare(
     attack; another model gets as many further starts of PGD. Runs and checkpoints are evaluated now;
     evaluation folders are compared as they are. An RA that rests on unequal attacks is left out.
     """
+    from advmoe.attacks.autoattack import check_classes
     from advmoe.evaluation.card import load_card, standard_error
     from advmoe.evaluation.paired import (
         COMPARED,
@@ -65,6 +66,8 @@ def compare(
             subject = Subject.load(checkpoint_of(path), device=device)
             radius = training_radius(subject.contents) if radius is None else radius
             attack = AttackConfig(eps=radius, steps=steps, step_size=radius / 4)
+            if autoattack:
+                check_classes(subject.contents.model.num_classes)
             config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
             tested = subject.images(None, data_dir, limit_eval)
             card, result = Measuring(config, tested, batch_size, seed, False).card_of(subject, None)

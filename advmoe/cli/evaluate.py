@@ -61,7 +61,9 @@ def evaluate(
             "as many further starts of PGD.",
         ),
     ] = False,
-    autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack (standard version).")] = False,
+    autoattack: Annotated[
+        bool, typer.Option("--autoattack", help="Run AutoAttack (standard version), for 4 classes or more.")
+    ] = False,
     eps_sweep: Annotated[
         str | None, typer.Option(help="Further radii for PGD, e.g. 2/255,4/255.", metavar="EPS,EPS,...")
     ] = None,
@@ -112,6 +114,7 @@ def evaluate(
     the attack. With --out, every finished attack on a batch is kept: after an interruption the same
     command goes on from there. On several GPUs or machines: torchrun -m advmoe evaluate ...
     """
+    from advmoe.attacks.autoattack import CLASSES, check_classes
     from advmoe.device import resolve_device
     from advmoe.distributed import PATIENT_SECONDS, from_leader, joined, leader_first
     from advmoe.evaluation.controls import CALIBRATION_IMAGES, CONTROLS, calibration_batches, check_control, controlled
@@ -140,10 +143,15 @@ def evaluate(
         sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
         if suite and not sweep:
             sweep = tuple(min(share * radius, 1.0) for share in SWEEP_SHARES)
+        classes = subject.contents.model.num_classes
+        if autoattack:
+            check_classes(classes)
+        elif suite and classes < CLASSES:
+            console.note(f"AutoAttack is left out: it needs at least {CLASSES} classes, and the model has {classes}.")
         config = SuiteConfig(
             attack=AttackConfig(eps=radius, steps=steps, step_size=length, restarts=restarts),
             routing=routing or suite,
-            autoattack=autoattack or suite,
+            autoattack=autoattack or (suite and classes >= CLASSES),
             eps_sweep=sweep,
             diagnosed=diagnose,
         )
