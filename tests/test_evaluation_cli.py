@@ -297,6 +297,22 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert "got images 20 for run/best and 10 others for other/best" in capsys.readouterr().err
 
 
+def test_a_comparison_reads_everything_before_it_measures_anything(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(checkpoint, "--diagnose", "0", "--eps", "4/255", "--out", str(tmp_path / "evaluated")) == 0
+
+    def measured(*_: object, **__: object) -> None:
+        pytest.fail("a model was measured")
+
+    monkeypatch.setattr(Measuring, "card_of", measured)
+    for last, message in (("gone", "gone"), ("evaluated", "got attack"), ("empty", "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        capsys.readouterr()
+        assert main(["compare", str(checkpoint), str(tmp_path / last), "--limit-eval", "20"]) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.fixture
 def three_classes(tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path) -> Path:
     """A network for an image folder of three classes."""

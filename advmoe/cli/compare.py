@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, training_radius
+from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, Tested, training_radius
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
-from advmoe.config import AttackConfig, check
+from advmoe.config import AttackConfig, check, to_dict
 from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
@@ -43,14 +45,7 @@ def compare(
     """
     from advmoe.attacks.autoattack import check_classes
     from advmoe.evaluation.card import load_card, standard_error
-    from advmoe.evaluation.paired import (
-        COMPARED,
-        check_same_images,
-        comparable,
-        load_outcomes,
-        outcomes,
-        paired_difference,
-    )
+    from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
     from advmoe.evaluation.results import SuiteConfig
 
     check(len(models) >= 2, "compare needs two models or more")
@@ -58,7 +53,9 @@ def compare(
     radius = None if eps is None else console.number(eps, "--eps")
     cards: list[dict[str, Any]] = []
     found: list[Arrays] = []
+    planned: list[Planned | None] = []
     for path in models:
+        plan = None
         if (path / CARD).is_file():
             card, right = load_card(path / CARD), load_outcomes(path / OUTCOMES)
             radius = card["advmoe"]["attack"]["eps"] if radius is None else radius
@@ -69,14 +66,20 @@ def compare(
             if autoattack:
                 check_classes(subject.contents.model.num_classes)
             config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
-            tested = subject.images(None, data_dir, limit_eval)
-            card, result = Measuring(config, tested, batch_size, seed, False).card_of(subject, None)
-            right = outcomes(result)
+            earlier = [other.measuring.tested for other in planned if other is not None]
+            tested = _once(subject.images(None, data_dir, limit_eval), earlier)
+            plan = Planned(subject, Measuring(config, tested, batch_size, seed, False))
+            card, right = plan.known()
         if card["name"] in {other["name"] for other in cards}:
             card["name"] = str(path)
         cards.append(card)
         found.append(right)
-    check_same_images(cards, found)
+        planned.append(plan)
+    check_same_images(cards, found)  # before hours of attacks
+    for number, plan in enumerate(planned):
+        if plan is not None:
+            measured, found[number] = plan.measure()
+            cards[number] = measured | {"name": cards[number]["name"]}
     kept, left_out = comparable(cards, found)
     rows = []
     for card, right in zip(cards, found, strict=True):
@@ -114,3 +117,43 @@ def compare(
     for reason in dict.fromkeys(left_out.values()):
         labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
         console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}.")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run or checkpoint that is measured once all models and images have been read."""
+
+    subject: Subject
+    measuring: Measuring
+
+    def known(self) -> tuple[dict[str, Any], Arrays]:
+        """What is known of its card and its outcomes before it is measured: all that `check_same_images` reads."""
+        import numpy as np
+
+        tested = self.measuring.tested
+        card = {
+            "name": self.subject.name,
+            "dataset": tested.dataset,
+            "advmoe": {"attack": to_dict(self.measuring.config.attack)},
+        }
+        numbers = np.arange(len(tested.images)) if tested.numbers is None else tested.numbers
+        return card, {"index": numbers, "label": tested.images.labels}
+
+    def measure(self) -> tuple[dict[str, Any], Arrays]:
+        """Its card and its outcomes."""
+        from advmoe.evaluation.paired import outcomes
+
+        card, result = self.measuring.card_of(self.subject, None)
+        return card, outcomes(result)
+
+
+def _once(tested: Tested, earlier: Sequence[Tested]) -> Tested:
+    """The images of an earlier model if they are the same, so that memory holds them once."""
+    import numpy as np
+
+    for other in earlier:
+        if np.array_equal(other.images.images, tested.images.images) and np.array_equal(
+            other.images.labels, tested.images.labels
+        ):
+            return other
+    return tested
