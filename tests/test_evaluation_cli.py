@@ -281,6 +281,7 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert main(["compare", str(tmp_path / "spared"), str(tmp_path / "second")]) == 0
     shown = capsys.readouterr()
     assert "Left out: RA; RA, worst. Reason: the routing of run/best was not attacked" in shown.err
+    assert "(advmoe evaluate --routing)." in shown.err
     assert "RA, PGD" in shown.out
     assert evaluate(other, "--diagnose", "0", "--eps", "4/255", "--out", str(tmp_path / "third")) == 0
     capsys.readouterr()

@@ -47,6 +47,7 @@ def compare(
     from advmoe.evaluation.card import load_card, standard_error
     from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
     from advmoe.evaluation.results import SuiteConfig
+    from advmoe.evaluation.vocabulary import RA
 
     check(len(models) >= 2, "compare needs two models or more")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
@@ -116,7 +117,9 @@ def compare(
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)
     for reason in dict.fromkeys(left_out.values()):
         labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
-        console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}.")
+        unnamed = reason == left_out.get(RA.key) and "--routing" not in reason
+        option = " (advmoe evaluate --routing)" if unnamed else ""
+        console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}{option}.")
 
 
 @dataclass(frozen=True)
