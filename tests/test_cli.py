@@ -399,7 +399,7 @@ def test_a_checkpoint_becomes_a_served_model(
 
     (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
     assert "broken.png cannot be decoded as an image" in refused(["predict", "model.onnx", "broken.png"], capsys)
-    assert "no image file gone.png" in refused(["predict", "model.onnx", "gone.png"], capsys)
+    assert "no image file or folder gone.png" in refused(["predict", "model.onnx", "gone.png"], capsys)
 
 
 def test_an_export_that_cannot_be_is_refused_before_any_work(

@@ -269,6 +269,17 @@ def test_providers_that_do_not_start_are_one_line_with_the_reason(path: Path, mo
     )
 
 
+def test_a_provider_that_is_not_installed_gets_advice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake_runtime([], installed=()))
+    for name, advice in (
+        ("cuda", "CUDA needs advmoe-export[gpu] instead of [cpu]"),
+        ("gpu", "short names are cpu, cuda, tensorrt"),
+    ):
+        with pytest.raises(ProviderError) as raised:
+            Session(path, providers=name)
+        assert f"which has CPUExecutionProvider; {advice}; add 'cpu'" in str(raised.value)
+
+
 def test_bound_inputs_and_outputs_give_the_same_results(session: Session) -> None:
     images = PIXELS.transpose(0, 3, 1, 2) / np.float32(255)
     expected = session.run_raw(images)

@@ -79,12 +79,25 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> 
 def test_names_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("gone.png", "no image file .*gone.png"),
+        ("gone.png", r"no image file or folder .*gone.png; expected a file, a folder or a pattern such as photos/"),
         ("empty", "empty holds no images; expected files that end in .jpg"),
         ("*.gif", r"no image file matches .*\*.gif"),
     ):
         with pytest.raises(DataError, match=message):
             find_pictures([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["photos/9.png", "model.onnx"], "photos/9.png is not an ONNX file; give the model first, then the images"),
+        (["photos", "model.onnx"], "photos is not an ONNX file; give the model first, then the images"),
+        (["best.pt", "photos"], "'best.pt' is no exported model; export it to an ONNX file first"),
+    ],
+)
+def test_what_is_no_model_is_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", *given]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_is_classified_in_batches_as_its_images_are_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,11 @@ def bench_onnx(
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure each batch size.")] = 2.0,
     provider: Annotated[
-        list[str] | None, typer.Option(help="onnxruntime provider, in order of preference: cpu, cuda. Default: cpu.")
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime provider: cpu, cuda or tensorrt. May be given several times, in order of preference. "
+            "Default: cpu."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

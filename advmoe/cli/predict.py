@@ -43,7 +43,11 @@ def predict(
         int, typer.Option(help="Images to run at a time, unless the file has a fixed batch size.")
     ] = 32,
     provider: Annotated[
-        list[str] | None, typer.Option(help="onnxruntime provider, in order of preference: cpu, cuda. Default: cpu.")
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime provider: cpu, cuda or tensorrt. May be given several times, in order of preference. "
+            "Default: cpu."
+        ),
     ] = None,
 ) -> None:
     """Classify images with an exported model: labels, probabilities and the pathway each image took.
@@ -62,6 +66,11 @@ def predict(
     check(
         table is None or not (csv or json),
         f"{table} would be an image to classify; --csv and --json print to stdout, so write the result by > {table}",
+    )
+    trained = model.is_dir() or model.suffix in {".pt", ".safetensors"}  # the session says how to export these
+    check(
+        model.suffix == ".onnx" or (trained and not any(name.endswith(".onnx") for name in images)),
+        f"{model} is not an ONNX file; give the model first, then the images",
     )
     session = open_session(model, provider or ["cpu"])
     paths = find_pictures(images)

@@ -44,7 +44,7 @@ def _meant_by(name: Path) -> list[Path]:
     if name.exists():
         return [name]
     if not glob.has_magic(str(name)):
-        raise DataError(f"no image file {name}")
+        raise DataError(f"no image file or folder {name}; expected a file, a folder or a pattern such as photos/*.jpg")
     matches = [match for match in Path(name.anchor).glob(str(name.relative_to(name.anchor))) if _shown(match, name)]
     files = [match for match in matches if not match.is_dir() and is_image(match.name, SUFFIXES)]
     inside = [picture for match in matches if match.is_dir() for picture in _in_folder(match)]

@@ -234,7 +234,9 @@ class Session:
         reasons = []
         for name in names:
             if name not in installed:
-                reasons.append(f"'{name}' is not part of this onnxruntime, which has {', '.join(installed)}")
+                reasons.append(
+                    f"'{name}' is not part of this onnxruntime, which has {', '.join(installed)}{_advice(name)}"
+                )
                 continue
             with _silence(self._ort, quiet=name != PROVIDER_NAMES["cpu"]) as said:
                 if name == PROVIDER_NAMES["cuda"] and hasattr(self._ort, "preload_dlls"):
@@ -266,6 +268,13 @@ class Session:
         self._session.run_with_iobinding(binding)
         results: list[npt.NDArray[Any]] = binding.copy_outputs_to_cpu()
         return results
+
+
+def _advice(provider: str) -> str:
+    """What to do about a provider that is not installed."""
+    if provider == PROVIDER_NAMES["cuda"]:
+        return "; CUDA needs advmoe-export[gpu] instead of [cpu]"
+    return "" if provider in PROVIDER_NAMES.values() else f"; short names are {', '.join(PROVIDER_NAMES)}"
 
 
 def _is_picture(image: object) -> bool:
