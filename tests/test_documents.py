@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ HOMES = (ROOT, ROOT / "advmoe", ROOT / "export/advmoe_export", ROOT / "rust_rout
 SUFFIXES = (".py", ".rs", ".ipynb", ".toml", ".json", ".svg", ".j2", ".html", ".npz")
 NOT_OURS = ("runs/", "results/small/NETWORK/")
 """Beginnings of paths that a user's files have."""
+WIDTH = 100
+"""The longest line of a page, in characters."""
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--model-repository"}
 FOREIGN |= {"--max-restarts", "--rdzv-id", "--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
 FOREIGN |= {"--cpus-per-task", "--time", "--requeue", "--signal"}
@@ -48,6 +51,17 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_as_wide_as_their_page_allows(page: Path) -> None:
+    assert not [(number, line) for number, line in prose(page.read_text()) if len(line) > WIDTH]
+
+
+def test_tables_code_and_single_links_may_be_wider() -> None:
+    ours = ("prose", "- an item", "[a link](a.md) and more")
+    exempt = ("| cell |", "    code", "```sh\ncode\n```", "- [a link](a.md).", "![an image](a.svg)")
+    assert [line for _, line in prose("\n".join((*ours, *exempt, "the end")))] == [*ours, "the end"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files_exist(page: Path) -> None:
     for path in named_files(page.read_text()):
         assert any((home / path).exists() for home in HOMES), path
@@ -67,6 +81,21 @@ def anchors(text: str) -> set[str]:
     """GitHub's anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a page outside tables and code, and without lines that are one link or image."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not (
+            fenced
+            or line.startswith("    ")
+            or line.lstrip().startswith("|")
+            or re.fullmatch(r"\W*!?\[[^\]]*\]\([^)]*\)\W*", line)
+        ):
+            yield number, line
 
 
 def named_files(text: str) -> set[str]:
