@@ -20,6 +20,7 @@ from advmoe.errors import ConfigError
 from advmoe.evaluation.diagnostics import (
     Diagnostic,
     black_box,
+    check_batch_invariant,
     check_routing,
     diagnose,
     routing_gap,
@@ -194,6 +195,22 @@ def test_a_broken_defense_is_caught(
     diagnostics = checked(model, data)
     assert caught_by <= failures(diagnostics), diagnostics
     assert verdict(diagnostics) == "not to be trusted"
+
+
+class Marked(nn.Module):
+    """Counts the batch where an image's first value is 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = x[:, 0, 0, 0] == 1.0
+        return x.flatten(1)[:, :10] + len(x) * marked[:, None]
+
+
+@pytest.mark.parametrize(("marked", "status"), [(1, "passed"), (2, "failed")])
+def test_one_image_of_a_small_sample_may_depend_on_its_batch(marked: int, status: str) -> None:
+    images = torch.full((32, 3, 8, 8), 0.5)
+    images[:marked, 0, 0, 0] = 1.0  # 3 % of the images, or 6 %
+    sample = victims_of(Marked(), images, torch.zeros(32, dtype=torch.int64), ATTACK)
+    assert check_batch_invariant(sample).status == status
 
 
 ATTACKED = {"zero_gradients", "large_eps", "one_step", "converged", "monotone_in_eps", "black_box"}

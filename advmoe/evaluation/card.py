@@ -280,7 +280,10 @@ def load_card(path: Path) -> dict[str, Any]:
         DataError: The file is missing or no card of this project.
     """
     if not path.is_file():
-        raise DataError(f"there is no result card {path}; expected a folder that an evaluation has written")
+        raise DataError(
+            f"there is no result card {path}; expected a folder that an evaluation has written; "
+            "run 'advmoe evaluate RUN --out FOLDER' and give FOLDER"
+        )
     try:
         card = json.loads(path.read_text())
         numbers = dict(card["advmoe"])

@@ -67,7 +67,7 @@ class SuiteConfig:
     """Limits of the route attack's search."""
     pathways: int = 8
     """Number of most frequent clean pathways on which an image has to be right for `every_pathway`."""
-    diagnosed: int = 100
+    diagnosed: int = 64
     """Number of images for the diagnostics; 0 leaves them out."""
     square_queries: int = 500
     """Queries of the black-box diagnostic."""
