@@ -12,8 +12,8 @@ stopped and repeated.
 All networks have the same images, epochs, schedule and attack in training. The last weights are
 tested, so no image influences the choice of weights. On all test images, SA and RA under PGD are
 measured. On the first of them, routed networks also meet the views of the routing, the route attack
-and the attack on the routers alone, and are compared with controls. Networks without routing meet
-as many further starts of PGD there. `correct` stores whether each image was classified correctly.
+and the attack on the routers alone, and are compared with controls. All networks meet as many
+starts of PGD there. `correct` stores whether each image was classified correctly.
 
 Shape suffixes: B batch, L MoE layers, M pathways.
 """
@@ -121,7 +121,7 @@ ROUTED_IMAGES = 2000
 """Number of first test images on which the routing is attacked and controls are tested."""
 ROUTE = RouteAttackConfig(sampled=2, greedy=2)
 STARTS = 10
-"""Attacks on these images: PGD, five views of the routing, four pathways. Unrouted networks get so many starts."""
+"""Attacks on these images: PGD, five views of the routing, four pathways; and, to compare with, so many starts."""
 DRAWS = 5
 """Number of draws of random routers."""
 
@@ -155,7 +155,7 @@ def packed(correct: Tensor) -> str:
 def test(
     model: RoutedNetwork, images: ImageSet, seed: int, routed_images: int, calibration: ImageSet
 ) -> dict[str, Any]:
-    """SA and RA on all images. On the first images: attacks on the routing and controls, or further starts of PGD.
+    """SA and RA on all images. On the first images: further starts of PGD, attacks on the routing, and controls.
 
     The statistics of controls are computed from the images `calibration`.
     """
@@ -169,15 +169,10 @@ def test(
         "correct": {"clean": packed(clean), "pgd": packed(pgd_robust)},
     }
     few = images.take(np.arange(min(routed_images, len(images))))
+    with evaluating(model):
+        survived = attacked(model, few, seed, starts=STARTS)[1]
+    figures["starts"] = {"images": len(few), "starts": STARTS, "ra": per_cent(survived), "correct": packed(survived)}
     if not is_routed(model):
-        with evaluating(model):
-            survived = attacked(model, few, seed, starts=STARTS)[1]
-        figures["starts"] = {
-            "images": len(few),
-            "starts": STARTS,
-            "ra": per_cent(survived),
-            "correct": packed(survived),
-        }
         return figures
     with evaluating(model):
         figures["routing"] = routing_figures(model, few, seed, pgd_robust[: len(few)])

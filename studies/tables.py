@@ -139,31 +139,33 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines + attack_table(routed, reference) + control_table(routed))
 
 
+def pgd(cell: dict[str, Any], images: int) -> str:
+    """RA on the first images, under PGD and under ten starts of it; a dash where a cell has one start only."""
+    starts = cell["test"].get("starts")
+    several = f"{starts['ra']:.1f}" if starts else "-"
+    return f"{100 * bits(cell, 'pgd')[:images].mean():.1f}; {several}"
+
+
 def attack_table(routed: Sequence[tuple[str, dict[str, Any]]], reference: Sequence[dict[str, Any]]) -> list[str]:
     """The table of attacks on the routing, beside S-Dense under PGD and under as many starts of PGD."""
     if not routed:
         return []
     lines = [
         "",
-        "| training | seed | SA | RA, PGD | RA, union of views | RA, with route attack | "
+        "| training | seed | SA | RA, PGD; ten starts | RA, union of views | RA, with route attack | "
         "S-Dense: RA, PGD; ten starts | decisions; images changed by PGD | by the attack on routers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cell in routed:
         routing = cell["test"]["routing"]
         images = routing["images"]
-        of_s_dense = "-"
-        for other in reference:
-            if other["seed"] == cell["seed"]:
-                starts = other["test"].get("starts")
-                of_s_dense = f"{100 * bits(other, 'pgd')[:images].mean():.1f}; "
-                of_s_dense += f"{starts['ra']:.1f}" if starts else "-"
+        of_s_dense = next((pgd(other, images) for other in reference if other["seed"] == cell["seed"]), "-")
         aimed = "-"
         if "images_flipped_by_aim" in routing:
             aimed = f"{routing['decisions_flipped_by_aim']:.1f}; {routing['images_flipped_by_aim']:.1f}"
         lines.append(
             f"| {TITLES[name]} | {cell['seed']} | {100 * bits(cell, 'clean')[:images].mean():.1f} | "
-            f"{routing['ra_pgd']:.1f} | {routing['ra_views']:.1f} | {routing['ra_worst']:.1f} | {of_s_dense} | "
+            f"{pgd(cell, images)} | {routing['ra_views']:.1f} | {routing['ra_worst']:.1f} | {of_s_dense} | "
             f"{routing['decisions_flipped']:.1f}; {routing['images_flipped']:.1f} | {aimed} |"
         )
     return lines

@@ -32,6 +32,7 @@ def test_a_cell_is_one_file_and_is_not_made_twice(
     assert len({draw["same_decisions"] for draw in controls["random"]}) > 1
     routing = record["test"]["routing"]
     assert routing["decisions_flipped_by_aim"] > routing["decisions_flipped"]
+    assert record["test"]["starts"]["ra"] <= record["test"]["ra_pgd"]
     before = cell.read_bytes()
     capsys.readouterr()
     run("small.py", *wanted)
