@@ -117,8 +117,7 @@ def compare(
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)
     for reason in dict.fromkeys(left_out.values()):
         labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
-        unnamed = reason == left_out.get(RA.key) and "--routing" not in reason
-        option = " (advmoe evaluate --routing)" if unnamed else ""
+        option = " (advmoe evaluate --routing)" if reason == left_out.get(RA.key) else ""
         console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}{option}.")
 
 

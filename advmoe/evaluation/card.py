@@ -281,8 +281,7 @@ def load_card(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise DataError(
-            f"there is no result card {path}; expected a folder that an evaluation has written; "
-            "run 'advmoe evaluate RUN --out FOLDER' and give FOLDER"
+            f"there is no result card {path}; expected the output folder of 'advmoe evaluate', which writes one"
         )
     try:
         card = json.loads(path.read_text())

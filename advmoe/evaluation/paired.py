@@ -137,7 +137,10 @@ def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> t
     extra = [card["name"] for card in cards if RA_AA.key in card["advmoe"]]
     reasons: dict[str, str] = {}
     if fewer:
-        why = f"{', '.join(fewer)} got fewer starts of PGD than the other models got attempts; evaluate with --routing"
+        why = (
+            f"{', '.join(fewer)} got fewer starts of PGD than the other models got attempts; "
+            "evaluate it with further starts"
+        )
         reasons = {RA.key: why, RA_WORST.key: why}
     if spared:
         why = f"the routing of {', '.join(spared)} was not attacked; evaluate with the attacks on the routing"
