@@ -123,7 +123,10 @@ def agreement(model: RoutedNetwork, other: RoutedNetwork, images: ImageSet) -> f
 
 
 def _calibrate(model: RoutedNetwork, batches: Sequence[Tensor]) -> None:
-    """Replace all running statistics by those of these batches. BatchNorm gives each batch an equal weight."""
+    """Replace all running statistics by those of these batches. BatchNorm gives each batch an equal weight.
+
+    torch's `update_bn` would also reset the routers' centering, and send the first batch to one expert.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     in_training, momenta = model.training, [norm.momentum for norm in norms]
     model.train()
