@@ -47,7 +47,7 @@ from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.data.sources import dataset_info, load_dataset
-from advmoe.evaluation.controls import CALIBRATION_IMAGES, CONTROLS, agreement, calibration_batches, controlled
+from advmoe.evaluation.controls import CALIBRATION_IMAGES, CONTROLS, calibration_batches, controlled
 from advmoe.evaluation.cost import hardware, measure_cost
 from advmoe.evaluation.suite import common_pathways
 from advmoe.files import write_atomically
@@ -196,6 +196,17 @@ def test(
             )
         figures["controls"][control] = draws
     return figures
+
+
+@torch.no_grad()
+def agreement(model: RoutedNetwork, other: RoutedNetwork, images: ImageSet) -> float:
+    """Share of decisions on clean images that a model and its control have in common."""
+    equal = []
+    with evaluating(model), evaluating(other):
+        for batch in BatchLoader(images, batch_size=256).epoch(0):
+            taken = [network.forward_with_routing(batch.images)[1].expert_index_BL for network in (model, other)]
+            equal.append(taken[0] == taken[1])
+    return float(torch.cat(equal).double().mean())
 
 
 def victims_of(model: RoutedNetwork, images: ImageSet, seed: int) -> Iterator[Victims]:

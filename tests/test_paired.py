@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import advmoe
 from advmoe.config import AttackConfig, ModelConfig, to_dict
-from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
-from advmoe.evaluation.controls import agreement, controlled
+from advmoe.evaluation.controls import controlled
 from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -158,13 +157,6 @@ def test_a_random_router_of_the_whole_image_keeps_none_of_its_weights() -> None:
         assert name.endswith(".bias") or not torch.equal(own, other), name
     for own, other in zip(model.expert_parameters(), control.expert_parameters(), strict=True):
         assert torch.equal(own, other)
-
-
-def test_the_agreement_counts_equal_decisions() -> None:
-    model = TwoRooms()
-    images = ImageSet(np.full((3, 8, 8, 3), 200, np.uint8), np.zeros(3, np.int64), ("dark", "light"))
-    assert agreement(model, model, images) == 1.0
-    assert agreement(model, controlled(model, "inverted", 0, calibration=()), images) == 0.0
 
 
 @pytest.mark.parametrize("model_scale", [0.5, 0.75])

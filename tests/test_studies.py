@@ -5,7 +5,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rooms import TwoRooms
+
+from advmoe.data.sets import ImageSet
+from advmoe.evaluation.controls import controlled
 
 STUDIES = Path(__file__).parent.parent / "studies"
 
@@ -132,3 +137,12 @@ def test_figures_show_finished_runs_and_name_those_that_are_not_there(
     assert found["mask_from"] == "largest channels of AT (Dense)"
     assert 0.2 < found["mask"]["clean"]["mean"] < 0.5
     assert {each.name for each in tmp_path.glob("*.svg")} == {"study-resnet18-fig4-5.svg", "study-resnet18-fig6.svg"}
+
+
+def test_the_agreement_counts_equal_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [""])
+    agreement = runpy.run_path(str(STUDIES / "small.py"))["agreement"]
+    model = TwoRooms()
+    images = ImageSet(np.full((3, 8, 8, 3), 200, np.uint8), np.zeros(3, np.int64), ("dark", "light"))
+    assert agreement(model, model, images) == 1.0
+    assert agreement(model, controlled(model, "inverted", 0, calibration=()), images) == 0.0

@@ -6,7 +6,7 @@ Other routing gives the layers other features, and the stored statistics of Batc
 them. A control would be worse for this reason alone. Each control therefore gets statistics of its
 own, and is compared with `unchanged`, which differs from the model in nothing but new statistics.
 
-Shape suffixes: B batch, L MoE layers, N experts, S slots of an expert.
+Shape suffixes: N experts, S slots of an expert.
 """
 
 from __future__ import annotations
@@ -107,19 +107,6 @@ def check_control(model: nn.Module, control: Control) -> None:
         "probabilities also scale the outputs; take 'random' or 'inverted'",
         "control",
     )
-
-
-@torch.no_grad()
-def agreement(model: RoutedNetwork, other: RoutedNetwork, images: ImageSet) -> float:
-    """Share of decisions on clean images that two models with equal routers' places have in common."""
-    device = next(model.parameters()).device
-    equal = []
-    with evaluating(model), evaluating(other):
-        for batch in BatchLoader(images, batch_size=256).epoch(0):
-            x = batch.images.to(device)
-            taken = [network.forward_with_routing(x)[1].expert_index_BL for network in (model, other)]
-            equal.append(taken[0] == taken[1])
-    return float(torch.cat(equal).double().mean())
 
 
 def _calibrate(model: RoutedNetwork, batches: Sequence[Tensor]) -> None:
