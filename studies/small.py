@@ -43,6 +43,7 @@ from advmoe.attacks.pgd import cross_entropy_objective, pgd, plain
 from advmoe.attacks.relaxations import is_routed, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
+from advmoe.cli.signals import stopping
 from advmoe.config import AttackConfig, to_dict
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
@@ -105,14 +106,21 @@ EQUAL_TIME = {
 
 The ratios are those of the images per second in benchmarks/train_step.py at width 1/8 (docs/log.md, 2026-11-29), in
 which all settings take turns. Times of whole runs depend on what else a machine does."""
-SETTINGS |= {name: SETTINGS[of] for name, (of, _) in EQUAL_TIME.items()}
+LONG = {
+    "dense_long": ("dense", EQUAL_TIME["s_dense_time"][1]),
+    "at_moe_long": ("at_moe", EQUAL_TIME["s_dense_time"][1]),
+}
+"""Settings with as many epochs as `s_dense_time`, closer to convergence, at equal epochs."""
+LONGER = EQUAL_TIME | LONG
+SETTINGS |= {name: SETTINGS[of] for name, (of, _) in LONGER.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
     *((name, seed) for seed in range(3) for name in MAIN),
-    *((name, seed) for seed in range(3) for name in EQUAL_TIME),
+    *((name, seed) for seed in range(3) for name in LONGER),
     *((name, seed) for seed in range(3) for name in ("at_image", "image_mixture")),
     *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
-    *((name, 0) for name in ("margin", "mixture", "s_dense_bf16", "at_moe_bf16")),
+    *((name, 0) for name in ("margin", "mixture")),
+    *((name, seed) for seed in range(3) for name in ("s_dense_bf16", "at_moe_bf16")),
     *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),
 ]
 """All cells, the most important ones first."""
@@ -127,7 +135,7 @@ DRAWS = 5
 
 
 class Watch:
-    """Prints an epoch's figures, and stops the run when the script is told to stop."""
+    """Prints an epoch's figures."""
 
     def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
         tell(f"  {epochs} epochs of {steps_per_epoch} steps, from step {step}")
@@ -283,7 +291,7 @@ def per_cent(values: Tensor) -> float:
 def epochs_of(name: str, network: str) -> int:
     """Number of epochs of a setting."""
     epochs = NETWORKS[network][1]
-    return round(epochs * EQUAL_TIME[name][1]) if name in EQUAL_TIME else epochs
+    return round(epochs * LONGER[name][1]) if name in LONGER else epochs
 
 
 def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> None:
@@ -312,7 +320,10 @@ def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> 
             config, train, data, folder, device=torch.device("cpu"), observer=Watch(), resume=resume, initial=initial
         )
         first_step = trainer.step
-        trainer.fit()
+        with stopping(trainer.request_stop):
+            complete = trainer.fit()
+        if not complete:
+            sys.exit(f"stopped and saved in {folder.path}; the same command goes on")
         model = load_checkpoint(folder.last).build()
         curve = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     trained = time.monotonic(), time.process_time()

@@ -28,8 +28,10 @@ TITLES = {
     "s_dense": "AT (S-Dense)",
     "s_dense_time": "AT (S-Dense), AdvMoE's time",
     "dense": "AT (Dense)",
+    "dense_long": "AT (Dense), 16 epochs",
     "sparse": "AT (Sparse)",
     "at_moe": "AT (MoE), gate advantage",
+    "at_moe_long": "AT (MoE), gate advantage, 16 epochs",
     "at_moe_time": "AT (MoE), gate advantage, AdvMoE's time",
     "advmoe": "AdvMoE, gate advantage",
     "advmoe_batch": "AdvMoE, gate dense, batch statistics",
@@ -47,6 +49,8 @@ TITLES = {
     "at_moe_bf16": "AT (MoE), attack in bf16",
 }
 """Settings in the order of the table."""
+LONG = ("dense_long", "at_moe_long")
+"""Settings with as many epochs as `s_dense_time`, with which they are compared."""
 ENOUGH_SEEDS = 3
 """Two differences say next to nothing about their spread."""
 
@@ -115,8 +119,20 @@ def mean(values: Sequence[float]) -> str:
 
 
 def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
-    """The page's tables in Markdown."""
+    """The page's tables in Markdown. Long trainings are compared with S-Dense after as many epochs."""
     reference = cells.get("s_dense", [])
+    short = {name: own for name, own in cells.items() if name not in LONG}
+    long = {name: own for name, own in cells.items() if name in LONG}
+    routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
+    lines = training_table(short, reference)
+    if long:
+        longest = cells.get("s_dense_time", [])
+        lines += ["", *training_table({"s_dense_time": longest, **long} if longest else long, longest)]
+    return "\n".join(lines + attack_table(routed, reference) + control_table(routed))
+
+
+def training_table(cells: dict[str, list[dict[str, Any]]], reference: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of settings with their cost, SA and RA, and the differences from S-Dense."""
     lines = [
         "| training | seeds | epochs; minutes | parameters | MMAC | training loss | SA | RA | SA against S-Dense | "
         "RA against S-Dense |",
@@ -124,7 +140,7 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for name, own in cells.items():
         loss = statistics.mean(cell["curve"][-1]["train_loss"] for cell in own)
-        same = name == "s_dense"
+        same = own is reference
         epochs = sorted({len(cell["curve"]) for cell in own})
         taken = [cell["train_cpu_seconds"] / 60 for cell in own if cell.get("train_cpu_seconds")]
         cost = f"{', '.join(map(str, epochs))}; {f'{statistics.mean(taken):.0f}' if taken else '-'}"
@@ -135,8 +151,7 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
             f"{mean([cell['test']['ra_pgd'] for cell in own])} | "
             f"{'-' if same else against(own, reference, 'clean')} | {'-' if same else against(own, reference, 'pgd')} |"
         )
-    routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
-    return "\n".join(lines + attack_table(routed, reference) + control_table(routed))
+    return lines
 
 
 def pgd(cell: dict[str, Any], images: int) -> str:

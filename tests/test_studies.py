@@ -116,6 +116,28 @@ def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.Mon
     assert epochs_of("s_dense", "resnet18") == epochs_of("advmoe_dense", "resnet18") == 6
     assert epochs_of("s_dense_time", "resnet18") == 16  # 6 * 2.64 = 15.8
     assert epochs_of("at_moe_time", "vgg16") == 5  # 3 * 1.66 = 5.0
+    assert epochs_of("dense_long", "resnet18") == epochs_of("at_moe_long", "resnet18") == 16
+
+
+def test_long_trainings_are_compared_with_s_dense_after_as_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [""])
+    tables = runpy.run_path(str(STUDIES / "tables.py"))["tables"]
+
+    def cells(packed: str, epochs: int) -> list[dict[str, object]]:
+        test = {"images": 4, "sa": 50.0, "ra_pgd": 50.0, "correct": {"clean": packed, "pgd": packed}}
+        curve = [{"epoch": epoch + 1, "train_loss": 2.0} for epoch in range(epochs)]
+        return [{"seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "curve": curve}]
+
+    # 0000, 1000 and 1010: the long network is 50 points above the short S-Dense, 25 above the long one
+    short, long = {"s_dense": cells("AA==", 1)}, {"s_dense_time": cells("gA==", 3), "at_moe_long": cells("oA==", 3)}
+    first, second = tables({**short, **long}).split("\n\n")
+    assert "AT (S-Dense), AdvMoE's time | 0 | 3; - |" in first
+    assert "+25.0" in first
+    assert "AT (MoE), gate advantage, 16 epochs" not in first
+    assert second.count("AT (S-Dense), AdvMoE's time") == 1
+    row = next(line for line in second.splitlines() if "16 epochs" in line)
+    assert row.count("+25.0 ± 21.7") == 2  # the square root of 3 / 16, over that of 4 images
+    assert "\n\n" not in tables(short)
 
 
 def test_figures_show_finished_runs_and_name_those_that_are_not_there(
