@@ -35,6 +35,7 @@ from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.data.digits import load_digits
+from advmoe.data.sets import ImageSet
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
@@ -45,7 +46,9 @@ QUERIES = 300
 def subject(num_images: int, num_classes: int, width: float) -> tuple[RoutedNetwork, Tensor, Tensor]:
     """The model, with BatchNorm statistics of the digits, some digits, and its predictions for them."""
     torch.manual_seed(0)
-    images = torch.from_numpy(load_digits().train.images[:256]).permute(0, 3, 1, 2).float().contiguous() / 255
+    digits = load_digits().train
+    assert isinstance(digits, ImageSet)
+    images = torch.from_numpy(digits.images[:256]).permute(0, 3, 1, 2).float().contiguous() / 255
     model = advmoe.create_model("vgg16", kind="moe", width=width, num_classes=num_classes)
     with torch.no_grad():
         for _ in range(10):
@@ -159,7 +162,8 @@ class TakingTurns(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.turn()
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
 
 def autoattack_speed(num_images: int, *, smoke: bool) -> dict[str, float]:
@@ -202,7 +206,7 @@ def convolution_share(num_images: int) -> float:
         untargeted(victims_of(model, images, labels, attack))
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
-    return sum(event.self_cpu_time_total for event in events if "conv" in event.key.lower()) / total
+    return float(sum(event.self_cpu_time_total for event in events if "conv" in event.key.lower()) / total)
 
 
 def main() -> None:

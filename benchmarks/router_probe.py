@@ -54,13 +54,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Forward, kl_objective, pgd, starting_point
 from advmoe.attacks.relaxations import SteeredTape
-from advmoe.config import ROUTER_GRADIENTS, TrainConfig, from_dict
+from advmoe.config import ROUTER_GRADIENTS, RouterGradient, TrainConfig, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.data.views import training_transform
@@ -68,6 +69,7 @@ from advmoe.evaluation.cost import hardware
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
+from advmoe.models.router import Router
 from advmoe.models.routing import RoutingTape
 from advmoe.seeding import generator_for, seeded
 from advmoe.settings import resolve
@@ -166,10 +168,11 @@ def router_gradients(level: Level, views: Sequence[Tensor], labels: Tensor, beta
         adversarial = level.model.forward_with_routing(views[1], tape_type=remembered)[0]
         clean = level.model.forward_with_routing(views[0], tape_type=remembered)[0]
         loss = trades_of_each(clean, adversarial, labels, beta).sum()
-        logits = [decision.logits_BN for tape in reversed(tapes) for _, decision in sorted(tape._decisions.items())]
+        decisions = [decision for tape in reversed(tapes) for _, decision in sorted(tape._decisions.items())]
+        logits = [decision.logits_BN for decision in decisions if decision.logits_BN is not None]
         gradients = torch.autograd.grad(loss, logits)
     routers = len(level.model.routers)
-    shaped = [torch.stack(tensors).unflatten(0, (2, routers)).transpose(1, 2) for tensors in (logits, gradients)]
+    shaped = [torch.stack(tensors).unflatten(0, (2, routers)).transpose(1, 2) for tensors in (logits, list(gradients))]
     return shaped[0].detach(), shaped[1]
 
 
@@ -181,9 +184,14 @@ def comparison(logits: Tensor, losses: Tensor, chosen: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter(3, other, push).scatter(3, chosen, -push)
 
 
+def routers_of(model: RoutedNetwork) -> list[Router]:
+    """The routers, which a `ModuleList` does not know to be such."""
+    return [router for router in model.routers if isinstance(router, Router)]
+
+
 def weight_gradients(model: RoutedNetwork, views: Sequence[Tensor], of_logits: Tensor) -> list[Tensor]:
     """Gradients of the routers' weights, from the gradients of their logits."""
-    found = [torch.zeros_like(router.linear.weight) for router in model.routers]
+    found = [torch.zeros_like(router.linear.weight) for router in routers_of(model)]
     for number, view in enumerate(views):
         for at, features in enumerate(router_features(model, view)):
             found[at] += of_logits[number, :, at].T @ features
@@ -198,11 +206,11 @@ def router_features(model: RoutedNetwork, view: Tensor) -> list[Tensor]:
     def note(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
         features[linear] = inputs[0].detach()
 
-    hooks = [router.linear.register_forward_hook(note) for router in model.routers]
+    hooks = [router.linear.register_forward_hook(note) for router in routers_of(model)]
     model(view)
     for hook in hooks:
         hook.remove()
-    return [features[router.linear] for router in model.routers]
+    return [features[router.linear] for router in routers_of(model)]
 
 
 def held_out(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor, chosen: Tensor) -> dict[str, Any]:
@@ -246,7 +254,7 @@ def held_out(model: RoutedNetwork, views: Sequence[Tensor], exact: Tensor, chose
                 value.backward()
                 return value.detach()
 
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
             choice[:, :, at] = (other @ weight.detach().T).argmax(dim=1).unflatten(0, (len(views), -1))
         figures = decided(rest, choice)
         if "fitted" not in found or figures["regret"] < found["fitted"]["regret"]:
@@ -264,7 +272,9 @@ def decided(exact: Tensor, choice: Tensor) -> dict[str, float]:
     }
 
 
-def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[str]) -> dict[str, Any]:
+def probe(
+    levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Sequence[RouterGradient]
+) -> dict[str, Any]:
     """The figures of the list above for one model."""
     model, labels = levels[0].model, batch.labels
     adversarial = training_attack(model, batch.images, labels, config, generator_for(config.seed, 0))
@@ -295,12 +305,12 @@ def probe(levels: Sequence[Level], batch: Batch, config: TrainConfig, forms: Seq
         figures["together"] = held_out(model, views[:1], of_both, chosen[:1])
         figures["together"]["one_decision"] = float((chosen[0] == chosen[1]).double().mean())
     for form in forms:
-        own = [router.router_gradient for router in model.routers]
-        for router in model.routers:
+        own = [router.router_gradient for router in routers_of(model)]
+        for router in routers_of(model):
             router.router_gradient = form
         logits, gradient = router_gradients(levels[0], views, labels, config.trades_beta)
-        for router, name in zip(model.routers, own, strict=True):
-            router.router_gradient = name
+        for router, of_training in zip(routers_of(model), own, strict=True):
+            router.router_gradient = of_training
         true_gradient = comparison(logits, exact, chosen[..., None])
         with evaluating(model):
             ours, theirs = (weight_gradients(model, views, of) for of in (gradient, true_gradient))
@@ -349,9 +359,10 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
     method = METHODS["advmoe"]
     levels = make_levels(method.levels, model, config)
     streams = [iter(endless(data.train, info.image_size, config, stream)) for stream in range(len(levels))]
-    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=range(options.images)).epoch(0)
+    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=np.arange(options.images)).epoch(0)
     probed = shrunk(probed, options.pool)
-    start, records, losses = direction(model), [], []
+    start, records = direction(model), []
+    losses: list[list[float | None]] = []
     for step in range(options.steps + 1):
         if step % options.every == 0:
             figures = {"step": step, **probe(levels, probed, config, options.forms)}
@@ -403,7 +414,7 @@ def of_checkpoint(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     model, config = checkpoint.build(), from_dict(TrainConfig, checkpoint.train)
     levels = make_levels(("routers",), model, config, fresh=False)
     data = load_dataset(options.dataset, options.data_dir)
-    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=range(options.images)).epoch(0)
+    (probed,) = BatchLoader(data.train, batch_size=options.images, indices=np.arange(options.images)).epoch(0)
     found = probe(levels, probed, config, options.forms)
     described = {name: getattr(model.config, name) for name in DESCRIBED}
     return {**described, "epoch": checkpoint.metrics.get("epoch"), "probes": [found]}

@@ -258,11 +258,11 @@ def main() -> None:
     print(f"{'':12} {'processes':>9} {'s a step':>9} {'CPU s':>9} {'efficiency':>10}")
     for name in SUBJECTS:
         for size, found in figures["measured"][name].items():
-            seconds = f"{found['seconds']:9.3f} {found['cpu_seconds']:9.3f}"
-            print(f"{name:12} {size:>9} {seconds} {found.get('efficiency', 1.0):10.2f}  measured")
+            taken = f"{found['seconds']:9.3f} {found['cpu_seconds']:9.3f}"
+            print(f"{name:12} {size:>9} {taken} {found.get('efficiency', 1.0):10.2f}  measured")
         for size, found in figures["estimated_by_the_model"][name].items():
-            seconds = f"{found['seconds']:9.3f} {'':9}"
-            print(f"{name:12} {size:>9} {seconds} {found['efficiency']:10.2f}  estimated by the model")
+            taken = f"{found['seconds']:9.3f} {'':9}"
+            print(f"{name:12} {size:>9} {taken} {found['efficiency']:10.2f}  estimated by the model")
 
 
 if __name__ == "__main__":

@@ -34,16 +34,17 @@ import torch
 from advmoe_export import export_model
 
 import advmoe
+from advmoe.config import Kind
 from advmoe.evaluation.cost import hardware
 
-KINDS = ("moe", "s_dense")
+KINDS: tuple[Kind, ...] = ("moe", "s_dense")
 SHARES = (0.25, 0.5, 0.75, 2.0)
 """Rates of the requests, relative to the throughput of S-Dense."""
 CONNECTIONS = 32
 IMAGE_SIZE = 32
 
 
-def export(kind: str, arch: str, width: float, folder: Path) -> Path:
+def export(kind: Kind, arch: str, width: float, folder: Path) -> Path:
     torch.manual_seed(0)
     model = advmoe.create_model(arch, kind=kind, width=width)
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +83,7 @@ def server(path: Path, core: int | None) -> Iterator[int]:
 
 
 def request_bytes(kind: str, image: np.ndarray) -> bytes:
-    tensor = {"name": "images", "shape": [1, *image.shape], "datatype": "FP32"}
+    tensor: dict[str, Any] = {"name": "images", "shape": [1, *image.shape], "datatype": "FP32"}
     tensor |= {"parameters": {"binary_data_size": image.nbytes}}
     text = json.dumps({"inputs": [tensor], "outputs": [{"name": "logits"}]}).encode()
     head = (
@@ -185,7 +186,7 @@ async def poisson(client: Client, rate: float, seconds: float, seed: int, answer
     answers.seconds += loop.time() - begin
 
 
-async def measure(ports: dict[str, int], seconds: float, rounds: int) -> dict[str, Any]:
+async def measure(ports: dict[Kind, int], seconds: float, rounds: int) -> dict[str, Any]:
     images = np.random.default_rng(0).random((64, 3, 1, 1)) * np.ones((64, 3, IMAGE_SIZE, IMAGE_SIZE))
     clients = {
         kind: Client(port, [request_bytes(kind, image) for image in images.astype("<f4")])
@@ -209,7 +210,7 @@ async def measure(ports: dict[str, int], seconds: float, rounds: int) -> dict[st
         for turn in range(rounds):
             for kind in KINDS:
                 await poisson(clients[kind], rate, seconds, turn, answers_of[kind])
-        figures = {kind: answers.figures() for kind, answers in answers_of.items()}
+        figures: dict[str, Any] = {kind: answers.figures() for kind, answers in answers_of.items()}
         results["poisson"].append({"rate": round(rate, 1), "of_s_dense_throughput": share, **figures})
     for client in clients.values():
         client.close()
@@ -242,7 +243,7 @@ def main() -> None:
     pinned = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) >= 2
     server_core, client_core = (sorted(os.sched_getaffinity(0))[:2]) if pinned else (None, None)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        ports = {}
+        ports: dict[Kind, int] = {}
         for kind in KINDS:
             print(f"{options.arch} {kind} ...", file=sys.stderr)
             path = export(kind, options.arch, options.width, Path(name))

@@ -53,7 +53,7 @@ def reference_step_of(model: RoutedNetwork, batches: list[Batch]) -> Step:
     optimizers = [torch.optim.SGD(part, lr=RATE, momentum=0.9, weight_decay=5e-4) for part in (routers, experts)]
 
     def run(pictures: Tensor) -> Tensor:
-        saved, MoEConv2d.forward = MoEConv2d.forward, masked_forward  # type: ignore[method-assign]
+        saved, MoEConv2d.forward = MoEConv2d.forward, masked_forward  # type: ignore[assignment,method-assign]
         try:
             # not by `forward`, which makes the images channels-last
             tape = RoutingTape(model.routers, model.router_of_layer)
@@ -70,6 +70,7 @@ def reference_step_of(model: RoutedNetwork, batches: list[Batch]) -> Step:
             loss = F.kl_div(run(adversarial).log_softmax(1), clean, log_target=True, reduction="sum")
             model.zero_grad()
             loss.backward()  # the parameters' gradients are computed and thrown away
+            assert adversarial.grad is not None
             moved = adversarial.detach() + 5 / 255 * adversarial.grad.sign()
             adversarial = torch.min(torch.max(moved, batch.images - 8 / 255), batch.images + 8 / 255).clamp(0, 1)
         model.train()

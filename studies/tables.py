@@ -207,6 +207,8 @@ def control_table(routed: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 def draw_loss(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
     """Training loss by epoch, one line per cell."""
+    from matplotlib.ticker import MaxNLocator
+
     for number, (name, own) in enumerate(cells.items()):
         for cell in own:
             epochs = [epoch["epoch"] for epoch in cell["curve"]]
@@ -215,7 +217,7 @@ def draw_loss(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
             axes.plot(epochs, losses, marker="o", markersize=3, linewidth=1, color=f"C{number}", label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel("TRADES loss in training")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -243,7 +245,8 @@ def draw_accuracy(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
             cell["test"]["routing"]["images"] for own in cells.values() for cell in own if "routing" in cell["test"]
         )
         label = f"RA, the routing attacked too\n(first {images:,} images)"
-        axes.scatter(*zip(*worst, strict=True), marker="x", s=25, linewidth=1.2, color="black", label=label, zorder=3)
+        left, height = zip(*worst, strict=True)
+        axes.scatter(left, height, marker="x", s=25, linewidth=1.2, color="black", label=label, zorder=3)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from advmoe.config import ModelConfig, TrainConfig
+from advmoe.config import MethodName, ModelConfig, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -64,7 +64,7 @@ def busiest(model: RoutedNetwork, batches: list[Batch]) -> float:
     return float(counts_LN.amax(dim=1).float().mean()) / len(index_BL)
 
 
-def step_of(model: RoutedNetwork, method: str, batches: list[Batch], **settings: Any) -> Step:
+def step_of(model: RoutedNetwork, method: MethodName, batches: list[Batch], **settings: Any) -> Step:
     """A function that takes the i-th training step of a method, on a copy of the model.
 
     Each step starts from the model's statistics. Those of a few steps on a few batches would differ
@@ -72,7 +72,7 @@ def step_of(model: RoutedNetwork, method: str, batches: list[Batch], **settings:
     """
     model = deepcopy(model)
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    train = TrainConfig(dataset="benchmark", method=method, lr=RATE, **settings)  # type: ignore[arg-type]
+    train = TrainConfig(dataset="benchmark", method=method, lr=RATE, **settings)
     levels = make_levels(METHODS[method].levels, model, train)
 
     def step(i: int) -> None:
