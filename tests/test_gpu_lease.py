@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from claimed_gpu import claimed_gpu
 
 
 @pytest.fixture
@@ -66,3 +67,11 @@ def test_every_way_to_compute_a_step_is_timed_against_the_plain_one(lease: Modul
         *("waits-moe-advmoe-128-fp32", "routes-bf16", "exported", "autoattack"),
     ):
         assert name in names
+
+
+def test_the_steps_leave_no_tensor_on_the_cpu(lease: ModuleType) -> None:
+    with claimed_gpu():
+        steps = dict(lease.steps(Path(), smoke=True, epochs=0))
+        del steps["exported"]  # the exporter takes a network to the CPU, and needs tensors of torch's own there
+        found = {name: step() for name, step in steps.items()}
+    assert found["autoattack"]["images_per_second"] > 0

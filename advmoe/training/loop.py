@@ -115,9 +115,10 @@ class Trainer:
         if self.split.skipped:
             observer.warned(f"skipped validation images: {len(self.split.skipped)}{named(self.split.skipped)}")
         with seeded(config.seed):
-            self.model: RoutedNetwork = build_model(model_config).to(device)
-        if initial is not None:
-            start_from(self.model, initial, reinitialize=config.reinitialize, seed=config.seed)
+            model = build_model(model_config)
+        if initial is not None:  # on the CPU, as the checkpoint and the random numbers are
+            start_from(model, initial, reinitialize=config.reinitialize, seed=config.seed)
+        self.model: RoutedNetwork = model.to(device)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()
         self.average = self._new_average()
