@@ -654,8 +654,8 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
         seen = round(self.router_share * self.batch_size) if self.method == "advmoe" else self.batch_size
         check(
             self.accumulate == 1 or seen >= 2 * self.accumulate,
-            f"accumulate {self.accumulate} leaves fewer than 2 images in a part of {seen}, which BatchNorm needs; use "
-            "fewer parts or a larger batch",
+            f"accumulate {self.accumulate} divides the {seen} images of a step into parts of fewer than 2, which are "
+            "too few for BatchNorm; use fewer parts or a larger batch",
             "accumulate",
         )
         for name, value in (("awp", self.awp), ("balance", self.balance)):
@@ -679,7 +679,7 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
         )
         for field in fields_of(ObjectiveConfig):
             if self.method == "standard" or (field.name == "trades_beta" and self.loss != "trades"):
-                check_unused(self, field.name, f"method {self.method} with loss {self.loss}")
+                check_unused(self, field.name, "method standard" if self.method == "standard" else f"loss {self.loss}")
         check(
             self.precision != "bf16_attack" or self.method != "standard",
             "precision bf16_attack has no effect on method standard, which does not attack; leave it out or use bf16",
