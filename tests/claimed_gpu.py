@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -241,6 +242,8 @@ def claimed_gpu() -> Iterator[None]:
             replace(torch, name, making(getattr(torch, name)))
         replace(torch, "Generator", Generator)
         replace(torch, "autocast", lambda device_type, *args, **settings: autocast("cpu", *args, **settings))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            replace(torch, name, partial(lambda ask, device="cpu": ask("cpu"), getattr(torch, name)))
         # views of wrapped tensors have no version counter in inference mode
         replace(torch._C, "_InferenceMode", lambda on: torch.no_grad() if on else nullcontext())
         replace(Tensor, "pin_memory", lambda self: self)

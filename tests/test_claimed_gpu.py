@@ -60,7 +60,8 @@ def train(out: Path, *options: object) -> None:
 
 TRAININGS = {
     "the default": "",
-    "two kinds of decisions": "--num-experts 4 --model-scale 0.25 --granularity stage --router-gradient sampled",
+    "four experts": "--num-experts 4 --model-scale 0.25 --granularity stage --router-gradient sampled",
+    "four experts in bf16": "--num-experts 4 --precision bf16",
     "a router per image": "--granularity image --attack-routing mixture --router-step reuse --router-share 0.5",
     "scaled outputs": "--granularity block --router-gradient value --shared 1.0 --expert-affine --method at",
     "the last stage": "--routed last-1-stages --attack-routing margin --ema 0.9 --balance 0.01 --awp 0.005",

@@ -280,7 +280,10 @@ def test_routes_of_a_batch_in_parts_are_in_the_order_of_its_images(model: Routed
     ("changes", "message"),
     [
         ({"accumulate": 5}, "accumulate 5 divides the 8 images of a step into parts of fewer than 2"),
-        ({"accumulate": 2, "router_share": 0.25}, "accumulate 2 divides the 2 images of a step into parts of fewer than 2"),
+        (
+            {"accumulate": 2, "router_share": 0.25},
+            "accumulate 2 divides the 2 images of a step into parts of fewer than 2",
+        ),
         ({"accumulate": 2, "awp": 0.01}, "awp 0.01 looks at a whole batch at once"),
         ({"accumulate": 2, "balance": 0.1}, "balance 0.1 looks at a whole batch at once"),
     ],
