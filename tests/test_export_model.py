@@ -20,8 +20,9 @@ from advmoe_export import (
     VerificationError,
     export_model,
 )
-from advmoe_export.trace import Traced, trace
+from advmoe_export.trace import Traced, on_cpu, trace
 from advmoe_export.verify import run_reference
+from claimed_gpu import claimed_gpu
 from torch import Tensor, nn
 
 from advmoe.models.experts import ExpertLayout
@@ -200,6 +201,18 @@ def test_a_users_own_module_with_our_convolution_is_exported(pictures: Tensor, t
     prediction = Session(report.path).run(pictures.numpy())
     chosen = (pictures[:, 0].mean((1, 2)) > 0.5).long()
     np.testing.assert_array_equal(prediction.pathway, torch.stack((chosen, chosen), dim=1))
+
+
+def test_a_module_on_a_gpu_is_exported_from_a_copy(small_moe: Make) -> None:
+    model = small_moe()
+    assert on_cpu(model) is model
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with claimed_gpu():
+        model = model.to("cuda")
+        copy = on_cpu(model)
+        assert all(value.is_cuda for value in model.state_dict().values())
+        assert not any(value.is_cuda for value in copy.state_dict().values())
+    assert all(torch.equal(value, weights[name]) for name, value in copy.state_dict().items())
 
 
 def test_the_reference_is_the_modules_own_result(small_moe: Make, pictures: Tensor) -> None:

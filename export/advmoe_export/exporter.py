@@ -106,7 +106,7 @@ def export_model(
 
     Args:
         model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes],
-            including normalization. Its routed layers call `advmoe::moe_conv2d` or
+            including normalization, on any device. Its routed layers call `advmoe::moe_conv2d` or
             `advmoe::moe_linear`.
         path: the `.onnx` file to write.
         image_size: height and width of the images.

@@ -6,7 +6,9 @@ The exporter of PyTorch translates all standard operators. Only this module and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import logging
 import re
 import warnings
@@ -41,7 +43,8 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
 
     Args:
         model: a `torch.nn.Module` from float images [B, 3, H, W] in [0, 1] to logits [B, classes].
-            If it has a method `folded`, that gives the module to trace, equal to this one.
+            If it has a method `folded`, that gives the module to trace, equal to this one. A module
+            on a GPU stays there; a copy on the CPU is traced.
         image_size: (H, W).
         opset: version of the standard operators, at least 18.
 
@@ -52,7 +55,7 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
 
     example = torch.linspace(0, 1, 2 * 3 * image_size[0] * image_size[1]).reshape(2, 3, *image_size)
     training = model.training
-    network = model.folded() if hasattr(model, "folded") else model
+    network = on_cpu(model.folded() if hasattr(model, "folded") else model)
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -93,6 +96,12 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
                 "use a routed operator instead"
             )
     return Traced(program=program, graph=graph)
+
+
+def on_cpu(model: Any) -> Any:
+    """The module, or a copy of it if some of its tensors are on another device."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model if all(tensor.device.type == "cpu" for tensor in tensors) else copy.deepcopy(model).cpu()
 
 
 def _name_batch(graph: ir.Graph, program: Any) -> None:
