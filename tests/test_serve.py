@@ -541,6 +541,25 @@ def test_admission_is_bounded_and_ends_with_the_stop() -> None:
         pass
 
 
+def test_a_request_that_was_admitted_before_the_stop_is_computed_although_it_submits_later() -> None:
+    async def run() -> list[int]:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=1)
+        async with batcher.running():
+            with batcher.admit():  # its body is still being read
+                first = asyncio.create_task(batcher.submit(np.array([1])))
+                await until(lambda: gate.batches == [[1]])
+                batcher.stop()
+                gate.open.set()
+                await first
+                await asyncio.sleep(0)  # the worker looks for its next batch
+                assert batcher.working
+                async with asyncio.timeout(5):
+                    return list((await batcher.submit(np.array([2])))["double"])
+
+    assert asyncio.run(run()) == [4]
+
+
 def test_overload_is_429_time_outs_are_504_and_health_answers_meanwhile(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Condition()
         self._stopping = False
+        self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
         self.requests = 0
         """Number of requests between `admit` and its end, and of those in `hold`."""
@@ -146,13 +147,13 @@ class Batcher:
             try:
                 yield
             finally:
-                self._stopping = True
+                self._stopping = self._ending = True
                 async with self._arrived:
                     self._arrived.notify_all()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def stop(self) -> None:
-        """Refuse new requests. Waiting requests are still answered."""
+        """Refuse new requests. Admitted requests are still computed, also those that submit later."""
         self._stopping = True
 
     async def _work(self, pool: ThreadPoolExecutor) -> None:
@@ -173,12 +174,12 @@ class Batcher:
                     entry.result.set_result(result)
 
     async def _next_batch(self) -> list[_Waiting]:
-        """The next batch; empty if the batcher stops and no image waits."""
+        """The next batch; empty if `running` ends and no image waits."""
         async with self._arrived:
             entries: list[_Waiting] = []
             while True:
                 while not self._drop_cancelled():
-                    if self._stopping:
+                    if self._ending:
                         return []
                     await self._arrived.wait()
                 await self._wait_for_others()
