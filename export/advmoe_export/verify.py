@@ -4,7 +4,7 @@ Routing is discontinuous. If two router logits of an image are nearly equal, a r
 change its expert, and all later layers then differ. Decisions are therefore compared first, each
 with its margin (chosen router logit minus the next). Logits are compared for images with equal
 decisions. Of an image with different decisions, only the first different one counts, because it
-causes the later ones.
+causes the later ones. Enough images must have equal decisions, so that logits are compared at all.
 
 Shape suffixes: B batch, H height, L MoE layers, W width.
 """
@@ -38,13 +38,18 @@ class Tolerance:
     logits: float
     """Largest |difference of logits| / largest |logit| of a batch, for images with equal decisions."""
     margin: float
-    """A decision may differ if the module's router margin is below this."""
+    """A decision may differ if the module's router margin is below this.
+
+    An output `router_margin` may differ by this times the largest margin of a batch, or times 1.
+    """
+    compared: float = 0.5
+    """Smallest share of equal pathways over all batches of one source at one optimization level."""
 
 
 TOLERANCES = {
     "fp32": Tolerance(logits=1e-5, margin=1e-4),
     "fp16": Tolerance(logits=2e-2, margin=5e-2),
-    "int8": Tolerance(logits=np.inf, margin=np.inf),
+    "int8": Tolerance(logits=np.inf, margin=np.inf, compared=0.0),
 }
 """Tolerances by dtype. int8 changes decisions and logits; the report contains its accuracy instead."""
 
@@ -70,6 +75,8 @@ class Reference:
 class Check:
     """One batch at one optimization level."""
 
+    source: str
+    """Origin of the images: `synthetic` or `given`."""
     batch: str
     """Name of the batch."""
     size: int
@@ -79,13 +86,23 @@ class Check:
     flipped: int
     """Number of images with different pathways."""
     worst_flip_margin: float
-    """Largest margin of a different decision (the first of its image); 0 if all are equal."""
+    """Largest margin of a different decision (the first of its image); 0 if all are equal.
+
+    It is infinite if the module's margin is NaN.
+    """
     worst_flip: str
     """Image, layer and experts of this decision."""
     difference: float
     """Largest relative difference of logits, among images with equal decisions."""
     worst_logit: str
     """Image and logit of this difference."""
+    margin_difference: float
+    """Largest difference of `router_margin`, relative to the largest margin of the batch if that exceeds 1.
+
+    It covers images with equal decisions. It is 0 if the file does not return margins.
+    """
+    worst_margin: str
+    """Image and layer of this difference."""
     passed: bool
     """Whether all differences are within the tolerance."""
 
@@ -100,8 +117,8 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
+        """Whether every check passed, and enough images were compared."""
+        return all(check.passed for check in self.checks) and not self._too_few()
 
     @property
     def difference(self) -> float:
@@ -123,16 +140,39 @@ class VerificationReport:
         ]
         return "\n".join([head, *rows])
 
+    def _too_few(self) -> str:
+        """One line on the source with the smallest share of compared images, if it is below the tolerance."""
+        images: dict[tuple[str, str], list[int]] = {}
+        for check in self.checks:
+            counts = images.setdefault((check.source, check.optimization), [0, 0])
+            counts[0] += check.size - check.flipped
+            counts[1] += check.size
+        if not images:
+            return ""
+        (source, optimization), (same, total) = min(images.items(), key=lambda item: item[1][0] / item[1][1])
+        if same >= self.tolerance.compared * total:
+            return ""
+        return (
+            f"only {same} of {total} {source} images take the module's pathway, optimization '{optimization}', "
+            f"expected a share of at least {self.tolerance.compared:g}; the logits of the others cannot be compared"
+        )
+
     def explanation(self) -> str:
         """One line on the worst failure, or on the largest difference if there is none."""
         failed = [check for check in self.checks if not check.passed]
         if not failed:
-            return f"logits agree within {self.difference:.1e}"
+            return self._too_few() or f"logits agree within {self.difference:.1e}"
         flip = max(failed, key=lambda check: check.worst_flip_margin)
         if flip.worst_flip_margin > self.tolerance.margin:
             return (
                 f"{flip.worst_flip} in batch '{flip.batch}', optimization '{flip.optimization}': "
                 f"margin {flip.worst_flip_margin:.2e} is no near tie (tolerance {self.tolerance.margin:.0e})"
+            )
+        worst = max(failed, key=lambda check: check.margin_difference)
+        if not worst.margin_difference <= self.tolerance.margin:
+            return (
+                f"router margins differ by {worst.margin_difference:.2e} (tolerance {self.tolerance.margin:.0e}) "
+                f"at {worst.worst_margin} in batch '{worst.batch}', optimization '{worst.optimization}'"
             )
         worst = max(failed, key=lambda check: check.difference)
         return (
@@ -270,12 +310,11 @@ def verify(
     metadata = next(iter(sessions.values())).metadata
     tolerance = tolerance or TOLERANCES[metadata.dtype]
     probes = run_reference(program, probe_images(metadata.image_size, metadata.input_type))
-    batches = list(_batches("synthetic", probes, metadata.batch_size))
-    if reference is not None:
-        batches += _batches("given", reference, metadata.batch_size)
+    sources = {"synthetic": probes} if reference is None else {"synthetic": probes, "given": reference}
     checks = [
-        _compare(name, batch, session, level, metadata.layers, tolerance)
-        for name, batch in batches
+        _compare(source, name, batch, session, level, tolerance)
+        for source, images in sources.items()
+        for name, batch in _batches(source, images, metadata.batch_size)
         for level, session in sessions.items()
     ]
     return VerificationReport(path=str(Path(path)), tolerance=tolerance, checks=tuple(checks))
@@ -331,8 +370,9 @@ def _run(session: Session, images: npt.NDArray[Any], size: int) -> dict[str, npt
 
 
 def _compare(
-    batch: str, reference: Reference, session: Session, level: str, layers: Sequence[str], tolerance: Tolerance
+    source: str, batch: str, reference: Reference, session: Session, level: str, tolerance: Tolerance
 ) -> Check:
+    layers = session.metadata.layers
     outputs = _run(session, reference.images, len(reference.images))
     chosen = outputs.get("expert_index", reference.expert_index)
     differs_BL = chosen != reference.expert_index
@@ -340,7 +380,7 @@ def _compare(
     flip_margin, flip_place = 0.0, ""
     for image in flipped:
         layer = int(differs_BL[image].argmax())
-        margin = float(reference.margin[image, layer])
+        margin = float(np.nan_to_num(reference.margin[image, layer], nan=np.inf, posinf=np.inf))
         if margin >= flip_margin:
             flip_margin = margin
             flip_place = (
@@ -348,13 +388,15 @@ def _compare(
                 f"in layer '{layers[layer]}'"
             )
     same = np.setdiff1d(np.arange(len(chosen)), flipped)
-    difference, place = 0.0, ""
-    if len(same):
-        error = np.abs(outputs["logits"][same].astype(np.float64) - reference.logits[same])
-        difference = float(error.max() / max(float(np.abs(reference.logits[same]).max()), 1e-12))
-        image, label = np.unravel_index(int(np.nan_to_num(error, nan=np.inf).argmax()), error.shape)
-        place = f"image {same[image]}, logit {label}"
+    difference, (row, label) = _largest_difference(outputs["logits"][same], reference.logits[same], least=1e-12)
+    place = f"image {same[row]}, logit {label}" if len(same) else ""
+    margin_difference, margin_place = 0.0, ""
+    if "router_margin" in outputs and len(same):
+        found, expected = outputs["router_margin"][same], reference.margin[same]
+        margin_difference, (row, column) = _largest_difference(found, expected, least=1.0)
+        margin_place = f"image {same[row]}, layer '{layers[column]}'"
     return Check(
+        source=source,
         batch=batch,
         size=len(chosen),
         optimization=level,
@@ -363,5 +405,24 @@ def _compare(
         worst_flip=flip_place,
         difference=difference,
         worst_logit=place,
-        passed=bool(difference <= tolerance.logits and flip_margin <= tolerance.margin),
+        margin_difference=margin_difference,
+        worst_margin=margin_place,
+        passed=bool(
+            difference <= tolerance.logits and flip_margin <= tolerance.margin and margin_difference <= tolerance.margin
+        ),
     )
+
+
+def _largest_difference(
+    found: npt.NDArray[Any], expected: npt.NDArray[Any], *, least: float
+) -> tuple[float, tuple[int, int]]:
+    """The largest |found - expected|, relative to the largest |expected| or to `least`, and its place.
+
+    Both arrays are [rows, columns]. The difference is 0 without rows. NaN counts as infinity.
+    """
+    if not len(found):
+        return 0.0, (0, 0)
+    with np.errstate(invalid="ignore"):
+        error = np.nan_to_num(np.abs(found.astype(np.float64) - expected), nan=np.inf, posinf=np.inf)
+    row, column = np.unravel_index(int(error.argmax()), error.shape)
+    return float(error.max() / max(float(np.abs(expected).max()), least)), (int(row), int(column))
