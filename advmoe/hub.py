@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -56,21 +56,38 @@ def check_repository(name: str) -> None:
         raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
 
 
-def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
+def push(folder: Path, repository: str, *, replaces: Sequence[str] = (), private: bool, message: str) -> str:
     """Upload all files of a folder to a repository, which is made if there is none.
+
+    Args:
+        folder: The files.
+        repository: OWNER/NAME.
+        replaces: Names of files that an earlier upload may have left. Those that are not in the
+            folder are deleted, because they belong to another model.
+        private: Whether nobody else may see the repository.
+        message: Title of the commit.
 
     Returns:
         The address of the repository in a browser.
 
     Raises:
         ConfigError: The name is malformed, or the hub's library is not installed.
-        CheckpointError: The hub refuses the upload or cannot be reached.
+        CheckpointError: The hub refuses the upload or cannot be reached, or the repository is public
+            and should be private. Nothing is uploaded then.
     """
     check_repository(repository)
     with hub_errors(repository) as hub:
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        # not False: an organization may make its repositories private by default
+        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:  # one that exists stays as it is
+            raise CheckpointError(
+                f"{repository} exists and is public, so nothing was uploaded; make it private on the hub first, or "
+                "give another name"
+            )
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=list(replaces)
+        )
     return str(address)
 
 

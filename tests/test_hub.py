@@ -32,6 +32,7 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories in memory: `files[repository][name]`."""
 
     files: dict[str, dict[str, bytes]]
+    private: set[str]
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -56,10 +57,15 @@ class Hub(BaseHTTPRequestHandler):
                 self.answer(404, X_Error_Code=code, X_Repo_Commit=REVISION)
                 return
             self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=REVISION)
+        elif found := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
+            files = self.files.get(found[1], {})
+            self.answer_json([{"type": "file", "path": name, "size": 1, "oid": REVISION} for name in files])
         elif found := re.match(r"/api/models/([^/]+/[^/]+)", self.path):
             name = found[1]
             siblings = [{"rfilename": file} for file in self.files.get(name, {})]
-            self.answer_json({"id": name, "sha": REVISION, "siblings": siblings, "private": False, "tags": []})
+            self.answer_json(
+                {"id": name, "sha": REVISION, "siblings": siblings, "private": name in self.private, "tags": []}
+            )
         else:
             self.answer(404)
 
@@ -68,8 +74,14 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization', 'nobody')}/{asked['name']}"
-            self.files.setdefault(name, {})
-            self.answer_json({"url": f"http://{self.headers['Host']}/{name}"})
+            address = json.dumps({"url": f"http://{self.headers['Host']}/{name}"}).encode()
+            if name in self.files:
+                self.answer(409, address, Content_Type="application/json")
+                return
+            self.files[name] = {}
+            if asked.get("private") or asked.get("visibility") == "private":  # of older and newer versions
+                self.private.add(name)
+            self.answer(200, address, Content_Type="application/json")
         elif "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths]
@@ -80,6 +92,8 @@ class Hub(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     self.files[found[1]][entry["value"]["path"]] = content
+                elif entry["key"] == "deletedFile":
+                    del self.files[found[1]][entry["value"]["path"]]
             self.answer_json(
                 {
                     "commitUrl": f"http://{self.headers['Host']}/{found[1]}/commit/{REVISION}",
@@ -99,7 +113,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, d
     """Repositories of a hub that `huggingface_hub` talks to over HTTP."""
     constants = pytest.importorskip("huggingface_hub.constants")
     files: dict[str, dict[str, bytes]] = {}
-    handler = type("Handler", (Hub,), {"files": files})
+    handler = type("Handler", (Hub,), {"files": files, "private": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -155,6 +169,25 @@ def test_a_pushed_model_is_loaded_from_its_address(
     out = str(run.parent / "next")
     assert main([*line.split(), "--val-limit", "4", "--init", "hf://owner/digits", "--out", out]) == 0
     assert 'init = "hf:/owner/digits"' in (run.parent / "next" / "run.toml").read_text()
+
+
+def test_a_public_repository_gets_nothing_that_should_be_private(
+    hub: dict[str, dict[str, bytes]], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(run), "owner/mine", "--no-onnx", "--private"]) == 0
+    assert main(["push", str(run), "owner/mine", "--no-onnx", "--private"]) == 0, "it is private already"
+    hub["owner/known"] = {"README.md": b"public"}
+    capsys.readouterr()
+    assert main(["push", str(run), "owner/known", "--no-onnx", "--private"]) == 1
+    assert "owner/known exists and is public, so nothing was uploaded" in capsys.readouterr().err
+    assert hub["owner/known"] == {"README.md": b"public"}
+
+
+def test_a_second_push_leaves_no_file_of_the_model_before(hub: dict[str, dict[str, bytes]], run: Path) -> None:
+    hub["owner/digits"] = dict.fromkeys(("model.onnx", "model.onnx.data", "card.json"), b"of another model")
+    hub["owner/digits"]["notes.txt"] = b"of the owner"
+    assert main(["push", str(run), "owner/digits", "--no-onnx"]) == 0
+    assert set(hub["owner/digits"]) == {"README.md", "config.json", "model.safetensors", "notes.txt"}
 
 
 @pytest.mark.slow

@@ -19,6 +19,10 @@ from advmoe.run_paths import checkpoint_of
 if TYPE_CHECKING:
     from advmoe.training.checkpoint import Checkpoint
 
+ONNX = "model.onnx"
+OPTIONAL = (ONNX, f"{ONNX}.data", CARD)
+"""Files of a repository that not every model has."""
+
 
 def push(
     run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint.")],
@@ -52,7 +56,9 @@ def push(
         folder = Path(name)
         files = write_repository(contents, checkpoint, repository, folder, card=card, license=license, onnx=onnx)
         with console.err.status(f"uploading {len(files)} files"):
-            address = upload(folder, repository, private=private, message=f"Upload {checkpoint.parent.name}")
+            address = upload(
+                folder, repository, replaces=OPTIONAL, private=private, message=f"Upload {checkpoint.parent.name}"
+            )
     if card is None:
         console.note(
             "the model card says that the model was not evaluated; 'advmoe evaluate RUN --out FOLDER' does that"
@@ -124,7 +130,7 @@ def write_repository(
     if card is not None:
         (folder / CARD).write_text(jsonlib.dumps(card, indent=2) + "\n")
     if onnx:
-        export_onnx(contents, checkpoint, folder / "model.onnx")
+        export_onnx(contents, checkpoint, folder / ONNX)
     text = model_card(contents, repository, license=license, evaluation=card, onnx=onnx)
     (folder / "README.md").write_text(text)
     return sorted(path.name for path in folder.iterdir())
