@@ -1,6 +1,7 @@
 """The command line: names that scripts rely on, and one line per mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -411,6 +412,8 @@ def test_an_export_that_cannot_be_is_refused_before_any_work(
     for options, message in (
         (["--profile", "fast"], "unknown profile 'fast'"),
         (["--calibration-images", "8"], "--calibration-images is for --dtype int8, this is fp32"),
+        (["--data-dir", "data"], "--data-dir is about real images, and none are used"),
+        (["--seed", "3"], "--seed is about real images, and none are used"),
         (["--triton", "models"], "'models/model' exists already"),
     ):
         assert message in refused(["export", str(run_folder), "model.onnx", *options], capsys)
@@ -425,3 +428,17 @@ def test_nan_weights_are_refused_by_evaluate(
     torch.save(contents, tmp_path / "nan.pt")
     capsys.readouterr()
     assert "not finite" in refused(["evaluate", "nan.pt", "--steps", "1", "--limit-eval", "8"], capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_nobody_can_take_is_one_line_or_none() -> None:
+    command = [sys.executable, "-m", "advmoe", "recipes", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert (found.returncode, found.stderr) == (1, "error: [Errno 28] No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        found = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert (found.returncode, found.stderr) == (1, "")

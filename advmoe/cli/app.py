@@ -6,6 +6,7 @@ torch takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -111,6 +112,7 @@ def run(arguments: Sequence[str] | None) -> int:
             raise ConfigError(f"torchrun can start {', '.join(sorted(TOGETHER))} only; start this in one process")
         refuse_empty(given)
         code = command_line()(args=given, standalone_mode=False)
+        sys.stdout.flush()  # here, where an error of it has a handler
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -121,9 +123,11 @@ def run(arguments: Sequence[str] | None) -> int:
         fail("terminated")
         return TERMINATED
     except BrokenPipeError:
+        forget_output()
         sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that is a file or may not be written to
+        forget_output()
         fail(f"cannot use {error.filename}: {error.strerror}; give another place" if error.filename else str(error))
         return 1
     except typer.TyperException as error:
@@ -139,6 +143,15 @@ def run(arguments: Sequence[str] | None) -> int:
             console.err.print_exception()
         fail(with_options(error, given), lost=isinstance(error, LostRankError))
         return 1
+
+
+def forget_output() -> None:
+    """Drop output that stdout could not take. Python would try again at its end, and exit with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # stdout may have no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ def bench_onnx(
     json: Json = False,
 ) -> None:
     """Time an exported model on synthetic images: latency per batch, images per second."""
-    check(seconds > 0, f"--seconds must be positive, got {seconds:g}")
+    check(0 < seconds < math.inf, f"--seconds must be positive and finite, got {seconds:g}")
     session = open_session(model, provider or ["cpu"], threads=threads)
     fixed = session.metadata.batch_size
     sizes = batch or ([1, 8, 64] if fixed is None else [fixed])
@@ -41,10 +42,15 @@ def bench_onnx(
         timings = exporter().time_session(session, sizes, seconds=seconds)
     if json:
         console.emit_json(
-            {"model": str(model), "threads": threads, "timings": [dataclasses.asdict(t) for t in timings]}
+            {
+                "model": str(model),
+                "provider": session.provider,
+                "threads": threads,
+                "timings": [dataclasses.asdict(t) for t in timings],
+            }
         )
         return
     rows = [
         (t.batch, f"{t.median_ms:.2f} ms", f"{t.p95_ms:.2f} ms", f"{t.images_per_second:.0f}", t.runs) for t in timings
     ]
-    console.show_table(str(model), ("batch", "median", "95 %", "images / s", "runs"), rows)
+    console.show_table(f"{model}, {session.provider}", ("batch", "median", "95 %", "images / s", "runs"), rows)

@@ -91,6 +91,11 @@ def export(
         dtype == "int8" or not given(context, "calibration_images"),
         f"--calibration-images is for --dtype int8, this is {dtype}; leave it out",
     )
+    for name in ("data_dir", "seed"):
+        check(
+            bool(verify_images) or dtype == "int8" or not given(context, name),
+            f"--{name.replace('_', '-')} is about real images, and none are used; leave it out or set --verify-images",
+        )
     package = exporter()
     with export_errors():  # before anything that takes time
         package.check_options(model, **asked)
