@@ -178,3 +178,17 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
     # 0xFFDA in a thumbnail and after the end of the image is no scan of it.
     thumbnail = b"\xff\xe1" + (2 + 400).to_bytes(2, "big") + 200 * b"\xff\xda"
     assert export.read_image(io.BytesIO(whole[:2] + thumbnail + whole[2:] + 200 * b"\xff\xda")).size == (64, 64)
+
+
+def test_all_depths_of_gray_look_alike_and_32_bits_are_refused(tmp_path: Path) -> None:
+    levels = np.arange(0, 65536, 4369, dtype=np.uint16).reshape(4, 4)  # 0, 0x1111, ..., 0xffff
+    eight = (levels >> 8).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    Image.fromarray(eight).save(tmp_path / "gray.pgm")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 4 4 65535\n" + levels.astype(">u2").tobytes())
+    for name in ("deep.png", "gray.pgm", "deep.pgm"):
+        assert np.array_equal(np.asarray(export.read_image(tmp_path / name)), np.repeat(eight[..., None], 3, axis=2))
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(levels.astype(dtype)).save(tmp_path / "deeper.tif")
+        with pytest.raises(export.InputError, match="at most 16 bits per channel, got 32"):
+            export.read_image(tmp_path / "deeper.tif")

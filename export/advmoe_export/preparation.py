@@ -147,8 +147,11 @@ def middle(
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit levels at 255
+    # Pillow would clip 16-bit levels at 255; it makes all levels of PGM above 255 such ones
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError("expected at most 16 bits per channel, got 32; convert the image first")
     if image.mode == "RGB":  # Pillow would copy the pixels
         image.load()
         return image
