@@ -27,7 +27,7 @@ from advmoe.evaluation.pathways import mask_of
 from advmoe.evaluation.results import PGD, SuiteConfig
 from advmoe.evaluation.suite import run_suite
 from advmoe.models.experts import ExpertLayout
-from advmoe.models.masked import close_masks
+from advmoe.models.masked import close_masks, open_masks
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision
@@ -280,6 +280,15 @@ def test_experts_start_from_a_network_without_experts(arch: str, kind: str) -> N
             )
         return
     torch.testing.assert_close(model(images), initial.build()(images))
+
+
+def test_experts_do_not_start_from_a_sparse_cnn_in_its_dense_phase(tiny_vgg: MakeNetwork) -> None:
+    source = tiny_vgg(kind="sparse_cnn")
+    open_masks(source)
+    initial = Checkpoint(model=source.config, weights=source.state_dict())
+    with pytest.raises(ConfigError, match=r"a Sparse-CNN with learned masks .*, got one that is still dense") as caught:
+        start_from(tiny_vgg(), initial)
+    assert caught.value.options == ("init",)
 
 
 def test_a_share_of_each_experts_filters_is_drawn_anew(tiny_vgg: MakeNetwork) -> None:

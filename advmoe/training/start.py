@@ -12,7 +12,7 @@ from torch import Tensor
 
 from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, difference
 from advmoe.errors import ConfigError
-from advmoe.models.masked import close_masks, compact
+from advmoe.models.masked import close_masks, compact, masks_open
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
@@ -41,8 +41,8 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
         seed: Seed of the filters drawn anew.
 
     Raises:
-        ConfigError: The checkpoint holds another model, or `reinitialize` is given although the
-            checkpoint already has experts.
+        ConfigError: The checkpoint holds another model, or a Sparse-CNN without masks where experts
+            are wanted, or `reinitialize` is given although the checkpoint already has experts.
     """
     wanted, kind = model.config, initial.model.kind
     from_dense = wanted.kind == "sparse_cnn" and kind == "dense"
@@ -91,6 +91,12 @@ def _without_experts(config: ModelConfig) -> ModelConfig:
 def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
     """Give every expert the weights of a network without experts, and all other layers theirs."""
     built = initial.build()  # of a Sparse-CNN, the kept channels only
+    if initial.model.kind == "sparse_cnn" and masks_open(built):
+        raise ConfigError(
+            "expected a Sparse-CNN with learned masks to turn into experts, got one that is still dense; "
+            "train it further, or start from its Dense",
+            "init",
+        )
     cut = initial.model.kind == "dense" and model.config.arch != "vit"
     source = _largest_channels(model.config, built) if cut else built.state_dict()
     target = model.state_dict()
