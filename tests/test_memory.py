@@ -9,6 +9,7 @@ import torch
 from runs import MODEL, TRAIN, Observer, train
 from torch import nn
 
+from advmoe.config import Precision
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
@@ -32,6 +33,36 @@ class Small(nn.Module):
 def test_activations_are_what_the_backward_pass_needs_and_no_weights() -> None:
     # the convolution keeps its input, 3 x 8 x 8 floats; ReLU its output, 5 x 8 x 8
     assert activations(Small(), 8) == 4 * (3 + 5) * 64  # type: ignore[arg-type]
+
+
+def test_weights_that_are_computed_in_the_pass_do_not_count_once_per_image(
+    tiny_vgg: Callable[..., RoutedNetwork],
+) -> None:
+    # a Sparse-CNN also keeps its masked weights, 3.7 MB, as much as 5 images; affine experts keep
+    # their scaled filters
+    width = 0.25
+    dense, sparse = (
+        activations(tiny_vgg(kind=kind, width=width, **more), 32)
+        for kind, more in (("dense", {}), ("sparse_cnn", {"model_scale": 0.5}))
+    )
+    assert 0.99 * dense < sparse < 1.01 * dense
+    plain, affine = (activations(tiny_vgg(width=width, expert_affine=affine), 32) for affine in (False, True))
+    assert plain <= affine < 1.01 * plain
+
+
+def test_a_step_in_bf16_takes_half_the_activations_and_an_attack_in_bf16_does_not_count(
+    tiny_vgg: Callable[..., RoutedNetwork],
+) -> None:
+    assert activations(Small(), 8, half=True) == 2 * (3 + 5) * 64  # type: ignore[arg-type]
+    model = tiny_vgg(kind="s_dense")
+
+    def kept(precision: Precision) -> int:
+        config = dataclasses.replace(TRAIN, limit_train=None, method="at", precision=precision)
+        one, two = (estimate(model, dataclasses.replace(config, batch_size=size), 32).needed for size in (8, 9))
+        return two - one - 4 * 4 * 3 * 32 * 32  # without the images and their gradients
+
+    assert 0.45 * kept("fp32") < kept("bf16") < 0.6 * kept("fp32")
+    assert kept("bf16_attack") == kept("fp32")
 
 
 def test_an_estimate_grows_with_the_batch_and_the_passes(

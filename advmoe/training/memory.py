@@ -1,8 +1,9 @@
 """Estimates the memory of a training step in advance, because a process that runs out of memory is killed silently.
 
 Activations take nearly all of it. In TRADES those of both passes, clean and adversarial, live until
-the backward pass. They are measured on two images and multiplied, so the estimate holds for every
-backbone and engine.
+the backward pass. The difference between four images and two gives those of an image, without what
+is kept once for all of them, such as masked or bf16 weights. So the estimate holds for every
+backbone, engine and precision.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
 MEASURED = 2
-"""Images of the measurement."""
+"""Images of the first measurement. The second one has twice as many."""
 HEADROOM = 1.3
 """Upper estimate relative to the minimum: buffers of convolutions, gradients of activations, fragmentation."""
 GB = 1e9
@@ -42,27 +43,39 @@ class Memory:
         return f"a step takes about {self.needed / GB:.1f} GB of memory{known}"
 
 
-def activations(model: RoutedNetwork, image_size: int) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass of a training step."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def activations(model: RoutedNetwork, image_size: int, *, half: bool = False) -> int:
+    """Bytes that a training step keeps from one image's forward pass until its backward pass.
+
+    Args:
+        model: Its mode and its gradients do not change.
+        image_size: Height and width in pixels.
+        half: Whether the pass computes in bf16.
+    """
+    few, many = (_kept(model, number, image_size, half) for number in (MEASURED, 2 * MEASURED))
+    return (many - few) // MEASURED
+
+
+def _kept(model: RoutedNetwork, number: int, image_size: int, half: bool) -> int:
+    """Bytes that the forward pass of some images keeps, with the weights and what is derived from them."""
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # keeps tensors alive, so that no storage is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+        kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
         return tensor
 
-    images = torch.zeros(MEASURED, 3, image_size, image_size, device=model.mean.device)
+    device = model.mean.device
+    images = torch.zeros(number, 3, image_size, image_size, device=device)
     with (
         evaluating(model),
         torch.enable_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         model(images.requires_grad_())
-    return sum(kept.values()) // MEASURED
+    return sum(kept.values())
 
 
 def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memory:
@@ -72,7 +85,8 @@ def estimate(model: RoutedNetwork, config: TrainConfig, image_size: int) -> Memo
     copies = 2 + bool(config.momentum) + bool(config.ema) + bool(config.awp)
     passes = 1 if config.method == "standard" or config.loss != "trades" else 2
     image = 2 * passes * 3 * 4 * image_size**2
-    kept = passes * activations(model, image_size)
+    # bf16_attack computes only the attack in bf16, the passes to descend in fp32
+    kept = passes * activations(model, image_size, half=config.precision == "bf16")
     here = weights  # the weights are already allocated
     own = math.ceil(config.batch_size / world().size)
     needed = copies * weights + math.ceil(own / config.accumulate) * kept + own * image
