@@ -728,6 +728,69 @@ def test_a_body_in_many_small_chunks_is_read(path: Path) -> None:
             assert receive(connection).startswith("HTTP/1.1 200")
 
 
+def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(path: Path) -> None:
+    # JDK's HttpClient offers HTTP/2 with each request
+    lines = b"Connection: Upgrade, HTTP2-Settings\r\nuPgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    # a chunk of a PNG is followed by what may be an offer, but is a part of the body
+    upload = png() + b"\nUpgrade: h2c\r\nup"
+    length = f"Content-Length: {len(upload)}\r\n\r\n".encode()
+    request = b"POST /classify HTTP/1.1\r\nHost: test\r\n" + lines + length + upload
+    with server(path) as (_, http):
+        offer = request.index(b"uPgrade")
+        for cut in (0, offer - 1, offer, offer + 1, offer + 7, offer + 8, len(request) - 1):
+            with connect(http) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.sendall(request[:cut])
+                time.sleep(0.02)
+                connection.sendall(request[cut:])
+                assert receive(connection).startswith("HTTP/1.1 200"), cut
+        with connect(http) as connection:
+            connection.sendall(2 * request)
+            for _ in range(2):
+                assert receive(connection).startswith("HTTP/1.1 200")
+        with connect(http) as connection:
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\n" + lines + b"Host: test\r\n\r\n")
+            assert receive(connection).startswith("HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 10_000])
+def test_a_body_that_looks_like_an_offer_to_upgrade_is_not_changed(size: int) -> None:
+    body = b"\nUpgrade: h2c\r\n\r\nupgrade:\nup"
+    head = b"POST / HTTP/1.1\r\nupgrade: h2c\r\nUp: 1\r\nUpgrade-Insecure-Requests: 1\r\nConnection: upgrade\r\n"
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    stream = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    stream += head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked
+    bodies, headers = [], []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        got, more = b"", True
+        while more:
+            message = await receive()
+            got, more = got + message["body"], message["more_body"]
+        headers.append([name for name, _ in scope["headers"]])
+        bodies.append(got)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def run() -> None:
+        config = uvicorn.Config(app=application, ws="none", lifespan="off")
+        limits = Limits(connections=1, seconds=10)
+        connection = Connection(config=config, server_state=ServerState(), app_state={}, limits=limits)
+        transport = MagicMock()
+        transport.get_extra_info.return_value = None
+        transport.is_closing.return_value = False
+        connection.connection_made(transport)
+        for begin in range(0, len(stream), size):
+            connection.data_received(stream[begin : begin + size])
+        await until(lambda: len(bodies) == 2)
+        connection.connection_lost(None)
+
+    asyncio.run(run())
+    assert bodies == [body, body]
+    for names in headers:
+        assert names[:4] == [b"x-upgrade", b"up", b"upgrade-insecure-requests", b"connection"]
+
+
 @pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\na: ", b"\r\n"])
 @pytest.mark.parametrize("before", [b"", b"GET /v2 HTTP/1.1\r\nHost: test\r\n\r\n"])
 def test_a_connection_without_a_request_is_closed(path: Path, start: bytes, before: bytes) -> None:

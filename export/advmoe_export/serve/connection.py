@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_HEAD = 2**16
 """Most bytes of a request line and its headers."""
 MAX_AHEAD = 16
 """Most requests that a client may send before earlier ones are answered. uvicorn keeps all of them."""
+_OFFER = re.compile(rb"\nupgrade:", re.IGNORECASE)
+_CUT_OFFER = re.compile(rb"\n(u|up|upg|upgr|upgra|upgrad|upgrade)\Z", re.IGNORECASE)
 PAUSE = 60.0
 """Seconds between two messages that there are too many connections."""
 
@@ -44,6 +47,12 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self._head = 0
         """Bytes that were parsed since the last head, chunk or body."""
+        self._in_head = False
+        """Whether the parser is between the begin of a request and the end of its headers."""
+        self._line_begins = True
+        """Whether the next byte for the parser follows the end of a line."""
+        self._held = b""
+        """The begin of a header's name that may become an offer to upgrade."""
         self._unsent: asyncio.TimerHandle | None = None
         """Ends a connection whose client owes a request."""
         self._unread: asyncio.TimerHandle | None = None
@@ -73,7 +82,7 @@ class Connection(HttpToolsProtocol):
             part, data = data[: MAX_HEAD - self._head], data[MAX_HEAD - self._head :]
             if part:
                 self._head += len(part)
-                super().data_received(part)
+                self._parse_without_offers(part)
             elif self._running:
                 self.transport.abort()
             else:
@@ -81,9 +90,43 @@ class Connection(HttpToolsProtocol):
         if not self._running and self.timeout_keep_alive_task is None and not self.transport.is_closing():
             self._expect_request()
 
+    def _parse_without_offers(self, data: bytes) -> None:
+        """Parse bytes, with another name for the header `Upgrade`.
+
+        The parser takes what follows a head with this header for another protocol, and the body
+        would be lost. A server may ignore the offer (RFC 9110, 7.8). Bodies are not changed: the
+        parser has read all before a name when `_in_head` is asked whether it belongs to a head.
+        """
+        text = (b"\n" if self._line_begins else b" ") + self._held + data
+        self._held, begin = b"", 1
+        for offer in _OFFER.finditer(text):
+            self._parse(text[begin : offer.start() + 1])
+            begin = offer.start() + 1
+            if self._in_head:
+                self._parse(b"x-")
+        cut = _CUT_OFFER.search(text, max(begin - 1, len(text) - len(b"\nupgrade")))
+        if cut is not None:
+            self._parse(text[begin : cut.start() + 1])
+            begin = cut.start() + 1
+            if self._in_head:  # more must follow, in a body nothing may
+                self._held, self._line_begins = text[begin:], True
+                return
+        self._parse(text[begin:])
+        self._line_begins = text.endswith(b"\n")
+
+    def _parse(self, data: bytes) -> None:
+        if data and not self.transport.is_closing():
+            super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """Note that a head begins."""
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """Start the request, which has a limit of time of its own, or let it wait for those before it."""
         self._head = 0
+        self._in_head = False
         self._requested()
         if len(self.pipeline) >= MAX_AHEAD:
             self.transport.abort()
