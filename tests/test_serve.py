@@ -186,6 +186,8 @@ def change(**fields: Any) -> dict[str, Any]:
         (change(data=[True] * 768), "flat or nested list of FP32 numbers: Expected `float`, got `bool`"),
         (change(data=[1e39] * 768), "values from inf to inf"),
         (change(data=[[[[0] * 700]], [[[0] * 68]]]), "a flat list of numbers, or nested as [1, 3, 16, 16]"),
+        (change(data=FLOATS[:1].transpose(0, 2, 3, 1).tolist()), "nested as [1, 3, 16, 16], got [1, 16, 16, 3]"),
+        (change(data=PIXELS[:1].reshape(1, 3, 16, 16).tolist(), datatype="UINT8", shape=[1, 16, 16, 3]), "nested as"),
         (change(data=["a"] * 768), "flat or nested list of FP32 numbers: Expected `float`, got `str`"),
         (change(data=[2.0] * 768), "values from 2 to 2; divide 8-bit images by 255"),
         (change(data=[300] * 768, datatype="UINT8", shape=[1, 16, 16, 3]), "Expected `int` <= 255"),

@@ -170,14 +170,18 @@ def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int
     given = data.count(b",") + 1 if data else 0
     if given != count:
         raise InputError(f"expected 'data' as a list of numbers, {count} for shape {list(entry.shape)}, got {given}")
+    nesting = f"expected 'data' as a flat list of numbers, or nested as {list(entry.shape)}"
     try:
         values = msgspec.json.decode(data, type=_NUMBERS[entry.datatype][_NESTED.match(data) is not None])
         with np.errstate(over="ignore"):  # the check of the range refuses infinity
-            return np.array(values, dtype).reshape(entry.shape), 0
+            images = np.array(values, dtype)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"expected 'data' as a flat or nested list of {entry.datatype} numbers: {error}") from error
     except ValueError as error:
-        raise InputError(f"expected 'data' as a flat list of numbers, or nested as {list(entry.shape)}") from error
+        raise InputError(nesting) from error
+    if images.ndim > 1 and images.shape != entry.shape:  # other pixels would become neighbors
+        raise InputError(f"{nesting}, got {list(images.shape)}")
+    return images.reshape(entry.shape), 0
 
 
 def write_response(
