@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from advmoe_export import export_model
+from advmoe_export import ExportReport, Session, VerificationError, export_model
 from advmoe_export.trace import Traced, trace
 from advmoe_export.verify import Reference, run_reference, verify
+from conftest import SmallMoE
+from torch import nn
 
 LABELS = [f"class {i}" for i in range(10)]
 VERIFY = sys.modules["advmoe_export.verify"]  # the package's own `verify` is the function
@@ -19,6 +21,18 @@ VERIFY = sys.modules["advmoe_export.verify"]  # the package's own `verify` is th
 @pytest.fixture(scope="module")
 def traced(small_moe: Callable[..., Any]) -> Traced:
     return trace(small_moe(), image_size=(16, 16), opset=18)
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing is nine tenths of an export."""
+
+    def trace_once(model: nn.Module, **options: Any) -> Traced:
+        if not isinstance(model, SmallMoE):
+            return trace(model, **options)
+        return Traced(program=traced.program, graph=traced.graph.clone())
+
+    monkeypatch.setattr("advmoe_export.exporter.trace", trace_once)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +97,51 @@ def test_wrong_margins_are_found(wrong: float, exported: Path, traced: Traced, m
     assert not report.passed
     assert "router margins differ by" in report.explanation()
     assert "at image 3, layer 'convs.1'" in report.explanation()
+
+
+def images_of(count: int) -> np.ndarray:
+    """float32 [count, 3, 16, 16], each image of its own color."""
+    rng = np.random.default_rng(0)
+    return (0.8 * rng.random((count, 3, 1, 1)) + 0.2 * rng.random((count, 3, 16, 16))).astype(np.float32)
+
+
+def export_int8(model: Any, path: Path, **options: Any) -> ExportReport:
+    return export_model(model, path, image_size=16, labels=LABELS, dtype="int8", profile="latency", **options)
+
+
+def test_int8_is_judged_on_the_calibration_images_if_there_are_no_others(
+    small_moe: Callable[..., Any], tmp_path: Path
+) -> None:
+    report = export_int8(small_moe(), tmp_path / "model.onnx", calibration=images_of(8))
+    assert report.agreement is not None
+    assert report.agreement.images == 8
+    assert report.agreement.same_label >= 0.5
+    assert report.agreement.module_accuracy is None
+    assert report.metadata.expert_load is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda logits: -logits, "int8 gives .* of 8 images the label of the module, expected at least 50%"),
+        (lambda logits: logits - 1e6, "logits differ by"),
+        (lambda logits: logits + np.inf, "logits of 64 of 64 images are infinite or NaN"),
+    ],
+)
+def test_an_int8_file_with_other_labels_or_absurd_logits_is_not_written(
+    wrong: Callable[[np.ndarray], np.ndarray],
+    message: str,
+    small_moe: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    execute = Session.execute
+
+    def spoilt(session: Session, prepared: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = execute(session, prepared)
+        return {**outputs, "logits": wrong(outputs["logits"])}
+
+    monkeypatch.setattr(Session, "execute", spoilt)
+    with pytest.raises(VerificationError, match=f"was not written: .*{message}"):
+        export_int8(small_moe(), tmp_path / "model.onnx", calibration=images_of(8))
+    assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,7 @@ from advmoe_export.profiles import build
 from advmoe_export.session import OPTIMIZATION_LEVELS
 from advmoe_export.trace import BATCH, trace
 from advmoe_export.verify import (
+    MIN_AGREEMENT,
     Agreement,
     Reference,
     Tolerance,
@@ -69,7 +70,10 @@ class ExportReport:
     metadata: ModelMetadata
     verification: VerificationReport
     agreement: Agreement | None
-    """Comparison of module and file on the given images; None without images."""
+    """Comparison of module and file on the given images, for int8 otherwise on the calibration images.
+
+    It is None without images.
+    """
     warnings: tuple[str, ...]
     """Reasons why the file is slower than possible, one sentence each."""
 
@@ -133,7 +137,8 @@ def export_model(
     Raises:
         UnsupportedModelError: the module or an option cannot be exported.
         ModelFileError: the files cannot be written.
-        VerificationError: the results of graph and module differ. No file remains at `path`.
+        VerificationError: the results of graph and module differ, or an int8 file and the module
+            agree on the labels of less than half of the images. No file remains at `path`.
     """
     target = check_options(
         path, profile=profile, batch_size=batch_size, opset=opset, dtype=dtype, input_type=input_type
@@ -188,6 +193,17 @@ def export_model(
             if not report.passed:
                 raise VerificationError(f"'{target}' was not written: {report.explanation()}", report)
             agreement = None if reference is None else compare_on(draft, reference, targets)
+            if dtype == "int8":
+                if agreement is None and calibration is not None:
+                    agreement = compare_on(draft, run_reference(traced.program, calibration), None)
+                assert agreement is not None
+                if agreement.same_label < MIN_AGREEMENT:
+                    raise VerificationError(
+                        f"'{target}' was not written: int8 gives {agreement.same_label:.2%} of {agreement.images} "
+                        f"images the label of the module, expected at least {MIN_AGREEMENT:.0%}; calibrate with more "
+                        "images like those it will classify, or export with fp32",
+                        report,
+                    )
             sizes = draft.stat().st_size, described.data_bytes
             data_file(draft).replace(data_file(target))
             draft.replace(target)
