@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe.data.cache import packed
 from advmoe.data.folders import image_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
 from advmoe.data.loader import BatchLoader
 from advmoe.data.pictures import find_pictures
+from advmoe.data.sets import Progress
 from advmoe.data.sources import Dataset, EncodedSet, dataset_info, load_dataset
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet, load_tiny_imagenet
 from advmoe.data.transforms import CropFlip, RandomResizedCrop
@@ -362,9 +366,10 @@ def test_reads_imagenet_with_everybodys_class_numbers(tmp_path: Path, sub_folder
     assert dataset.test.labels.tolist() == [0, 1, 2]
 
 
-def test_reads_imagenet_from_the_hub_through_packs_made_once(tmp_path: Path) -> None:
+def write_imagenet_of_the_hub(root: Path) -> Path:
     contents = [encoded(8) for _ in range(9)]
-    (tmp_path / "imagenet-1k" / "data").mkdir(parents=True)
+    folder = root / "imagenet-1k" / "data"
+    folder.mkdir(parents=True)
     for name, rows in (
         ("train-00000-of-00002", slice(0, 4)),
         ("train-00001-of-00002", slice(4, 6)),
@@ -372,7 +377,12 @@ def test_reads_imagenet_from_the_hub_through_packs_made_once(tmp_path: Path) -> 
     ):
         images = [{"bytes": content, "path": None} for content in contents[rows]]
         table = pa.table({"image": images, "label": [0, 0, 1, 1, 2, 2, 0, 1, 2][rows]})
-        pq.write_table(table, tmp_path / "imagenet-1k" / "data" / f"{name}.parquet")
+        pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def test_reads_imagenet_from_the_hub_through_packs_made_once(tmp_path: Path) -> None:
+    write_imagenet_of_the_hub(tmp_path)
     before = everything(tmp_path)
     reports: list[tuple[str, int, int]] = []
     for expected in ([("packing imagenet", 6, 6), ("packing imagenet", 3, 3)], []):
@@ -387,6 +397,41 @@ def test_reads_imagenet_from_the_hub_through_packs_made_once(tmp_path: Path) -> 
         assert seen.shape == (3, 7, 7, 3)
     assert {path: raw for path, raw in everything(tmp_path).items() if path.suffix != ".pack"} == before
     assert len(everything(tmp_path)) == len(before) + 2
+
+
+def pack_validation(root: Path, progress: Progress | None = None) -> EncodedSet:
+    shards = (root / "imagenet-1k" / "data" / "validation-00000-of-00001.parquet",)
+    return packed(shards, root / "test.pack", SMALL_IMAGENET.hub, SMALL_IMAGENET.info, progress=progress)
+
+
+def test_what_a_killed_process_left_of_a_pack_is_removed(tmp_path: Path) -> None:
+    write_imagenet_of_the_hub(tmp_path)
+    for name in ("test.pack.999-0.partial", "test.packs", "other.pack.999-0.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    assert len(pack_validation(tmp_path)) == 3
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"imagenet-1k", "test.pack", "test.packs", "other.pack.999-0.partial"}
+
+
+def test_a_pack_that_another_makes_is_waited_for_and_not_made_twice(tmp_path: Path) -> None:
+    write_imagenet_of_the_hub(tmp_path)
+    made: list[str] = []
+    sizes: list[int] = []
+    second = threading.Thread(
+        target=lambda: sizes.append(len(pack_validation(tmp_path, lambda *_: made.append("second"))))
+    )
+
+    def while_the_first_writes(*_: object) -> None:
+        made.append("first")
+        second.start()
+        while second.is_alive() and not caught:
+            time.sleep(0.01)
+
+    with pytest.warns(UserWarning, match=r"another process is making .*test.pack; this one waits for it") as caught:
+        sizes.append(len(pack_validation(tmp_path, while_the_first_writes)))
+    second.join()
+    assert (made, sizes) == (["first"], [3, 3])
+    assert {path.name for path in tmp_path.iterdir()} == {"imagenet-1k", "test.pack"}
 
 
 def test_imagenet_names_are_in_the_order_of_the_wnids() -> None:

@@ -8,15 +8,20 @@ its layout.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from advmoe import rust_router
 from advmoe.data.parquet import HubLayout, Shards, count_rows, read_encoded
 from advmoe.data.sets import DatasetInfo, EncodedSet, Progress
 from advmoe.errors import DataError
+from advmoe.files import remove_leftovers
 
 
 def packed(
@@ -28,7 +33,7 @@ def packed(
     progress: Progress | None = None,
 ) -> EncodedSet:
     """The images of hub-style parquet files. They come from `pack` if it is a copy of these files,
-    and are copied into `pack` otherwise.
+    and are copied into `pack` otherwise. One process at a time makes a pack; others wait for it.
 
     Args:
         shards: The parquet files.
@@ -44,10 +49,17 @@ def packed(
     pack = Path(pack)
     origin = _origin(shards, hub)
     found = _open(pack, origin, info)
-    if found is None:
-        _make(pack, shards, hub, info, origin, progress)
-        found = _open(pack, origin, info)
-        assert found is not None
+    if found is not None:
+        return found
+    total = count_rows(shards, info)
+    with _locked(pack):
+        found = _open(pack, origin, info)  # another process may have made it meanwhile
+        if found is None:
+            with suppress(OSError):  # those of another user may stay
+                remove_leftovers(pack.parent, [pack.name])
+            _make(pack, total, read_encoded(shards, hub, info), origin, f"packing {info.name}", progress)
+            found = _open(pack, origin, info)
+            assert found is not None
     return found
 
 
@@ -79,20 +91,42 @@ def _open(pack: Path, origin: str, info: DatasetInfo) -> EncodedSet | None:
     )
 
 
-def _make(
-    pack: Path, shards: Shards, hub: HubLayout, info: DatasetInfo, origin: str, progress: Progress | None
-) -> None:
-    total = count_rows(shards, info)
+@contextmanager
+def _locked(pack: Path) -> Iterator[None]:
+    """Be the only process that writes this pack, after waiting for others."""
+    path = pack.with_name(f"{pack.name}.lock")
+    lock = FileLock(path)
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            warnings.warn(f"another process is making {pack}; this one waits for it", stacklevel=4)
+            lock.acquire()
     except OSError as error:
-        raise DataError(f"cannot make the folder {pack.parent}: {error.strerror}") from error
+        raise DataError(f"cannot write to the folder {pack.parent}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _make(
+    pack: Path,
+    total: int,
+    images: Iterator[tuple[str, bytes, int]],
+    origin: str,
+    title: str,
+    progress: Progress | None,
+) -> None:
     writer = rust_router.PackWriter(pack)
     try:
-        for done, (_, image, label) in enumerate(read_encoded(shards, hub, info), start=1):
+        for done, (_, image, label) in enumerate(images, start=1):
             writer.add(image, label)
             if progress is not None and (done % 1000 == 0 or done == total):
-                progress(f"packing {info.name}", done, total)
+                progress(title, done, total)
         writer.finish(origin)
     finally:
         writer.close()
