@@ -838,6 +838,7 @@ def test_a_connection_whose_answers_are_not_read_is_closed() -> None:
         connection = Connection(config=config, server_state=ServerState(), app_state={}, limits=limits)
         transport = MagicMock()
         transport.get_extra_info.return_value = None
+        transport.get_write_buffer_size.return_value = 10**5
         connection.connection_made(transport)
         connection.pause_writing()
         if read:
@@ -848,6 +849,30 @@ def test_a_connection_whose_answers_are_not_read_is_closed() -> None:
 
     assert asyncio.run(aborted(read=False))
     assert not asyncio.run(aborted(read=True))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_slow_reader_keeps_its_connection_as_long_as_it_reads(ended: bool) -> None:
+    async def run() -> list[int]:
+        config = uvicorn.Config(app=lambda: None, ws="none", timeout_keep_alive=0)
+        limits = Limits(connections=1, seconds=10)
+        connection = Connection(config=config, server_state=ServerState(), app_state={}, limits=limits)
+        transport = MagicMock()
+        transport.get_extra_info.return_value = None
+        transport.is_closing.return_value = False
+        # bytes that are not sent yet: at the begin, and at each look
+        sizes = [9, 7, 4, 4, 3]
+        transport.get_write_buffer_size.side_effect = lambda: sizes.pop(0)
+        connection.connection_made(transport)
+        if ended:
+            connection.on_response_complete()
+        else:
+            connection.pause_writing()
+        await until(lambda: transport.abort.called)
+        connection.connection_lost(None)
+        return sizes
+
+    assert asyncio.run(run()) == [3]  # the look that finds 4 bytes for the second time ends it
 
 
 def test_a_client_that_does_not_wait_for_answers_loses_its_connection(path: Path) -> None:
@@ -921,6 +946,7 @@ def test_an_address_of_ipv6_has_brackets(path: Path, capsys: pytest.CaptureFixtu
         (["--prot", "80"], "unrecognized arguments: --prot 80; see 'advmoe serve --help'"),
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--timeout", "nan"], "timeout must be positive and finite, got nan"),
+        (["--keep-alive", "0"], "keep_alive must be positive and finite, got 0"),
         (["--max-delay-ms", "inf"], "max_delay_ms must be at least 0, got inf"),
         (["--port", "70000"], "port must be at most 65535, got 70000"),
         (["--name", "a/b"], "name must not contain '/', got 'a/b'"),

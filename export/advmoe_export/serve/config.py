@@ -58,11 +58,11 @@ class ServeConfig:
         """Check the numbers."""
         for name, lowest in (
             *dict.fromkeys(("workers", "max_batch", "max_queue", "max_connections", "drift_window"), 1).items(),
-            *dict.fromkeys(("threads", "port", "max_delay_ms", "grace", "keep_alive"), 0).items(),
+            *dict.fromkeys(("threads", "port", "max_delay_ms", "grace"), 0).items(),
         ):
             if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
-        for name in ("timeout", "max_upload_mb", "max_megapixels"):
+        for name in ("timeout", "keep_alive", "max_upload_mb", "max_megapixels"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name, highest in (("port", 65535), ("max_batch", MAX_BATCH)):

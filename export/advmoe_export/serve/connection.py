@@ -55,6 +55,8 @@ class Connection(HttpToolsProtocol):
         """The begin of a header's name that may become an offer to upgrade."""
         self._unsent: asyncio.TimerHandle | None = None
         """Ends a connection whose client owes a request."""
+        self._left = 0
+        """Bytes that were not sent when the last answer ended, or at the last look."""
         self._unread: asyncio.TimerHandle | None = None
         """Ends a connection whose client does not read an answer."""
 
@@ -153,20 +155,46 @@ class Connection(HttpToolsProtocol):
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
+    def on_response_complete(self) -> None:
+        """Expect the next request, or start one that waits."""
+        super().on_response_complete()
+        self._left = self.transport.get_write_buffer_size()
+
     def timeout_keep_alive_handler(self) -> None:
-        """End an idle connection. `close` would wait for a client that does not read the last answer."""
-        self.transport.abort()
+        """End an idle connection. `close` would wait for a client that does not read the last answer.
+
+        The connection was not idle if the client has read a part of that answer meanwhile.
+        """
+        before, self._left = self._left, self.transport.get_write_buffer_size()
+        if self._left < before:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """Wait for the client to read, as long as for an idle one."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+        self._expect_reading(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         """Go on writing."""
         if self._unread is not None:
             self._unread.cancel()
         super().resume_writing()
+
+    def _expect_reading(self, left: int) -> None:
+        """End the connection if the client reads nothing of `left` bytes. What it reads starts the time anew."""
+
+        def look() -> None:
+            now = self.transport.get_write_buffer_size()
+            if now < left:
+                self._expect_reading(now)
+            else:
+                self.transport.abort()
+
+        self._unread = self.loop.call_later(self.timeout_keep_alive, look)
 
     @property
     def _running(self) -> bool:
