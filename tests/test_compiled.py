@@ -13,7 +13,8 @@ from torch import Tensor
 
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError
-from advmoe.models.compiled import CompiledNetwork
+from advmoe.evaluation.precision import full_precision
+from advmoe.models.compiled import LARGEST, CompiledNetwork, limits
 from advmoe.models.dispatch import select
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision
@@ -103,6 +104,18 @@ def test_a_compiler_that_computes_something_else_is_found_at_the_first_pass(
         model(images)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_the_limits_of_rounding_are_those_of_the_present_arithmetic() -> None:
+    pytest.importorskip("triton")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    # by default a GPU convolves in TF32, compiled or not, and inductor may choose another layout
+    assert limits(gpu) == LARGEST["tf32"] > limits(cpu) == LARGEST["fp32"]
+    with full_precision(torch.nn.Conv2d(1, 1, 1)):
+        assert limits(gpu) == LARGEST["fp32"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert limits(cpu) == LARGEST["bf16"] > limits(gpu)
+    assert all(of_gradient < 1 for _, of_gradient in LARGEST.values()), "a gradient of zero is no rounding"
 
 
 def test_a_pass_without_finite_numbers_is_not_compared_but_the_next_one_is(

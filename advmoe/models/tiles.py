@@ -164,6 +164,14 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
     )
 
 
+def convolves_in_tf32() -> bool:
+    """Whether a GPU convolves fp32 numbers in TF32 now, which is torch's default."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        return bool(backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(backends.cudnn.allow_tf32)
+
+
 def convolve(x: Tensor, bank: Tensor, expert_index_B: Tensor, geometry: Geometry) -> Tensor:
     """Convolve each image [C, H, W] with its expert's filters in bank [N, S, C, kh, kw] -> [B, S, H', W']."""
     x, bank = x.contiguous(), bank.contiguous()
