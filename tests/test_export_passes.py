@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from advmoe_export.bank import quantize_bias, quantize_rows
 from advmoe_export.exporter import plan_graph
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
@@ -170,3 +171,19 @@ def test_a_router_that_scales_the_output_stays_in_float32() -> None:
     softmax = next(node for node in half if node.op_type == "Softmax")
     softmax.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     assert "computes in float16" in str(routers_are_float32(half))
+
+
+def test_the_bias_of_a_filter_without_weights_survives_int8() -> None:
+    """BatchNorm with a scale near 0, folded, leaves such filters."""
+    weight = np.array([0.0, 1e-12, 1e-6, 0.3, 0.3], np.float32).reshape(5, 1, 1, 1)
+    bias = np.array([0.5, -0.5, 40.0, -0.3, 0.0], np.float32)
+    for x_scale in (1e-3, 0.05):
+        codes, scale = quantize_rows(weight, bias, x_scale)
+        restored = quantize_bias(bias, scale * np.float32(x_scale)) * (scale.astype(np.float64) * x_scale)
+        np.testing.assert_allclose(restored, bias, rtol=1e-3)
+        np.testing.assert_array_equal(codes.reshape(-1)[-2:], 127)
+
+
+def test_a_bias_beyond_int32_keeps_its_sign() -> None:
+    scale = np.full(2, 1e-12, np.float32)
+    np.testing.assert_array_equal(quantize_bias(np.array([0.5, -0.5], np.float32), scale), [2**31 - 1, 1 - 2**31])

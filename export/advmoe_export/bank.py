@@ -33,17 +33,34 @@ def _one_piece(array: npt.NDArray[Any], name: str) -> tuple[ir.TensorProtocol, .
     return (ir.tensor(array, name=name),)
 
 
-def quantize_rows(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Quantize weights [rows, ...] to integers in -127 ... 127, with one scale per row."""
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
-    scale = (np.maximum(largest, 1e-8) / 127).astype(np.float32)
+LARGEST_BIAS = 2**30
+"""Largest integer of a bias. The other half of int32 is for the sum to which a kernel adds it."""
+
+
+def quantize_rows(
+    weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None, x_scale: float = 1.0
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Quantize weights to integers in -127 ... 127, with one scale per row.
+
+    Args:
+        weight: [rows, ...].
+        bias: [rows] or None. The scale of a row is large enough for its bias, also if its weights
+            are zero.
+        x_scale: smallest scale of the input. A bias has the unit `x_scale` times its row's scale.
+    """
+    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
+    least = np.full(len(weight), 1e-8 / 127)
+    if bias is not None:
+        least = np.maximum(least, np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * x_scale))
+    scale = np.maximum(largest / 127, least).astype(np.float32)
     codes = np.rint(weight / scale.reshape(-1, *([1] * (weight.ndim - 1))))
     return codes.astype(np.int8), scale
 
 
 def quantize_bias(bias: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     """Quantize a bias to integers in units of `scale`. Integer kernels add them to their sums."""
-    return np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))  # float32 has no 2**31 - 1
+    return np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -133,7 +150,8 @@ class Bank:
     @cached_property
     def codes(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
         """The weights as integers, and the scale of each row."""
-        return quantize_rows(self.weight)
+        assert self.x_scales is not None
+        return quantize_rows(self.weight, self.bias, min(self.x_scales))
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Filters and biases of all experts, concatenated: [N * size, ...].

@@ -162,10 +162,11 @@ def _quantize_weights(graph: ir.Graph, conv: ir.Node, x_scale: float) -> None:
     """Replace an ordinary convolution's weight and bias by dequantized integers."""
     weight = conv.inputs[1].const_value.numpy()  # type: ignore[union-attr]
     name = str(conv.inputs[1].name)  # type: ignore[union-attr]
-    codes, scale = quantize_rows(weight)
+    has_bias = len(conv.inputs) > 2 and conv.inputs[2] is not None
+    bias = conv.inputs[2].const_value.numpy() if has_bias else None  # type: ignore[union-attr]
+    codes, scale = quantize_rows(weight, bias, x_scale)
     integers: list[tuple[int, Any, Any, Any, Any]] = [(1, codes, scale, np.zeros(len(scale), np.int8), weight.shape)]
-    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        bias = conv.inputs[2].const_value.numpy()  # type: ignore[union-attr]
+    if bias is not None:
         bias_scale = (scale * np.float32(x_scale)).astype(np.float32)
         integers.append((2, quantize_bias(bias, bias_scale), bias_scale, np.zeros(len(scale), np.int32), bias.shape))
     for position, values, scales, zeros, shape in integers:
