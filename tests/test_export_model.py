@@ -336,6 +336,35 @@ def test_bad_options_are_found_before_the_model_is_traced(
         export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
 
 
+@pytest.mark.parametrize("name", ["images", "calibration"])
+@pytest.mark.parametrize(
+    ("wrong", "input_type", "message"),
+    [
+        (np.full((2, 3, 16, 16), 200, np.float32), "float32", "values from 200 to 200; divide 8-bit images by 255"),
+        (np.zeros((2, 3, 8, 8), np.float32), "float32", r"got float32 \[2, 3, 8, 8\]"),
+        (np.zeros((2, 3, 16, 16), np.float32), "uint8", "reads uint8 images"),
+        (np.zeros((3, 16, 16), np.float32), "float32", r"got float32 \[3, 16, 16\]"),
+    ],
+)
+def test_wrong_images_are_found_before_the_model_is_traced(
+    name: str, wrong: np.ndarray, input_type: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("advmoe_export.exporter.trace")
+    options: dict[str, Any] = {"dtype": "int8", "input_type": input_type, name: wrong}
+    with pytest.raises(InputError, match=message):
+        export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
+
+
+def test_calibration_images_are_converted_like_those_of_a_session(small_moe: Make, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    digests = set()
+    for number, images in enumerate((pixels, pixels.transpose(0, 3, 1, 2) / 255)):  # uint8, float64
+        path = tmp_path / f"{number}.onnx"
+        options = {"dtype": "int8", "profile": "latency", "calibration": images}
+        digests.add(export_model(small_moe(), path, image_size=16, labels=LABELS, **options).metadata.data_sha256)
+    assert len(digests) == 1
+
+
 def test_margins_of_a_network_without_routers_are_refused(tmp_path: Path) -> None:
     dense = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
     with pytest.raises(UnsupportedModelError, match="margins need routers"):

@@ -38,7 +38,7 @@ from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
 from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
-from advmoe_export.session import OPTIMIZATION_LEVELS
+from advmoe_export.session import OPTIMIZATION_LEVELS, check_images
 from advmoe_export.trace import BATCH, trace
 from advmoe_export.verify import (
     MIN_AGREEMENT,
@@ -136,6 +136,7 @@ def export_model(
 
     Raises:
         UnsupportedModelError: the module or an option cannot be exported.
+        InputError: `images` or `calibration` have the wrong shape, type or range.
         ModelFileError: the files cannot be written.
         VerificationError: the results of graph and module differ, or an int8 file and the module
             agree on the labels of less than half of the images. No file remains at `path`.
@@ -149,6 +150,10 @@ def export_model(
     calibration = images if calibration is None else calibration
     if dtype == "int8" and (calibration is None or len(calibration) == 0):
         raise UnsupportedModelError("int8 needs real images to calibrate with: give calibration images")
+    if images is not None and len(images):
+        images = check_images(images, size, input_type)
+    if calibration is not None and len(calibration):
+        calibration = check_images(calibration, size, input_type)
     traced = trace(model, image_size=size, opset=opset)
     graph = traced.graph
     classes = graph.outputs[0].shape[1]  # type: ignore[index]

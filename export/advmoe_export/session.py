@@ -192,8 +192,7 @@ class Session:
         Raises:
             InputError: wrong shape, type, size or range.
         """
-        meta, (height, width) = self.metadata, self.metadata.image_size
-        nchw, nhwc = (3, height, width), (height, width, 3)
+        meta = self.metadata
         given = f"got {images.dtype} {list(images.shape)}"
         if images.ndim != 4 or len(images) == 0:
             raise InputError(f"{self._expectation()}, {given}")
@@ -201,22 +200,7 @@ class Session:
             raise InputError(
                 f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches"
             )
-        expected = {"f": nchw, "u": nhwc}.get(images.dtype.kind)
-        if expected is None or images.shape[1:] != expected or (images.dtype.kind == "u" and images.dtype != np.uint8):
-            raise InputError(
-                f"expected float32 [B, 3, {height}, {width}] in [0, 1] or uint8 [B, {height}, {width}, 3], {given}"
-            )
-        if images.dtype.kind == "f":
-            _check_range(images)
-        if meta.input_type == "uint8":
-            if images.dtype != np.uint8:
-                raise InputError(
-                    f"this file reads uint8 images [B, {height}, {width}, 3], {given}; pass the decoded pixels"
-                )
-            return np.ascontiguousarray(images)
-        if images.dtype == np.uint8:
-            images = images.transpose(0, 3, 1, 2) / np.float32(255)
-        return np.ascontiguousarray(images, dtype=np.float32)
+        return check_images(images, meta.image_size, meta.input_type)
 
     def _expectation(self) -> str:
         height, width = self.metadata.image_size
@@ -294,6 +278,38 @@ def _as_array(image: Any) -> npt.NDArray[Any]:
         return np.asarray(image)
     except (TypeError, RuntimeError) as error:  # a tensor on another device, or with a gradient
         raise InputError(f"{type(image).__name__} is no array for NumPy: {' '.join(str(error).split())}") from error
+
+
+def check_images(images: npt.NDArray[Any], image_size: tuple[int, int], input_type: str) -> npt.NDArray[Any]:
+    """A batch in the input format of a file.
+
+    Args:
+        images: [B, ...]: float [B, 3, H, W] in [0, 1], or uint8 [B, H, W, 3].
+        image_size: (H, W) of the file.
+        input_type: `float32` or `uint8`. A file that reads uint8 does not take floats.
+
+    Raises:
+        InputError: wrong shape, type or range.
+    """
+    height, width = image_size
+    nchw, nhwc = (3, height, width), (height, width, 3)
+    given = f"got {images.dtype} {list(images.shape)}"
+    expected = {"f": nchw, "u": nhwc}.get(images.dtype.kind)
+    if expected is None or images.shape[1:] != expected or (images.dtype.kind == "u" and images.dtype != np.uint8):
+        raise InputError(
+            f"expected float32 [B, 3, {height}, {width}] in [0, 1] or uint8 [B, {height}, {width}, 3], {given}"
+        )
+    if images.dtype.kind == "f":
+        _check_range(images)
+    if input_type == "uint8":
+        if images.dtype != np.uint8:
+            raise InputError(
+                f"this file reads uint8 images [B, {height}, {width}, 3], {given}; pass the decoded pixels"
+            )
+        return np.ascontiguousarray(images)
+    if images.dtype == np.uint8:
+        images = images.transpose(0, 3, 1, 2) / np.float32(255)
+    return np.ascontiguousarray(images, dtype=np.float32)
 
 
 def _check_range(images: npt.NDArray[Any]) -> None:
