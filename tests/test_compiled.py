@@ -106,6 +106,32 @@ def test_a_compiler_that_computes_something_else_is_found_at_the_first_pass(
         assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_of_kernels_is_compared_when_it_is_replayed(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    calls: list[Tensor] = []
+
+    def wrong_in_replays(compute: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            logits, routing = compute(*args)
+            calls.append(logits)
+            return logits if len(calls) < 3 else 1.5 * logits, routing  # the first two warm up and record
+
+        return run
+
+    model = tiny_vgg(kind="s_dense").train(training)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(torch, "compile", wrong_in_replays)
+    with CompiledNetwork(model, graphs=True).running(), pytest.raises(ConfigError, match=r"logits by 0\.\d"):
+        model(images)
+    assert len(calls) == 3
+    for logits in calls[1:]:
+        assert torch.equal(logits, calls[0]), "each call should start from the same statistics"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_the_limits_of_rounding_are_those_of_the_present_arithmetic() -> None:
     pytest.importorskip("triton")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
