@@ -87,6 +87,27 @@ def test_class_names_that_are_no_list_are_none(tmp_path: Path) -> None:
         assert class_names(path, HUB) == ()
 
 
+def test_parquet_with_more_images_than_it_claims_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"img": [{"bytes": png(), "path": ""}] * 70, "label": [0] * 70}), path)
+    # In Thrift's compact form a number is a varint of twice its value: 70 is 8c 01. The footer's
+    # number of rows comes first in the file's metadata, the row group's comes last.
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    place = content.index(b"\x16\x8c\x01\x19", start)
+    path.write_bytes(content[:place] + b"\x16\x80\x01" + content[place + 3 :])
+    assert count_rows((path,), INFO) == 64
+    with pytest.raises(DataError, match=r"is damaged: it holds more than the 64 images it claims; download it again"):
+        read_image_set((path,), HUB, INFO)
+
+
+def test_names_nested_too_deep_to_read_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    metadata = {b"huggingface": b"[" * 100_000}
+    pq.write_table(pa.table({"label": [0]}).replace_schema_metadata(metadata), path)
+    assert class_names(path, HUB) == ()
+
+
 def test_mutated_batches_are_read_or_refused() -> None:
     batch = {b"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8), b"labels": [0, 1], b"filenames": [b"a", b"b"]}
     refused: list[str] = []
@@ -106,6 +127,39 @@ def test_a_batch_of_nested_lists_is_refused_before_it_unfolds() -> None:
         laughs = [laughs] * 10  # 10^31 items in a kB
     with pytest.raises(DataError, match="it holds a list of lists, which no CIFAR batch needs"):
         load_batch(pickle.dumps({b"labels": laughs}, protocol=2), where="batch")
+
+
+LONG = b"x" * 4000
+NUMBERS = [7] * 4000
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {b"data": 0, b"labels": [LONG] * 2000},
+        {bytes((first, second)): LONG for first in range(64) for second in range(64)},
+        {bytes((first, second)): NUMBERS for first in range(64) for second in range(64)},
+    ],
+    ids=["list of one text", "entries of one text", "entries of one list"],
+)
+def test_a_batch_that_repeats_itself_is_refused_before_it_unfolds(batch: dict[bytes, object]) -> None:
+    # 2,000 or 4,096 copies of 4,000 bytes or items are 8 or 16 million.
+    for protocol in (2, 4):
+        raw = pickle.dumps(batch, protocol=protocol)
+        assert len(raw) < 140_000
+        with pytest.raises(DataError, match="it unfolds to a multiple of its size"):
+            load_batch(raw, where="batch")
+
+
+def test_bytes_that_are_encoded_again_and_again_are_refused() -> None:
+    # 2,000 times the bytes of one text, 9 bytes each time.
+    codes = pickle.BINUNICODE + (4000).to_bytes(4, "little") + LONG + pickle.BINPUT + b"\x00" + pickle.POP
+    latin1 = pickle.SHORT_BINSTRING + b"\x06latin1" + pickle.BINPUT + b"\x01" + pickle.POP
+    encode = b"c_codecs\nencode\n" + pickle.BINPUT + b"\x02" + pickle.POP
+    copy = pickle.BINGET + b"\x02" + pickle.BINGET + b"\x00" + pickle.BINGET + b"\x01" + pickle.TUPLE2 + pickle.REDUCE
+    raw = pickle.PROTO + b"\x02" + codes + latin1 + encode + pickle.MARK + copy * 2000 + pickle.LIST + pickle.STOP
+    with pytest.raises(DataError, match="it unfolds to a multiple of its size"):
+        load_batch(raw, where="batch")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,10 @@ def read_encoded(shards: Shards, hub: HubLayout, info: DatasetInfo) -> Iterator[
             images = batch[hub.image_column].field("bytes")
             for content, label in zip(images, labels.to_pylist(), strict=True):
                 encoded = content.as_py()
+                if row == expected:
+                    raise DataError(
+                        f"{path} is damaged: it holds more than the {expected:,} images it claims; download it again"
+                    )
                 if not encoded:
                     raise DataError(f"{path}, row {row}: the image is missing")
                 yield f"{path}, row {row}", encoded, label
@@ -141,7 +145,7 @@ def class_names(path: Path, hub: HubLayout) -> tuple[str, ...]:
     try:
         metadata = _open(path).schema_arrow.metadata or {}
         names = json.loads(metadata[b"huggingface"])["info"]["features"][hub.label_column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ()
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
