@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import advmoe
 from advmoe.config import ModelConfig, TrainConfig, to_dict
@@ -427,6 +428,14 @@ def test_a_weight_that_is_one_number_repeated_is_refused(saved: Path) -> None:
     weights[name] = torch.zeros(()).expand(weights[name].shape)
     with pytest.raises(CheckpointError, match=f"{name} must be stored in full"):
         load_checkpoint(rewritten(saved, weights=weights)).build()
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda weight: weight.to("meta")], ids=["sparse", "meta"])
+def test_a_weight_without_a_number_for_each_place_is_refused(saved: Path, change: Callable[[Tensor], Tensor]) -> None:
+    weights = load_checkpoint(saved).weights
+    changed = rewritten(saved, weights=weights | {"classifier.weight": change(weights["classifier.weight"])})
+    with pytest.raises(CheckpointError, match=r"classifier.weight must be a dense tensor with values"):
+        load_checkpoint(changed).build()
 
 
 @pytest.mark.parametrize("form", ["deflated", "overlapping"])

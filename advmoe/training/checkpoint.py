@@ -92,13 +92,16 @@ def check_weights(model: RoutedNetwork, weights: Mapping[str, torch.Tensor]) -> 
     """Compare weights with those of a model, whose tensors may be on the device `meta`.
 
     Raises:
-        ConfigError: They differ in name, shape or type, or several numbers are stored as one.
+        ConfigError: They differ in name, shape or type, several numbers are stored as one, or they
+            are sparse or without values.
     """
     own = model.state_dict()
     for name in (*own, *weights):
         if name not in weights or name not in own:
             raise ConfigError(f"{shown(name)} is {'missing' if name in own else 'not part of this model'}")
         expected, found = own[name], weights[name]
+        if found.is_nested or found.layout != torch.strided or found.is_meta:
+            raise ConfigError(f"{name} must be a dense tensor with values")
         if expected.shape != found.shape or expected.dtype != found.dtype:
             raise ConfigError(
                 f"{name} must be {expected.dtype} {list(expected.shape)}, got {found.dtype} {list(found.shape)}"
