@@ -678,6 +678,44 @@ def test_sigterm_finishes_the_request_under_way_refuses_others_and_ends_with_0(
         http.get("/v2/health/live")
 
 
+def test_the_images_of_a_client_that_has_gone_are_not_computed(path: Path, tmp_path: Path) -> None:
+    gate, busy = tmp_path / "open", tmp_path / "busy"
+    gate.touch()
+    gated = (
+        "import time\nfrom pathlib import Path\nfrom advmoe_export import Session\nexecute = Session.execute\n"
+        f"def wait(self, images):\n    Path({str(busy)!r}).touch()\n"
+        f"    while not Path({str(gate)!r}).exists():\n        time.sleep(0.01)\n"
+        "    return execute(self, images)\nSession.execute = wait"
+    )
+    body = png()
+    request = b"POST /classify HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with server(path, before=gated) as (_, http), connect(http) as first:
+
+        def wait_for(*lines: str) -> None:
+            for _ in range(500):
+                text = http.get("/metrics").text
+                if all(f"{line}\n" in text for line in lines):
+                    return
+                time.sleep(0.01)
+            raise AssertionError(text)
+
+        gate.unlink()
+        busy.unlink()
+        first.sendall(request)
+        while not busy.exists():
+            time.sleep(0.01)
+        with connect(http) as second:
+            second.sendall(request)
+            wait_for("advmoe_open_requests 2.0", "advmoe_waiting_images 1.0")
+        wait_for("advmoe_open_requests 1.0", "advmoe_waiting_images 0.0")
+        gate.touch()
+        assert receive(first).startswith("HTTP/1.1 200")
+        with connect(http) as third:
+            third.sendall(request)
+            assert receive(third).startswith("HTTP/1.1 200")
+        assert "advmoe_images_total 2.0\n" in http.get("/metrics").text
+
+
 def test_a_body_that_never_comes_is_given_up(path: Path) -> None:
     with server(path, "--timeout", "0.3") as (_, http):
         connection = socket.create_connection((http.base_url.host, http.base_url.port or 0))

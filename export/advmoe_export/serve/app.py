@@ -165,7 +165,7 @@ class ModelServer:
         with self.batcher.admit():
             body = await self._body(request)
             pixels = await self._in_thread(self._decode, body)
-            outputs = await self.batcher.submit(pixels)
+            outputs = await self._compute(request, pixels)
         prediction = self.session.interpret(dict(outputs))
         probabilities = prediction.probabilities[0]
         order = np.argsort(-probabilities, kind="stable")[:TOP]
@@ -185,7 +185,7 @@ class ModelServer:
         with self.batcher.admit():
             body = await self._body(request)
             infer, images = await self._in_thread(self._parse, body, request.headers.get(protocol.HEADER))
-            outputs = await self.batcher.submit(images)
+            outputs = await self._compute(request, images)
             content, json_length = await self._in_thread(self._write, infer, outputs)
         if json_length is None:
             return Response(content, media_type="application/json")
@@ -287,6 +287,23 @@ class ModelServer:
         request.state.body_read = True
         return bytes(body)
 
+    async def _compute(self, request: Request, images: npt.NDArray[Any]) -> Outputs:
+        """All outputs for the images of a request whose body was read.
+
+        Raises:
+            ClientDisconnect: the client went away. Images that still waited are not computed.
+        """
+        computed = asyncio.create_task(self.batcher.submit(images))
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait((computed, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not computed.done():
+                raise ClientDisconnect
+            return computed.result()
+        finally:
+            computed.cancel()
+            gone.cancel()
+
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Do work of an admitted request in one of few threads.
 
@@ -317,6 +334,12 @@ class ModelServer:
 
     def _write(self, request: protocol.InferRequest, outputs: Outputs) -> tuple[bytes, int | None]:
         return protocol.write_response(request, outputs, model=self.config.model_name, labels=self.metadata.labels)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _cores() -> int:
