@@ -13,12 +13,15 @@ import pytest
 import torch
 from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, resumed, scripted, train
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.config import TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
 from advmoe.errors import CheckpointError, ConfigError, TrainingError
+from advmoe.models.registry import build_model
 from advmoe.routing_log import RouteLog
 from advmoe.training import loop, steps, streams
+from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import load_checkpoint
 from advmoe.training.guard import take_step
 from advmoe.training.loop import Trainer
@@ -134,6 +137,28 @@ def test_the_moving_average_is_what_is_kept(digits: Dataset, tmp_path: Path) -> 
     assert last.training_weights is not None
     assert torch.equal(last.training_weights["classifier.weight"], seen[-1])
     torch.testing.assert_close(last.weights["classifier.weight"], average)
+
+
+def test_the_moving_average_has_the_bits_of_torchs() -> None:
+    torch.manual_seed(0)
+    model = build_model(MODEL)
+    ours = WeightAverage(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        model.train()(torch.rand(4, 3, 32, 32))
+        ours.update()
+        theirs.update_parameters(model)
+    counts, theirs_of = 0, theirs.module.state_dict()
+    for name, value in ours.network.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, theirs_of[name]), name
+        else:
+            counts += 1
+            assert value == 3, "numbers of batches are not averaged"
+    assert counts
 
 
 def test_a_run_starts_from_the_weights_it_is_given(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:

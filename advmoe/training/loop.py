@@ -14,12 +14,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
 from advmoe.data.loader import Batch
@@ -34,6 +33,7 @@ from advmoe.models.dispatch import computing
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
+from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights, optimizer_state
 from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.guard import MOST_IN_A_ROW, READ_EVERY, Watch
@@ -121,13 +121,7 @@ class Trainer:
         self.model: RoutedNetwork = model.to(device)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()
-        self.average = self._new_average()
-        self._counts = [
-            (kept, own)
-            for kept, own in zip(self._validated().buffers(), self.model.buffers(), strict=True)
-            if kept is not own and not kept.is_floating_point()
-        ]
-        """Numbers of batches, which an average would round down."""
+        self.average = None if config.ema == 0 else WeightAverage(self.model, config.ema)
         self.streams = Streams(self.split, model_config, config, number=len(self.levels), device=device)
         self.steps_per_epoch = self.streams.steps_per_epoch
         self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
@@ -208,9 +202,7 @@ class Trainer:
         self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], of_last)
         self.step += 1
         if self.average is not None:
-            self.average.update_parameters(self.model)
-            for kept, counted in self._counts:
-                kept.copy_(counted)
+            self.average.update()
         for level, batch, sums, result in zip(levels, batches, self.sums, results, strict=True):
             if result is not None:
                 sums.add(result)
@@ -364,16 +356,9 @@ class Trainer:
         )
         return CompiledNetwork(self.model, graphs=way == "graphs")
 
-    def _new_average(self) -> AveragedModel | None:
-        if self.config.ema == 0:
-            return None
-        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema), use_buffers=True)
-
     def _validated(self) -> RoutedNetwork:
         """The network that is validated and kept."""
-        if self.average is None:
-            return self.model
-        return cast(RoutedNetwork, self.average.module)
+        return self.model if self.average is None else self.average.network
 
     def _unite(self) -> None:
         """Send the ranks' records about their images to rank 0, the only one that writes."""
@@ -447,5 +432,5 @@ class Trainer:
         check(checkpoint.training_weights is not None, "it has no weights to go on training from")
         assert checkpoint.training_weights is not None
         load_weights(self.model, checkpoint.training_weights)
-        load_weights(cast(RoutedNetwork, self.average.module), checkpoint.weights)
-        self.average.n_averaged.fill_(progress.step)
+        load_weights(self.average.network, checkpoint.weights)
+        self.average.updates = progress.step
