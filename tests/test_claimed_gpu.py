@@ -9,7 +9,10 @@ import torch
 from claimed_gpu import claimed_gpu
 from torch import nn
 
+from advmoe import create_model
+from advmoe.attacks.relaxations import mixture_view
 from advmoe.cli.app import main
+from advmoe.evaluation.cost import measure_cost
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,26 @@ def test_gradients_cross_devices() -> None:
     assert x.grad is not None
     assert not x.grad.is_cuda
     assert np.allclose(x.grad.numpy(), layer.weight.detach().cpu().numpy())
+
+
+def test_a_gpu_counts_the_operations_of_one_expert() -> None:
+    model = create_model("vgg16", width=0.0625)
+    on_cpu = measure_cost(model, 32)
+    assert measure_cost(model.to("cuda"), 32) == on_cpu
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_the_gradient_of_the_mixture_is_that_of_a_cpu(number: int) -> None:
+    torch.manual_seed(0)
+    model = create_model("vgg16", width=0.125, num_experts=number, model_scale=1 / number).double().eval()
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        x = images.to(device).requires_grad_()
+        logits = mixture_view(model.to(device))(x, torch.arange(4, device=device))
+        found.append((logits.cpu().detach(), torch.autograd.grad(logits.square().sum(), x)[0].cpu()))
+    for of_cpu, of_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(of_gpu, of_cpu, rtol=1e-9, atol=1e-12)
 
 
 def advmoe(*arguments: object) -> None:

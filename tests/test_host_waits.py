@@ -1,6 +1,7 @@
 """Waits of the host for the device in training: their number, and equal results with late reading."""
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from advmoe.device import read
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for
 from advmoe.training import loop
+from advmoe.training.average import WeightAverage
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import METHODS
 
@@ -111,6 +113,15 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
     assert not waits, f"the host waited: {dict(waits)}"
 
 
+def test_an_average_of_the_weights_never_waits() -> None:
+    model = build_model(MODEL)
+    average = WeightAverage(model, 0.9)
+    with counted() as waits:
+        average.update()
+        average.update()
+    assert not waits, f"the host waited: {dict(waits)}"
+
+
 def test_the_count_sees_what_waits() -> None:
     x = torch.rand(4)
     with counted() as waits:
@@ -131,8 +142,9 @@ def test_a_step_never_waits_for_a_gpu(name: str) -> None:
     step = stepper(*SETTINGS[name], torch.device("cuda", 0))
     for i in range(2):
         step(i)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns once that this is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         step(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")

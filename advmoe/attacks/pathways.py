@@ -85,24 +85,24 @@ def router_margins(logits_BRN: Tensor, expert_BR: Tensor) -> Tensor:
 
 def steered_view(model: RoutedNetwork, pathways_BL: Tensor) -> Forward:
     """[logits of f_P, margin of each router along P], [b, classes + R], where P is the image's row of `pathways_BL`."""
-    places = decisions(model)
+    chosen_BR = pathways_BL[:, decisions(model)]  # not in each pass, where a GPU would wait for the list
 
     def forward(images: Tensor, rows: Tensor) -> Tensor:
         logits, routing = model.forward_with_routing(images, pathways_BL[rows], tape_type=SteeredTape)
         assert routing.logits_BRN is not None
-        return torch.cat((logits, router_margins(routing.logits_BRN, pathways_BL[rows][:, places])), dim=1)
+        return torch.cat((logits, router_margins(routing.logits_BRN, chosen_BR[rows])), dim=1)
 
     return forward
 
 
 def disturbed_view(model: RoutedNetwork, pathways_BL: Tensor) -> Forward:
     """[the model's logits, each router's margin for the image's clean choice], [b, classes + R]."""
-    places = decisions(model)
+    chosen_BR = pathways_BL[:, decisions(model)]
 
     def forward(images: Tensor, rows: Tensor) -> Tensor:
         logits, routing = model.forward_with_routing(images, tape_type=SeeingTape)
         assert routing.logits_BRN is not None
-        return torch.cat((logits, router_margins(routing.logits_BRN, pathways_BL[rows][:, places])), dim=1)
+        return torch.cat((logits, router_margins(routing.logits_BRN, chosen_BR[rows])), dim=1)
 
     return forward
 

@@ -94,8 +94,10 @@ class MixtureTape(SeeingTape):
             return compute(x_BCHW, decision)
         weight_BN = (logits_BN / self._temperature).softmax(dim=1)
         chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
-        alone = [decision._replace(expert_index_B=torch.full_like(chosen_B, e), gate=None) for e in range(number)]
-        outputs = [compute(x_BCHW, taken) for taken in alone]
+        outputs = [
+            compute(x_BCHW, decision._replace(expert_index_B=torch.full_like(chosen_B, e), gate=None, alone=e))
+            for e in range(number)
+        ]
         output_NB = torch.stack(outputs)
         places = (1,) * (output_NB.ndim - 2)
         mixture_B = (weight_BN.T.reshape(*weight_BN.T.shape, *places) * output_NB).sum(dim=0)

@@ -62,7 +62,11 @@ class Order:
     @classmethod
     def of(cls, expert_index_B: Tensor, num_experts: int) -> Order:
         """The order of a batch. On a GPU the host waits for the device, because it has to know the counts."""
-        counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
+        if expert_index_B.is_cuda:  # where bincount waits twice more, for the least and the largest number
+            experts_N = torch.arange(num_experts, device=expert_index_B.device)
+            counts = (expert_index_B[:, None] == experts_N).sum(dim=0).tolist()
+        else:
+            counts = torch.bincount(expert_index_B, minlength=num_experts).tolist()
         present = tuple(expert for expert, count in enumerate(counts) if count) or (0,)
         order_B = expert_index_B if len(present) == 1 else expert_index_B.argsort(stable=True)
         return cls(expert_index_B, order_B, present, tuple(counts[expert] for expert in present))
@@ -247,6 +251,8 @@ def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:
     If a graph must not depend on the data (`computes_all`), all experts are computed and one is
     selected.
     """
+    if decision.alone is not None and x.is_cuda:
+        return experts.output(decision.alone, x)
     if computes_all(x, experts.num_experts):
         return select([experts.output(expert, x) for expert in range(experts.num_experts)], decision)
     order = Order.of(decision.expert_index_B, experts.num_experts)
@@ -303,7 +309,9 @@ def select(outputs: Sequence[Tensor], decision: Decision) -> Tensor:
     else:
         assert decision.other_B is not None
         terms = [(change.gather(1, decision.other_B[:, None]), _pick(outputs, decision.other_B) - y)]
-    return y + sum(factor.reshape(-1, *(1,) * (y.ndim - 1)) * output.detach() for factor, output in terms)
+    for factor, output in terms:
+        y = y + factor.reshape(-1, *(1,) * (y.ndim - 1)) * output.detach()
+    return y
 
 
 def _pick(outputs: Sequence[Tensor], index_B: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ class Decision(NamedTuple):
     """For `sampled`: another expert of each image, int64 in [0, N)."""
     scales: bool = False
     """Whether the layer's output is multiplied by the router's probability of the chosen expert (`scaled`)."""
+    alone: int | None = None
+    """The expert of all images, where that is known without looking; there is no gate then. A GPU
+    need not ask the images, nor compute the other experts."""
 
 
 class Routing(NamedTuple):
@@ -123,8 +126,11 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     if not sampled and number > 2:
         gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, relative)
         return decision._replace(gate=gate_BN, signal="all")
-    turn_B = positions(len(chosen_B), chosen_B.device) % (number - 1)  # batches are shuffled
-    other_B = (chosen_B + 1 + turn_B) % number
+    if number == 2:
+        other_B = 1 - chosen_B
+    else:
+        turn_B = positions(len(chosen_B), chosen_B.device) % (number - 1)  # batches are shuffled
+        other_B = (chosen_B + 1 + turn_B) % number
     gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], relative)
     return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)
 
