@@ -658,6 +658,12 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             "too few for BatchNorm; use fewer parts or a larger batch",
             "accumulate",
         )
+        check(
+            self.accumulate == 1 or self.compile != "graphs",
+            f"compile graphs overwrites the gradients that accumulate {self.accumulate} adds up; use compile kernels",
+            "compile",
+            "accumulate",
+        )
         for name, value in (("awp", self.awp), ("balance", self.balance)):
             check(
                 self.accumulate == 1 or value == 0,
