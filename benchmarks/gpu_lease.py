@@ -222,6 +222,8 @@ def gpu_tests() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise SystemExit(f"tests failed, so this step is not done:\n{done.stdout[-4000:]}")
     return {"returncode": done.returncode, "last_lines": done.stdout.splitlines()[-5:]}
 
 
@@ -230,10 +232,15 @@ def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
     folder = out / f"run-{kind}-{method}"
     command = [sys.executable, "-m", "advmoe", "train", "cifar10", "--arch", "resnet18", "--kind", kind]
     command += ["--method", method, "--epochs", str(epochs), "--precision", "bf16", "--out", str(folder)]
+    command += ["--checkpoint-minutes", "2"]
     began = time.perf_counter()
-    done = subprocess.run(command + ["--resume"] * (folder / "last.pt").exists(), check=False)
-    if done.returncode:
-        raise SystemExit(f"{folder} is not complete (exit code {done.returncode}); run this step again")
+    with subprocess.Popen(command + ["--resume"] * (folder / "last.pt").exists()) as process:
+        try:
+            returncode = process.wait()
+        except KeyboardInterrupt:  # the training got it too, and saves before it ends
+            returncode = process.wait()
+    if returncode:
+        raise SystemExit(f"{folder} is not complete (exit code {returncode}); run this step again")
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     return {"seconds_of_this_lease": time.perf_counter() - began, "metrics": json.loads(last)}
 
