@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from advmoe_export import ExportReport, Session, VerificationError, export_model
+import torch
+from advmoe_export import PROFILES, ExportReport, Session, UnsupportedModelError, VerificationError, export_model
 from advmoe_export.trace import Traced, trace
 from advmoe_export.verify import Reference, run_reference, verify
 from conftest import SmallMoE
-from torch import nn
+from torch import Tensor, nn
 
 LABELS = [f"class {i}" for i in range(10)]
 VERIFY = sys.modules["advmoe_export.verify"]  # the package's own `verify` is the function
@@ -145,3 +146,44 @@ def test_an_int8_file_with_other_labels_or_absurd_logits_is_not_written(
     with pytest.raises(VerificationError, match=f"was not written: .*{message}"):
         export_int8(small_moe(), tmp_path / "model.onnx", calibration=images_of(8))
     assert list(tmp_path.iterdir()) == []
+
+
+class Large(nn.Module):
+    """A network with activations of about 100 * `size`, and logits of ordinary size."""
+
+    def __init__(self, size: float, weight: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = size
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 1, bias=False)
+        self.second.weight.data *= weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(self.first(x)) * 100 * self.size).mean((2, 3))
+        return y / 100 / self.size
+
+
+def test_an_overflow_of_float16_is_found_on_a_cpu(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_size": 16, "labels": LABELS, "dtype": "fp16", "allow_unrouted": True}
+    path = tmp_path / "model.onnx"
+    report = export_model(Large(1e1), path, **options)
+    assert {check.optimization for check in report.verification.checks} >= {"all", "rounded"}
+    # Each factor is within float16, their product is not.
+    with pytest.raises(VerificationError, match=r"infinite or NaN .*'rounded'; float16 ends at 65504"):
+        export_model(Large(6e4), tmp_path / "large.onnx", **options)
+    with pytest.raises(UnsupportedModelError, match=r"float16 ends at 65504, but '.*' has a value of size .*; export"):
+        export_model(Large(1e1, weight=1e6), tmp_path / "weight.onnx", **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_value_of_a_float16_file_is_rounded(profile: str, small_moe: Callable[..., Any], tmp_path: Path) -> None:
+    images = images_of(3)
+    path = tmp_path / "model.onnx"
+    options: dict[str, Any] = {"image_size": 16, "labels": LABELS, "dtype": "fp16", "profile": profile}
+    report = export_model(small_moe(), path, images=images, **options)
+    differences = {check.optimization: check.difference for check in report.verification.checks if check.size == 1}
+    # Rounding the activations adds to the rounding of the weights, which all graphs have.
+    assert differences["rounded"] != differences["disable"]
+    assert report.agreement is not None
+    assert report.agreement.same_pathway == 1.0

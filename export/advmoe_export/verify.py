@@ -11,9 +11,11 @@ Shape suffixes: B batch, H height, L MoE layers, W width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
 
 BATCHES = (1, 2, 7, 64)
 """Batch sizes that are compared if the profile accepts them."""
+ROUNDED = "rounded"
+"""Name, beside the optimization levels, of the graph that rounds every value to float16."""
 IMAGES_AT_A_TIME = 64
 """Largest batch that the module computes."""
 
@@ -88,7 +92,7 @@ class Check:
     size: int
     """Number of images."""
     optimization: str
-    """onnxruntime's optimization level."""
+    """onnxruntime's optimization level, or `rounded` for a float16 graph in which every value is rounded."""
     flipped: int
     """Number of images with different pathways."""
     worst_flip_margin: float
@@ -172,9 +176,10 @@ class VerificationReport:
             return self._too_few() or f"logits agree within {self.difference:.1e}"
         infinite = max(failed, key=lambda check: check.not_finite)
         if infinite.not_finite:
+            hint = "; float16 ends at 65504, so export with fp32" if infinite.optimization == ROUNDED else ""
             return (
                 f"logits of {infinite.not_finite} of {infinite.size} images are infinite or NaN "
-                f"in batch '{infinite.batch}', optimization '{infinite.optimization}'"
+                f"in batch '{infinite.batch}', optimization '{infinite.optimization}'{hint}"
             )
         flip = max(failed, key=lambda check: check.worst_flip_margin)
         if flip.worst_flip_margin > self.tolerance.margin:
@@ -312,6 +317,9 @@ def verify(
 ) -> VerificationReport:
     """Compare a file with its traced program, on the CPU.
 
+    A float16 file is also compared with every value rounded to float16, because onnxruntime
+    computes it in float32 on a CPU.
+
     Args:
         path: the `.onnx` file.
         program: `Traced.program` of the module.
@@ -325,12 +333,15 @@ def verify(
     tolerance = tolerance or TOLERANCES[metadata.dtype]
     probes = run_reference(program, probe_images(metadata.image_size, metadata.input_type))
     sources = {"synthetic": probes} if reference is None else {"synthetic": probes, "given": reference}
-    checks = [
-        _compare(source, name, batch, session, level, tolerance)
-        for source, images in sources.items()
-        for name, batch in _batches(source, images, metadata.batch_size)
-        for level, session in sessions.items()
-    ]
+    with _rounding_session(Path(path), metadata.dtype) as rounding:
+        if rounding is not None:
+            sessions[ROUNDED] = rounding
+        checks = [
+            _compare(source, name, batch, session, level, tolerance)
+            for source, images in sources.items()
+            for name, batch in _batches(source, images, metadata.batch_size)
+            for level, session in sessions.items()
+        ]
     return VerificationReport(path=str(Path(path)), tolerance=tolerance, checks=tuple(checks))
 
 
@@ -343,7 +354,8 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         targets: int64 [B], classes of the images, or None.
     """
     session = Session(path, check_data=False)
-    outputs = _run(session, reference.images, max(BATCHES))
+    with _rounding_session(Path(path), session.metadata.dtype) as rounding:
+        outputs = _run(rounding or session, reference.images, max(BATCHES))
     labels, expected = outputs["logits"].argmax(axis=1), reference.logits.argmax(axis=1)
     same = (outputs.get("expert_index", reference.expert_index) == reference.expert_index).all(axis=1)
     right = None if targets is None else np.asarray(targets)
@@ -354,6 +366,23 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         module_accuracy=None if right is None else float((expected == right).mean()),
         file_accuracy=None if right is None else float((labels == right).mean()),
     )
+
+
+@contextlib.contextmanager
+def _rounding_session(path: Path, dtype: str) -> Iterator[Session | None]:
+    """A session that rounds every value of a float16 file to float16, as a GPU does; None for other types.
+
+    The graph is not optimized, so no rounding is removed.
+    """
+    if dtype != "fp16":
+        yield None
+        return
+    from advmoe_export.passes.rounded import write_rounded
+
+    with tempfile.TemporaryDirectory() as folder:
+        rounded = Path(folder) / "rounded.onnx"
+        write_rounded(path, rounded)
+        yield Session(rounded, threads=1, optimization="disable", check_data=False)
 
 
 def _batches(source: str, reference: Reference, fixed: int | None) -> Iterator[tuple[str, Reference]]:

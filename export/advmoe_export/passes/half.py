@@ -7,15 +7,20 @@ nodes read of their results is converted to float16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from advmoe_export.errors import UnsupportedModelError
 from advmoe_export.operators import decision_of
 from advmoe_export.passes.contract import GraphPass, is_full_precision, outputs_keep_their_types
 from advmoe_export.passes.editing import constant, insert_one
 from advmoe_export.passes.fold_batchnorm import batchnorm_is_folded
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+LARGEST_HALF = float(np.finfo(np.float16).max)
 FLOAT_ONLY = frozenset({"Resize", "Upsample"})
 """Operators whose constant float inputs must stay in float32."""
 
@@ -35,7 +40,11 @@ class UseHalfPrecision(GraphPass):
     leaves = (outputs_keep_their_types, routers_are_float32)
 
     def change(self, graph: ir.Graph) -> None:
-        """Convert weights and activations to float16."""
+        """Convert weights and activations to float16.
+
+        Raises:
+            UnsupportedModelError: a weight is beyond the range of float16.
+        """
         _narrow(graph)
 
 
@@ -62,6 +71,17 @@ def router_nodes(graph: ir.Graph) -> set[ir.Node]:
         if computed and logits not in node.outputs and all(value.producer() in found for value in computed):
             found.add(node)
     return found
+
+
+def _as_half(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.float16]:
+    """A constant in float16. The limits of float32, which mean no limit, become infinite."""
+    largest = float(np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0))
+    if LARGEST_HALF < largest < np.finfo(np.float32).max:
+        raise UnsupportedModelError(
+            f"float16 ends at {LARGEST_HALF:g}, but '{name}' has a value of size {largest:.4g}; export with fp32"
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16)
 
 
 def _score(decision: ir.Value | None) -> ir.Value | None:
@@ -106,9 +126,8 @@ def _narrow(graph: ir.Graph) -> None:
                     rounded[value] = insert_one(graph, node, "Cast", [value], {"to": HALF.value}, half)
                 node.replace_input_with(position, rounded[value])
             elif value.const_value is not None and node.op_type not in FLOAT_ONLY:
-                array = value.const_value.numpy()
-                with np.errstate(over="ignore"):
-                    node.replace_input_with(position, constant(graph, array.astype(np.float16), f"{value.name}.half"))
+                array = _as_half(value.const_value.numpy(), str(value.name))
+                node.replace_input_with(position, constant(graph, array, f"{value.name}.half"))
         if node.op_type == "Cast" and node.attributes.get_int("to") == FLOAT.value:
             node.attributes["to"] = ir.AttrInt64("to", HALF.value)
         for output in node.outputs:
