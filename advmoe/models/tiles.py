@@ -1,8 +1,8 @@
 """A Triton convolution that computes each tile of an image with the image's expert, without sorting images.
 
 The grid of programs depends on shapes only. The host therefore needs no counts and does not wait,
-and only the chosen expert is computed. Products are summed in fp32 and in a fixed order; fp32
-inputs are multiplied exactly in fp32 (no TF32).
+and only the chosen expert is computed. Products are summed in fp32 and in a fixed order. Numbers of
+fp32 are multiplied as torch's own convolutions multiply them (`convolves_in_tf32`).
 
 Shape suffixes: B batch, C channels (of the input), N experts, S slots of an expert (its output
 channels).
@@ -57,6 +57,7 @@ def _convolve_tile(  # type: ignore[no-untyped-def]
     stride,
     padding,
     backward: tl.constexpr,
+    precision: tl.constexpr,
     pixels: tl.constexpr,
     columns: tl.constexpr,
     depth: tl.constexpr,
@@ -95,7 +96,7 @@ def _convolve_tile(  # type: ignore[no-untyped-def]
             (channel < channels_out)[None, :] & (source < channels_in)[:, None],
             0.0,
         )
-        total = tl.dot(values, weights, total, input_precision="ieee")
+        total = tl.dot(values, weights, total, input_precision=precision)
     tl.store(
         y + (image * channels_out + channel[None, :]) * places + place[:, None],
         total.to(y.dtype.element_ty),
@@ -122,6 +123,7 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
     padding,
     experts,
     splits: tl.constexpr,
+    precision: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
     depth: tl.constexpr,
@@ -154,7 +156,7 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
                 seen[:, None] & (source < channels_in)[None, :],
                 0.0,
             )
-            total = tl.dot(slopes, values, total, input_precision="ieee")
+            total = tl.dot(slopes, values, total, input_precision=precision)
     tl.store(
         partial
         + (((split * experts + expert) * channels_out + filter[:, None]) * channels_in + source[None, :]) * taps
@@ -208,7 +210,19 @@ def filter_gradient(gradient: Tensor, x: Tensor, expert_index_B: Tensor, bank: T
     grid = (experts * kernel[0] * kernel[1] * SPLITS, triton.cdiv(size, rows), triton.cdiv(channels, columns))
     shapes = (*x.shape[1:], *gradient.shape[1:], *kernel)
     _filter_gradient_tile[grid](
-        x, gradient, order_B, first_of, partial, *shapes, *geometry, experts, SPLITS, rows, columns, DEPTH
+        x,
+        gradient,
+        order_B,
+        first_of,
+        partial,
+        *shapes,
+        *geometry,
+        experts,
+        SPLITS,
+        _precision(x),
+        rows,
+        columns,
+        DEPTH,
     )
     return partial.sum(dim=0).to(bank.dtype)
 
@@ -228,7 +242,13 @@ def _launch(
     if not len(y):
         return
     shapes = (*x.shape[1:], *y.shape[1:], *steps, *bank.shape[3:])
-    _convolve_tile[grid](x, bank, expert_index_B.contiguous(), y, *shapes, *geometry, backward, pixels, columns, DEPTH)
+    chosen_B, tile = expert_index_B.contiguous(), (pixels, columns, DEPTH)
+    _convolve_tile[grid](x, bank, chosen_B, y, *shapes, *geometry, backward, _precision(x), *tile)
+
+
+def _precision(x: Tensor) -> str:
+    """How Triton multiplies numbers like those of x: TF32 and bf16 use the tensor cores, exact fp32 does not."""
+    return "tf32" if x.dtype == torch.float32 and convolves_in_tf32() else "ieee"
 
 
 def _tile(length: int) -> int:
