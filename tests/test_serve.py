@@ -158,6 +158,44 @@ def test_tritons_classification_names_the_best_classes(session: Session) -> None
     assert [text.split(":")[1:] for text in entry["data"]] == [[str(i), LABELS[i]] for i in order]
 
 
+def answers_for(session: Session, logits: np.ndarray, *requests: dict[str, Any]) -> list[httpx.Response]:
+    """The answers if the model gives these logits [K] for each image."""
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return {**session.execute(images), "logits": np.repeat(logits[None], len(images), axis=0)}
+
+    async def send() -> list[httpx.Response]:
+        async with client(session) as (http, model):
+            model.batcher._run = run
+            return [await http.post(**request) for request in requests]
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_json_cannot_express_are_an_error_and_as_raw_tensors_an_answer(
+    session: Session, value: float
+) -> None:
+    logits = np.arange(10, dtype=np.float32)
+    logits[3] = value
+    url = "/v2/models/small/infer"
+    best = [{"name": "logits", "parameters": {"classification": 2}}]
+    raw = [{"name": "logits", "parameters": {"binary_data": True}}]
+    *failed, fine = answers_for(
+        session,
+        logits,
+        {"url": "/classify", "content": png()},
+        {"url": url, "json": infer(FLOATS[:1])},
+        {"url": url, "json": infer(FLOATS[:1], outputs=best)},
+        {"url": url, "json": infer(FLOATS[:1], outputs=raw)},
+    )
+    for answer in failed:
+        assert answer.status_code == 500
+        assert "the output 'logits' has values that are NaN or infinite" in answer.json()["error"]
+    length = int(fine.headers["Inference-Header-Content-Length"])
+    np.testing.assert_array_equal(np.frombuffer(fine.content[length:], "<f4"), logits)
+
+
 def change(**fields: Any) -> dict[str, Any]:
     request = infer(FLOATS[:1])
     request["inputs"][0] |= fields

@@ -74,7 +74,8 @@ class ModelServer:
     def _observe(self, images: int, seconds: float, outputs: Outputs) -> None:
         self.metrics.batch(images, seconds, outputs)
         if self.monitor is not None:
-            self.monitor.record(self.session.interpret(dict(outputs)))
+            with np.errstate(invalid="ignore"):  # the probabilities, which are not recorded, may be NaN
+                self.monitor.record(self.session.interpret(dict(outputs)))
 
     def app(self) -> Starlette:
         """The application."""
@@ -166,6 +167,7 @@ class ModelServer:
             body = await self._body(request)
             pixels = await self._in_thread(self._decode, body)
             outputs = await self._compute(request, pixels)
+        protocol.check_finite(protocol.LOGITS, outputs[protocol.LOGITS])
         prediction = self.session.interpret(dict(outputs))
         probabilities = prediction.probabilities[0]
         order = np.argsort(-probabilities, kind="stable")[:TOP]

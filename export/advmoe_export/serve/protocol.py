@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import InputError
+from advmoe_export.errors import ExportError, InputError
 from advmoe_export.metadata import ModelMetadata
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
@@ -187,11 +187,17 @@ def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int
 def write_response(
     request: InferRequest, outputs: Mapping[str, npt.NDArray[Any]], *, model: str, labels: tuple[str, ...]
 ) -> tuple[bytes, int | None]:
-    """The body of a response, and the length of its JSON if tensors follow it."""
+    """The body of a response, and the length of its JSON if tensors follow it.
+
+    Raises:
+        ExportError: a value for the JSON is NaN or infinite.
+    """
     entries: list[dict[str, Any]] = []
     tensors: list[bytes] = []
     for wanted in request.outputs:
         values = outputs[wanted.name]
+        if wanted.classes or not wanted.binary:
+            check_finite(wanted.name, values)
         if wanted.classes:
             entries.append(_classification(values, wanted, labels))
             continue
@@ -205,8 +211,18 @@ def write_response(
             entry["data"] = values.reshape(-1).tolist()
         entries.append(entry)
     document = {"model_name": model, "model_version": VERSION, "outputs": entries}
-    text = json.dumps(document if request.id is None else {"id": request.id, **document}).encode()
+    text = json.dumps(document if request.id is None else {"id": request.id, **document}, allow_nan=False).encode()
     return text + b"".join(tensors), len(text) if tensors else None
+
+
+def check_finite(name: str, values: npt.NDArray[Any]) -> None:
+    """Refuse values of an output that JSON cannot express.
+
+    Raises:
+        ExportError: a value is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise ExportError(f"the output '{name}' has values that are NaN or infinite, which JSON cannot express")
 
 
 def _classification(logits: npt.NDArray[Any], wanted: Wanted, labels: tuple[str, ...]) -> dict[str, Any]:
