@@ -196,6 +196,15 @@ def test_logits_that_json_cannot_express_are_an_error_and_as_raw_tensors_an_answ
     np.testing.assert_array_equal(np.frombuffer(fine.content[length:], "<f4"), logits)
 
 
+def test_classes_whose_probabilities_are_rounded_to_zero_are_ranked_by_their_logits(session: Session) -> None:
+    # exp(-200) is below the smallest number of FP32, about exp(-103)
+    logits = np.array([-900, -800, -700, -600, -500, -400, -300, -200, 0, -1000], np.float32)
+    (answer,) = answers_for(session, logits, {"url": "/classify", "content": png()})
+    top = answer.json()["top"]
+    assert [entry["probability"] for entry in top] == [1, 0, 0, 0, 0]
+    assert [entry["label"] for entry in top] == [LABELS[i] for i in (8, 7, 6, 5, 4)]
+
+
 def change(**fields: Any) -> dict[str, Any]:
     request = infer(FLOATS[:1])
     request["inputs"][0] |= fields

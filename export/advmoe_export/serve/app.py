@@ -170,7 +170,7 @@ class ModelServer:
         protocol.check_finite(protocol.LOGITS, outputs[protocol.LOGITS])
         prediction = self.session.interpret(dict(outputs))
         probabilities = prediction.probabilities[0]
-        order = np.argsort(-probabilities, kind="stable")[:TOP]
+        order = np.argsort(-prediction.logits[0], kind="stable")[:TOP]  # small probabilities are rounded to 0
         return JSONResponse(
             {
                 "label": prediction.labels[0],
