@@ -77,6 +77,34 @@ def test_leftovers_of_killed_writes_are_removed_when_a_run_goes_on(digits: Datas
     assert names >= set(others), "a user's files are nobody's leftovers"
 
 
+def test_a_line_that_a_crash_cut_is_not_joined_to_the_next_record(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        (tmp_path / name).write_text('{"step": 2}\n{"ste')
+    with RunFolder(tmp_path) as folder:
+        folder.resume({}, 2, 4)
+        folder.log({"step": 6}, {})
+        folder.note_skipped([{"step": 7}])
+    for name, step in (("metrics.jsonl", 6), ("skipped.jsonl", 7)):
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == [
+            {"step": 2},
+            {"step": step},
+        ]
+
+
+def test_records_are_on_disk_before_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def fsync(file: int) -> None:
+        same = [path for path in tmp_path.glob("*.jsonl") if os.path.samestat(path.stat(), os.fstat(file))]
+        synced.extend(path.read_text() for path in same)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with RunFolder(tmp_path) as folder:
+        folder.log({"step": 2}, {})
+        folder.note_skipped([{"step": 3}, {"step": 4}])
+    assert synced == ['{"step": 2}\n', '{"step": 3}\n{"step": 4}\n']
+
+
 @contextmanager
 def full_disk(allowed: int) -> Iterator[None]:
     """No file of this process may become larger than so many bytes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,14 +105,15 @@ class RunFolder:
 
     def resume(self, config: dict[str, Any], epochs_done: int, steps_done: int) -> None:
         """Continue after this number of epochs and steps. Later records, which a crash left without
-        a checkpoint, are dropped.
+        a checkpoint, are dropped, and so are lines that a crash cut.
         """
         self._lock.acquire()
         self._remove_leftovers()
         self._events = EventLog(self.path, first_step=steps_done + 1, settings=config)
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        if len(lines) > epochs_done:
-            write_text_atomically(self.metrics, "".join(lines[:epochs_done]))
+        kept = [line for line in lines if line.endswith("\n")][:epochs_done]
+        if kept != lines:
+            write_text_atomically(self.metrics, "".join(kept))
         if self.skipped.exists():
             lines = self.skipped.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
@@ -123,8 +125,8 @@ class RunFolder:
         Raises:
             TrainingError: The disk is full, or the folder cannot be written to any more.
         """
-        with self._writing(self.skipped), self.skipped.open("a") as file:
-            file.write("".join(json.dumps(update) + "\n" for update in updates))
+        with self._writing(self.skipped):
+            _append(self.skipped, updates)
 
     def log(self, record: dict[str, Any], pictures: Mapping[str, NDArray[np.uint8]]) -> None:
         """Append an epoch's record to the JSON lines, and its numbers and pictures to TensorBoard.
@@ -133,8 +135,7 @@ class RunFolder:
             TrainingError: The disk is full, or the folder cannot be written to any more.
         """
         with self._writing(self.metrics):
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            _append(self.metrics, [record])
             self._events.add(record["step"], record, pictures)
 
     def save(
@@ -197,3 +198,11 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Append records to a file of JSON lines, and wait until they are on the disk, as checkpoints are."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
