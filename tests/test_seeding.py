@@ -37,3 +37,15 @@ def test_the_global_generator_comes_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), seeded(5):
         torch.rand(1 // 0)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeding_leaves_gpus_alone_that_it_does_not_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"a GPU got seed {seed}")
+
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with seeded(5):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
