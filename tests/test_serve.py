@@ -158,6 +158,17 @@ def test_tritons_classification_names_the_best_classes(session: Session) -> None
     assert [text.split(":")[1:] for text in entry["data"]] == [[str(i), LABELS[i]] for i in order]
 
 
+@pytest.mark.parametrize("more", [{}, {"outputs": []}, {"outputs": None}, {"parameters": None}])
+def test_no_outputs_are_all_outputs_and_parameters_may_be_null(session: Session, more: dict[str, Any]) -> None:
+    request = infer(FLOATS[:1], **more)
+    request["inputs"][0]["parameters"] = None
+    answer = ask(session, "POST", "/v2/models/small/infer", json=request).json()
+    assert [output["name"] for output in answer["outputs"]] == ["logits", "expert_index"]
+    request["outputs"] = [{"name": "expert_index", "parameters": None}]
+    answer = ask(session, "POST", "/v2/models/small/infer", json=request).json()
+    assert [output["name"] for output in answer["outputs"]] == ["expert_index"]
+
+
 def answers_for(session: Session, logits: np.ndarray, *requests: dict[str, Any]) -> list[httpx.Response]:
     """The answers if the model gives these logits [K] for each image."""
 

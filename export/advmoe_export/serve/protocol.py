@@ -46,23 +46,26 @@ class _Parameters(msgspec.Struct):
     classification: int | None = None
 
 
+_NONE = _Parameters()
+
+
 class _Input(msgspec.Struct):
     name: str
     shape: tuple[int, int, int, int]
     datatype: str
     data: msgspec.Raw = _NOTHING
-    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+    parameters: _Parameters | None = None
 
 
 class _Output(msgspec.Struct):
     name: str
-    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+    parameters: _Parameters | None = None
 
 
 class _Request(msgspec.Struct):
     inputs: tuple[_Input]
     id: str | None = None
-    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+    parameters: _Parameters | None = None
     outputs: msgspec.Raw = _NOTHING
 
 
@@ -115,28 +118,31 @@ def read_request(body: bytes, json_length: int | None, metadata: ModelMetadata, 
     images, used = _read_tensor(tensor, rest)
     if used != len(rest):
         raise InputError(f"expected {used} bytes of tensors after the JSON, got {len(rest)}")
-    default = bool(request.parameters.binary_data_output)
-    wanted = [_Output(name) for name in metadata.outputs] if asked is None else asked
+    default = bool((request.parameters or _NONE).binary_data_output)
+    wanted = asked or [_Output(name) for name in metadata.outputs]
     names = [entry.name for entry in wanted]
     for entry in wanted:
         if entry.name not in metadata.outputs:
             raise InputError(f"unknown output '{entry.name[:100]}', expected one of: {', '.join(metadata.outputs)}")
         if names.count(entry.name) > 1:
             raise InputError(f"expected each output once, got '{entry.name}' {names.count(entry.name)} times")
-        classes = entry.parameters.classification
+        classes = (entry.parameters or _NONE).classification
         if classes is not None and (entry.name != LOGITS or classes < 0):
             raise InputError(f"classification needs the output '{LOGITS}' and a number of classes, got {classes}")
     return InferRequest(
         id=request.id,
         images=images,
-        outputs=tuple(
-            Wanted(
-                name=entry.name,
-                binary=default if entry.parameters.binary_data is None else entry.parameters.binary_data,
-                classes=min(entry.parameters.classification or 0, len(metadata.labels)),
-            )
-            for entry in wanted
-        ),
+        outputs=tuple(_wanted(entry, metadata, default) for entry in wanted),
+    )
+
+
+def _wanted(entry: _Output, metadata: ModelMetadata, binary: bool) -> Wanted:
+    """An output that was checked. `binary` is whether it is a raw tensor unless it says otherwise."""
+    parameters = entry.parameters or _NONE
+    return Wanted(
+        name=entry.name,
+        binary=binary if parameters.binary_data is None else parameters.binary_data,
+        classes=min(parameters.classification or 0, len(metadata.labels)),
     )
 
 
@@ -158,7 +164,7 @@ def _check_shape(entry: _Input, metadata: ModelMetadata, max_batch: int) -> None
 def _read_tensor(entry: _Input, rest: memoryview) -> tuple[npt.NDArray[Any], int]:
     """An input tensor of a shape that was checked, and the number of its bytes after the JSON."""
     dtype, data = TYPES[entry.datatype], b"" if entry.data == _NOTHING else bytes(entry.data)
-    count, size = math.prod(entry.shape), entry.parameters.binary_data_size
+    count, size = math.prod(entry.shape), (entry.parameters or _NONE).binary_data_size
     if size is not None:
         if data or size != count * dtype.itemsize or size > len(rest):
             raise InputError(
