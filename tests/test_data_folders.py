@@ -434,6 +434,18 @@ def test_a_pack_that_another_makes_is_waited_for_and_not_made_twice(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"imagenet-1k", "test.pack"}
 
 
+def test_take_keeps_the_files_it_needs_in_the_order_asked_for(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    whole = load_imagenet(SMALL_IMAGENET, tmp_path).train
+    assert isinstance(whole, EncodedSet)
+    part = whole.take(np.array([4, 1, 4]))
+    assert part.files == (whole.files[1], whole.files[4])
+    assert part.file_index.tolist() == [1, 0, 1]
+    assert part.labels.tolist() == [2, 0, 2]
+    np.testing.assert_array_equal(in_memory(part, 7).images, in_memory(whole, 7).images[[4, 1, 4]])
+    assert len(whole.take(np.array([], np.int64))) == 0
+
+
 def test_imagenet_names_are_in_the_order_of_the_wnids() -> None:
     # n01440764 is the first id of ILSVRC 2012, n01443537 the second, n15075141 the last.
     names = IMAGENET.info.class_names

@@ -96,10 +96,12 @@ class EncodedSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.integer]) -> EncodedSet:
-        """A new set with the images at ``indices``, in that order."""
+        """A new set with the images at ``indices``, in that order, and with the files that hold them only."""
+        used, file_index = np.unique(self.file_index[indices], return_inverse=True)
         return replace(
             self,
-            file_index=self.file_index[indices],
+            files=tuple(self.files[file] for file in used),
+            file_index=file_index.astype(np.int64),
             offsets=self.offsets[indices],
             lengths=self.lengths[indices],
             labels=self.labels[indices],
