@@ -16,6 +16,11 @@ from advmoe_export.exporter import plan_graph
 from advmoe_export.passes.storage import write_external
 from advmoe_export.profiles import build
 from advmoe_export.trace import trace
+from torch import Tensor, nn
+
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.routing import Decision
 
 GRANULARITIES = {
     "layer": {"decisions": (0, 1, 2, 3)},
@@ -118,3 +123,48 @@ def test_logits_wrong_by_a_ten_thousandth_would_be_noticed(network: Network, tmp
     spoilt = network._replace(logits=network.logits * np.float32(1.0001))
     rows, logits, _ = run(network, tmp_path / "model.onnx", "throughput", None, "fp32", "ORT_ENABLE_ALL")[-1]
     assert np.abs(logits - spoilt.logits[rows]).max() > 1e-5 * np.abs(logits).max()
+
+
+class Parallel(nn.Module):
+    """Two MoE layers with decisions of their own on one input, joined, and two more behind them."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.join = join
+        layout = ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5)
+        inputs = (3, 3, 8 if join == "cat" else 4, 4)
+        self.convs = nn.ModuleList(MoEConv2d(channels, layout, 3, padding=1) for channels in inputs)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = (conv(x, choose(x, place)) for place, conv in enumerate(self.convs[:2]))
+        joined = torch.cat([left, right], dim=1) if self.join == "cat" else torch.maximum(left, right)
+        after = self.convs[2](joined, choose(x, 2))
+        aside = self.convs[3](left, choose(right + 0.5, 0))  # its input and its decision have two orders
+        logits: Tensor = self.head(torch.cat([after, aside], dim=1).mean((2, 3)))
+        return logits
+
+
+def choose(x: Tensor, channel: int) -> Decision:
+    """Decide by the sign of a channel's deviation from 1/2."""
+    return Decision((x[:, channel].mean((1, 2)) > 0.5).long(), None, None)
+
+
+@pytest.mark.parametrize("join", ["cat", "maximum"])
+def test_parallel_layers_are_joined_row_by_row(join: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advmoe_export.passes.per_image.WEIGHT_SHARE", 0.0)  # sub-batches in all layers
+    model = Parallel(join).eval()
+    images = torch.rand(16, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(16, 3, 8, 8).contiguous()
+    with torch.no_grad():
+        expected = model(images).numpy()
+    traced = trace(model, image_size=(8, 8), opset=18).graph
+    for profile in ("throughput", "hybrid"):
+        path = tmp_path / f"{profile}.onnx"
+        built = build(plan_graph(traced.clone()), profile=profile, opset=18)
+        write_external(built, path.with_name(path.name + ".data"))
+        ir.save(built, path)
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for size in (1, 5, 16):
+            logits = session.run(["logits"], {"images": images[:size].numpy()})[0]
+            np.testing.assert_allclose(logits, expected[:size], atol=1e-5 * np.abs(expected).max())

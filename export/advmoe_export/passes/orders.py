@@ -3,7 +3,8 @@
 Dispatching a batch to experts sorts its rows by expert. Restoring the order after each layer would
 cost a pass over memory, and the next layer would sort the rows again. The new order is therefore
 kept. The original order is restored once, on the logits. A residual is reordered to match the
-tensor to which it is added.
+tensor to which it is added. Two layers that read the same tensor give two orders of which neither
+comes from the other; the way between them is over the original order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class Order:
     before: Order | None = None
     step: ir.Value | None = None
 
+    def comes_from(self, other: Order) -> bool:
+        """Whether this order is the other one, or reorders it in one or several steps."""
+        return self is other or (self.before is not None and self.before.comes_from(other))
+
 
 class Orders:
     """All orders of one graph, the index tensors between them, and the reordered tensors."""
@@ -42,30 +47,38 @@ class Orders:
         return self._originals.setdefault(symbol, Order(symbol, 0))
 
     def between(self, scope: Scope, old: Order, new: Order) -> ir.Value:
-        """int64 [rows]: for each row of the newer order, its position in the older order."""
+        """int64 [rows]: for each row of the new order, its position in the other order.
+
+        The two orders differ. The new one need not come from the other one.
+        """
         if (old, new) not in self._between:
-            assert new.step is not None
-            assert new.before is not None
-            if new.before is old:
-                return new.step
-            rest = self.between(scope, old, new.before)
+            original = self.original(new.symbol)
+            if new is original:
+                return self._back(scope, old)
+            if new.comes_from(old):
+                assert new.step is not None
+                assert new.before is not None
+                if new.before is old:
+                    return new.step
+                places, chosen = self.between(scope, old, new.before), new.step
+            else:
+                places, chosen = self._back(scope, old), self.between(scope, original, new)
             self._between[old, new] = scope.op(
-                "Gather", [rest, new.step], {"axis": 0}, name="order", dtype=ir.DataType.INT64, shape=[new.symbol]
+                "Gather", [places, chosen], {"axis": 0}, name="order", dtype=ir.DataType.INT64, shape=[new.symbol]
             )
         return self._between[old, new]
 
     def move(self, scope: Scope, value: ir.Value, old: Order | None, new: Order) -> ir.Value:
-        """A tensor with its rows in a newer order, or in the original order."""
+        """A tensor with its rows in another order."""
         if old is None or old is new:
             if old is new or new.depth == 0:
                 return value
             old = self.original(new.symbol)
         key = (value, new)
         if key not in self._moved:
-            index = self._back(scope, old) if new.depth < old.depth else self.between(scope, old, new)
             self._moved[key] = scope.op(
                 "Gather",
-                [value, index],
+                [value, self.between(scope, old, new)],
                 {"axis": 0},
                 name=f"{value.name}.ordered",
                 dtype=value.dtype,
