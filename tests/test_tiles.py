@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from claimed_gpu import claimed_gpu
 from tiles import CASES
+from torch import Tensor
 
 from advmoe.config import ModelConfig, TrainConfig, check_together
 from advmoe.errors import ConfigError
@@ -45,23 +47,34 @@ class Launches:
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
+        self.devices: list[torch.device] = []
+        """The device that was the current one at each launch."""
+        self.current = torch.device("cuda", 7)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args: self.seen.append(args)
+        return lambda *args: (self.seen.append(args), self.devices.append(self.current))[0]
+
+    @contextmanager
+    def device_of(self, x: Tensor) -> Iterator[None]:
+        """`torch.cuda.device_of`."""
+        before, self.current = self.current, x.device
+        yield
+        self.current = before
 
 
-def launch_all(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+def launch_all(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Launches:
     """Launches the output, the gradient of its input and that of its filters, of a claimed GPU."""
     launches = Launches()
     monkeypatch.setattr(tiles, "_convolve_tile", launches)
     monkeypatch.setattr(tiles, "_filter_gradient_tile", launches)
+    monkeypatch.setattr(torch.cuda, "device_of", launches.device_of)
     with claimed_gpu():
         x, bank = torch.rand(2, 3, 4, 4, device="cuda", dtype=dtype), torch.rand(2, 5, 3, 3, 3, device="cuda").to(dtype)
         chosen_B, geometry = torch.zeros(2, dtype=torch.int64, device="cuda"), tiles.Geometry(1, 1)
         y = tiles.convolve(x, bank, chosen_B, geometry)
         tiles.input_gradient(y, bank, chosen_B, x, geometry)
         tiles.filter_gradient(y, x, chosen_B, bank, geometry)
-    return launches.seen
+    return launches
 
 
 @pytest.mark.parametrize(
@@ -70,11 +83,17 @@ def launch_all(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[tupl
 def test_tiles_multiply_in_tf32_where_torch_does_and_never_in_an_evaluation(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by_default: str, exact: str
 ) -> None:
-    launches = launch_all(monkeypatch, dtype)
+    launches = launch_all(monkeypatch, dtype).seen
     with full_precision(torch.nn.Conv2d(1, 1, 1)):
-        launches += launch_all(monkeypatch, dtype)
+        launches += launch_all(monkeypatch, dtype).seen
     ways = [[value for value in args if isinstance(value, str)] for args in launches]
     assert ways == 3 * [[by_default]] + 3 * [[exact]]
+
+
+def test_tiles_are_started_on_the_gpu_that_holds_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = launch_all(monkeypatch, torch.float32)  # while another GPU is the current one
+    assert launches.devices == 3 * [torch.device("cuda", 0)]
+    assert launches.current == torch.device("cuda", 7)
 
 
 @pytest.mark.parametrize(("precision", "tensor_cores"), [("tf32", True), ("ieee", False)])

@@ -10,6 +10,7 @@ channels).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +53,10 @@ def _convolve_tile(  # type: ignore[no-untyped-def]
     expert_step,
     out_step,
     in_step,
-    kernel_height,
-    kernel_width,
-    stride,
-    padding,
+    kernel_height: tl.constexpr,
+    kernel_width: tl.constexpr,
+    stride: tl.constexpr,
+    padding: tl.constexpr,
     backward: tl.constexpr,
     precision: tl.constexpr,
     pixels: tl.constexpr,
@@ -117,10 +118,10 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
     channels_out,
     height_out,
     width_out,
-    kernel_height,
-    kernel_width,
-    stride,
-    padding,
+    kernel_height: tl.constexpr,
+    kernel_width: tl.constexpr,
+    stride: tl.constexpr,
+    padding: tl.constexpr,
     experts,
     splits: tl.constexpr,
     precision: tl.constexpr,
@@ -209,21 +210,11 @@ def filter_gradient(gradient: Tensor, x: Tensor, expert_index_B: Tensor, bank: T
     rows, columns = _tile(size), _tile(channels)
     grid = (experts * kernel[0] * kernel[1] * SPLITS, triton.cdiv(size, rows), triton.cdiv(channels, columns))
     shapes = (*x.shape[1:], *gradient.shape[1:], *kernel)
-    _filter_gradient_tile[grid](
-        x,
-        gradient,
-        order_B,
-        first_of,
-        partial,
-        *shapes,
-        *geometry,
-        experts,
-        SPLITS,
-        _precision(x),
-        rows,
-        columns,
-        DEPTH,
-    )
+    tile = (rows, columns, DEPTH)
+    with _on_device_of(x):
+        _filter_gradient_tile[grid](
+            x, gradient, order_B, first_of, partial, *shapes, *geometry, experts, SPLITS, _precision(x), *tile
+        )
     return partial.sum(dim=0).to(bank.dtype)
 
 
@@ -243,7 +234,13 @@ def _launch(
         return
     shapes = (*x.shape[1:], *y.shape[1:], *steps, *bank.shape[3:])
     chosen_B, tile = expert_index_B.contiguous(), (pixels, columns, DEPTH)
-    _convolve_tile[grid](x, bank, chosen_B, y, *shapes, *geometry, backward, _precision(x), *tile)
+    with _on_device_of(x):
+        _convolve_tile[grid](x, bank, chosen_B, y, *shapes, *geometry, backward, _precision(x), *tile)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton starts programs on the current GPU, which need not be that of the numbers."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _precision(x: Tensor) -> str:
