@@ -117,7 +117,7 @@ def test_steps_done_again_after_a_crash_change_nothing(tmp_path: Path) -> None:
     for epoch, indices in steps[:3]:
         add(ahead, epoch, indices, [[epoch % 2, index % 2] for index in indices])
     ahead.save(tmp_path / "ahead.npz")
-    resumed.resume(tmp_path / "ahead.npz")
+    resumed.resume(tmp_path / "ahead.npz", 1)
     for epoch, indices in steps[1:]:
         add(resumed, epoch, indices, [[epoch % 2, index % 2] for index in indices])
     assert resumed.figures(2) == whole.figures(2)
@@ -126,9 +126,26 @@ def test_steps_done_again_after_a_crash_change_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "resumed").read_bytes()
 
 
+def test_a_run_that_went_back_forgets_the_epochs_it_left(tmp_path: Path) -> None:
+    whole = history()
+    for epoch in (1, 2, 3):
+        add(whole, epoch, [0, 1], [[0, 1], [1, 1]], [[1, 1], [0, 1]])
+    whole.save(tmp_path / "routes.npz")
+    for epoch, kept in (
+        (1, ()),
+        (2, (("clean", 2), ("pgd", 2))),
+        (3, RouteLog.load(tmp_path / "routes.npz").conditions),
+    ):
+        log = history()
+        log.resume(tmp_path / "routes.npz", epoch)
+        log.save(tmp_path / "resumed.npz")
+        assert RouteLog.load(tmp_path / "resumed.npz").conditions == kept
+    assert (tmp_path / "resumed.npz").read_bytes() == (tmp_path / "routes.npz").read_bytes()
+
+
 def test_a_run_goes_on_without_its_log_but_not_with_a_damaged_one(tmp_path: Path) -> None:
     log = history()
-    log.resume(tmp_path / "routes.npz")
+    log.resume(tmp_path / "routes.npz", 1)
     (tmp_path / "routes.npz").write_bytes(b"half a file")
     with pytest.raises(DataError, match=r"routes.npz is not a route log or is damaged"):
-        log.resume(tmp_path / "routes.npz")
+        log.resume(tmp_path / "routes.npz", 1)

@@ -423,7 +423,7 @@ class Trainer:
         self._metrics = dict(checkpoint.metrics)
         if not world().leads:
             self.sums = self._new_sums()  # rank 0 has them all
-        from_leader(lambda: self.routing.resume(self.folder.routes))
+        from_leader(lambda: self.routing.resume(self.folder.routes, (self.step - 1) // self.steps_per_epoch + 1))
 
     def _restore_weights(self, checkpoint: Checkpoint, progress: Progress) -> None:
         if self.average is None:

@@ -124,15 +124,27 @@ class RoutingHistory:
             self._take_all()
             self._log.save(path)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, epoch: int) -> None:
         """Continue the log of an interrupted run. Without a log, statistics start again.
+
+        Args:
+            path: The log.
+            epoch: The last epoch of which the run has taken a step. The log may hold later ones if
+                the run went back to an earlier checkpoint; they are left out.
 
         Raises:
             DataError: The file is damaged.
             ConfigError: The log is of another model.
         """
-        if self._num_layers and path.exists():
-            self._log.merge(RouteLog.load(path))
+        if not self._num_layers or not path.exists():
+            return
+        stored = RouteLog.load(path)
+        kept = RouteLog(stored.num_experts)
+        for condition in stored.conditions:
+            if condition[1] <= epoch:
+                routes = stored.routes(condition)
+                kept.append(condition, routes.indices, routes.experts_IL, labels=routes.labels)
+        self._log.merge(kept)
 
     def _wait(self, condition: str, epoch: int, batch: Batch, result: StepResult, routing: Routing | None) -> None:
         if routing is not None:
