@@ -130,7 +130,7 @@ class Connection(HttpToolsProtocol):
         self._head = 0
         self._in_head = False
         self._requested()
-        if len(self.pipeline) >= MAX_AHEAD:
+        if self._running + len(self.pipeline) >= MAX_AHEAD:
             self.transport.abort()
         if not self.transport.is_closing():
             super().on_headers_complete()
