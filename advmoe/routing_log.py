@@ -87,6 +87,8 @@ class ExpertLoad:
 
     counts_LKN: NDArray[np.uint64]
     """[L, K, N]: number of samples of a class that took an expert. K is 1 if classes were not requested."""
+    num_experts: tuple[int, ...] = ()
+    """Experts of each layer, at most N; empty if every layer has N."""
 
     @property
     def share(self) -> NDArray[np.float64]:
@@ -106,13 +108,16 @@ class ExpertLoad:
     @property
     def evenness(self) -> NDArray[np.float64]:
         """[L, K]: entropy relative to that of equal shares: 0 is a collapsed router, 1 is balance."""
-        evenness_LK: NDArray[np.float64] = self.entropy / np.log2(max(2, self.counts_LKN.shape[2]))
+        num_experts = self.num_experts or (self.counts_LKN.shape[2],) * len(self.counts_LKN)
+        evenness_LK: NDArray[np.float64] = self.entropy / np.log2(np.maximum(num_experts, 2))[:, None]
         return evenness_LK
 
     def merged(self, num_layers: int) -> ExpertLoad:
         """The load of each MoE layer, if tokens are routed and a layer has one decision for each token."""
         counts_LTKN = self.counts_LKN.reshape(num_layers, -1, *self.counts_LKN.shape[1:])
-        return ExpertLoad(counts_LKN=counts_LTKN.sum(axis=1))
+        return ExpertLoad(
+            counts_LKN=counts_LTKN.sum(axis=1), num_experts=self.num_experts[:: max(1, counts_LTKN.shape[1])]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +286,8 @@ class RouteLog:
         """Load of the experts of each layer, over all samples or for each of `num_classes` classes."""
         if num_classes is not None and num_classes < 2:
             raise ConfigError(f"expected num_classes >= 2, got {num_classes}; leave it out for all samples together")
-        return ExpertLoad(counts_LKN=self._log.expert_load(_key(condition), num_classes or 1))
+        counts_LKN = self._log.expert_load(_key(condition), num_classes or 1)
+        return ExpertLoad(counts_LKN=counts_LKN, num_experts=self.num_experts)
 
     def unique_pathways(self, condition: Condition) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         """Distinct pathways [M, L] and how many samples took each [M], the most frequent first."""

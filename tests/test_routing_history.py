@@ -80,6 +80,16 @@ def test_tokens_of_a_layer_count_together() -> None:
     assert log.figures(2)["router_changed"] == [0.5, 1.0]
 
 
+def test_evenness_is_relative_to_the_experts_of_each_layer() -> None:
+    log = RouteLog([2, 4])
+    log.append("clean", range(4), [[0, 0], [1, 1], [0, 2], [1, 3]])
+    load = log.expert_load("clean")
+    # In bits, equal shares have an entropy of log2 2 = 1 and log2 4 = 2.
+    assert load.entropy[:, 0].tolist() == [1.0, 2.0]
+    assert load.evenness[:, 0].tolist() == [1.0, 1.0]
+    assert load.merged(2).evenness[:, 0].tolist() == [1.0, 1.0]
+
+
 def test_a_network_without_routers_has_no_log(tmp_path: Path) -> None:
     log = history(num_layers=0)
     add(log, 1, [0], [[]])
