@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ import torch
 from advmoe_export import InputError, ModelFileError, ProviderError, Session, export_model, prepare
 from advmoe_export.metadata import KEY
 from advmoe_export.model_file import read_metadata, read_properties
+from advmoe_export.triton import config
+from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -201,8 +204,8 @@ def fake_runtime(starting: Sequence[str], installed: Sequence[str] = ("CUDAExecu
     """onnxruntime in which only some providers start, and which complains as the real one does."""
 
     def start(path: Path, options: Any, *, providers: Any, enable_fallback: int) -> Any:
-        ((name, _),) = providers
-        if name == "TensorrtExecutionProvider":
+        name = providers[0][0]
+        if name == "TensorrtExecutionProvider" and name not in starting:
             raise RuntimeError("TensorRT\nis not here")
         if name not in (*starting, "CPUExecutionProvider"):
             print("Failed to load libcublasLt.so.13")
@@ -254,8 +257,41 @@ def test_the_first_provider_that_starts_is_used_without_noise(
     if used == "CUDAExecutionProvider":
         # TF32 and an exhaustive search are off; CUDA's libraries were looked for first.
         assert session._session.options[used] == {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
-        assert runtime.preloaded == [True]
+        assert runtime.preloaded
     assert runtime.severities[-1:] in ([], [2])  # 2 is onnxruntime's own default
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_cuda_runs_the_nodes_that_tensorrt_cannot_take(
+    has_cuda: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["TensorrtExecutionProvider", *(["CUDAExecutionProvider"] if has_cuda else [])]
+    runtime = fake_runtime(names, names)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    session = Session(path, providers="tensorrt")
+    assert session.provider == "TensorrtExecutionProvider"
+    assert list(session._session.options) == names
+    assert session._session.options.get("CUDAExecutionProvider", {}).get("use_tf32") == ("0" if has_cuda else None)
+    assert runtime.preloaded == [True]
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [1, 32]), (4, [1])])
+def test_triton_turns_tf32_off_and_warms_up(batch_size: int | None, sizes: list[int], path: Path) -> None:
+    model = onnx.load(path, load_external_data=False)
+    metadata = dataclasses.replace(read_metadata(path), batch_size=batch_size)
+    text = config(model, metadata, "small", 32, 500)
+    assert [int(size) for size in re.findall(r"batch_size: (\d+), inputs", text)] == sizes
+    # The option stands where Triton's CUDA provider looks for it.
+    cuda = 'gpu_execution_accelerator [ { name: "cuda", parameters { key: "use_tf32", value: "0" } } ]'
+    assert f"optimization {{ execution_accelerators {{ {cuda} }} }}" in text
+
+
+def test_tritons_schema_knows_the_accelerator(path: Path) -> None:
+    service = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's schema: tritonclient[grpc]")
+    text = config(onnx.load(path, load_external_data=False), read_metadata(path), "small", 32, 500)
+    parsed = text_format.Parse(text, service.ModelConfig())
+    (accelerator,) = parsed.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
 
 
 def test_providers_that_do_not_start_are_one_line_with_the_reason(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,9 +197,7 @@ class Session:
         if images.ndim != 4 or len(images) == 0:
             raise InputError(f"{self._expectation()}, {given}")
         if meta.batch_size is not None and len(images) != meta.batch_size and not any_size:
-            raise InputError(
-                f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches"
-            )
+            raise InputError(f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches")
         return check_images(images, meta.image_size, meta.input_type)
 
     def _expectation(self) -> str:
@@ -223,11 +221,11 @@ class Session:
                 )
                 continue
             with _silence(self._ort, quiet=name != PROVIDER_NAMES["cpu"]) as said:
-                if name == PROVIDER_NAMES["cuda"] and hasattr(self._ort, "preload_dlls"):
+                if name != PROVIDER_NAMES["cpu"] and hasattr(self._ort, "preload_dlls"):
                     self._ort.preload_dlls()  # finds the CUDA and cuDNN of pip's nvidia packages
                 try:
                     started = self._ort.InferenceSession(
-                        self.path, options, providers=[(name, PROVIDER_OPTIONS.get(name, {}))], enable_fallback=0
+                        self.path, options, providers=_with_helper(name, installed), enable_fallback=0
                     )
                 except Exception as error:
                     if name == PROVIDER_NAMES["cpu"]:
@@ -252,6 +250,13 @@ class Session:
         self._session.run_with_iobinding(binding)
         results: list[npt.NDArray[Any]] = binding.copy_outputs_to_cpu()
         return results
+
+
+def _with_helper(name: str, installed: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """A provider with its options, and CUDA for the nodes that TensorRT cannot take."""
+    cuda = PROVIDER_NAMES["cuda"]
+    names = [name, cuda] if name == PROVIDER_NAMES["tensorrt"] and cuda in installed else [name]
+    return [(each, PROVIDER_OPTIONS.get(each, {})) for each in names]
 
 
 def _advice(provider: str) -> str:

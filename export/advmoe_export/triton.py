@@ -118,14 +118,18 @@ def config(model: onnx.ModelProto, metadata: ModelMetadata, name: str, max_batch
     (images,) = model.graph.input
     shape = _dims(images) if fixed else _dims(images)[1:]
     data_type = TYPES[images.type.tensor_type.elem_type]
-    for size in (0,) if fixed else sorted({1, max_batch_size}):
+    for size in (1,) if fixed else sorted({1, max_batch_size}):  # Triton skips a size of 0
         tensor = f'key: "{images.name}", value {{ data_type: {data_type}, dims: {shape}, zero_data: true }}'
-        lines.append(
-            f'model_warmup [ {{ name: "batch {size or shape[0]}", batch_size: {size}, inputs {{ {tensor} }} }} ]'
-        )
+        name = f"batch {shape[0] if fixed else size}"
+        lines.append(f'model_warmup [ {{ name: "{name}", batch_size: {size}, inputs {{ {tensor} }} }} ]')
     # Sub-batches change their size with every request: an exhaustive search among cuDNN's
     # algorithms would never end.
     lines.append('parameters { key: "cudnn_conv_algo_search", value { string_value: "1" } }')
+    # TF32 rounds to ten bits, and a rounded router decides differently.
+    options = 'parameters { key: "use_tf32", value: "0" }'
+    lines.append(
+        f'optimization {{ execution_accelerators {{ gpu_execution_accelerator [ {{ name: "cuda", {options} }} ] }} }}'
+    )
     return "\n".join(lines) + "\n"
 
 
