@@ -1,6 +1,7 @@
 """Sessions: accepted images, refused files, providers, and missing packages."""
 
 import dataclasses
+import errno
 import json
 import re
 import subprocess
@@ -195,6 +196,19 @@ def test_the_reason_of_onnxruntime_is_shown_in_full(path: Path, tmp_path: Path) 
         whole = " ".join(str(error).split())
     assert len(whole) > 300
     assert message.endswith(whole)
+
+
+def test_weights_that_cannot_be_read_are_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.suffix == ".data":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelFileError, match=r"cannot read '.*small\.onnx\.data': Permission denied"):
+        Session(path)
 
 
 # --- providers ------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def check_data_file(path: Path, metadata: ModelMetadata) -> None:
     """Check that the data file of a graph is in the same folder and belongs to the graph.
 
     Raises:
-        ModelFileError: the data file is missing, or size or checksum differ.
+        ModelFileError: the data file is missing or cannot be read, or size or checksum differ.
     """
     data = data_file(path)
     if metadata.data_bytes == 0:
@@ -62,8 +62,11 @@ def check_data_file(path: Path, metadata: ModelMetadata) -> None:
             f"'{data}' has {size} bytes, '{path.name}' expects {metadata.data_bytes}; "
             "copy both files of one export together"
         )
-    with data.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with data.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelFileError(f"cannot read '{data}': {error.strerror or error}") from error
     if digest != metadata.data_sha256:
         raise ModelFileError(
             f"'{data}' is damaged or belongs to another export than '{path.name}'; copy both files together"
