@@ -1,6 +1,7 @@
 """The verification of an export: what it compares, and what it refuses."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,12 @@ def test_int8_is_judged_on_the_calibration_images_if_there_are_no_others(
     assert report.agreement.same_label >= 0.5
     assert report.agreement.module_accuracy is None
     assert report.metadata.expert_load is None
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    document = json.loads(report.to_json(), parse_constant=refuse)
+    assert document["verification"]["tolerance"]["margin"] is None  # any margin is accepted
 
 
 @pytest.mark.parametrize(

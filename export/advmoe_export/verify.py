@@ -138,8 +138,9 @@ class VerificationReport:
         return max((check.difference for check in self.checks), default=0.0)
 
     def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps({"passed": self.passed, **dataclasses.asdict(self)}, allow_nan=True)
+        """The report as a JSON object. Infinite and missing numbers are null."""
+        document = {"passed": self.passed, **dataclasses.asdict(self)}
+        return json.dumps(_without_infinities(document), allow_nan=False)
 
     def table(self) -> str:
         """The report as lines of text."""
@@ -199,6 +200,15 @@ class VerificationReport:
             f"at {worst.worst_logit} in batch '{worst.batch}', optimization '{worst.optimization}', "
             "though all decisions agree"
         )
+
+
+def _without_infinities(value: Any) -> Any:
+    """A JSON document with None for infinite numbers and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 class VerificationError(ExportError):
