@@ -38,7 +38,7 @@ from advmoe_export.serve.command import parse
 from advmoe_export.serve.config import ServeConfig
 from advmoe_export.serve.connection import Connection, Limits
 from advmoe_export.serve.protocol import read_request
-from advmoe_export.serve.server import _listen
+from advmoe_export.serve.server import AddressError, _listen
 from uvicorn.server import ServerState
 
 from advmoe.cli.app import main
@@ -1058,6 +1058,22 @@ def test_a_mistaken_option_is_one_line(options: list[str], message: str, capsys:
 def test_answers_are_not_held_back_by_nagles_algorithm() -> None:
     with _listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on the connections of such sockets only
+
+
+def test_of_two_servers_that_start_at_once_on_a_port_the_second_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        bind = socket.socket.bind
+
+        def bind_as_other_listens(self: socket.socket, address: Any) -> None:
+            bind(self, address)
+            other.listen()
+
+        monkeypatch.setattr(socket.socket, "bind", bind_as_other_listens)
+        port = other.getsockname()[1]
+        with pytest.raises(AddressError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            _listen("127.0.0.1", port)
 
 
 def test_an_address_in_use_and_a_missing_file_are_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # another socket can bind the address too until one of them listens
     except OSError as error:
         listener.close()
         raise AddressError(
