@@ -213,6 +213,31 @@ def test_damage_below_the_part_that_is_shown_does_not_matter(photo: Image.Image,
     assert shown(lower) == 0
 
 
+@pytest.mark.parametrize("interruption", ["scan", "comment"])
+def test_a_jpeg_whose_scan_is_interrupted_does_not_show_the_image_before_it(
+    photo: Image.Image, tmp_path: Path, interruption: str
+) -> None:
+    content = encode(photo.resize((64, 64)), quality=90)
+    scan = content.index(b"\xff\xda")
+    data = scan + 2 + int.from_bytes(content[scan + 2 : scan + 4])
+    marker = {"scan": content[scan:data], "comment": b"\xff\xfe\x00\x04ab"}[interruption]
+    bad = content[: data + 2 * (len(content) - data) // 5] + marker + b"\xff\xd9"
+    red, green = (encode(Image.new("RGB", (64, 64), color)) for color in ("red", "green"))
+    source = in_folder(tmp_path, [red, green, bad])
+    for before in (0, 1):
+        loader = BatchLoader(source, indices=np.array([before, 2]), batch_size=2, num_threads=1)
+        with pytest.raises(DataError, match=r"0002.jpg at byte 0\): its data end before its last row"):
+            next(loader.epoch(0))
+
+
+@pytest.mark.parametrize("color", [(1, 254, 2), (254, 1, 252)])
+def test_no_color_of_the_last_pixel_is_taken_for_a_missing_one(color: tuple[int, int, int]) -> None:
+    # Before decoding, the last pixel has one of these colors, or one that differs by rounding.
+    content = encode(Image.new("RGB", (16, 16), color), quality=100, subsampling=0)
+    expected = np.full((16, 16, 3), color, dtype=np.uint8)
+    assert difference(rust_router.decode_image(content), expected).max() <= 1
+
+
 @pytest.mark.parametrize("size", [(120, 160), (75, 50), (64, 64), (40, 33)])
 def test_resize_and_center_crop_are_torchvisions(photo: Image.Image, tmp_path: Path, size: tuple[int, int]) -> None:
     image = photo.resize(size[::-1])

@@ -8,6 +8,9 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 use super::{MAX_SIDE, Reason, check_size};
 use crate::images::geometry::Size;
 
+/// Colors of the last pixel before decoding. An image may have one of them, but not both.
+const UNTOUCHED: [[u8; 3]; 2] = [[1, 254, 3], [254, 1, 252]];
+
 fn decoder(bytes: &[u8]) -> JpegDecoder<ZCursor<&[u8]>> {
     let options = DecoderOptions::default()
         .set_strict_mode(true)
@@ -28,13 +31,22 @@ pub(super) fn size(bytes: &[u8]) -> Result<Size, Reason> {
 }
 
 pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
-    let mut decoder = decoder(bytes);
-    decoder.decode_headers().map_err(|e| e.to_string())?;
-    let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
-    check_size(width, height)?;
-    rgb.resize(width * height * 3, 0);
-    decoder.decode_into(rgb).map_err(|e| e.to_string())?;
-    Ok((height, width))
+    // If a marker interrupts the scan, the decoder stops without an error. It writes rows from the
+    // first to the last, so the last pixel shows whether all were written.
+    for untouched in UNTOUCHED {
+        let mut decoder = decoder(bytes);
+        decoder.decode_headers().map_err(|e| e.to_string())?;
+        let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
+        check_size(width, height)?;
+        rgb.clear();
+        rgb.resize((width * height - 1) * 3, 0);
+        rgb.extend(untouched);
+        decoder.decode_into(rgb).map_err(|e| e.to_string())?;
+        if !rgb.ends_with(&untouched) {
+            return Ok((height, width));
+        }
+    }
+    Err("its data end before its last row".into())
 }
 
 /// Decodes at least `rows` rows. It writes a lower height into the header, and the decoder stops at
@@ -152,5 +164,37 @@ mod tests {
         let mut bytes = headers(0xC2, 3);
         assert!(decode_top(&mut bytes, 1, &mut Vec::new()).is_err());
         assert_eq!(bytes, headers(0xC2, 3));
+    }
+
+    const BASELINE: &[u8] = include_bytes!("../../../tests/seeds/baseline.jpg");
+
+    /// Position of a segment in [`BASELINE`].
+    fn segment(marker: u8) -> usize {
+        BASELINE.windows(2).position(|pair| pair == [0xFF, marker]).unwrap()
+    }
+
+    #[test]
+    fn a_scan_that_a_marker_interrupts_is_refused_and_shows_no_earlier_image() {
+        let scan = segment(0xDA);
+        let header = &BASELINE[scan..scan + 14];
+        let comment = [0xFF, 0xFE, 0, 4, 1, 2];
+        for interruption in [header, &comment] {
+            let cut = scan + 14 + (BASELINE.len() - scan) / 4;
+            let bytes = [&BASELINE[..cut], interruption, &[0xFF, 0xD9]].concat();
+            let (mut fresh, mut used) = (Vec::new(), vec![77; 10_000]);
+            for rgb in [&mut fresh, &mut used] {
+                assert_eq!(decode(&bytes, rgb), Err("its data end before its last row".into()));
+            }
+            assert_eq!(fresh, used);
+        }
+    }
+
+    #[test]
+    fn a_segment_after_a_complete_scan_interrupts_nothing() {
+        let comment = [&BASELINE[..BASELINE.len() - 2], &[0xFF, 0xFE, 0, 4, 1, 2, 0xFF, 0xD9]].concat();
+        let (mut plain, mut commented) = (Vec::new(), vec![77; 10_000]);
+        assert_eq!(decode(BASELINE, &mut plain), Ok((27, 19)));
+        assert_eq!(decode(&comment, &mut commented), Ok((27, 19)));
+        assert_eq!(plain, commented);
     }
 }
