@@ -238,6 +238,15 @@ def test_no_color_of_the_last_pixel_is_taken_for_a_missing_one(color: tuple[int,
     assert difference(rust_router.decode_image(content), expected).max() <= 1
 
 
+def test_padding_between_the_segments_of_a_jpeg_is_skipped_as_by_pillow(photo: Image.Image, tmp_path: Path) -> None:
+    content = encode(photo, quality=90)
+    scan = content.index(b"\xff\xda")
+    padded = content[:scan] + bytes(7) + b"\xff" * 5 + content[scan:]
+    (ours,) = load(in_folder(tmp_path, [padded]))
+    pillow = np.asarray(Image.open(io.BytesIO(padded)).convert("RGB"))
+    assert difference(ours, pillow).max() <= 4
+
+
 @pytest.mark.parametrize("size", [(120, 160), (75, 50), (64, 64), (40, 33)])
 def test_resize_and_center_crop_are_torchvisions(photo: Image.Image, tmp_path: Path, size: tuple[int, int]) -> None:
     image = photo.resize(size[::-1])

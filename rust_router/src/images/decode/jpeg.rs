@@ -11,9 +11,10 @@ use crate::images::geometry::Size;
 /// Colors of the last pixel before decoding. An image may have one of them, but not both.
 const UNTOUCHED: [[u8; 3]; 2] = [[1, 254, 3], [254, 1, 252]];
 
-fn decoder(bytes: &[u8]) -> JpegDecoder<ZCursor<&[u8]>> {
+/// A decoder. In strict mode, it refuses bytes between the segments of the header.
+fn decoder(bytes: &[u8], strict: bool) -> JpegDecoder<ZCursor<&[u8]>> {
     let options = DecoderOptions::default()
-        .set_strict_mode(true)
+        .set_strict_mode(strict)
         .set_max_width(MAX_SIDE)
         .set_max_height(MAX_SIDE)
         .jpeg_set_out_colorspace(ColorSpace::RGB);
@@ -24,20 +25,23 @@ pub(super) fn size(bytes: &[u8]) -> Result<Size, Reason> {
     if let Some(frame) = Frame::find(bytes) {
         return Ok((frame.height, frame.width));
     }
-    let mut decoder = decoder(bytes);
+    let mut decoder = decoder(bytes, true);
     decoder.decode_headers().map_err(|e| e.to_string())?;
     let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
     Ok((height, width))
 }
 
 pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
+    let padded = Frame::find(bytes).is_some_and(|frame| frame.padded);
     // If a marker interrupts the scan, the decoder stops without an error. It writes rows from the
     // first to the last, so the last pixel shows whether all were written.
     for untouched in UNTOUCHED {
-        let mut decoder = decoder(bytes);
+        let mut decoder = decoder(bytes, !padded);
         decoder.decode_headers().map_err(|e| e.to_string())?;
         let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
         check_size(width, height)?;
+        let strict = decoder.options().set_strict_mode(true);
+        decoder.set_options(strict);
         rgb.clear();
         rgb.resize((width * height - 1) * 3, 0);
         rgb.extend(untouched);
@@ -79,14 +83,21 @@ struct Frame {
     /// Whether rows are stored one after another: the JPEG is sequential and has all components in
     /// one scan.
     one_scan: bool,
+    /// Whether there are zeros between segments. Fill bytes 0xFF do not count: they are part of the
+    /// format.
+    padded: bool,
 }
 
 impl Frame {
     fn find(bytes: &[u8]) -> Option<Self> {
         let mut at = 2; // after the start of image
         let mut frame = None;
+        let mut padded = false;
         loop {
-            (*bytes.get(at)? == 0xFF).then_some(())?;
+            let zeros = bytes.get(at..)?.iter().position(|&byte| byte != 0)?;
+            padded |= zeros > 0;
+            at += zeros;
+            (bytes[at] == 0xFF).then_some(())?;
             at += bytes[at..].iter().position(|&byte| byte != 0xFF)?;
             let marker = bytes[at];
             let length = usize::from(u16::from_be_bytes(*bytes.get(at + 1..)?.first_chunk()?));
@@ -95,7 +106,8 @@ impl Frame {
                 0x00 | 0x01 | 0xD0..=0xD9 => return None, // markers without a length
                 0xDA => {
                     let (frame, num_components): (Self, u8) = frame?;
-                    return Some(Self { one_scan: frame.one_scan && *segment.first()? == num_components, ..frame });
+                    let one_scan = frame.one_scan && *segment.first()? == num_components;
+                    return Some(Self { one_scan, padded, ..frame });
                 }
                 0xC4 | 0xC8 | 0xCC => {} // tables, whose numbers lie between those of frames
                 0xC0..=0xCF if frame.is_some() => return None,
@@ -108,6 +120,7 @@ impl Frame {
                         height_at: at + 4,
                         block_rows: 8 * usize::from(tallest.max(1)),
                         one_scan: marker <= 0xC1,
+                        padded,
                     };
                     (found.height > 0 && found.width > 0).then_some(())?;
                     frame = Some((found, num_components));
@@ -196,5 +209,23 @@ mod tests {
         assert_eq!(decode(BASELINE, &mut plain), Ok((27, 19)));
         assert_eq!(decode(&comment, &mut commented), Ok((27, 19)));
         assert_eq!(plain, commented);
+    }
+
+    #[test]
+    fn padding_between_segments_is_skipped_and_other_bytes_are_refused() {
+        let mut plain = Vec::new();
+        decode(BASELINE, &mut plain).unwrap();
+        for marker in [0xDB, 0xC0, 0xC4, 0xDA] {
+            let with = |between: &[u8]| [&BASELINE[..segment(marker)], between, &BASELINE[segment(marker)..]].concat();
+            for padding in [&[0][..], &[0; 50], &[0xFF; 50], &[0, 0, 0, 0xFF, 0xFF]] {
+                let mut bytes = with(padding);
+                let mut rgb = Vec::new();
+                assert_eq!(decode(&bytes, &mut rgb), Ok((27, 19)), "{marker:X}");
+                assert_eq!(rgb, plain);
+                assert_eq!(size(&bytes), Ok((27, 19)));
+                assert_eq!(decode_top(&mut bytes, 1, &mut rgb), Ok((27, 19)));
+            }
+            assert!(decode(&with(b"between"), &mut Vec::new()).is_err());
+        }
     }
 }
