@@ -32,7 +32,11 @@ pub(super) fn size(bytes: &[u8]) -> Result<Size, Reason> {
 }
 
 pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
-    let padded = Frame::find(bytes).is_some_and(|frame| frame.padded);
+    let frame = Frame::find(bytes);
+    if frame.as_ref().is_some_and(|frame| frame.wider_color) {
+        return Err("its color has more columns than its brightness, which is not supported".into());
+    }
+    let padded = frame.is_some_and(|frame| frame.padded);
     // If a marker interrupts the scan, the decoder stops without an error. It writes rows from the
     // first to the last, so the last pixel shows whether all were written.
     for untouched in UNTOUCHED {
@@ -83,6 +87,9 @@ struct Frame {
     /// Whether rows are stored one after another: the JPEG is sequential and has all components in
     /// one scan.
     one_scan: bool,
+    /// Whether a component has more columns than the first one, which is brightness. The decoder
+    /// decodes such files wrongly. It decodes more rows correctly.
+    wider_color: bool,
     /// Whether there are zeros between segments. Fill bytes 0xFF do not count: they are part of the
     /// format.
     padded: bool,
@@ -113,13 +120,16 @@ impl Frame {
                 0xC0..=0xCF if frame.is_some() => return None,
                 0xC0..=0xCF => {
                     let &[_, h1, h0, w1, w0, num_components, ref components @ ..] = segment else { return None };
-                    let tallest = components.as_chunks::<3>().0.iter().map(|[_, sampling, _]| sampling & 15).max()?;
+                    let components = components.as_chunks::<3>().0;
+                    let [_, first, _] = components.first()?;
+                    let tallest = components.iter().map(|[_, factors, _]| factors & 15).max()?;
                     let found = Self {
                         height: usize::from(u16::from_be_bytes([h1, h0])),
                         width: usize::from(u16::from_be_bytes([w1, w0])),
                         height_at: at + 4,
                         block_rows: 8 * usize::from(tallest.max(1)),
                         one_scan: marker <= 0xC1,
+                        wider_color: components.iter().any(|[_, factors, _]| factors >> 4 > first >> 4),
                         padded,
                     };
                     (found.height > 0 && found.width > 0).then_some(())?;
@@ -226,6 +236,24 @@ mod tests {
                 assert_eq!(decode_top(&mut bytes, 1, &mut rgb), Ok((27, 19)));
             }
             assert!(decode(&with(b"between"), &mut Vec::new()).is_err());
+        }
+    }
+
+    #[test]
+    fn color_with_more_columns_than_brightness_is_refused() {
+        let refused = Err("its color has more columns than its brightness, which is not supported".into());
+        let factors_at = segment(0xC0) + 11;
+        for (factors, wider) in [
+            ([0x11, 0x22, 0x22], true),
+            ([0x12, 0x22, 0x22], true),
+            ([0x11, 0x11, 0x21], true),
+            ([0x21, 0x12, 0x12], false),
+        ] {
+            let mut bytes = BASELINE.to_vec();
+            for (component, factors) in factors.into_iter().enumerate() {
+                bytes[factors_at + 3 * component] = factors;
+            }
+            assert_eq!(decode(&bytes, &mut Vec::new()) == refused, wider, "{factors:X?}");
         }
     }
 }
