@@ -192,6 +192,14 @@ def test_routes_no_such_model_can_take_are_refused(experts: list[object], messag
     assert log.conditions == ()
 
 
+def test_counts_that_do_not_fit_in_memory_are_refused() -> None:
+    # 2^16 x 2^20 x 256 counts of 8 bytes are 2^47 bytes: all addresses that a process has.
+    log = RouteLog([256] * 2**16)
+    log.append("clean", [0], np.zeros((1, 2**16), int), labels=[0])
+    with pytest.raises(ConfigError, match=r"expected counts that fit in memory, .*; use fewer classes$"):
+        log.expert_load("clean", num_classes=2**20)
+
+
 @pytest.mark.parametrize("experts", [np.eye(4, 2, dtype=int).T, np.eye(4, 2, dtype=int).reshape(8, 1)])
 def test_a_table_with_the_right_number_of_entries_needs_the_right_shape(experts: np.ndarray) -> None:
     log = RouteLog([2, 2])

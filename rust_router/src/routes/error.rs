@@ -93,6 +93,19 @@ pub enum Error {
         /// The number.
         num_classes: usize,
     },
+    /// The counts of a load do not fit in memory.
+    #[error(
+        "expected counts that fit in memory, got {num_layers} MoE layers x {num_classes} classes x {max_experts} \
+         experts; use fewer classes"
+    )]
+    Counts {
+        /// Number of MoE layers.
+        num_layers: usize,
+        /// Number of classes.
+        num_classes: usize,
+        /// Number of experts of the largest layer.
+        max_experts: usize,
+    },
     /// A label is unknown or out of range.
     #[error("expected labels 0 to {last}, got {label} for sample {index}")]
     Label {

@@ -13,13 +13,18 @@ use crate::routes::log::Table;
 ///
 /// # Errors
 /// `num_classes` is 0 or above [`MAX_CLASSES`], or it is above 1 and a label is unknown or too
-/// large.
+/// large. The counts do not fit in memory.
 pub fn load(table: &Table, num_classes: usize, max_experts: usize) -> Result<Vec<u64>> {
     if !(1..=MAX_CLASSES).contains(&num_classes) {
         return Err(Error::NumClasses { num_classes });
     }
     let rows = table.rows();
-    let mut counts = vec![0_u64; table.num_layers() * num_classes * max_experts];
+    let too_many = || Error::Counts { num_layers: table.num_layers(), num_classes, max_experts };
+    let num_counts = table.num_layers().checked_mul(num_classes).and_then(|n| n.checked_mul(max_experts));
+    let num_counts = num_counts.ok_or_else(too_many)?;
+    let mut counts: Vec<u64> = Vec::new();
+    counts.try_reserve_exact(num_counts).map_err(|_| too_many())?;
+    counts.resize(num_counts, 0);
     for (row, &label) in rows.labels.iter().enumerate() {
         let class = if num_classes == 1 { Some(0) } else { usize::try_from(label).ok().filter(|&l| l < num_classes) };
         let class = class.ok_or(Error::Label { last: num_classes - 1, label, index: rows.indices[row] })?;
@@ -145,6 +150,19 @@ mod tests {
         assert_eq!(message, "expected labels 0 to 1, got -1 for sample 0");
         let message = load(log.table(&key("pgd")).unwrap(), usize::MAX, 3).unwrap_err().to_string();
         assert_eq!(message, format!("expected 1 to 1048576 classes, got {}", usize::MAX));
+    }
+
+    #[test]
+    fn counts_that_do_not_fit_in_memory_are_refused() {
+        // 2^16 x 2^20 x 256 counts of 8 bytes are 2^47 bytes: all addresses that a process has.
+        let mut log = RouteLog::new(vec![256; 1 << 16]).unwrap();
+        let rows = Rows { indices: &[0], experts: &[0; 1 << 16], labels: &[0], predictions: &[0] };
+        log.append(key("clean"), rows).unwrap();
+        let table = log.table(&key("clean")).unwrap();
+        let message = load(table, MAX_CLASSES, 256).unwrap_err().to_string();
+        let counts = "65536 MoE layers x 1048576 classes x 256 experts";
+        assert_eq!(message, format!("expected counts that fit in memory, got {counts}; use fewer classes"));
+        assert!(load(table, MAX_CLASSES, usize::MAX).is_err());
     }
 
     #[test]
