@@ -192,6 +192,12 @@ def test_routes_no_such_model_can_take_are_refused(experts: list[object], messag
     assert log.conditions == ()
 
 
+def test_no_rows_are_no_condition() -> None:
+    log = RouteLog([2])
+    log.append("clean", np.empty(0, int), np.empty((0, 1), int))
+    assert log.conditions == ()
+
+
 def test_counts_that_do_not_fit_in_memory_are_refused() -> None:
     # 2^16 x 2^20 x 256 counts of 8 bytes are 2^47 bytes: all addresses that a process has.
     log = RouteLog([256] * 2**16)

@@ -140,7 +140,8 @@ impl RouteLog {
         self.tables.keys()
     }
 
-    /// Adds rows to a condition. They replace older rows of the same samples.
+    /// Adds rows to a condition. They replace older rows of the same samples. Without rows, the log
+    /// does not change.
     ///
     /// # Errors
     /// The columns have different lengths, an expert index is too large, a sample index is
@@ -173,7 +174,9 @@ impl RouteLog {
                 }
             }
         }
-        self.tables.entry(key).or_insert_with(|| Table::new(num_layers)).push(rows);
+        if expected > 0 {
+            self.tables.entry(key).or_insert_with(|| Table::new(num_layers)).push(rows);
+        }
         Ok(())
     }
 
@@ -321,6 +324,15 @@ mod tests {
         }
         let message = "the route log has no \"clean\" of epoch 0; it has nothing";
         assert_eq!(log.table(&key("clean")).unwrap_err().to_string(), message);
+    }
+
+    #[test]
+    fn no_rows_are_no_condition() {
+        let mut log = RouteLog::new(vec![2]).unwrap();
+        let none = Rows { indices: &[], experts: &[], labels: &[], predictions: &[] };
+        log.append(key("clean"), none).unwrap();
+        assert_eq!(log.keys().count(), 0);
+        assert!(log.append(key(""), none).is_err()); // the name is checked all the same
     }
 
     #[test]
