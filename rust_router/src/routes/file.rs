@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::Path;
 
+use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
@@ -115,7 +116,11 @@ fn header(descr: &str, shape: &str) -> Vec<u8> {
 pub fn read(bytes: impl Read + Seek) -> std::result::Result<RouteLog, String> {
     let mut npz = ZipArchive::new(bytes).map_err(|e| e.to_string())?;
     let mut column = |name: &str, descr: &str| -> std::result::Result<Array, String> {
-        let member = npz.by_name(&format!("{name}.npy")).map_err(|_| format!("there is no array {name:?}"))?;
+        let member = npz.by_name(&format!("{name}.npy")).map_err(|error| match error {
+            ZipError::FileNotFound => format!("there is no array {name:?}"),
+            ZipError::UnsupportedArchive(ZipError::PASSWORD_REQUIRED) => format!("array {name:?} is encrypted"),
+            error => format!("array {name:?}: {error}"),
+        })?;
         Array::read(member, descr).map_err(|reason| format!("array {name:?}: {reason}"))
     };
     let version = column("route_log_version", "<i8")?.i64();
@@ -269,6 +274,22 @@ mod tests {
             changed[place] ^= 0x11;
             drop(read(Cursor::new(changed))); // must not panic
         }
+    }
+
+    #[test]
+    fn an_array_that_cannot_be_unpacked_is_not_called_missing() {
+        // In the zip's directory, bit 0 of byte 8 is encryption, and byte 10 is the method.
+        for (field, value, message) in [
+            (8, 1, "array \"route_log_version\" is encrypted"),
+            (10, 12, "array \"route_log_version\": compression method not supported: 12"),
+        ] {
+            let mut changed = bytes(log());
+            let entry = changed.windows(4).position(|signature| signature == b"PK\x01\x02").unwrap();
+            changed[entry + field] = value;
+            assert_eq!(read(Cursor::new(changed)).unwrap_err(), message);
+        }
+        let empty = Cursor::new(b"PK\x05\x06\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(read(empty).unwrap_err(), "there is no array \"route_log_version\"");
     }
 
     #[test]
