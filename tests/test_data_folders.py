@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe import rust_router
 from advmoe.data.cache import packed
 from advmoe.data.folders import image_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
@@ -431,6 +432,27 @@ def test_a_pack_that_another_makes_is_waited_for_and_not_made_twice(tmp_path: Pa
         sizes.append(len(pack_validation(tmp_path, while_the_first_writes)))
     second.join()
     assert (made, sizes) == (["first"], [3, 3])
+    assert {path.name for path in tmp_path.iterdir()} == {"imagenet-1k", "test.pack"}
+
+
+def test_a_pack_that_the_system_cannot_read_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_imagenet_of_the_hub(tmp_path)
+    pack = tmp_path / "test.pack"
+    pack.mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*test.pack: Is a directory; make it readable, or remove it"):
+        pack_validation(tmp_path)
+    with pytest.raises(DataError) as of_rust:
+        rust_router.open_pack(pack)
+    pack.rmdir()
+    pack.write_bytes(b"opens, and cannot be read further on")
+
+    def fail(_: Path) -> None:
+        raise of_rust.value
+
+    monkeypatch.setattr(rust_router, "open_pack", fail)
+    with pytest.raises(DataError, match=r"test.pack .*\(os error \d+\); make it readable, or remove it"):
+        pack_validation(tmp_path)
+    assert pack.read_bytes().startswith(b"opens")
     assert {path.name for path in tmp_path.iterdir()} == {"imagenet-1k", "test.pack"}
 
 

@@ -23,6 +23,10 @@ from advmoe.data.sets import DatasetInfo, EncodedSet, Progress
 from advmoe.errors import DataError
 from advmoe.files import remove_leftovers
 
+REMEDY = "make it readable, or remove it to have it made again"
+SYSTEM_ERROR = "(os error "
+"""What Rust writes behind an error of the system, and not behind a difference in the content."""
+
 
 def packed(
     shards: Shards,
@@ -44,7 +48,7 @@ def packed(
 
     Raises:
         DataError: A parquet file that is missing or damaged, lacks a column or an image, a label
-            that is no class, or a pack that cannot be written.
+            that is no class, or a pack that cannot be read or written.
     """
     pack = Path(pack)
     origin = _origin(shards, hub)
@@ -72,12 +76,23 @@ def _origin(shards: Shards, hub: HubLayout) -> str:
 
 
 def _open(pack: Path, origin: str, info: DatasetInfo) -> EncodedSet | None:
-    """The pack at this path if it is complete and was copied from these files; otherwise None."""
-    if not pack.exists():
-        return None
+    """The pack at this path if it is complete and was copied from these files; otherwise None.
+
+    Raises:
+        DataError: The system cannot read the pack. A new copy would take long, and might be as
+            unreadable.
+    """
     try:
+        with pack.open("rb") as file:
+            file.read(1)
         offsets, lengths, labels, text = rust_router.open_pack(pack)
-    except DataError:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {pack}: {error.strerror}; {REMEDY}") from error
+    except DataError as error:
+        if SYSTEM_ERROR in str(error):
+            raise DataError(f"{error}; {REMEDY}") from error
         return None
     if text != origin:
         return None
