@@ -80,7 +80,9 @@ class FolderLock:
         try:
             self._lock.acquire()
         except Timeout:
-            owner = self._owner.read_text().strip() if self._owner.exists() else "another process"
+            owner = "another process"
+            with contextlib.suppress(OSError):  # it may just have ended, or not have written its name yet
+                owner = self._owner.read_text().strip() or owner
             raise ConfigError(
                 f"{owner} is writing to {self._folder}; wait until it has ended, or choose another folder", "out"
             ) from None

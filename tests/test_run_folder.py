@@ -163,6 +163,16 @@ def test_two_new_runs_do_not_begin_in_one_folder(digits: Dataset, tmp_path: Path
     assert not list(path.iterdir())
 
 
+def test_a_lock_is_refused_although_its_owners_name_cannot_be_read(tmp_path: Path) -> None:
+    owner = tmp_path / ".owner"
+    with FolderLock(tmp_path):
+        owner.unlink()
+        owner.mkdir()  # a file that vanishes after it was found gives an error of the system, too
+        with pytest.raises(ConfigError, match="another process is writing to"):
+            FolderLock(tmp_path).acquire()
+        owner.rmdir()
+
+
 def _hold(path: Path, held: Event) -> None:
     lock = FolderLock(path)
     lock.acquire()
