@@ -215,6 +215,22 @@ def test_a_module_on_a_gpu_is_exported_from_a_copy(small_moe: Make) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in copy.state_dict().items())
 
 
+def test_every_part_of_a_module_keeps_its_mode(small_moe: Make) -> None:
+    model = small_moe().train()
+    model.norms[1].eval()  # frozen statistics
+    trace(model, image_size=(16, 16), opset=18)
+    assert [part.training for part in (model, *model.norms)] == [True, True, False, True, True]
+
+
+def test_targets_of_another_length_are_found_before_the_model_is_traced(
+    pictures: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("advmoe_export.exporter.trace")
+    options: dict[str, Any] = {"images": pictures.numpy(), "targets": np.zeros(7, np.int64)}
+    with pytest.raises(InputError, match=r"one target per image, \[8\], got \[7\]"):
+        export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
+
+
 def test_the_reference_is_the_modules_own_result(small_moe: Make, pictures: Tensor) -> None:
     for num_experts in (1, 3):
         model = small_moe(num_experts=num_experts, decisions=(0, 1, 1, 2))

@@ -16,10 +16,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from advmoe_export import InputError, ModelFileError, ProviderError, Session, export_model, prepare
+from advmoe_export import (
+    InputError,
+    ModelFileError,
+    ProviderError,
+    RouteMonitor,
+    Session,
+    export_model,
+    prepare,
+    time_session,
+)
 from advmoe_export.metadata import KEY
 from advmoe_export.model_file import read_metadata, read_properties
 from advmoe_export.triton import config
+from advmoe_export.verify import probe_images
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +107,34 @@ def test_what_is_no_image_is_one_line(session: Session, images: Any, message: st
     with pytest.raises(InputError, match=message) as raised:
         session.run(images)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_with_a_fixed_batch_size_takes_smaller_batches_only(session: Session) -> None:
+    metadata = dataclasses.replace(session.metadata, batch_size=4)
+    fixed = SimpleNamespace(metadata=metadata, _expectation=session._expectation)
+    assert Session.check(fixed, PIXELS[:3], any_size=True).shape == (3, 3, 16, 16)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="takes batches of 4, got uint8"):
+        Session.check(fixed, PIXELS, any_size=True)  # type: ignore[arg-type]
+
+
+def test_timing_needs_few_images_for_a_large_batch(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, run = [], []
+
+    def make(image_size: tuple[int, int], input_type: str, count: int) -> np.ndarray:
+        made.append(count)
+        return probe_images(image_size, input_type, count)
+
+    monkeypatch.setattr("advmoe_export.bench.probe_images", make)
+    monkeypatch.setattr(Session, "run_raw", lambda self, images: run.append(len(images)))
+    time_session(session, [1, 100, 600], seconds=0)
+    assert made == [4, 64, 64]
+    assert set(run) == {1, 100, 600}
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_monitor_needs_a_window_of_an_image(window: int, session: Session) -> None:
+    with pytest.raises(InputError, match=f"window of at least 1 image, got {window}"):
+        RouteMonitor(session.metadata, window=window)
 
 
 # --- metadata -------------------------------------------------------------------------------------

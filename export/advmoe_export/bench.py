@@ -13,6 +13,8 @@ from advmoe_export.session import Session
 from advmoe_export.verify import probe_images
 
 MIN_RUNS = 5
+MAX_IMAGES = 64
+"""Largest number of different images; a larger batch repeats them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ def time_session(session: Session, batches: Sequence[int], *, seconds: float = 1
             raise InputError(f"expected {expected}, got {batch}")
     timings = []
     for batch in batches:
-        pool = probe_images(metadata.image_size, metadata.input_type, count=4 * batch)
+        images = probe_images(metadata.image_size, metadata.input_type, count=min(4 * batch, MAX_IMAGES))
+        pool = images[np.arange(max(len(images) // batch, 1) * batch) % len(images)]
         for start in range(0, len(pool), batch):
             session.run_raw(pool[start : start + batch])
         times: list[float] = []

@@ -47,6 +47,7 @@ from advmoe_export.verify import (
     Tolerance,
     VerificationError,
     VerificationReport,
+    check_targets,
     compare_on,
     run_reference,
     verify,
@@ -136,7 +137,8 @@ def export_model(
 
     Raises:
         UnsupportedModelError: the module or an option cannot be exported.
-        InputError: `images` or `calibration` have the wrong shape, type or range.
+        InputError: `images` or `calibration` have the wrong shape, type or range, or there is not
+            one target per image.
         ModelFileError: the files cannot be written.
         VerificationError: the results of graph and module differ, or an int8 file and the module
             agree on the labels of less than half of the images. No file remains at `path`.
@@ -152,6 +154,7 @@ def export_model(
         raise UnsupportedModelError("int8 needs real images to calibrate with: give calibration images")
     if images is not None and len(images):
         images = check_images(images, size, input_type)
+        check_targets(targets, len(images))
     if calibration is not None and len(calibration):
         calibration = check_images(calibration, size, input_type)
     traced = trace(model, image_size=size, opset=opset)

@@ -62,12 +62,14 @@ class RouteMonitor:
             since the creation of the monitor.
 
     Raises:
-        InputError: the metadata have no expert load.
+        InputError: the metadata have no expert load, or the window is below 1.
     """
 
     def __init__(self, metadata: ModelMetadata, *, log: RouteSink | None = None, window: int | None = None) -> None:
         if metadata.expert_load is None:
             raise InputError("this file has no recorded expert load to compare with; export it again with images")
+        if window is not None and window < 1:
+            raise InputError(f"expected a window of at least 1 image, got {window}; leave it out to compare all images")
         self._layers = metadata.layers
         self._recorded = metadata.expert_load
         self._counts = [np.zeros(count, np.int64) for count in metadata.num_experts]

@@ -187,7 +187,8 @@ class Session:
 
         Args:
             images: a batch as in `run`.
-            any_size: whether a file with a fixed batch size accepts smaller or larger batches here.
+            any_size: whether a file with a fixed batch size accepts smaller batches here, which
+                `execute` fills up.
 
         Raises:
             InputError: wrong shape, type, size or range.
@@ -196,8 +197,9 @@ class Session:
         given = f"got {images.dtype} {list(images.shape)}"
         if images.ndim != 4 or len(images) == 0:
             raise InputError(f"{self._expectation()}, {given}")
-        if meta.batch_size is not None and len(images) != meta.batch_size and not any_size:
-            raise InputError(f"this file takes batches of {meta.batch_size}, {given}; export another profile for other batches")
+        fixed = meta.batch_size
+        if fixed is not None and (len(images) > fixed or (len(images) < fixed and not any_size)):
+            raise InputError(f"this file takes batches of {fixed}, {given}; export another profile for other batches")
         return check_images(images, meta.image_size, meta.input_type)
 
     def _expectation(self) -> str:

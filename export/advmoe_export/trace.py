@@ -54,7 +54,7 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
     import torch
 
     example = torch.linspace(0, 1, 2 * 3 * image_size[0] * image_size[1]).reshape(2, 3, *image_size)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     network = on_cpu(model.folded() if hasattr(model, "folded") else model)
     try:
         with _quiet(), torch.no_grad():
@@ -77,7 +77,8 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
             f"{reason}"
         ) from error
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     assert exported is not None
     onnx_model = exported.model
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(onnx_model)

@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import ExportError
+from advmoe_export.errors import ExportError, InputError
 from advmoe_export.session import OPTIMIZATION_LEVELS, FloatArray, Session
 
 BATCHES = (1, 2, 7, 64)
@@ -198,7 +198,7 @@ class VerificationReport:
         return (
             f"logits differ by {worst.difference:.2e} of the largest (tolerance {self.tolerance.logits:.0e}) "
             f"at {worst.worst_logit} in batch '{worst.batch}', optimization '{worst.optimization}', "
-            "though all decisions agree"
+            "of an image with equal decisions"
         )
 
 
@@ -362,7 +362,11 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         path: the `.onnx` file.
         reference: results of the module for the images.
         targets: int64 [B], classes of the images, or None.
+
+    Raises:
+        InputError: `targets` do not give one class for each image.
     """
+    check_targets(targets, len(reference.images))
     session = Session(path, check_data=False)
     with _rounding_session(Path(path), session.metadata.dtype) as rounding:
         outputs = _run(rounding or session, reference.images, max(BATCHES))
@@ -376,6 +380,16 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         module_accuracy=None if right is None else float((expected == right).mean()),
         file_accuracy=None if right is None else float((labels == right).mean()),
     )
+
+
+def check_targets(targets: npt.NDArray[Any] | None, images: int) -> None:
+    """Check that there is one class for each image.
+
+    Raises:
+        InputError: the shape of `targets` is not [images].
+    """
+    if targets is not None and np.shape(targets) != (images,):
+        raise InputError(f"expected one target per image, [{images}], got {list(np.shape(targets))}")
 
 
 @contextlib.contextmanager
