@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
 from advmoe.models.compiled import LARGEST, CompiledNetwork, limits
 from advmoe.models.dispatch import select
+from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision
 
@@ -192,3 +194,35 @@ def test_the_compilers_statistics_of_selected_outputs_are_right() -> None:
 
     x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(torch.compile(statistics, fullgraph=True, dynamic=False)(x), statistics(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("default")  # of the compiler, about TF32 and its defaults
+@pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
+def test_compiled_passes_on_a_gpu_are_the_uncompiled_ones_again_and_again(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, graphs: bool
+) -> None:
+    model = tiny_vgg(warm=True, routed="last-3-stages").to("cuda")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    compiled = CompiledNetwork(model, graphs=graphs)
+
+    def passed(context: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:
+        """Logits, and gradients in one vector; a graph overwrites its own in the next pass."""
+        model.load_state_dict(state)
+        x = images.to("cuda").requires_grad_()
+        with context:
+            logits = model(x)
+        inputs = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        gradients = torch.autograd.grad(logits.log_softmax(dim=1)[:, 0].sum(), inputs)
+        return logits.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    with full_precision(model):
+        most, most_of_gradient = limits(torch.device("cuda"))
+        for _ in range(4):
+            for mode in (nullcontext(), evaluating(model)):  # a step, and an attack
+                with mode:
+                    (expected, gradient), (got, of_compiled) = passed(nullcontext()), passed(compiled.running())
+                assert float((got - expected).abs().amax(dim=1).median()) <= most * float(expected.abs().amax())
+                assert float((of_compiled - gradient).norm()) <= most_of_gradient * float(gradient.norm())

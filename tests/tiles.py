@@ -1,5 +1,9 @@
-"""Compares the convolution by tiles with the sorted one, in Triton's interpreter (TRITON_INTERPRET=1): JSON."""
+"""Compares the convolution by tiles with the sorted one, in Triton's interpreter (TRITON_INTERPRET=1) or on a GPU.
 
+As a program it prints JSON.
+"""
+
+import copy
 import json
 import sys
 from typing import Any
@@ -27,8 +31,8 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def compared(case: dict[str, Any]) -> dict[str, float]:
-    """Largest difference of output and gradients, relative to the largest value of each."""
+def compared(case: dict[str, Any], device: str = "cpu") -> dict[str, float]:
+    """Largest difference of output and gradients from those on the CPU, relative to the largest value of each."""
     torch.manual_seed(0)
     layout = LAYOUTS[case["layout"]]
     kernel, size, number = case["kernel"], case.get("size", 6), layout.num_experts
@@ -36,25 +40,26 @@ def compared(case: dict[str, Any]) -> dict[str, float]:
     if layer.affine is not None:
         torch.nn.init.normal_(layer.affine.scale, std=0.3)
         torch.nn.init.normal_(layer.affine.shift)
-    x = torch.randn(7, 5, size, size, requires_grad=True)
-    chosen_B = torch.tensor([0, 1, 1, 0, number - 1, 0, 0])[:, None].repeat(1, 2)[:, 0]  # a column of pathways
+    x = torch.randn(7, 5, size, size)
+    chosen_B2 = torch.tensor([0, 1, 1, 0, number - 1, 0, 0])[:, None].repeat(1, 2)
     other_B = torch.arange(7) % number
     one_column = case["signal"] in ("own", "mean")
-    gate = torch.ones((7,) if one_column else (7, number), requires_grad=True)
-    decision = Decision(chosen_B, None, gate, case["signal"], other_B)
-    inputs = {"x": x, "gate": gate, **dict(layer.named_parameters())}
+    gate = torch.ones((7,) if one_column else (7, number))
 
-    def run(way: Any) -> dict[str, Tensor]:
+    def run(way: Any, device: str) -> dict[str, Tensor]:
+        own = copy.deepcopy(layer).to(device)
+        leaves = {name: leaf.clone().to(device).requires_grad_() for name, leaf in (("x", x), ("gate", gate))}
+        inputs = {**leaves, **dict(own.named_parameters())}
+        # the choice is a column of pathways, so its numbers do not lie side by side
+        decision = Decision(chosen_B2.to(device)[:, 0], None, leaves["gate"], case["signal"], other_B.to(device))
         with computing(way):
-            y = layer(x, decision)
-        toward = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        return {"y": y, **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), toward), strict=True))}
+            y = own(leaves["x"], decision)
+        toward = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        gradients = torch.autograd.grad(y, list(inputs.values()), toward)
+        return {name: value.detach().cpu() for name, value in zip(("y", *inputs), (y, *gradients), strict=True)}
 
-    expected, found = run("auto"), run("tiles")
-    return {
-        name: float((found[name] - value).detach().abs().max() / value.detach().abs().max())
-        for name, value in expected.items()
-    }
+    expected, found = run("auto", "cpu"), run("tiles", device)
+    return {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
 
 
 if __name__ == "__main__":
