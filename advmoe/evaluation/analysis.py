@@ -72,7 +72,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
 def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     """Statistics of the routers under one condition: load [layers][experts], by class [layers][classes][experts]."""
     by_class = log.expert_load(name, num_classes=model.config.num_classes).merged(len(model.expert_layouts))
-    load = ExpertLoad(counts_LKN=by_class.counts_LKN.sum(axis=1, keepdims=True))
+    load = ExpertLoad(counts_LKN=by_class.counts_LKN.sum(axis=1, keepdims=True), num_experts=by_class.num_experts)
     pathways, frequency = log.unique_pathways(name)
     return {
         "load": load.share[:, 0].round(4).tolist(),
