@@ -1,9 +1,10 @@
-"""Devices by name, and reads of tensors from them."""
+"""Devices by name, their arithmetic, and reads of tensors from them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def convolves_in_tf32() -> bool:
+    """Whether a GPU convolves fp32 numbers in TF32 now, which is torch's default."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        return bool(backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(backends.cudnn.allow_tf32)
 
 
 def read(values: Sequence[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from advmoe.config import check
+from advmoe.device import convolves_in_tf32
 from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
@@ -161,6 +162,4 @@ def limits(device: torch.device) -> tuple[float, float]:
         return LARGEST["bf16"]
     if device.type != "cuda":
         return LARGEST["fp32"]
-    from advmoe.models.tiles import convolves_in_tf32  # needs Triton, as compiled passes on a GPU do
-
     return LARGEST["tf32" if convolves_in_tf32() else "fp32"]

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advmoe.device import convolves_in_tf32
 from advmoe.models.dispatch import row_products
 from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision
@@ -165,14 +166,6 @@ def _filter_gradient_tile(  # type: ignore[no-untyped-def]
         total,
         (filter < channels_out)[:, None] & (source < channels_in)[None, :],
     )
-
-
-def convolves_in_tf32() -> bool:
-    """Whether a GPU convolves fp32 numbers in TF32 now, which is torch's default."""
-    backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):
-        return bool(backends.cudnn.conv.fp32_precision == "tf32")
-    return bool(backends.cudnn.allow_tf32)
 
 
 def convolve(x: Tensor, bank: Tensor, expert_index_B: Tensor, geometry: Geometry) -> Tensor:
