@@ -135,7 +135,6 @@ def test_a_graph_of_kernels_is_compared_when_it_is_replayed(
 
 
 def test_the_limits_of_rounding_are_those_of_the_present_arithmetic() -> None:
-    pytest.importorskip("triton")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     # by default a GPU convolves in TF32, compiled or not, and inductor may choose another layout
     assert limits(gpu) == LARGEST["tf32"] > limits(cpu) == LARGEST["fp32"]
