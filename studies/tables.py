@@ -125,10 +125,10 @@ def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     long = {name: own for name, own in cells.items() if name in LONG}
     routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
     lines = training_table(short, reference)
+    longest = cells.get("s_dense_time", [])
     if long:
-        longest = cells.get("s_dense_time", [])
         lines += ["", *training_table({"s_dense_time": longest, **long} if longest else long, longest)]
-    return "\n".join(lines + attack_table(routed, reference) + control_table(routed))
+    return "\n".join(lines + attack_table(routed, reference, longest) + control_table(routed))
 
 
 def training_table(cells: dict[str, list[dict[str, Any]]], reference: Sequence[dict[str, Any]]) -> list[str]:
@@ -161,8 +161,15 @@ def pgd(cell: dict[str, Any], images: int) -> str:
     return f"{100 * bits(cell, 'pgd')[:images].mean():.1f}; {several}"
 
 
-def attack_table(routed: Sequence[tuple[str, dict[str, Any]]], reference: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of attacks on the routing, beside S-Dense under PGD and under as many starts of PGD."""
+def attack_table(
+    routed: Sequence[tuple[str, dict[str, Any]]],
+    reference: Sequence[dict[str, Any]],
+    longest: Sequence[dict[str, Any]],
+) -> list[str]:
+    """The table of attacks on the routing, beside S-Dense under PGD and under as many starts of PGD.
+
+    Trainings of more epochs than the others stand beside the S-Dense that was trained longest.
+    """
     if not routed:
         return []
     lines = [
@@ -174,7 +181,8 @@ def attack_table(routed: Sequence[tuple[str, dict[str, Any]]], reference: Sequen
     for name, cell in routed:
         routing = cell["test"]["routing"]
         images = routing["images"]
-        of_s_dense = next((pgd(other, images) for other in reference if other["seed"] == cell["seed"]), "-")
+        others = longest if name in LONG or name.endswith("_time") else reference
+        of_s_dense = next((pgd(other, images) for other in others if other["seed"] == cell["seed"]), "-")
         aimed = "-"
         if "images_flipped_by_aim" in routing:
             aimed = f"{routing['decisions_flipped_by_aim']:.1f}; {routing['images_flipped_by_aim']:.1f}"
