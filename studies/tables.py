@@ -234,7 +234,8 @@ def draw_accuracy(cells: dict[str, list[dict[str, Any]]], axes: Axes) -> None:
     on the routing; one row per training.
     """
     names = [
-        f"{textwrap.fill(TITLES[name], 32)}\n{1000 * own[0]['gflops']:.2f} million multiply-adds"
+        f"{textwrap.fill(TITLES[name], 34)}\n"
+        f"{len(own[0]['curve'])} epochs, {1000 * own[0]['gflops']:.2f} million multiply-adds"
         for name, own in cells.items()
     ]
     for key, label, color in (("sa", "SA: clean images", "C0"), ("ra_pgd", "RA: PGD-20, 8/255", "C3")):
@@ -291,7 +292,7 @@ def main() -> None:
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{tables(cells)}\n{end}{rest.partition(end)[2]}"
         save(cells, draw_loss, options.page.parent / f"study-{network}.svg")
-        save(cells, draw_accuracy, options.page.parent / f"study-{network}-accuracy.svg", height=1 + 0.36 * len(cells))
+        save(cells, draw_accuracy, options.page.parent / f"study-{network}-accuracy.svg", height=1 + 0.42 * len(cells))
     options.page.write_text(text)
 
 
