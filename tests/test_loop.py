@@ -161,6 +161,13 @@ def test_the_moving_average_has_the_bits_of_torchs() -> None:
     assert counts
 
 
+def test_a_network_without_counts_is_averaged_too() -> None:
+    model = nn.Linear(2, 1)
+    average = WeightAverage(model, 0.5)  # type: ignore[arg-type]
+    average.update()
+    assert torch.equal(average.network.weight, model.weight)  # type: ignore[arg-type]
+
+
 def test_a_run_starts_from_the_weights_it_is_given(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
     given, cpu = load_checkpoint(whole_run / "best.pt"), torch.device("cpu")
     with RunFolder(tmp_path / "run") as folder:

@@ -29,22 +29,21 @@ class WeightAverage:
         """The average itself."""
         self.updates = 0
         self._decay = decay
-        pairs = [
-            (kept.detach(), own.detach()) for kept, own in zip(_tensors(self.network), _tensors(model), strict=True)
-        ]
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        kept, own = list(_tensors(self.network)), list(_tensors(model))
+        averaged = [number for number, tensor in enumerate(kept) if tensor.is_floating_point()]
+        copied = [number for number, tensor in enumerate(kept) if not tensor.is_floating_point()]
+        self._averaged = [kept[number] for number in averaged], [own[number] for number in averaged]
+        self._copied = [kept[number] for number in copied], [own[number] for number in copied]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the network's present weights in. The first ones are copied."""
-        kept, own = (list(values) for values in zip(*self._averaged, strict=True))
         if self.updates == 0:
-            torch._foreach_copy_(kept, own)
+            torch._foreach_copy_(*self._averaged)
         else:
-            torch._foreach_lerp_(kept, own, 1.0 - self._decay)
-        for number, other in self._copied:
-            number.copy_(other)
+            torch._foreach_lerp_(*self._averaged, 1.0 - self._decay)
+        if self._copied[0]:  # a transformer may have none
+            torch._foreach_copy_(*self._copied)
         self.updates += 1
 
 
