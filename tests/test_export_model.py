@@ -312,6 +312,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("opset", [19, 21, 23, 25])
+def test_later_versions_of_the_operators_give_the_same_results(
+    opset: int, small_moe: Make, pictures: Tensor, tmp_path: Path
+) -> None:
+    model, path = small_moe(), tmp_path / "model.onnx"
+    export_model(model, path, image_size=16, labels=LABELS, opset=opset)
+    declared = onnx.load(path, load_external_data=False).opset_import
+    assert [(entry.domain, entry.version) for entry in declared] == [("", opset)]
+    logits, pathway, _ = model.forward_with_routing(pictures)
+    found = Session(path).run(pictures.numpy())
+    np.testing.assert_allclose(found.logits, logits.detach(), atol=1e-5)
+    np.testing.assert_array_equal(found.pathway, pathway)
+
+
 def test_bad_requests_say_what_to_do(small_moe: Make, tmp_path: Path) -> None:
     model = small_moe()
     with pytest.raises(ModelFileError, match=r"folder '.*missing' does not exist"):
