@@ -120,9 +120,9 @@ def test_the_containers_commands_are_those_of_the_package(desk: Path, monkeypatc
         assert set(extras.split(",")) <= EXTRAS.keys()
     (check,) = re.findall(r"^HEALTHCHECK .*?CMD (.*)$", DOCKERFILE, re.MULTILINE)
     _, flag, program = json.loads(check)
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
     with server(desk / "model.onnx") as (_, http):
-        here = program.replace("http://127.0.0.1:8000", str(http.base_url))
+        here = program.replace("8000", str(http.base_url.port))
         assert here != program
         assert subprocess.run([sys.executable, flag, here], check=False).returncode == 0
     assert subprocess.run([sys.executable, flag, here], capture_output=True, check=False).returncode != 0
