@@ -122,6 +122,23 @@ def check(condition: bool, message: str, *options: str) -> None:
         raise ConfigError(message, *options)
 
 
+def check_unused(config: Settings, name: str, place: str, remedy: str = "") -> None:
+    """Refuse a setting that differs from its default, because nothing would read it.
+
+    Args:
+        config: The configuration that has the setting.
+        name: Name of the setting.
+        place: The place where the setting has no effect, for the message.
+        remedy: An alternative to leaving the setting out, for the message.
+
+    Raises:
+        ConfigError: The setting differs from its default.
+    """
+    (default,) = (field.default for field in fields_of(type(config)) if field.name == name)
+    value = getattr(config, name)
+    check(value == default, f"{name} {value} has no effect on {place}; leave it out{remedy}", name)
+
+
 def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
     """`value` if it is one of `choices`.
 
