@@ -28,8 +28,8 @@ from advmoe_export import (
 )
 from advmoe_export.metadata import KEY
 from advmoe_export.model_file import read_metadata, read_properties
+from advmoe_export.reference import probe_images
 from advmoe_export.triton import config
-from advmoe_export.verify import probe_images
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from advmoe_export import PROFILES, ExportReport, Session, UnsupportedModelError, VerificationError, export_model
+from advmoe_export.reference import Reference, run_reference
 from advmoe_export.trace import Traced, trace
-from advmoe_export.verify import Reference, run_reference, verify
+from advmoe_export.verify import verify
 from conftest import SmallMoE
 from torch import Tensor, nn
 

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from advmoe_export.monitor import LayerDrift, RouteMonitor
     from advmoe_export.options import check_options
     from advmoe_export.preparation import prepare, read_image
+    from advmoe_export.report import Agreement, Tolerance, VerificationError, VerificationReport
     from advmoe_export.session import Prediction, Session
     from advmoe_export.triton import triton_folder, write_triton_repository
-    from advmoe_export.verify import Agreement, Tolerance, VerificationError, VerificationReport, verify
+    from advmoe_export.verify import verify
 
 _HOME = {
-    "Agreement": "verify",
+    "Agreement": "report",
     "ExportError": "errors",
     "ExportReport": "exporter",
     "InputError": "errors",
@@ -43,10 +44,10 @@ _HOME = {
     "RouteMonitor": "monitor",
     "Session": "session",
     "Timing": "bench",
-    "Tolerance": "verify",
+    "Tolerance": "report",
     "UnsupportedModelError": "errors",
-    "VerificationError": "verify",
-    "VerificationReport": "verify",
+    "VerificationError": "report",
+    "VerificationReport": "report",
     "check_options": "options",
     "export_model": "exporter",
     "prepare": "preparation",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from advmoe_export.errors import InputError
+from advmoe_export.reference import probe_images
 from advmoe_export.session import Session
-from advmoe_export.verify import probe_images
 
 MIN_RUNS = 5
 MAX_IMAGES = 64

@@ -38,20 +38,11 @@ from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
 from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
+from advmoe_export.reference import Reference, run_reference
+from advmoe_export.report import MIN_AGREEMENT, Agreement, Tolerance, VerificationError, VerificationReport
 from advmoe_export.session import OPTIMIZATION_LEVELS, check_images
 from advmoe_export.trace import BATCH, trace
-from advmoe_export.verify import (
-    MIN_AGREEMENT,
-    Agreement,
-    Reference,
-    Tolerance,
-    VerificationError,
-    VerificationReport,
-    check_targets,
-    compare_on,
-    run_reference,
-    verify,
-)
+from advmoe_export.verify import check_targets, compare_on, verify
 
 LAYOUT_BLOCK = 16
 """Number of channels in a block of onnxruntime's fast memory layout for convolutions."""
