@@ -50,7 +50,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -61,7 +61,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Forward, kl_objective, pgd, starting_point
 from advmoe.attacks.relaxations import SteeredTape
-from advmoe.config import ROUTER_GRADIENTS, RouterGradient, TrainConfig, from_dict
+from advmoe.config import ROUTER_GRADIENTS, ExpertFilters, RouterGradient, TrainConfig, from_dict
 from advmoe.data.loader import Batch, BatchLoader
 from advmoe.data.sources import dataset_info, load_dataset
 from advmoe.data.views import training_transform
@@ -81,7 +81,7 @@ from advmoe.training.steps import training_attack
 
 TEXTS = ("router_statistics", "attack_routing", "router_step")
 """Fields of `TrainConfig` that are not numbers."""
-DESCRIBED = ("arch", "width", "granularity", "num_experts", "model_scale", "router_gradient")
+DESCRIBED = ("arch", "width", "granularity", "num_experts", "expert_filters", "model_scale", "router_gradient")
 """Fields of `ModelConfig` that are repeated in a result."""
 EQUAL = 1e-6
 """Losses that differ by less are treated as equal."""
@@ -344,6 +344,7 @@ def run(form: str, num_experts: int, options: argparse.Namespace) -> list[dict[s
     """Train by AdvMoE with one router gradient, and probe the model at regular intervals."""
     settings = {"arch": options.arch, "width": options.width, "granularity": options.granularity}
     settings |= {"num_experts": num_experts, "model_scale": options.model_scale, "router_gradient": form}
+    settings |= {"expert_filters": options.expert_filters}
     info = dataset_info(options.dataset, options.data_dir)
     of_training = dict(setting.split("=") for setting in options.set)
     model_config, config = resolve(
@@ -429,6 +430,7 @@ def main() -> None:
     parser.add_argument("--granularity", default="layer")
     parser.add_argument("--num-experts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model-scale", type=float, default=0.5)
+    parser.add_argument("--expert-filters", default="windows", choices=get_args(ExpertFilters))
     parser.add_argument(
         "--forms", nargs="+", default=["dense", "sampled", "advantage", "softmax"], choices=ROUTER_GRADIENTS
     )

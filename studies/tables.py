@@ -24,20 +24,21 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TIME = ", AdvMoE's time"
 TITLES = {
     "s_dense": "AT (S-Dense)",
-    "s_dense_time": "AT (S-Dense), AdvMoE's time",
+    "s_dense_time": f"AT (S-Dense){TIME}",
     "dense": "AT (Dense)",
     "dense_long": "AT (Dense), 16 epochs",
     "sparse": "AT (Sparse)",
     "at_moe": "AT (MoE), gate advantage",
     "at_moe_long": "AT (MoE), gate advantage, 16 epochs",
-    "at_moe_time": "AT (MoE), gate advantage, AdvMoE's time",
+    "at_moe_time": f"AT (MoE), gate advantage{TIME}",
     "advmoe": "AdvMoE, gate advantage",
     "advmoe_batch": "AdvMoE, gate dense, batch statistics",
     "advmoe_dense": "AdvMoE, gate dense",
     "advmoe_cheap": "AdvMoE, reused images",
-    "advmoe_cheap_time": "AdvMoE, reused images, AdvMoE's time",
+    "advmoe_cheap_time": f"AdvMoE, reused images{TIME}",
     "at_image": "AT (MoE), a router per image",
     "image_mixture": "AT (MoE), a router per image, attack on the mixture",
     "shared": "AT (MoE), shared filters",
@@ -51,6 +52,8 @@ TITLES = {
 """Settings in the order of the table."""
 LONG = ("dense_long", "at_moe_long")
 """Settings with as many epochs as `s_dense_time`, with which they are compared."""
+EQUAL_TIME = ("advmoe_dense", "advmoe_cheap_time", "at_moe_time", "s_dense_time")
+"""Settings with the training time of the first one."""
 ENOUGH_SEEDS = 3
 """Two differences say next to nothing about their spread."""
 
@@ -121,10 +124,10 @@ def mean(values: Sequence[float]) -> str:
 def tables(cells: dict[str, list[dict[str, Any]]]) -> str:
     """The page's tables in Markdown. Long trainings are compared with S-Dense after as many epochs."""
     reference = cells.get("s_dense", [])
-    short = {name: own for name, own in cells.items() if name not in LONG}
+    short = {name: own for name, own in cells.items() if name not in (*LONG, *EQUAL_TIME[1:])}
     long = {name: own for name, own in cells.items() if name in LONG}
     routed = [(name, cell) for name, own in cells.items() for cell in own if "routing" in cell["test"]]
-    lines = training_table(short, reference)
+    lines = training_table(short, reference) + equal_time_table(cells)
     longest = cells.get("s_dense_time", [])
     if long:
         lines += ["", *training_table({"s_dense_time": longest, **long} if longest else long, longest)]
@@ -150,6 +153,35 @@ def training_table(cells: dict[str, list[dict[str, Any]]], reference: Sequence[d
             f"{1000 * own[0]['gflops']:.2f} | {loss:.3f} | {mean([cell['test']['sa'] for cell in own])} | "
             f"{mean([cell['test']['ra_pgd'] for cell in own])} | "
             f"{'-' if same else against(own, reference, 'clean')} | {'-' if same else against(own, reference, 'pgd')} |"
+        )
+    return lines
+
+
+def equal_time_table(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The table of settings with the training time of AdvMoE, compared with each other."""
+    timed = {name: cells[name] for name in EQUAL_TIME if name in cells}
+    if timed.keys() <= {EQUAL_TIME[0]}:
+        return []
+    lines = [
+        "",
+        "| AdvMoE's training time | seeds | epochs | SA | RA | SA against AdvMoE | RA against AdvMoE | "
+        "RA against AT (MoE) | RA against AT (S-Dense) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in timed.items():
+        compared = [
+            "-" if name == other else against(own, timed.get(other, []), condition)
+            for other, condition in (
+                ("advmoe_dense", "clean"),
+                ("advmoe_dense", "pgd"),
+                ("at_moe_time", "pgd"),
+                ("s_dense_time", "pgd"),
+            )
+        ]
+        lines.append(
+            f"| {TITLES[name].removesuffix(TIME)} | {', '.join(str(cell['seed']) for cell in own)} | "
+            f"{len(own[0]['curve'])} | {mean([cell['test']['sa'] for cell in own])} | "
+            f"{mean([cell['test']['ra_pgd'] for cell in own])} | {' | '.join(compared)} |"
         )
     return lines
 

@@ -119,23 +119,43 @@ def test_equal_time_means_more_epochs_of_faster_settings(monkeypatch: pytest.Mon
     assert epochs_of("dense_long", "resnet18") == epochs_of("at_moe_long", "resnet18") == 16
 
 
+def cells(packed: str, epochs: int) -> list[dict[str, object]]:
+    """One cell of four images, whose clean and attacked versions are right as packed."""
+    test = {"images": 4, "sa": 50.0, "ra_pgd": 50.0, "correct": {"clean": packed, "pgd": packed}}
+    curve = [{"epoch": epoch + 1, "train_loss": 2.0} for epoch in range(epochs)]
+    return [{"seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "curve": curve}]
+
+
+def test_settings_of_equal_time_are_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [""])
+    tables = runpy.run_path(str(STUDIES / "tables.py"))["tables"]
+    # 0000, 1000, 1010 and 1110
+    timed = {name: cells(packed, 2) for name, packed in (("at_moe_time", "oA=="), ("s_dense_time", "4A=="))}
+    timed |= {"advmoe_dense": cells("AA==", 1), "advmoe_cheap_time": cells("gA==", 3)}
+    first, second = tables({"s_dense": cells("AA==", 1), **timed}).split("\n\n")
+    assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == ["| AT (S-Dense)", "| AdvMoE, gate dense"]
+    rows = [line.split(" | ") for line in second.splitlines()[2:]]
+    differences = [[cell.split(" ±")[0].removesuffix(" |") for cell in row[5:]] for row in rows]
+    assert differences == [
+        ["-", "-", "-50.0", "-75.0"],
+        ["+25.0", "+25.0", "-25.0", "-50.0"],
+        ["+50.0", "+50.0", "-", "-25.0"],
+        ["+75.0", "+75.0", "+25.0", "-"],
+    ]
+    assert "AdvMoE's training time" not in tables({"s_dense": cells("AA==", 1), "advmoe_dense": cells("AA==", 1)})
+
+
 def test_long_trainings_are_compared_with_s_dense_after_as_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [""])
     tables = runpy.run_path(str(STUDIES / "tables.py"))["tables"]
 
-    def cells(packed: str, epochs: int) -> list[dict[str, object]]:
-        test = {"images": 4, "sa": 50.0, "ra_pgd": 50.0, "correct": {"clean": packed, "pgd": packed}}
-        curve = [{"epoch": epoch + 1, "train_loss": 2.0} for epoch in range(epochs)]
-        return [{"seed": 0, "test": test, "gflops": 0.001, "parameters": 10, "curve": curve}]
-
     # 0000, 1000 and 1010: the long network is 50 points above the short S-Dense, 25 above the long one
     short, long = {"s_dense": cells("AA==", 1)}, {"s_dense_time": cells("gA==", 3), "at_moe_long": cells("oA==", 3)}
-    first, second = tables({**short, **long}).split("\n\n")
-    assert "AT (S-Dense), AdvMoE's time | 0 | 3; - |" in first
-    assert "+25.0" in first
-    assert "AT (MoE), gate advantage, 16 epochs" not in first
-    assert second.count("AT (S-Dense), AdvMoE's time") == 1
-    row = next(line for line in second.splitlines() if "16 epochs" in line)
+    first, _, last = tables({**short, **long}).split("\n\n")
+    assert "16 epochs" not in first
+    assert "AdvMoE's time | 0 | 3; - |" not in first
+    assert last.count("AT (S-Dense), AdvMoE's time") == 1
+    row = next(line for line in last.splitlines() if "16 epochs" in line)
     assert row.count("+25.0 ± 21.7") == 2  # the square root of 3 / 16, over that of 4 images
     assert "\n\n" not in tables(short)
 
