@@ -33,7 +33,7 @@ test-rust: $(INSTALLED)
 	cargo test --quiet -p rust_router
 
 test-python: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED) ## Check style, types and warnings: ruff, mypy, spelling, imports, shapes, clippy, rustfmt
 	$(BIN)/ruff check .
