@@ -152,15 +152,16 @@ def _fig5() -> Iterator[Recipe]:
 
 
 def _fig6() -> Iterator[Recipe]:
-    """Fig. 6: mask and MoE-CNN start from one Dense.
+    """Fig. 6: mask and MoE-CNN start from one Dense, and every expert with its own window of the channels.
 
     Networks that were trained separately have no common order of channels. The IoU of any pathway
     with the mask would then be that of two independent choices of channels: 1/3 at r = 0.5.
     """
-    for name, kind, method, summary in (
-        ("at-sparse", "sparse_cnn", "mask_at", "AT of the mask on AT (Dense)"),
-        ("at-moe", "moe", "at", "AT (MoE) from AT (Dense)"),
-        ("advmoe", "moe", "advmoe", "AdvMoE from AT (Dense)"),
+    windows = {"upcycling": "windows"}
+    for name, kind, train, summary in (
+        ("at-sparse", "sparse_cnn", {"method": "mask_at"}, "AT of the mask on AT (Dense)"),
+        ("at-moe", "moe", {"method": "at", **windows}, "AT (MoE) from AT (Dense)"),
+        ("advmoe", "moe", {"method": "advmoe", **windows}, "AdvMoE from AT (Dense)"),
     ):
         yield Recipe(
             name=f"fig6-{name}",
@@ -168,7 +169,7 @@ def _fig6() -> Iterator[Recipe]:
             summary=summary,
             dataset="cifar10",
             model={"arch": "resnet18", "kind": kind},
-            train={"method": method},
+            train=train,
             starts_from="table1-cifar10-resnet18-at-dense",
         )
 

@@ -27,6 +27,7 @@ from advmoe.evaluation.pathways import mask_of
 from advmoe.evaluation.results import PGD, SuiteConfig
 from advmoe.evaluation.suite import run_suite
 from advmoe.models.experts import ExpertLayout
+from advmoe.models.layers import Conv2d, Linear
 from advmoe.models.masked import close_masks, open_masks
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -280,6 +281,65 @@ def test_experts_start_from_a_network_without_experts(arch: str, kind: str) -> N
             )
         return
     torch.testing.assert_close(model(images), initial.build()(images))
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet18", "densenet"])
+def test_experts_start_with_their_own_windows_of_a_dense(arch: str) -> None:
+    source, sparse, model = (Cell(arch, kind, 32).build() for kind in ("dense", "sparse_cnn", "moe"))
+    windows = {name: layer.layout for name, layer in model.named_modules() if isinstance(layer, MoEConv2d)}
+    convolutions = {name: layer for name, layer in sparse.named_modules() if isinstance(layer, Conv2d)}
+    weights = {name: value.clone() for name, value in source.state_dict().items()}
+    for name, layer in sparse.named_modules():  # what all experts share must not depend on the channels
+        if isinstance(layer, Conv2d | Linear) and name not in windows:
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = torch.full_like(weight, weight.abs().mean().item())
+    sparse.load_state_dict(sparse.state_dict() | weights)
+    close_masks(sparse)
+    divided = {
+        sparse.routable[place].masks[0]: layout
+        for place, layout in zip(model.routed_places, model.expert_layouts, strict=True)
+    }
+    start_from(model, Checkpoint(model=source.config, weights=weights), upcycling="windows")
+    images = Cell(arch, "moe", 32).images(4)
+    for expert in range(2):
+        # The pathway of an expert is the Dense in which all filters outside its windows are zero:
+        # without training, BatchNorm passes zeros on.
+        left = dict(weights)
+        for name, layer in convolutions.items():
+            mask = layer.writes.masks[0]
+            kept = list(divided[mask].channels(expert)) if mask in divided else mask.kept_channels()
+            left[f"{name}.weight"] = torch.zeros_like(weights[f"{name}.weight"])
+            left[f"{name}.weight"][kept] = weights[f"{name}.weight"][kept]
+        source.load_state_dict(left)
+        expected = source.eval()(images)
+        assert expected.std(dim=0).max() > 0
+        pathway_BL = torch.full((4, len(windows)), expert)
+        torch.testing.assert_close(model.eval()(images, pathway_BL), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_experts_share_starts_with_the_mean_of_their_windows(tiny_vgg: MakeNetwork) -> None:
+    source = tiny_vgg(kind="dense", warm=True)
+    model = tiny_vgg()
+    start_from(model, Checkpoint(model=source.config, weights=source.state_dict()), upcycling="windows")
+    ours, theirs = model.state_dict(), source.state_dict()
+    (name,) = [name for name in theirs if name.startswith("stages.0.1.") and name.endswith("running_mean")]
+    assert torch.equal(ours[name], theirs[name].reshape(2, -1).mean(dim=0))
+
+
+def test_windows_of_a_dense_have_to_exist(tiny_vgg: MakeNetwork) -> None:
+    dense = tiny_vgg(kind="dense")
+    initial = Checkpoint(model=dense.config, weights=dense.state_dict())
+    for overlapping in ({"num_experts": 3}, {"shared": 0.5}, {"num_experts": 4, "expert_filters": "separate"}):
+        with pytest.raises(ConfigError, match="needs experts that divide the channels of a Dense") as caught:
+            start_from(tiny_vgg(**overlapping), initial, upcycling="windows")
+        assert caught.value.options == ("upcycling",)
+    small = tiny_vgg(kind="s_dense")
+    with pytest.raises(
+        ConfigError, match="upcycling windows cuts a Dense into experts; this checkpoint holds kind s_d"
+    ):
+        start_from(tiny_vgg(), Checkpoint(model=small.config, weights=small.state_dict()), upcycling="windows")
+    with pytest.raises(ConfigError, match="upcycling windows has no effect on fresh weights"):
+        TrainConfig(dataset="digits", upcycling="windows")
 
 
 def test_experts_do_not_start_from_a_sparse_cnn_in_its_dense_phase(tiny_vgg: MakeNetwork) -> None:

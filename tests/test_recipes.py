@@ -16,7 +16,8 @@ RECIPES = recipes()
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
     named = RECIPES[name]
-    model, config = resolve(dataset_info(named.dataset), named.model, named.train, **named.attack)
+    start = {} if named.starts_from is None else {"init": "0" * 64}
+    model, config = resolve(dataset_info(named.dataset), named.model, {**named.train, **start}, **named.attack)
     resolve_method(config.method, model, has_init=named.starts_from is not None)
     assert named.starts_from is None or named.starts_from in RECIPES
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -176,6 +177,17 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
         kept += len(channels)
     first, second = shared / (2 * kept - shared), (kept - shared) / (kept + shared)
     assert found["mask"]["clean"]["mean"] == pytest.approx((first + second) / 2, abs=1e-4)
+    # The least and the largest IoU of the 2^12 pathways, layer by layer from 0 to k channels in common.
+    lists = [
+        [len(set(layout.channels(e)) & set(channels)) for e in range(2)]
+        for layout, channels in zip(moe.expert_layouts, mask_pathway(sparse), strict=True)
+    ]
+    sums = [sum(choice) for choice in itertools.product(*lists)]
+    extremes = [common / (2 * kept - common) for common in (min(sums), max(sums))]
+    assert found["mask_reachable"] == pytest.approx(extremes, abs=1e-4)
+    assert extremes[0] < extremes[1]
+    one = analyze(log, advmoe.create_model("vgg16", width=0.0625, granularity="image"), sparse=sparse)
+    assert one["mask_reachable"] == pytest.approx(sorted((first, second)), abs=1e-4)  # all layers choose together
     with pytest.raises(ConfigError, match="on one backbone"):
         analyze(log, moe, sparse=advmoe.create_model("resnet18", kind="sparse_cnn", width=0.0625))
     own = advmoe.create_model("vgg16", width=0.0625, model_scale=0.75, expert_filters="separate")

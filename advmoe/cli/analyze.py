@@ -67,6 +67,9 @@ def analyze(
         if values:
             cells = [values[name]["mean"] if name in values else None for name in found["conditions"]]
             rows.append((label, *("" if cell is None else f"{cell:.3f}" for cell in cells)))
+    if "mask_reachable" in found:
+        least, largest = found["mask_reachable"]
+        rows.append(("IoU with the mask pathway, of any pathway", f"{least:.3f} to {largest:.3f}"))
     console.show_table(f"Routing of {card['name']}, {found['images']} images", columns, rows)
     console.note(f"written to {evaluation}")
 

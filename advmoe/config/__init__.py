@@ -38,6 +38,7 @@ from advmoe.config.training import (
     RouterStepConfig,
     ScheduleConfig,
     TrainConfig,
+    Upcycling,
     check_together,
 )
 from advmoe.schema import check, difference, from_dict, one_of, to_dict
@@ -72,6 +73,7 @@ __all__ = [
     "TrainConfig",
     "TrainingAttack",
     "Triple",
+    "Upcycling",
     "check",
     "check_eps",
     "check_together",

@@ -18,6 +18,7 @@ Precision = Literal["fp32", "bf16_attack", "bf16"]
 Dispatch = Literal["auto", "tiles"]
 Compile = Literal["off", "kernels", "graphs"]
 AttackRouting = Literal["fixed", "mixture", "margin"]
+Upcycling = Literal["copies", "windows"]
 
 CHECKPOINT_MINUTES = 10.0
 """Minutes between checkpoints in mid-epoch by default: the work that a crash may cost."""
@@ -130,6 +131,14 @@ class ScheduleConfig(Settings):
             usual="the default is 0.25",
         ),
     ] = 0.25
+    upcycling: Annotated[
+        Upcycling,
+        Setting(
+            "How experts start from a Dense: each as a copy of its largest channels (copies), or each with the "
+            "channels that its own window has in the Dense (windows), so that both share an order of channels.",
+            noun="upcycling",
+        ),
+    ] = "copies"
     reinitialize: Annotated[
         float,
         Setting(
@@ -294,6 +303,11 @@ class TrainConfig(ImagesConfig, RouterStepConfig, ObjectiveConfig, ScheduleConfi
             self.limit_train is None or self.limit_train >= self.batch_size,
             f"limit_train must be at least one batch ({self.batch_size}), got {self.limit_train}",
             "limit_train",
+        )
+        check(
+            self.upcycling == "copies" or self.init is not None,
+            f"upcycling {self.upcycling} has no effect on fresh weights; leave it out, or start from a Dense",
+            "upcycling",
         )
         check(
             self.reinitialize == 0 or self.init is not None,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.dissection import dissection
-from advmoe.evaluation.pathways import BINS, diversity, mask_of, mask_similarity, pathway_channels
+from advmoe.evaluation.pathways import BINS, diversity, mask_of, mask_similarity, pathway_channels, reachable_iou
 from advmoe.models.network import RoutedNetwork
 from advmoe.routing_log import ExpertLoad, RouteLog
 
@@ -33,8 +33,9 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     Returns:
         `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for
         attacks, the dissection; `similarity`: overlap of clean and attacked pathways and diversity
-        over pairs of images, as IoU; `mask`: IoU with the mask pathway. The last two are absent
-        where experts are no channels of a common backbone.
+        over pairs of images, as IoU; `mask`: IoU with the mask pathway; `mask_reachable`: the least
+        and the largest that any pathway has. All but the first are absent where experts are no
+        channels of a common backbone.
 
     Raises:
         ConfigError: The log has no clean condition or is of another model, or the Sparse-CNN is on
@@ -66,6 +67,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
                 similar.condition: histogram(similar.iou) | {"cosine": round(float(similar.cosine.mean()), 4)}
                 for similar in mask_similarity(log, names, channels, mask)
             }
+            found["mask_reachable"] = [round(value, 4) for value in reachable_iou(model, mask)]
     return found
 
 

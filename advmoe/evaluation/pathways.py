@@ -67,6 +67,22 @@ def mask_similarity(
     return similar
 
 
+def reachable_iou(model: RoutedNetwork, mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """The least and the largest IoU with a mask [C] that any pathway of a network has, whatever its routers choose.
+
+    All experts of a layer have equally many channels, so the IoU grows with the number of channels
+    that pathway and mask have in common. Each router adds to it by the layers that it decides for.
+    """
+    tables = pathway_channels(model).tables
+    parts = np.split(mask, np.cumsum([table.shape[1] for table in tables])[:-1])
+    in_common: dict[int, NDArray[np.int64]] = {}
+    for router, table, part in zip(model.router_of_layer, tables, parts, strict=True):
+        in_common[router] = in_common.get(router, 0) + (table & part).sum(axis=1)
+    total = sum(int(table[0].sum()) for table in tables) + int(mask.sum())
+    least, largest = (sum(int(choose(common)) for common in in_common.values()) for choose in (np.min, np.max))
+    return least / (total - least), largest / (total - largest)
+
+
 def diversity(log: RouteLog, condition: Condition, channels: PathwayChannels) -> Diversity:
     """IoU of pathways over pairs of images; it is 1 if all images take one pathway."""
     return log.diversity(condition, channels, bins=BINS)

@@ -117,7 +117,7 @@ class Trainer:
         with seeded(config.seed):
             model = build_model(model_config)
         if initial is not None:  # on the CPU, as the checkpoint and the random numbers are
-            start_from(model, initial, reinitialize=config.reinitialize, seed=config.seed)
+            start_from(model, initial, upcycling=config.upcycling, reinitialize=config.reinitialize, seed=config.seed)
         self.model: RoutedNetwork = model.to(device)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()

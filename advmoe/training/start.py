@@ -10,8 +10,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, difference
+from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, Upcycling, difference
 from advmoe.errors import ConfigError
+from advmoe.models.channels import ChannelMask
 from advmoe.models.masked import close_masks, compact, masks_open
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -23,18 +24,27 @@ from advmoe.training.checkpoint import Checkpoint, load_weights
 from advmoe.training.coupling import expert_banks
 
 
-def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float = 0.0, seed: int = 0) -> None:
+def start_from(
+    model: RoutedNetwork,
+    initial: Checkpoint,
+    *,
+    upcycling: Upcycling = "copies",
+    reinitialize: float = 0.0,
+    seed: int = 0,
+) -> None:
     """Give a fresh model the weights of a checkpoint.
 
     The checkpoint holds the same model, or a network whose weights become experts (upcycling): an
     S-Dense, a Sparse-CNN or a Dense of the backbone. Every expert then starts as a copy of that
-    pathway, and routers start fresh. A Dense is first cut down to the channels with the largest
-    weights, as at the start of AT (Sparse). In ViT each expert gets its own window of the hidden
-    units. A Sparse-CNN may also start from its Dense.
+    pathway, and routers start fresh. A Dense is first cut down: to the channels with the largest
+    weights, as at the start of AT (Sparse), or for each expert to its own window of the channels.
+    What all experts share, such as BatchNorm, then starts with the mean over experts. In ViT each
+    expert gets its own window of the hidden units. A Sparse-CNN may also start from its Dense.
 
     Args:
         model: The model that gets the weights.
         initial: The checkpoint.
+        upcycling: How a Dense is cut down: `copies` of the largest channels, or `windows`.
         reinitialize: Share of every expert's own filters that are drawn anew from the normal
             distribution with the bank's mean and deviation, so that experts differ from the start
             (Drop-Upcycling, Nakamura et al., 2025).
@@ -42,7 +52,8 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
 
     Raises:
         ConfigError: The checkpoint holds another model, or a Sparse-CNN without masks where experts
-            are wanted, or `reinitialize` is given although the checkpoint already has experts.
+            are wanted, or `reinitialize` is given although the checkpoint already has experts, or
+            `upcycling` is `windows` and the checkpoint holds no Dense, or windows that overlap.
     """
     wanted, kind = model.config, initial.model.kind
     from_dense = wanted.kind == "sparse_cnn" and kind == "dense"
@@ -52,6 +63,12 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
             f"reinitialize {reinitialize:g} is for experts that start from S-Dense, Dense or Sparse-CNN; this "
             f"checkpoint holds kind {kind} and the model to train is of kind {wanted.kind}; leave it out",
             "reinitialize",
+        )
+    if upcycling == "windows" and not (upcycled and kind == "dense"):
+        raise ConfigError(
+            f"upcycling windows cuts a Dense into experts; this checkpoint holds kind {kind} and the model to train is "
+            f"of kind {wanted.kind}; leave it out",
+            "upcycling",
         )
     held = initial.model
     if from_dense or upcycled:
@@ -67,7 +84,7 @@ def start_from(model: RoutedNetwork, initial: Checkpoint, *, reinitialize: float
             "init",
         )
     if upcycled:
-        _copy_into_experts(model, initial)
+        _copy_into_experts(model, initial, windows=upcycling == "windows")
         _draw_anew(model, reinitialize, generator_for(seed))
         return
     weights = initial.weights
@@ -88,7 +105,7 @@ def _without_experts(config: ModelConfig) -> ModelConfig:
 
 
 @torch.no_grad()
-def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
+def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint, *, windows: bool) -> None:
     """Give every expert the weights of a network without experts, and all other layers theirs."""
     built = initial.build()  # of a Sparse-CNN, the kept channels only
     if initial.model.kind == "sparse_cnn" and masks_open(built):
@@ -97,14 +114,21 @@ def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
             "train it further, or start from its Dense",
             "init",
         )
-    cut = initial.model.kind == "dense" and model.config.arch != "vit"
-    source = _largest_channels(model.config, built) if cut else built.state_dict()
+    experts = range(model.config.num_experts)
+    if initial.model.kind != "dense" or model.config.arch == "vit":
+        pathways = [built.state_dict()] * len(experts)
+    elif windows:
+        _check_disjoint(model)
+        pathways = [_cut_down(model, built, expert) for expert in experts]
+    else:
+        pathways = [_cut_down(model, built)] * len(experts)
+    source = {name: _mean([pathway[name] for pathway in pathways]) for name in pathways[0]}
     target = model.state_dict()
     routed: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, MoEConv2d):
-            for rows in module.rows:
-                target[f"{name}.weight"][list(rows)] = source[f"{name}.weight"]
+            for rows, pathway in zip(module.rows, pathways, strict=True):
+                target[f"{name}.weight"][list(rows)] = pathway[f"{name}.weight"]
             routed.add(f"{name}.weight")
         elif isinstance(module, RoutedMLP):
             layout = model.expert_layouts[module.layer]
@@ -128,12 +152,43 @@ def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint) -> None:
     model.load_state_dict(target | plain)
 
 
-def _largest_channels(wanted: ModelConfig, dense: RoutedNetwork) -> dict[str, Tensor]:
-    """The weights of a Dense that has been cut down to the size of one pathway."""
+def _check_disjoint(model: RoutedNetwork) -> None:
+    config = model.config
+    for layout in model.expert_layouts:
+        owned = [channel for expert in range(layout.num_experts) for channel in layout.channels(expert)]
+        if len({*owned} & {*range(layout.num_channels)}) < len(owned):
+            raise ConfigError(
+                f"upcycling windows needs experts that divide the channels of a Dense; the {config.num_experts} "
+                f"experts of a layer with {layout.num_channels} channels own {len(owned)} in all, at r = "
+                f"{config.model_scale:g}; use N * r of at most 1 without shared channels, or copies",
+                "upcycling",
+            )
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """Mean of equally shaped tensors; the first one where they are equal or count something."""
+    first = values[0]
+    if not first.is_floating_point() or all(torch.equal(first, value) for value in values):
+        return first
+    return torch.stack(values).mean(dim=0)
+
+
+def _cut_down(model: RoutedNetwork, dense: RoutedNetwork, expert: int | None = None) -> dict[str, Tensor]:
+    """The weights of a Dense that has been cut down to the size of one pathway: to an expert's
+    windows of channels in the layers that have experts, and else to the largest channels.
+    """
     with seeded(0):
-        network = build_model(dataclasses.replace(_without_experts(wanted), kind="sparse_cnn"))
+        network = build_model(dataclasses.replace(_without_experts(model.config), kind="sparse_cnn"))
     network.load_state_dict(network.state_dict() | dense.state_dict())
     close_masks(network)
+    for layout, place in zip(model.expert_layouts, model.routed_places, strict=True):
+        if expert is None:
+            break
+        own = layout.channels(expert)
+        for mask in network.routable[place].masks:
+            assert isinstance(mask, ChannelMask)
+            mask.scores.zero_()
+            mask.scores[list(own)] = 1.0
     return compact(network).state_dict()
 
 
