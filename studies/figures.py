@@ -6,10 +6,11 @@ The script attacks every finished routed run by PGD on the first test images. It
 in `results/small/NETWORK/routing/SETTING-SEED.json`. A run with such a file is not attacked again.
 The figures use these files only.
 
-The mask of Fig. 6 belongs to the run `sparse`. Without this run, the mask consists of the channels
-of `dense` with the largest weights, with which AT (Sparse) starts. Neither mask shares an order of
-channels with an MoE network that was trained from scratch. In an upcycled network all experts have
-the same channels of Dense. An IoU of 1/3 is therefore chance at r = 0.5.
+Fig. 6 needs a mask and MoE networks with a common order of channels: `mask_of_dense`,
+`at_moe_of_dense` and `advmoe_of_dense`, which start from one `dense`. Without them, it compares MoE
+networks that were trained from scratch with the mask of `sparse` or, without this run either, with
+the channels of `dense` that have the largest weights. They share no order of channels, so an IoU of
+1/3 is chance at r = 0.5. In the network `upcycled` all experts have the same channels.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from advmoe.training.start import start_from
 
 SHOWN = ("at_moe", "advmoe_dense", "advmoe_batch")
 """Settings in the figures: AT (MoE), and the first existing AdvMoE of this list."""
+COMMON = ("at_moe_of_dense", "advmoe_of_dense")
+"""Settings that have an order of channels in common with the mask `mask_of_dense`."""
 
 
 def finished(runs: Path, name: str, seed: int) -> Checkpoint | None:
@@ -58,8 +61,11 @@ def finished(runs: Path, name: str, seed: int) -> Checkpoint | None:
     return checkpoint if checkpoint.metrics.get("epoch", 0) == epochs else None
 
 
-def mask(runs: Path, seed: int) -> tuple[RoutedNetwork, str] | None:
-    """A Sparse-CNN with the mask of Fig. 6, and the origin of the mask."""
+def mask(runs: Path, setting: str, seed: int) -> tuple[RoutedNetwork, str] | None:
+    """A Sparse-CNN with the mask of Fig. 6 for a setting, and the origin of the mask."""
+    if setting in COMMON:
+        learned = finished(runs, "mask_of_dense", seed)
+        return None if learned is None else (learned.build(), "a mask of the same AT (Dense)")
     sparse, dense = (finished(runs, name, seed) for name in ("sparse", "dense"))
     if sparse is not None:
         return sparse.build(), "AT (Sparse)"
@@ -70,12 +76,14 @@ def mask(runs: Path, seed: int) -> tuple[RoutedNetwork, str] | None:
     return model, "largest channels of AT (Dense)"
 
 
-def routing(checkpoint: Checkpoint, images: ImageSet, attack: AttackConfig, seed: int, runs: Path) -> dict[str, Any]:
+def routing(
+    checkpoint: Checkpoint, images: ImageSet, attack: AttackConfig, setting: str, seed: int, runs: Path
+) -> dict[str, Any]:
     """The routing of a run, clean and under PGD, and its statistics."""
     model = checkpoint.build()
     suite = SuiteConfig(attack=attack, routing=False, diagnosed=0)
     log = route_log(run_suite(model, images, suite, seed=seed), model)
-    against = mask(runs, seed)
+    against = mask(runs, setting, seed)
     found = analyze(log, model, sparse=None if against is None else against[0])
     for values in found["conditions"].values():
         for long in ("load_by_class", "flow", "frequent"):
@@ -96,14 +104,16 @@ def draw(results: Path, name: str) -> dict[str, str]:
     if not chosen:
         return {}
     drawn = {f"study-{name}-fig4-5.svg": dissections(chosen)}
+    common = next((found for found in of_seed.values() if found.keys() >= set(COMMON)), None)
+    compared = chosen if common is None else {TITLES[setting]: common[setting] for setting in COMMON}
     histograms = {
         f"{title}, {'clean' if condition == 'clean' else 'attacked'}": found["mask"][condition]
-        for title, found in chosen.items()
+        for title, found in compared.items()
         if "mask" in found
         for condition in ("clean", "pgd")
     }
     if histograms:
-        images = next(iter(chosen.values()))["images"]
+        images = next(iter(compared.values()))["images"]
         drawn[f"study-{name}-fig6.svg"] = iou_histogram(histograms, "Pathway and mask", f"{images} images")
     return drawn
 
@@ -134,7 +144,7 @@ def main() -> None:
             tell(f"{name}, seed {seed}: not there, left out")
             continue
         tell(f"{name}, seed {seed}")
-        found = routing(checkpoint, images, AttackConfig(steps=options.steps), seed, runs)
+        found = routing(checkpoint, images, AttackConfig(steps=options.steps), name, seed, runs)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps({"setting": name, "seed": seed, **found}) + "\n")
     for name, svg in draw(results, options.network).items():

@@ -94,8 +94,18 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "mixture": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "attack_routing": "mixture"} | LEARNED),
     "last_stage": (MOE | {"router_gradient": "dense", "routed": "last-1-stages"}, {"method": "advmoe"} | LEARNED),
     "upcycled": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "reinitialize": 0.5} | LEARNED),
+    "mask_of_dense": ({"kind": "sparse_cnn"}, {"method": "mask_at"}),
+    "at_moe_of_dense": (MOE | {"router_gradient": "advantage"}, {"method": "at", "upcycling": "windows"} | LEARNED),
+    "advmoe_of_dense": (MOE | {"router_gradient": "dense"}, {"method": "advmoe", "upcycling": "windows"} | LEARNED),
 }
-"""Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting; `upcycled` starts from `s_dense`."""
+"""Fields of `ModelConfig` and of `TrainConfig`, by the name of the setting."""
+STARTS_FROM = {
+    "upcycled": "s_dense",
+    "mask_of_dense": "dense",
+    "at_moe_of_dense": "dense",
+    "advmoe_of_dense": "dense",
+}
+"""Settings that start from the last checkpoint of another setting."""
 SETTINGS |= {f"{name}_bf16": (SETTINGS[name][0], {**SETTINGS[name][1], "precision": "bf16_attack"}) for name in BF16}
 EQUAL_TIME = {
     "s_dense_time": ("s_dense", 2.64),
@@ -120,6 +130,7 @@ PLAN = [
     *((name, seed) for seed in range(3) for name in ("at_image", "image_mixture")),
     *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
     *((name, 0) for name in ("margin", "mixture")),
+    *((name, 0) for name in ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")),
     *((name, seed) for seed in range(3) for name in ("s_dense_bf16", "at_moe_bf16")),
     *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),
 ]
@@ -301,8 +312,12 @@ def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> 
     tell(f"{name}, seed {seed}")
     small = {"limit_train": 256, "batch_size": 64, "val_limit": 32} if options.smoke else {}
     initial = None
-    if name == "upcycled":
-        start = options.runs / f"s_dense-{seed}" / "last.pt"
+    if name in STARTS_FROM:
+        start = options.runs / f"{STARTS_FROM[name]}-{seed}" / "last.pt"
+        if not start.exists():
+            sys.exit(
+                f"{name} starts from {start}, which is not there; train {STARTS_FROM[name]} with seed {seed} first"
+            )
         initial = load_checkpoint(start)
         train_settings = {**train_settings, "init": file_digest(start)}
     name_of_data = "digits" if options.smoke else "cifar10"

@@ -46,6 +46,9 @@ TITLES = {
     "mixture": "AdvMoE, attack on the mixture",
     "last_stage": "AdvMoE, last stage",
     "upcycled": "AdvMoE from S-Dense",
+    "mask_of_dense": "a mask of AT (Dense)",
+    "at_moe_of_dense": "AT (MoE) from AT (Dense)",
+    "advmoe_of_dense": "AdvMoE from AT (Dense)",
     "s_dense_bf16": "AT (S-Dense), attack in bf16",
     "at_moe_bf16": "AT (MoE), attack in bf16",
 }

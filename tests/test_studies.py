@@ -181,6 +181,31 @@ def test_figures_show_finished_runs_and_name_those_that_are_not_there(
     assert {each.name for each in tmp_path.glob("*.svg")} == {"study-resnet18-fig4-5.svg", "study-resnet18-fig6.svg"}
 
 
+def test_fig6_compares_networks_that_start_from_one_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.syspath_prepend(str(STUDIES))
+    runs = ("--runs", tmp_path / "runs")
+    of_dense = ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")
+    train = ("--smoke", "--seeds", 0, *runs, "--out", tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"mask_of_dense starts from .*dense-0/last.pt, which is not there"):
+        run("small.py", *train, "--only", *of_dense)
+    run("small.py", *train, "--only", "dense", "at_moe", *of_dense)
+    wanted = (*runs, "--dataset", "digits", "--images", 20, "--steps", 2, "--results", tmp_path / "results")
+    run("figures.py", *wanted, "--docs", tmp_path)
+    routing = tmp_path / "results" / "resnet18" / "routing"
+    for setting in of_dense[1:]:
+        found = json.loads((routing / f"{setting}-0.json").read_text())
+        assert found["mask_from"] == "a mask of the same AT (Dense)"
+        least, largest = found["mask_reachable"]
+        assert least <= found["mask"]["clean"]["mean"] <= largest
+    drawn = (tmp_path / "study-resnet18-fig6.svg").read_text()
+    assert "AT (MoE) from AT (Dense), clean" in drawn
+    assert "AdvMoE from AT (Dense), attacked" in drawn
+    assert "gate advantage" not in drawn
+
+
 def test_the_agreement_counts_equal_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [""])
     agreement = runpy.run_path(str(STUDIES / "small.py"))["agreement"]
