@@ -6,7 +6,7 @@ with its margin (chosen router logit minus the next). Logits are compared for im
 decisions. Of an image with different decisions, only the first different one counts, because it
 causes the later ones. Enough images must have equal decisions, so that logits are compared at all.
 
-Shape suffixes: B batch, H height, L MoE layers, W width.
+Shape suffixes: B batch, L MoE layers.
 """
 
 from __future__ import annotations
