@@ -173,6 +173,7 @@ def _mean(values: list[Tensor]) -> Tensor:
     return torch.stack(values).mean(dim=0)
 
 
+@torch.no_grad()
 def _cut_down(model: RoutedNetwork, dense: RoutedNetwork, expert: int | None = None) -> dict[str, Tensor]:
     """The weights of a Dense that has been cut down to the size of one pathway: to an expert's
     windows of channels in the layers that have experts, and else to the largest channels.
@@ -181,14 +182,12 @@ def _cut_down(model: RoutedNetwork, dense: RoutedNetwork, expert: int | None = N
         network = build_model(dataclasses.replace(_without_experts(model.config), kind="sparse_cnn"))
     network.load_state_dict(network.state_dict() | dense.state_dict())
     close_masks(network)
-    for layout, place in zip(model.expert_layouts, model.routed_places, strict=True):
-        if expert is None:
-            break
-        own = layout.channels(expert)
-        for mask in network.routable[place].masks:
+    if expert is not None:
+        for layout, place in zip(model.expert_layouts, model.routed_places, strict=True):
+            (mask,) = network.routable[place].masks
             assert isinstance(mask, ChannelMask)
             mask.scores.zero_()
-            mask.scores[list(own)] = 1.0
+            mask.scores[list(layout.channels(expert))] = 1.0
     return compact(network).state_dict()
 
 
