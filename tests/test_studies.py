@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -160,17 +161,39 @@ def test_long_trainings_are_compared_with_s_dense_after_as_many_epochs(monkeypat
     assert "\n\n" not in tables(short)
 
 
-def test_figures_show_finished_runs_and_name_those_that_are_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+OF_DENSE = ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")
+
+
+@pytest.fixture(scope="module")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of a Dense, of an MoE-CNN with a start of its own, and of three networks that start from the Dense."""
+    folder = tmp_path_factory.mktemp("study")
+    train = ("--smoke", "--seeds", 0, "--runs", folder / "runs", "--out", folder / "out")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.syspath_prepend(str(STUDIES))
+        with pytest.raises(SystemExit, match=r"mask_of_dense starts from .*dense-0/last.pt, which is not there"):
+            run("small.py", *train, "--only", *OF_DENSE)
+        run("small.py", *train, "--only", "dense", "at_moe", *OF_DENSE)
+    return folder / "runs"
+
+
+def draw(runs: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Draw the figures of runs. Returns the folder of what was measured for them."""
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.syspath_prepend(str(STUDIES))
-    runs = ("--runs", tmp_path / "runs")
-    run("small.py", "--smoke", "--only", "dense", "at_moe", "--seeds", 0, *runs, "--out", tmp_path / "out")
-    wanted = (*runs, "--dataset", "digits", "--images", 20, "--steps", 2, "--results", tmp_path / "results")
-    run("figures.py", *wanted, "--docs", tmp_path)
+    wanted = ("--dataset", "digits", "--images", 20, "--steps", 2, "--results", to / "results", "--docs", to)
+    run("figures.py", "--runs", runs, *wanted)
+    return to / "results" / "resnet18" / "routing"
+
+
+def test_figures_show_finished_runs_and_name_those_that_are_not_there(
+    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dense-0", "at_moe-0"):
+        shutil.copytree(small_runs / "resnet18" / name, tmp_path / "runs" / "resnet18" / name)
+    (path,) = draw(tmp_path / "runs", tmp_path, monkeypatch).iterdir()
     assert "advmoe_dense, seed 0: not there, left out" in capsys.readouterr().err
-    (path,) = (tmp_path / "results" / "resnet18" / "routing").iterdir()
     found = json.loads(path.read_text())
     assert (found["setting"], found["images"]) == ("at_moe", 20)
     parts = found["conditions"]["pgd"]["dissection"]
@@ -182,20 +205,10 @@ def test_figures_show_finished_runs_and_name_those_that_are_not_there(
 
 
 def test_fig6_compares_networks_that_start_from_one_dense(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.syspath_prepend(str(STUDIES))
-    runs = ("--runs", tmp_path / "runs")
-    of_dense = ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")
-    train = ("--smoke", "--seeds", 0, *runs, "--out", tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"mask_of_dense starts from .*dense-0/last.pt, which is not there"):
-        run("small.py", *train, "--only", *of_dense)
-    run("small.py", *train, "--only", "dense", "at_moe", *of_dense)
-    wanted = (*runs, "--dataset", "digits", "--images", 20, "--steps", 2, "--results", tmp_path / "results")
-    run("figures.py", *wanted, "--docs", tmp_path)
-    routing = tmp_path / "results" / "resnet18" / "routing"
-    for setting in of_dense[1:]:
+    routing = draw(small_runs, tmp_path, monkeypatch)
+    for setting in OF_DENSE[1:]:
         found = json.loads((routing / f"{setting}-0.json").read_text())
         assert found["mask_from"] == "a mask of the same AT (Dense)"
         least, largest = found["mask_reachable"]
