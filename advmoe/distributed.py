@@ -52,9 +52,18 @@ class Place(NamedTuple):
     """From one of its images to the next: a micro-batch has every k-th."""
 
 
+class _Placed(NamedTuple):
+    """The place of a batch that networks see."""
+
+    place: Place
+    images: int
+    first: int | Tensor
+    """`place.first`. A compiled graph is good for one number only, so where micro-batches differ, it is a tensor."""
+
+
 _world = World()
 _store: Store | None = None
-_placed: tuple[Place, int] | None = None
+_placed: _Placed | None = None
 
 
 def world() -> World:
@@ -279,7 +288,9 @@ def own_rows(num_images: int, batch_size: int, first_batch: int = 0) -> NDArray[
 def placing(place: Place | None, images: int) -> Iterator[None]:
     """Inside, networks know where the batch that they see, of so many images, lies in the union."""
     global _placed
-    before, _placed = _placed, None if place is None else (place, images)
+    before, _placed = _placed, None
+    if place is not None:
+        _placed = _Placed(place, images, place.first if place.every == 1 else torch.tensor(place.first))
     try:
         yield
     finally:
@@ -290,10 +301,17 @@ def positions(rows: int, device: torch.device) -> Tensor:
     """Position of each row of the batch in the union batch; of each image's rows, where it has several."""
     if _placed is None:
         return torch.arange(rows, device=device)
-    place, images = _placed
+    place, images, begin = _placed
     of_image = rows // max(images, 1)
-    first = place.first + place.every * torch.arange(images, device=device)
+    first = begin + place.every * torch.arange(images, device=device)
     return (of_image * first[:, None] + torch.arange(of_image, device=device)).flatten()
+
+
+def share_of_union() -> float:
+    """Share of the union batch's images that the batch has."""
+    if _placed is None:
+        return 1.0
+    return _placed.images / _placed.place.total
 
 
 def sum_up(tensors: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,3 +45,9 @@ def test_only_what_a_level_may_change_is_perturbed(tiny_vgg: Callable[..., Route
     with perturbed_weights(model, list(model.router_parameters()), lambda: model(images).square().sum(), 0.01):
         assert all(torch.equal(*pair) for pair in zip(model.expert_parameters(), experts, strict=True))
         assert not any(torch.equal(*pair) for pair in zip(model.router_parameters(), routers, strict=True))
+
+
+def test_without_filters_there_is_nothing_to_perturb_and_nothing_to_compute() -> None:
+    scores = torch.nn.Parameter(torch.ones(4))
+    with perturbed_weights(torch.nn.Module(), [scores], lambda: pytest.fail("a pass without a use"), 0.01):
+        assert torch.equal(scores, torch.ones(4))

@@ -13,6 +13,7 @@ from runs import TRAIN, assert_identical, contents, train
 from torch import Tensor
 
 from advmoe.data.sources import Dataset
+from advmoe.distributed import Place, placing
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
 from advmoe.models.compiled import LARGEST, CompiledNetwork, limits
@@ -46,6 +47,23 @@ def test_a_network_in_training_is_one_graph_with_equal_logits_and_gradients(
     torch.testing.assert_close(of_graph, logits, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(of_graph_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()) + 1e-9)
+
+
+def test_parts_of_a_batch_share_one_graph(tiny_vgg: Callable[..., RoutedNetwork], images: Tensor) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    # a sampled gate depends on the places of the images in the whole batch
+    model = tiny_vgg(num_experts=3, router_gradient="sampled", routed="last-1-stages")
+    compiled = CompiledNetwork(model, backend=count)
+    with compiled.running():
+        for part in range(3):
+            with placing(Place(part, 3 * len(images), 3), len(images)):
+                model(images)
+    assert len(graphs) == 1
 
 
 def test_attacks_and_steps_run_compiled_and_validation_does_not(

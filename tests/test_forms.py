@@ -32,11 +32,12 @@ from advmoe.models.masked import close_masks, open_masks
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision
+from advmoe.seeding import generator_for
 from advmoe.training.checkpoint import Checkpoint, load, save_checkpoint
 from advmoe.training.coupling import expert_banks, start_equal
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import METHODS
-from advmoe.training.start import start_from
+from advmoe.training.start import _draw_anew, start_from
 
 MakeNetwork = Callable[..., RoutedNetwork]
 
@@ -340,6 +341,35 @@ def test_windows_of_a_dense_have_to_exist(tiny_vgg: MakeNetwork) -> None:
         start_from(tiny_vgg(), Checkpoint(model=small.config, weights=small.state_dict()), upcycling="windows")
     with pytest.raises(ConfigError, match="upcycling windows has no effect on fresh weights"):
         TrainConfig(dataset="digits", upcycling="windows")
+
+
+def test_experts_that_share_filters_in_other_places_do_not_start_as_copies(tiny_vgg: MakeNetwork) -> None:
+    many: dict[str, Any] = {"num_experts": 6, "model_scale": 0.6}
+    source = tiny_vgg(kind="s_dense", model_scale=0.6, warm=True)
+    initial = Checkpoint(model=source.config, weights=source.state_dict())
+    with pytest.raises(ConfigError, match="they cannot all start as one copy; use expert_filters separate") as caught:
+        start_from(tiny_vgg(**many), initial)
+    assert caught.value.options == ("init",)
+    model = tiny_vgg(**many, expert_filters="separate")
+    start_from(model, initial)
+    images = torch.rand(2, 3, 32, 32)
+    for expert in range(6):
+        pathway_BL = torch.full((2, len(model.expert_layouts)), expert)
+        torch.testing.assert_close(model.eval()(images, pathway_BL), source.eval()(images))
+
+
+def test_all_filters_but_those_of_all_experts_can_be_drawn_anew(tiny_vgg: MakeNetwork) -> None:
+    # At N = 3, r = 0.8 no slot has two filters that keep it, so nothing is coupled. Yet a filter that
+    # one expert lacks is the others' own.
+    model = tiny_vgg(num_experts=3, model_scale=0.8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _draw_anew(model, 1.0, generator_for(0))
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoEConv2d):
+            kept = (layer.weight == before[f"{name}.weight"]).flatten(1).all(dim=1)
+            of_all = set(layer.rows[0]) & set(layer.rows[1]) & set(layer.rows[2])
+            assert 0 < len(of_all) < len(layer.weight)
+            assert set(kept.nonzero().squeeze(1).tolist()) == of_all
 
 
 def test_experts_do_not_start_from_a_sparse_cnn_in_its_dense_phase(tiny_vgg: MakeNetwork) -> None:

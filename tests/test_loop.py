@@ -15,16 +15,18 @@ from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, r
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advmoe.config import TrainConfig
+from advmoe.config import AttackConfig, TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
-from advmoe.errors import CheckpointError, ConfigError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.models.registry import build_model
 from advmoe.routing_log import RouteLog
-from advmoe.training import loop, steps, streams
+from advmoe.training import loop, split, steps, streams
 from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import load_checkpoint
-from advmoe.training.guard import take_step
+from advmoe.training.guard import Watch, take_step
+from advmoe.training.levels import IN_WORDS
 from advmoe.training.loop import Trainer
+from advmoe.training.methods import METHODS, doubts
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
 
@@ -276,7 +278,8 @@ def test_a_diverged_run_stops_with_its_last_checkpoint_intact(digits: Dataset, t
             nn.init.constant_(self.trainer.model.classifier.bias, float("nan"))  # type: ignore[union-attr, arg-type]
 
     # an epoch has 2 steps: so many in a row end the run
-    with pytest.raises(TrainingError, match=r"not finite in 2 steps in a row, up to step 4.*lower the learning rate"):
+    message = r"not finite in 2 updates of the network in a row, up to step 4.*lower the learning rate"
+    with pytest.raises(TrainingError, match=message):
         train(digits, tmp_path / "run", STANDARD, observer=Sabotage())
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert last.progress["step"] == 2
@@ -364,7 +367,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_its_note(
     for update, loader in zip(updates, observer.trainer.streams.loaders, strict=True):
         assert update["images"] == list(loader.epoch(0))[1].indices.tolist()
     for level in levels:
-        assert f"step 2: the update of the {level} was not finite (loss nan)" in " ".join(observer.warnings)
+        assert f"step 2: the update of the {IN_WORDS[level]} was not finite (loss nan)" in " ".join(observer.warnings)
     first, second = observer.records
     assert [first[f"{'train' if level != 'routers' else level}_steps_skipped"] for level in levels] == [1] * len(levels)
     assert math.isfinite(first["train_loss"])
@@ -376,7 +379,7 @@ def test_a_run_goes_on_after_a_skipped_step_bit_for_bit(digits: Dataset, tmp_pat
     """The same step is spoiled in a whole run and in one that stopped just after it."""
     train(digits, tmp_path / "whole", STANDARD, observer=Spoiling(2))
     assert not train(digits, tmp_path / "run", STANDARD, observer=Spoiling(2, stop_after=3))
-    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["skipped_in_a_row"] == 1
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["failed_in_a_row"] == [1]
     with (tmp_path / "run" / "skipped.jsonl").open("a") as file:  # what a crash left of later steps
         file.write('{"step": 4, "level": "all", "loss": "nan", "images": []}\n{"st')
     assert resumed(digits, tmp_path / "run", STANDARD)
@@ -442,17 +445,92 @@ def test_a_decision_that_no_attack_in_training_sees_is_pointed_out(
     assert any("attack_routing mixture" in warning for warning in observer.warnings) == warned
 
 
+@pytest.mark.parametrize(
+    ("changes", "model", "warned"),
+    [
+        ({}, {}, ""),
+        ({"attack": AttackConfig(steps=1, start="clean")}, {}, "the KL divergence of TRADES has the gradient 0"),
+        ({"attack": AttackConfig(steps=1, start="clean"), "loss": "pgd_at"}, {}, ""),
+        ({}, {"num_experts": 3, "model_scale": 0.8}, "specialization 0.25 has no effect: at N = 3 and r = 0.8"),
+        ({"specialization": None}, {"num_experts": 3, "model_scale": 0.8}, ""),
+        ({}, {"num_experts": 3, "model_scale": 0.8, "expert_filters": "separate"}, ""),
+        ({}, {"model_scale": 1.0}, ""),  # experts have the same filters, and cannot differ
+    ],
+)
+def test_settings_that_do_less_than_expected_are_pointed_out(
+    changes: dict[str, Any], model: dict[str, Any], warned: str
+) -> None:
+    found = doubts(build_model(dataclasses.replace(MODEL, **model)), dataclasses.replace(TRAIN, **changes))
+    assert len(found) == (warned != "")
+    assert warned in "".join(found)
+
+
 def test_images_travel_to_a_gpu_as_bytes_in_page_locked_memory(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(streams, "BatchLoader", lambda *_, **settings: made.append(settings) or [1])
     for device in ("cuda:0", "cpu"):
-        streams.Streams(split_dataset(digits, TRAIN), MODEL, TRAIN, number=1, device=torch.device(device))
+        streams.Streams(split_dataset(digits, TRAIN), MODEL, TRAIN, periods=(1,), device=torch.device(device))
     assert [(settings["dtype"], settings["pin_memory"]) for settings in made] == [
         (torch.uint8, True),
         (torch.float32, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, [True, True, True, True]),
+        ({"router_every": 3}, [True, False, False, True]),  # also where the third step is in another epoch
+        ({"router_step": "reuse"}, [False, False, False, False]),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_routers_batches_are_made_only_where_they_are_used(
+    digits: Dataset, changes: dict[str, Any], wanted: list[bool], start: int
+) -> None:
+    config = dataclasses.replace(TRAIN, **changes)
+    split, device = split_dataset(digits, config), torch.device("cpu")
+    periods = METHODS["advmoe"].periods(config)
+    found = streams.Streams(split, MODEL, config, periods=periods, device=device)
+    whole = list(streams.Streams(split, MODEL, config, periods=(1, 1), device=device).batches(0, 2))
+    assert found.steps_per_epoch == 2
+    made = list(found.batches(start, 2))
+    assert [batches[0] is not None for batches in made] == wanted[start:]
+    for batches, others in zip(made, whole[start:], strict=True):
+        for batch, other in zip(batches, others, strict=True):
+            if batch is not None:
+                assert other is not None
+                assert torch.equal(batch.indices, other.indices)
+                assert torch.equal(batch.images, other.images)
+
+
+def test_the_note_of_a_failed_update_names_the_images_that_it_saw(digits: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(TRAIN, router_step="reuse", router_share=0.5)
+    observer = Spoiling(1)
+    assert train(digits, tmp_path / "run", config, observer=observer)
+    updates = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert observer.trainer is not None
+    batch = list(observer.trainer.streams.loaders[1].epoch(0))[1].indices.tolist()
+    # every second image of the experts' batch
+    assert {update["level"]: update["images"] for update in updates} == {"routers": batch[::2], "experts": batch}
+
+
+def test_failures_in_a_row_are_counted_for_each_level() -> None:
+    watch, rows, bad, good = Watch(), torch.tensor([3]), torch.tensor(False), torch.tensor(True)
+    for step in range(6):  # the routers take every third step, and fail each time
+        if step % 3 == 0:
+            watch.add(step, "routers", rows, torch.tensor(torch.nan), bad)
+        watch.add(step, "experts", rows, torch.tensor(1.0), bad if step == 4 else good)
+    assert [(update.step, update.level) for update in watch.read()] == [(0, "routers"), (3, "routers"), (4, "experts")]
+    assert watch.in_a_row == {"routers": 2, "experts": 0}
+
+
+def test_validation_needs_an_image_that_can_be_decoded(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "in_memory", lambda images, *_, **__: images.take(np.arange(0)))
+    with pytest.raises(DataError, match="none of the 10 validation images can be decoded"):
+        split_dataset(digits, dataclasses.replace(TRAIN, val_limit=10, skip_bad_images=True))
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     assert memory._free_of_group(tmp_path) == 3000
+    # 1,200 of the 2,000 bytes are files that were read, which make room for others
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 900\nactive_file 300\nslab_reclaimable 0\n")
+    assert memory._free_of_group(tmp_path) == 4200
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._free_of_group(tmp_path) is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   7 kB\n")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advmoe.distributed import Place, placing
 from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -142,6 +143,24 @@ def test_a_relative_comparison_does_not_depend_on_how_much_experts_differ(number
     steps = torch.tensor([number - 1.0, number - 2.0 if number > 2 else -1.0, 1.0]) * torch.tensor([-1.0, -2.0, 3.0])
     expected = gradient(1.0, relative=False) / steps.abs().sum()
     torch.testing.assert_close(gradient(1.0, relative=True), expected)
+
+
+def test_a_relative_comparison_of_a_batch_in_parts_is_as_long_as_that_of_the_whole() -> None:
+    def gradient(values: Tensor, place: Place | None) -> Tensor:
+        logits_BN = torch.zeros(len(values), 2, requires_grad=True)
+        with placing(place, len(values)):
+            chosen = Decision(torch.zeros(len(values), dtype=torch.int64), logits_BN)
+            decision = compared(chosen, logits_BN, sampled=False, relative=True)
+        (select([torch.zeros(len(values), 1), torch.ones(len(values), 1)], decision) * values[:, None]).sum().backward()
+        assert logits_BN.grad is not None
+        return logits_BN.grad[:, 1]
+
+    # equal odds, so a half of a half of the difference, which is divided by the sum of the sizes
+    values = torch.tensor([1.0, -3.0, 2.0, 2.0])
+    torch.testing.assert_close(gradient(values, None), values / 8 / 4)
+    parts = [gradient(values[part::2], Place(part, 4, 2)) for part in range(2)]
+    torch.testing.assert_close(parts[0], values[::2] / 3 / 2 / 4)
+    assert sum(float(part.abs().sum()) for part in parts) == pytest.approx(1 / 4)
 
 
 def test_the_turn_takes_every_other_expert_once() -> None:

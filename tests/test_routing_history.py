@@ -38,9 +38,8 @@ def add(
     routings = [None if experts is None else Routing(torch.tensor(experts), None) for experts in (clean, attacked)]
     nothing = torch.zeros(())
     assert routings[0] is not None
-    log.add(
-        epoch, batch, StepResult(nothing, len(indices), nothing, None, routings[0], routings[1], torch.tensor(taken))
-    )
+    seen = (nothing, len(indices), batch.indices, nothing, None, routings[0], routings[1])
+    log.add(epoch, batch, StepResult(*seen, torch.tensor(taken)))
 
 
 def test_an_epochs_figures_are_those_of_its_clean_images() -> None:

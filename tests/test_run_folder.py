@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -261,6 +262,15 @@ def test_the_last_epochs_are_kept_and_can_be_gone_back_to(digits: Dataset, whole
     assert resumed(digits, path, observer=observer)
     assert observer.steps == [3, 4]
     assert_identical(contents(path), contents(whole_run))
+
+
+def test_kept_epochs_are_counted_as_numbers(tmp_path: Path, whole_run: Path) -> None:
+    folder = RunFolder(tmp_path, keep=1)
+    (tmp_path / "epoch-mine.pt").touch()
+    for epoch in (9999, 10000):
+        shutil.copyfile(whole_run / "last.pt", folder.last)
+        folder._keep_epoch(epoch)
+    assert {path.name for path in tmp_path.glob("epoch-*")} == {"epoch-10000.pt", "epoch-mine.pt"}
 
 
 def test_an_error_of_torch_stays_what_it_is(tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,19 +209,21 @@ class BatchLoader:
         has_part = not self._drop_last and len(self._share(rest)) > 0
         return full + has_part
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, starting with number `start_batch`. Earlier batches are not computed."""
+    def epoch(self, epoch: int, start_batch: int = 0, every: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch: number `start_batch`, and every `every`-th one after it. Others are not made."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
             raise ConfigError(
                 f"expected an epoch >= 0 and a batch from 0 to {len(self)}, got {epoch} and {start_batch}"
             )
-        return self._batches(epoch, start_batch)
+        if every < 1:
+            raise ConfigError(f"expected every >= 1, got {every}")
+        return self._batches(epoch, range(start_batch, len(self), every))
 
     def _share(self, step: int) -> range:
         """This rank's part of a step of that many images."""
         return range(step * self._rank // self._world_size, step * (self._rank + 1) // self._world_size)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, batches: range) -> Iterator[Batch]:
         order = self._rows
         if self._shuffle:
             order = order[rust_router.epoch_order(self._seed, self._stream, epoch, len(order))]
@@ -232,7 +234,6 @@ class BatchLoader:
             share = self._share(len(rows))
             return rows[share.start : share.stop]
 
-        batches = range(start, len(self))
         stop = rust_router.Stop()
         ahead = Ahead(
             lambda batch: self._fill(rows_of(batch), epoch, stop),

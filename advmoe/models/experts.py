@@ -35,9 +35,10 @@ class ExpertLayout:
     """The channels of a layer that each expert owns.
 
     Expert i owns the circular window of r * C channels that starts at round(i * C / N). Windows are
-    disjoint for N * r <= 1 and overlap above. With `separate`, every expert has its own filters
-    instead, as in the authors' released code; both agree at N = 2, r = 0.5. The `shared` channels
-    come first and belong to all experts; the windows divide the rest.
+    disjoint if N times the (rounded) size of a window is at most C, and overlap otherwise. With
+    `separate`, every expert has its own filters instead, as in the authors' released code; both
+    agree at N = 2, r = 0.5. The `shared` channels come first and belong to all experts; the windows
+    divide the rest.
 
     An expert's output is packed: it fills r * C slots, which the next layer reads for every expert
     alike. A channel of several experts has the same slot in all of them. At r = 1 every pathway is

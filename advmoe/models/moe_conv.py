@@ -2,7 +2,8 @@
 
 The batch is dispatched (`advmoe.models.dispatch`): each expert convolves its images, and the
 results return to batch order. The cost is that of one expert per image, also in training. A router
-that learns adds the cost of one expert in the backward pass.
+that learns adds the cost of one expert in the backward pass. Compiled passes, and those of two
+experts on a GPU, compute all experts and select one instead (`computes_all`).
 
 Shape suffixes: B batch, C channels, H height, N experts, W width.
 """

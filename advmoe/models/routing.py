@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.config import RouterGradient
-from advmoe.distributed import positions
+from advmoe.distributed import positions, share_of_union
 from advmoe.models.first_order import first_order
 
 Signal = Literal["own", "mean", "all", "sampled"]
@@ -79,8 +79,8 @@ class _Comparison(torch.autograd.Function):
     """The logits as a gate, whose gradient v_e - v_c, v_e = <dL/dy, y_e>, says where the loss falls; see `compared`."""
 
     @staticmethod
-    def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None, relative: bool) -> Tensor:
-        ctx.relative = relative
+    def forward(ctx: Any, logits_BN: Tensor, chosen_B1: Tensor, other_B1: Tensor | None, size: float | None) -> Tensor:
+        ctx.size = size
         ctx.save_for_backward(logits_BN, chosen_B1, other_B1)
         return logits_BN.clone()
 
@@ -92,8 +92,9 @@ class _Comparison(torch.autograd.Function):
             other_B1 = value_BN.scatter(1, chosen_B1, torch.inf).argmin(dim=1, keepdim=True)
         probability_B1 = (logits_BN.gather(1, other_B1) - logits_BN.gather(1, chosen_B1)).sigmoid()
         difference_B1 = value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1)
-        if ctx.relative:  # the loss is a mean over images; so is the result
-            difference_B1 = difference_B1 / difference_B1.abs().sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
+        if ctx.size is not None:
+            total = difference_B1.abs().sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
+            difference_B1 = difference_B1 * (ctx.size / total)
         push_B1 = probability_B1 * (1.0 - probability_B1) * difference_B1
         return (
             torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1),
@@ -114,24 +115,26 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     gradient of the softmax mixture.
 
     Coupled experts differ little, so the differences between their values are small, and routers
-    hardly move. `relative` divides the differences by their mean size over the batch (with several
-    ranks, over this rank's part of it). A router's learning speed then does not depend on the
-    similarity of its experts. The direction of its step does not change.
+    hardly move. `relative` divides the differences of a pass by the sum of their sizes. A router's
+    learning speed then does not depend on the similarity of its experts. Where a batch is computed
+    in parts, by several ranks or one after another, each part is divided by its own sum and counts
+    by its share of the images.
 
     With more experts, the gradient of the softmax mixture would compare the chosen expert with the
     mean. The chosen logit would then rise whenever its expert is better than the mean, even if
     another expert is better still. A wrong choice would never end.
     """
     chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
+    size = share_of_union() if relative else None
     if not sampled and number > 2:
-        gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, relative)
+        gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, size)
         return decision._replace(gate=gate_BN, signal="all")
     if number == 2:
         other_B = 1 - chosen_B
     else:
         turn_B = positions(len(chosen_B), chosen_B.device) % (number - 1)  # batches are shuffled
         other_B = (chosen_B + 1 + turn_B) % number
-    gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], relative)
+    gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], size)
     return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)
 
 

@@ -28,9 +28,12 @@ def perturbed_weights(
         gamma: Relative size of the perturbation.
     """
     weights = [parameter for parameter in parameters if parameter.dim() > 1 and parameter.requires_grad]
+    if not weights:  # masks are trained alone
+        yield
+        return
     unmoved = Kept(statistics(submodules(model)))
     here = loss()
-    gradients = torch.autograd.grad(here, weights, allow_unused=True) if weights else ()
+    gradients = torch.autograd.grad(here, weights, allow_unused=True)
     sum_gradients(gradients, here)
     before = [weight.detach().clone() for weight in weights]
     unmoved.restore()

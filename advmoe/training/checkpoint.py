@@ -39,7 +39,10 @@ class Progress(Settings):
     step: Annotated[int, Setting("Steps done.", at_least=0)]
     selection: Annotated[Weights, Setting("Outcomes on the validation images that later epochs are compared with.")]
     sums: Annotated[list[Weights], Setting("Sums of the epoch under way, one set per level.")]
-    skipped_in_a_row: Annotated[int, Setting("Steps up to this one that could not be taken.", at_least=0)] = 0
+    failed_in_a_row: Annotated[list[int], Setting("Each level's last updates that could not be made.", at_least=0)] = (
+        field(default_factory=list)
+    )
+    skipped_in_a_row: Annotated[int, Setting("The same of all levels, in earlier checkpoints.", at_least=0)] = 0
     images: Annotated[str, Setting("Digest of the split of the images; empty in earlier checkpoints.")] = ""
 
 

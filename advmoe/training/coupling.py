@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ def slot_of_row(rows: Rows) -> tuple[int, ...]:
             slots.setdefault(row, set()).add(slot)
     size = len(rows[0])
     return tuple(min(slots[row]) if len(slots[row]) == 1 else size + row for row in range(len(slots)))
+
+
+def rows_of_some(rows: Rows) -> set[int]:
+    """Rows of a bank that some expert has and another one lacks."""
+    return set(chain.from_iterable(rows)) - set(rows[0]).intersection(*rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +87,20 @@ def _shared_slots(rows: Rows, device: torch.device) -> Slots | None:
     return Slots.of(slots, device) if len(set(slots)) < len(slots) else None
 
 
-def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Slots]]:
-    """Weight banks in which some slot has several filters, and their slots."""
+def expert_layers(model: nn.Module) -> Iterator[MoEConv2d | MoELinear]:
+    """Layers whose filters are divided among experts."""
     for module in submodules(model):
         if isinstance(module, MoEConv2d | MoELinear):
-            slots = _shared_slots(module.rows, module.weight.device)
-            if slots is not None:
-                for bank in module.parameters(recurse=False):
-                    yield bank, slots
+            yield module
+
+
+def expert_banks(model: nn.Module) -> Iterator[tuple[nn.Parameter, Slots]]:
+    """Weight banks in which some slot has several filters, and their slots."""
+    for layer in expert_layers(model):
+        slots = _shared_slots(layer.rows, layer.weight.device)
+        if slots is not None:
+            for bank in layer.parameters(recurse=False):
+                yield bank, slots
 
 
 @torch.no_grad()

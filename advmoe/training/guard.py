@@ -148,8 +148,8 @@ class Watch:
     """Finds the skipped steps. For steps on a GPU, it finds them some steps later."""
 
     def __init__(self) -> None:
-        self.in_a_row = 0
-        """Steps up to the last one read that were not taken, without one in between that was."""
+        self.in_a_row: dict[str, int] = {}
+        """Updates of each level up to the last one read that were not made, without one in between that was."""
         self._waiting: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
 
     def add(self, step: int, level: str, images: Tensor, loss: Tensor, finite: Tensor) -> None:
@@ -163,12 +163,9 @@ class Watch:
         waiting, self._waiting = self._waiting, []
         taken = torch.stack([finite for *_, finite in waiting]).tolist()
         found = []
-        failed: dict[int, bool] = {}
         for (step, level, images, loss, _), good in zip(waiting, taken, strict=True):
-            failed[step] = failed.get(step, False) or not good
+            self.in_a_row[level] = 0 if good else self.in_a_row.get(level, 0) + 1
             if not good:
                 rows = [row for own in collect(images.tolist()) for row in own]
                 found.append(Untaken(step, level, float(loss), rows))
-        for bad in failed.values():
-            self.in_a_row = self.in_a_row + 1 if bad else 0
         return found

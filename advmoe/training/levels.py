@@ -17,6 +17,8 @@ from advmoe.models.network import RoutedNetwork
 from advmoe.training.coupling import couple_gradients, expert_banks, start_equal
 
 LevelName = Literal["routers", "experts", "masks", "all"]
+IN_WORDS: dict[str, str] = {"routers": "routers", "experts": "experts", "masks": "masks", "all": "network"}
+"""What a level updates, in messages."""
 
 
 @dataclass(frozen=True)

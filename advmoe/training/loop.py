@@ -37,9 +37,9 @@ from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights, optimizer_state
 from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.guard import MOST_IN_A_ROW, READ_EVERY, Watch
-from advmoe.training.levels import Level, make_levels, set_rates
+from advmoe.training.levels import IN_WORDS, Level, make_levels, set_rates
 from advmoe.training.memory import check_memory, validation_batch
-from advmoe.training.methods import blind_spot, resolve_method
+from advmoe.training.methods import doubts, resolve_method
 from advmoe.training.observer import Observer, Unwatched
 from advmoe.training.routing_history import RoutingHistory
 from advmoe.training.run_folder import RunFolder
@@ -122,7 +122,7 @@ class Trainer:
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
         self._compiled = self._new_compiled()
         self.average = None if config.ema == 0 else WeightAverage(self.model, config.ema)
-        self.streams = Streams(self.split, model_config, config, number=len(self.levels), device=device)
+        self.streams = Streams(self.split, model_config, config, periods=self.method.periods(config), device=device)
         self.steps_per_epoch = self.streams.steps_per_epoch
         self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
         self.step = 0
@@ -144,9 +144,8 @@ class Trainer:
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
             equalize(list(model.state_dict().values()))
-        for warning in (doubt, blind_spot(model_config, config)):
-            if warning is not None:
-                observer.warned(warning)
+        for warning in ([doubt] if doubt else []) + doubts(self.model, config):
+            observer.warned(warning)
         if (images := len(self.split.validation)) < FEW_IMAGES:
             observer.warned(
                 f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "
@@ -187,7 +186,9 @@ class Trainer:
                 return False
         return True
 
-    def _run_step(self, batches: list[Batch]) -> None:
+    def _run_step(self, batches: list[Batch | None]) -> None:
+        last = batches[-1]
+        assert last is not None
         levels = self._levels()
         noise = [
             generator_for(self.config.seed, self.step, level, device=self.device) for level in range(len(self.levels))
@@ -199,19 +200,18 @@ class Trainer:
             results = self.method.step(levels, batches, self.config, noise, self.step)
         of_last = results[-1]
         assert of_last is not None
-        self.routing.add(self.step // self.steps_per_epoch + 1, batches[-1], of_last)
+        self.routing.add(self.step // self.steps_per_epoch + 1, last, of_last)
         self.step += 1
         if self.average is not None:
             self.average.update()
-        for level, batch, sums, result in zip(levels, batches, self.sums, results, strict=True):
+        for level, sums, result in zip(levels, self.sums, results, strict=True):
             if result is not None:
                 sums.add(result)
-                self.watch.add(self.step, level.name, batch.indices, result.loss, result.finite)
+                self.watch.add(self.step, level.name, result.indices, result.loss, result.finite)
         if _reads_at_once(self.device) or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
             self._read()
         if world().leads:
-            place = batches[-1].place
-            images = len(batches[-1].labels) if place is None else place.total
+            images = len(last.labels) if last.place is None else last.place.total
             self.observer.stepped(self.step, images, self._figures)
 
     def _read(self) -> None:
@@ -232,16 +232,17 @@ class Trainer:
             from_leader(lambda: self.folder.note_skipped([update.as_dict() for update in found]))
             for update in found:
                 self.observer.warned(
-                    f"step {update.step}: the update of the {update.level} was not finite (loss {update.loss:g}) and "
-                    f"was left out; {self.folder.skipped} lists its images"
+                    f"step {update.step}: the update of the {IN_WORDS[update.level]} was not finite (loss "
+                    f"{update.loss:g}) and was left out; {self.folder.skipped} lists its images"
                 )
-        if self.watch.in_a_row >= min(MOST_IN_A_ROW, self.steps_per_epoch):
-            raise TrainingError(
-                f"the loss or its gradients were not finite in {self.watch.in_a_row} steps in a row, up to step "
-                f"{self.step}, and no such step was taken; {self.folder.last} is from before or in between, and "
-                f"{self.folder.skipped} lists the images: lower the learning rate in a new run",
-                "lr",
-            )
+        for name, failed in self.watch.in_a_row.items():
+            if failed >= min(MOST_IN_A_ROW, self.steps_per_epoch):
+                raise TrainingError(
+                    f"the loss or its gradients were not finite in {failed} updates of the {IN_WORDS[name]} in a row, "
+                    f"up to step {self.step}, and none of them was made; {self.folder.last} is from before or in "
+                    f"between, and {self.folder.skipped} lists the images: lower the learning rate in a new run",
+                    "lr",
+                )
 
     def _levels(self) -> list[Level]:
         """The levels as the phase of this step changes them. The first step of a phase starts the phase."""
@@ -383,7 +384,7 @@ class Trainer:
                 "step": self.step,
                 "selection": self.selection.state_dict(),
                 "sums": [sums.state_dict() for sums in self.sums],
-                "skipped_in_a_row": self.watch.in_a_row,
+                "failed_in_a_row": [self.watch.in_a_row.get(level.name, 0) for level in self.levels],
                 "images": self.split.digest,
             },
             optimizers=[optimizer_state(level.optimizer) for level in self.levels],
@@ -419,7 +420,8 @@ class Trainer:
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
             load_optimizer(level.optimizer, state)
         self.step = progress.step
-        self.watch.in_a_row = progress.skipped_in_a_row
+        failed = progress.failed_in_a_row or [progress.skipped_in_a_row] * len(self.levels)
+        self.watch.in_a_row = {level.name: number for level, number in zip(self.levels, failed, strict=True)}
         self._metrics = dict(checkpoint.metrics)
         if not world().leads:
             self.sums = self._new_sums()  # rank 0 has them all

@@ -31,8 +31,9 @@ def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Ten
 
 
 def load_balance(routing: Routing, place: Place | None = None) -> Tensor:
-    """N * sum_e f_e * p_e, averaged over routers (Fedus et al., 2022, eq. 4): at least 1, reached at perfect balance.
+    """N * sum_e f_e * p_e, averaged over routers (Fedus et al., 2022, eq. 4): 1 at perfect balance.
 
+    It is above 1 where the experts that are chosen most also have the largest probabilities, as usual.
     f_e is the share of images that router sends to expert e (constant), p_e the mean of its
     softmax. With several ranks both are means over the union of their batches, in which the batch
     has its `place`.

@@ -26,6 +26,8 @@ MEASURED = 2
 """Images of the first measurement. The second one has twice as many."""
 HEADROOM = 1.3
 """Upper estimate relative to the minimum: buffers of convolutions, gradients of activations, fragmentation."""
+RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
+"""Memory of a container that the kernel gives back when it is needed, by its names in memory.stat."""
 GB = 1e9
 
 
@@ -119,11 +121,16 @@ def _free_of_machine(path: Path) -> int | None:
 
 
 def _free_of_group(path: Path) -> int | None:
-    """Memory that the container may still use."""
+    """Memory that the container may still use. Files that were read count as used until the memory is needed."""
     try:
-        return int((path / "memory.max").read_text()) - int((path / "memory.current").read_text())
+        free = int((path / "memory.max").read_text()) - int((path / "memory.current").read_text())
     except (OSError, ValueError):  # no such limit
         return None
+    try:
+        lines = (line.split() for line in (path / "memory.stat").read_text().splitlines())
+        return free + sum(int(bytes_) for name, bytes_ in lines if name in RECLAIMABLE)
+    except (OSError, ValueError):
+        return free
 
 
 def check_memory(model: RoutedNetwork, config: TrainConfig, image_size: int) -> tuple[Memory, str | None]:

@@ -10,6 +10,8 @@ import torch
 from advmoe.config import KINDS, Kind, MethodName, ModelConfig, TrainConfig, check
 from advmoe.data.loader import Batch
 from advmoe.models.masked import close_masks, open_masks
+from advmoe.models.network import RoutedNetwork
+from advmoe.training.coupling import expert_banks, expert_layers, rows_of_some
 from advmoe.training.levels import Level, LevelName
 from advmoe.training.schedule import Phase
 from advmoe.training.steps import (
@@ -22,11 +24,16 @@ from advmoe.training.steps import (
 )
 
 StepFunction = Callable[
-    [Sequence[Level], Sequence[Batch], TrainConfig, Sequence[torch.Generator], int], Sequence[StepResult | None]
+    [Sequence[Level], Sequence[Batch | None], TrainConfig, Sequence[torch.Generator], int], Sequence[StepResult | None]
 ]
 """(levels, one batch and one generator of attack noise for each level, config, number of the
 iteration) -> the result of each level's update, or None if a level was not updated. The last level
-is always updated."""
+is always updated. The batch of another level is None where the method needs none (`Method.periods`)."""
+
+
+def in_all_iterations(config: TrainConfig) -> tuple[int, ...]:
+    """The one level of most methods has a batch in every iteration."""
+    return (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,8 @@ class Method:
     """The levels, which are optimized separately. The last one sets the length of an epoch."""
     step: StepFunction
     """One iteration."""
+    periods: Callable[[TrainConfig], tuple[int, ...]] = in_all_iterations
+    """For each level, the iterations in which the method needs a batch of its stream: every k-th; 0 is none."""
     kinds: tuple[Kind, ...] = KINDS
     """Model kinds for which the method is defined."""
     phases: tuple[Phase, ...] = (Phase(),)
@@ -54,7 +63,7 @@ class Method:
 
 def advmoe(
     levels: Sequence[Level],
-    batches: Sequence[Batch],
+    batches: Sequence[Batch | None],
     config: TrainConfig,
     noise: Sequence[torch.Generator],
     iteration: int,
@@ -68,10 +77,12 @@ def advmoe(
     """
     routers, experts = levels
     batch_routers, batch_experts = batches
+    assert batch_experts is not None
     due = iteration % config.router_every == 0
     lower: StepResult | None = None
     if config.router_step == "exact":
         if due:
+            assert batch_routers is not None
             part, _ = part_of(batch_routers, config.router_share)
             lower = adversarial_update(routers, part, config, noise[0])
         upper = adversarial_update(experts, batch_experts, config, noise[1])
@@ -84,26 +95,35 @@ def advmoe(
     return [lower, upper]
 
 
+def batches_of_routers(config: TrainConfig) -> tuple[int, ...]:
+    """AdvMoE's routers have a batch of their own in every k-th iteration, or never if they reuse attacked images."""
+    return config.router_every if config.router_step == "exact" else 0, 1
+
+
 def adversarial_training(
     levels: Sequence[Level],
-    batches: Sequence[Batch],
+    batches: Sequence[Batch | None],
     config: TrainConfig,
     noise: Sequence[torch.Generator],
     iteration: int,
 ) -> list[StepResult]:
     """AT: the robust loss, by default TRADES, on the parameters of one level (eq. AT: on all of them jointly)."""
-    return [adversarial_update(levels[0], batches[0], config, noise[0])]
+    (batch,) = batches
+    assert batch is not None
+    return [adversarial_update(levels[0], batch, config, noise[0])]
 
 
 def standard(
     levels: Sequence[Level],
-    batches: Sequence[Batch],
+    batches: Sequence[Batch | None],
     config: TrainConfig,
     noise: Sequence[torch.Generator],
     iteration: int,
 ) -> list[StepResult]:
     """Cross-entropy on clean images."""
-    return [standard_update(levels[0], batches[0], config)]
+    (batch,) = batches
+    assert batch is not None
+    return [standard_update(levels[0], batch, config)]
 
 
 HYDRA = (
@@ -120,6 +140,7 @@ METHODS: dict[MethodName, Method] = {
     "advmoe": Method(
         levels=("routers", "experts"),
         step=advmoe,
+        periods=batches_of_routers,
         kinds=("moe",),
         summary="AdvMoE: routers and experts trained adversarially in turn (Algorithm 1)",
     ),
@@ -179,13 +200,27 @@ def resolve_method(name: MethodName, model: ModelConfig, *, has_init: bool = Fal
     return method
 
 
-def blind_spot(model: ModelConfig, config: TrainConfig) -> str | None:
-    """A warning if the attack in training misses a decision on which the whole network depends (docs/study.md)."""
-    if not (model.several_experts and model.granularity == "image") or config.method == "standard":
-        return None
-    if config.attack_routing != "fixed":
-        return None
-    return (
-        "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost "
-        "almost half of its RA to attacks on its routing; use attack_routing mixture, and attack the routing too"
-    )
+def doubts(model: RoutedNetwork, config: TrainConfig) -> list[str]:
+    """Warnings of settings that do less than one may expect."""
+    described, found = model.config, []
+    attacks = config.method != "standard"
+    one_decision = described.several_experts and described.granularity == "image"
+    if attacks and one_decision and config.attack_routing == "fixed":  # see docs/study.md
+        found.append(
+            "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost "
+            "almost half of its RA to attacks on its routing; use attack_routing mixture, and attack the routing too"
+        )
+    if attacks and config.loss == "trades" and config.attack.start == "clean":
+        found.append(
+            "the attack in training starts at the clean image, where the KL divergence of TRADES has the gradient 0: "
+            "its first step follows rounding errors; use start gaussian or uniform"
+        )
+    couples = config.specialization is not None and METHODS[config.method].moves_experts
+    differ = any(rows_of_some(layer.rows) for layer in expert_layers(model))
+    if couples and differ and next(expert_banks(model), None) is None:
+        found.append(
+            f"specialization {config.specialization:g} has no effect: at N = {described.num_experts} and r = "
+            f"{described.model_scale:g} no two filters have one place in the outputs of different experts, so that "
+            "nothing can be coupled, and experts do not start equal; use expert_filters separate or a smaller r"
+        )
+    return found

@@ -170,7 +170,9 @@ class RunFolder:
             kept.hardlink_to(self.last)
         except OSError:  # a file system without links
             write_atomically(kept, lambda temporary: shutil.copyfile(self.last, temporary))
-        for old in sorted(self.path.glob("epoch-[0-9]*.pt"))[: -self._keep]:
+        number_of = {path: path.stem.removeprefix("epoch-") for path in self.path.glob("epoch-*.pt")}
+        numbered = sorted((int(number), path) for path, number in number_of.items() if number.isdecimal())
+        for _, old in numbered[: -self._keep]:
             old.unlink()
 
     @contextmanager

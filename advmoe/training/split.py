@@ -43,6 +43,8 @@ def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | No
         )
     except DataError as error:
         raise DataError(f"{error}; mend or remove the file, or skip bad images", "skip_bad_images") from error
+    if not len(validated):
+        raise DataError(f"none of the {len(validation)} validation images can be decoded; mend them, or hold out more")
     digest = hashlib.sha256()
     for part in (dataset.train.labels, train, validation, np.array([len(validated)])):
         digest.update(f"{len(part)}:".encode() + part.astype("<i8").tobytes())

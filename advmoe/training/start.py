@@ -1,7 +1,4 @@
-"""The initial weights of a run that starts from a checkpoint.
-
-Shape suffixes: F filters of a bank, S slots of an expert.
-"""
+"""The initial weights of a run that starts from a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from advmoe.models.vit import MLP, RoutedMLP
 from advmoe.schema import fields_of
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.checkpoint import Checkpoint, load_weights
-from advmoe.training.coupling import expert_banks
+from advmoe.training.coupling import expert_layers, rows_of_some, slot_of_row
 
 
 def start_from(
@@ -53,7 +50,8 @@ def start_from(
     Raises:
         ConfigError: The checkpoint holds another model, or a Sparse-CNN without masks where experts
             are wanted, or `reinitialize` is given although the checkpoint already has experts, or
-            `upcycling` is `windows` and the checkpoint holds no Dense, or windows that overlap.
+            `upcycling` is `windows` and the checkpoint holds no Dense, or windows that overlap, or
+            experts that share filters in different slots, so that they cannot all be one copy.
     """
     wanted, kind = model.config, initial.model.kind
     from_dense = wanted.kind == "sparse_cnn" and kind == "dense"
@@ -115,6 +113,8 @@ def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint, *, windows: bo
             "init",
         )
     experts = range(model.config.num_experts)
+    if not windows and not (initial.model.kind == "dense" and model.config.arch == "vit"):
+        _check_slots(model)
     if initial.model.kind != "dense" or model.config.arch == "vit":
         pathways = [built.state_dict()] * len(experts)
     elif windows:
@@ -152,6 +152,17 @@ def _copy_into_experts(model: RoutedNetwork, initial: Checkpoint, *, windows: bo
     model.load_state_dict(target | plain)
 
 
+def _check_slots(model: RoutedNetwork) -> None:
+    """Check that every filter has one slot, the same in all of its experts, so that it can be a copy of one filter."""
+    config = model.config
+    if any(slot >= len(layer.rows[0]) for layer in expert_layers(model) for slot in slot_of_row(layer.rows)):
+        raise ConfigError(
+            f"the experts of N = {config.num_experts} and r = {config.model_scale:g} share filters in different places "
+            "of their outputs, so they cannot all start as one copy; use expert_filters separate, or a smaller r",
+            "init",
+        )
+
+
 def _check_disjoint(model: RoutedNetwork) -> None:
     config = model.config
     for layout in model.expert_layouts:
@@ -160,7 +171,7 @@ def _check_disjoint(model: RoutedNetwork) -> None:
             raise ConfigError(
                 f"upcycling windows needs experts that divide the channels of a Dense; the {config.num_experts} "
                 f"experts of a layer with {layout.num_channels} channels own {len(owned)} in all, at r = "
-                f"{config.model_scale:g}; use N * r of at most 1 without shared channels, or copies",
+                f"{config.model_scale:g}; use a smaller r without shared channels, or copies",
                 "upcycling",
             )
 
@@ -194,8 +205,10 @@ def _cut_down(model: RoutedNetwork, dense: RoutedNetwork, expert: int | None = N
 @torch.no_grad()
 def _draw_anew(model: RoutedNetwork, share: float, generator: torch.Generator) -> None:
     """Draw a share of the rows of each expert's bank at random. Rows that all experts have are kept."""
-    for bank, slots in expert_banks(model):
-        own = slots.count_S[slots.slot_of_F] > 1
-        chosen = own & (torch.rand(len(bank), generator=generator).to(bank.device) < share)
-        drawn = torch.randn(bank.shape, generator=generator).to(bank.device) * bank.std() + bank.mean()
-        bank[chosen] = drawn[chosen]
+    for layer in expert_layers(model):
+        of_some = rows_of_some(layer.rows)
+        for bank in layer.parameters(recurse=False) if of_some else ():
+            own = torch.tensor([row in of_some for row in range(len(bank))], device=bank.device)
+            chosen = own & (torch.rand(len(bank), generator=generator).to(bank.device) < share)
+            drawn = torch.randn(bank.shape, generator=generator).to(bank.device) * bank.std() + bank.mean()
+            bank[chosen] = drawn[chosen]

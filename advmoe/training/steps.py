@@ -37,6 +37,8 @@ class StepResult:
     loss: Tensor
     """Mean loss."""
     images: int
+    indices: Tensor
+    """Rows of the images in the image set, int64 [images]."""
     clean_correct: Tensor
     adversarial_correct: Tensor | None
     """None if the method makes no adversarial images."""
@@ -127,6 +129,7 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
     return part_of_union(loss, batch), StepResult(
         loss.detach(),
         len(batch.labels),
+        batch.indices,
         (clean_logits.argmax(dim=1) == batch.labels).sum(),
         (adversarial_logits.argmax(dim=1) == batch.labels).sum(),
         routing,
@@ -201,11 +204,14 @@ def _whole(images: int, parts: Sequence[tuple[slice, StepResult]]) -> StepResult
     if len(parts) == 1:
         return first
 
+    def whole(values: Sequence[Tensor]) -> Tensor:
+        together = torch.empty_like(values[0]).resize_(images, *values[0].shape[1:])
+        for (rows, _), value in zip(parts, values, strict=True):
+            together[rows] = value
+        return together
+
     def joined(routings: Sequence[Routing]) -> Routing:
-        whole_BL = torch.empty_like(routings[0].expert_index_BL).resize_(images, *routings[0].expert_index_BL.shape[1:])
-        for (rows, _), routing in zip(parts, routings, strict=True):
-            whole_BL[rows] = routing.expert_index_BL
-        return Routing(whole_BL, None)
+        return Routing(whole([routing.expert_index_BL for routing in routings]), None)
 
     seen = [result for _, result in parts]
     loss = torch.stack([result.loss * result.images for result in seen if result.images] or [first.loss]).sum()
@@ -214,6 +220,7 @@ def _whole(images: int, parts: Sequence[tuple[slice, StepResult]]) -> StepResult
     return StepResult(
         loss / max(images, 1),
         images,
+        whole([result.indices for result in seen]),
         torch.stack([result.clean_correct for result in seen]).sum(),
         torch.stack(correct).sum() if correct else None,
         joined([result.routing for result in seen]),
@@ -255,7 +262,9 @@ def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResu
             logits, routing = level.model.forward_with_routing(part.images)
         loss = F.cross_entropy(logits, part.labels)
         correct = (logits.argmax(dim=1) == part.labels).sum()
-        result = StepResult(loss.detach(), len(part.labels), correct, None, routing, None, loss.isfinite())
+        result = StepResult(
+            loss.detach(), len(part.labels), part.indices, correct, None, routing, None, loss.isfinite()
+        )
         return part_of_union(loss, part), result
 
     return descend(level, batch, passes, config)

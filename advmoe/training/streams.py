@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,9 +17,17 @@ from advmoe.training.union import placed
 
 
 class Streams:
-    """The training images of a run in `number` orders. Step t takes the t-th batch of each order.
+    """The training images of a run in several orders. Step t takes the t-th batch of each order.
 
     Every rank gets its share of each batch.
+
+    Args:
+        split: The images.
+        model_config: Its image size counts.
+        config: Of the run.
+        periods: For each order, the steps that need a batch: every k-th; 0 is none. Other batches
+            are not made. The last order is needed in all steps.
+        device: Device of the batches.
 
     Attributes:
         steps_per_epoch: Full batches in an epoch. The last, smaller one is left out.
@@ -29,11 +37,20 @@ class Streams:
     """
 
     def __init__(
-        self, split: Split, model_config: ModelConfig, config: TrainConfig, *, number: int, device: torch.device
+        self,
+        split: Split,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        *,
+        periods: Sequence[int],
+        device: torch.device,
     ) -> None:
         self._config = config
         self._device = device
-        self.loaders = [_loader(split, model_config.image_size, config, stream, device) for stream in range(number)]
+        self._periods = periods
+        self.loaders = [
+            _loader(split, model_config.image_size, config, stream, device) for stream in range(len(periods))
+        ]
         self.steps_per_epoch = len(self.loaders[-1])
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -42,8 +59,9 @@ class Streams:
                 "batch_size",
             )
 
-    def batches(self, step: int, epochs: int) -> Iterator[list[Batch]]:
-        """The batches from step `step` to the end of the last of `epochs` epochs, one of each stream at a time.
+    def batches(self, step: int, epochs: int) -> Iterator[list[Batch | None]]:
+        """The batches from step `step` to the end of the last of `epochs` epochs, those of one step at a
+        time: one of each stream, or None where the step needs none.
 
         Raises:
             DataError: An image cannot be decoded, and the config does not say to skip such.
@@ -57,20 +75,30 @@ class Streams:
                 f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
             ) from error
 
-    def _batches(self, step: int, epochs: int) -> Iterator[list[Batch]]:
+    def _batches(self, step: int, epochs: int) -> Iterator[list[Batch | None]]:
         first, start = divmod(step, self.steps_per_epoch)
         for epoch in range(first, epochs):
-            streams = zip(*(loader.epoch(epoch, start_batch=start) for loader in self.loaders), strict=False)
-            done = start
-            while own := together(lambda: next(streams, None)):  # noqa: B023
-                batches = placed(own, self._config.batch_size, counted=self._config.skip_bad_images)
-                if any(batch.place is not None and not batch.place.total for batch in batches):
-                    break
-                done += 1
-                yield [on_device(batch, self._device) for batch in batches]
-            if done < self.steps_per_epoch:
-                raise DataError(f"no image of a whole batch can be read, and {self._config.batch_size} make a batch")
+            before = epoch * self.steps_per_epoch
+            # of each order, the batches from the first one on that a step needs
+            streams = [
+                loader.epoch(epoch, min(start + -(before + start) % period, self.steps_per_epoch), every=period)
+                if period
+                else iter(())
+                for loader, period in zip(self.loaders, self._periods, strict=True)
+            ]
+            for number in range(start, self.steps_per_epoch):
+                due = [bool(period) and (before + number) % period == 0 for period in self._periods]
+                yield self._step([stream for stream, is_due in zip(streams, due, strict=True) if is_due], due)
             start = 0
+
+    def _step(self, streams: Sequence[Iterator[Batch]], due: Sequence[bool]) -> list[Batch | None]:
+        """The next batches of some streams, at the places that are due."""
+        own = together(lambda: [batch for stream in streams if (batch := next(stream, None)) is not None])
+        made = placed(own, self._config.batch_size, counted=self._config.skip_bad_images)
+        if len(made) < len(streams) or any(batch.place is not None and not batch.place.total for batch in made):
+            raise DataError(f"no image of a whole batch can be read, and {self._config.batch_size} make a batch")
+        batches = iter(made)
+        return [on_device(next(batches), self._device) if is_due else None for is_due in due]
 
     @property
     def skipped(self) -> list[str]:
