@@ -26,7 +26,7 @@ router gradient. It is probed at regular intervals:
   gives the lowest loss; before and after the attack is made anew against these pathways. It knows
   the labels, so routers cannot reach it
 - `load`: share of the busiest expert, mean over routers. At 1 only one expert is used, so other
-  figures say nothing
+  figures say nothing. `loads`: shares of all experts from the busiest on, mean over routers
 - `raises_chosen`: among decisions with a better expert, share for which a descent step raises the
   logit of the chosen expert
 - `finds_best`: among them, share for which the step raises the logit of the best expert most
@@ -291,12 +291,14 @@ def probe(
     better, of_all = best_loss < base - EQUAL, decided(exact, chosen)
     best_of_both, one = of_both[0].argmin(dim=2), chosen[0] == chosen[1]
     better_both = one & (of_both[0].amin(dim=2) < of_both[0].gather(2, chosen[0, ..., None]).squeeze(2) - EQUAL)
+    loads_RN = F.one_hot(chosen, exact.shape[3]).double().mean(dim=(0, 1)).sort(dim=1, descending=True).values
     figures: dict[str, Any] = {
         "probed_loss": float(base.mean()),
         "better": of_all["wrong"],
         "gain": float((base - best_loss).mean() / base.mean()),
         "regret": of_all["regret"],
-        "load": float(F.one_hot(chosen).double().mean(dim=(0, 1)).amax(dim=1).mean()),
+        "load": float(loads_RN[:, 0].mean()),
+        "loads": loads_RN.mean(dim=0).tolist(),
         "oracle": oracle,
         "estimators": {},
     }

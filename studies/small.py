@@ -122,6 +122,8 @@ LONG = {
 }
 """Settings with as many epochs as `s_dense_time`, closer to convergence, at equal epochs."""
 LONGER = EQUAL_TIME | LONG
+OF_DENSE = ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")
+"""Settings for Fig. 6. They start from a trained network, and have half of the epochs."""
 SETTINGS |= {name: SETTINGS[of] for name, (of, _) in LONGER.items()}
 MAIN = ("s_dense", "dense", "at_moe", "advmoe_dense")
 PLAN = [
@@ -130,7 +132,7 @@ PLAN = [
     *((name, seed) for seed in range(3) for name in ("at_image", "image_mixture")),
     *((name, 0) for name in ("advmoe", "sparse", "shared", "last_stage", "advmoe_batch", "advmoe_cheap", "upcycled")),
     *((name, 0) for name in ("margin", "mixture")),
-    *((name, 0) for name in ("mask_of_dense", "at_moe_of_dense", "advmoe_of_dense")),
+    *((name, 0) for name in OF_DENSE),
     *((name, seed) for seed in range(3) for name in ("s_dense_bf16", "at_moe_bf16")),
     *((name, seed) for seed in (1, 2) for name in ("advmoe", "sparse", "shared")),
 ]
@@ -301,8 +303,8 @@ def per_cent(values: Tensor) -> float:
 
 def epochs_of(name: str, network: str) -> int:
     """Number of epochs of a setting."""
-    epochs = NETWORKS[network][1]
-    return round(epochs * LONGER[name][1]) if name in LONGER else epochs
+    share = LONGER[name][1] if name in LONGER else 0.5 if name in OF_DENSE else 1.0
+    return round(NETWORKS[network][1] * share)
 
 
 def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> None:

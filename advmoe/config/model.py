@@ -178,8 +178,8 @@ class RoutersConfig(Settings):
     router_gradient: Annotated[
         RouterGradient,
         Setting(
-            "What the expert chosen is compared with: the best other (dense; relative: in mean differences), another "
-            "in turn (sampled), the mean (advantage), nothing (softmax, straight_through). value: as in Switch.",
+            "What the expert chosen is compared with: all others (dense; relative: in mean differences), another in "
+            "turn (sampled), the mean (advantage), nothing (softmax, straight_through). value: as in Switch.",
             noun="router gradient",
         ),
     ] = "dense"

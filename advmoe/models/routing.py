@@ -88,41 +88,38 @@ class _Comparison(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, value_BN: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BN, chosen_B1, other_B1 = ctx.saved_tensors
+        if ctx.size is not None:
+            total = value_BN.abs().amax(dim=1).sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
+            value_BN = value_BN * (ctx.size / total)
         if other_B1 is None:
-            other_B1 = value_BN.scatter(1, chosen_B1, torch.inf).argmin(dim=1, keepdim=True)
+            probability_BN = logits_BN.softmax(dim=1)
+            expected_B1 = (probability_BN * value_BN).sum(dim=1, keepdim=True)
+            return probability_BN * (value_BN - expected_B1), None, None, None
         probability_B1 = (logits_BN.gather(1, other_B1) - logits_BN.gather(1, chosen_B1)).sigmoid()
         difference_B1 = value_BN.gather(1, other_B1) - value_BN.gather(1, chosen_B1)
-        if ctx.size is not None:
-            total = difference_B1.abs().sum().clamp(min=torch.finfo(value_BN.dtype).tiny)
-            difference_B1 = difference_B1 * (ctx.size / total)
         push_B1 = probability_B1 * (1.0 - probability_B1) * difference_B1
-        return (
-            torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1),
-            None,
-            None,
-            None,
-        )
+        push_BN = torch.zeros_like(value_BN).scatter(1, other_B1, push_B1).scatter(1, chosen_B1, -push_B1)
+        return push_BN, None, None, None
 
 
 def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: bool = False) -> Decision:
-    """A decision whose router learns by comparing the expert chosen, c, with another one, o.
+    """A decision whose router learns by comparing the expert chosen, c, with others.
 
-    With v_e = <dL/dy, y_e>, the loss changes to first order by v_o - v_c if o takes over. The
-    router's gradient is that of the expected loss if it chose between these two with the
-    probabilities that its logits give them, sigmoid(l_o - l_c) * (v_o - v_c): of the two, the logit
-    of the better one rises and the other falls. o is the best of the others, or one of them for
-    each image in turn (`sampled`), whose values cost one expert instead of N. At N = 2 both are the
-    gradient of the softmax mixture.
+    With v_e = <dL/dy, y_e>, the loss changes to first order by v_e - v_c if e takes over. The
+    router's gradient is that of the expected loss if it drew the expert with the probabilities that
+    its logits give: p_e * (v_e - mean of v under p). `sampled` does this for c and one other expert
+    o of each image in turn, whose values cost one expert instead of N: the logits of o and c get
+    plus and minus p * (1 - p) * (v_o - v_c), where p = sigmoid(l_o - l_c). At N = 2 both are equal.
 
     Coupled experts differ little, so the differences between their values are small, and routers
-    hardly move. `relative` divides the differences of a pass by the sum of their sizes. A router's
-    learning speed then does not depend on the similarity of its experts. Where a batch is computed
-    in parts, by several ranks or one after another, each part is divided by its own sum and counts
-    by its share of the images.
+    hardly move. `relative` divides the values of a pass by the sum of the images' largest
+    differences. A router's learning speed then does not depend on the similarity of its experts.
+    Where a batch is computed in parts, by several ranks or one after another, each part is divided
+    by its own sum and counts by its share of the images.
 
-    With more experts, the gradient of the softmax mixture would compare the chosen expert with the
-    mean. The chosen logit would then rise whenever its expert is better than the mean, even if
-    another expert is better still. A wrong choice would never end.
+    A comparison of c with the best other expert alone raises the logit of a better one more often.
+    But experts then do not become different: an expert is chosen more for an image only where it is
+    the best of all already (docs/log.md, 2026-11-30).
     """
     chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
     size = share_of_union() if relative else None
