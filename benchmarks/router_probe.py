@@ -37,7 +37,7 @@ router gradient. It is probed at regular intervals:
 - `to_start`: cosine between the routers' weights and their initial weights
 - `loss`, `router_loss`: mean losses of the experts' and the routers' updates in the last interval
 
-Shape suffixes: B batch, L MoE layers, N experts.
+Shape suffixes: B batch, L MoE layers, N experts, R routers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Views of the routing, and attacks that search pathways."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -262,3 +264,42 @@ def test_restarts_side_by_side_are_those_one_by_one(mixed: Callable[..., RoutedN
             alone - together[image]
         ).abs() > 1e-5  # rounding of the batch may turn the sign of a gradient near 0
         assert differing.float().mean() < 0.01
+
+
+def test_a_later_restart_keeps_each_image_on_its_own_pathway() -> None:
+    attack = dataclasses.replace(ATTACK, restarts=3)
+    victims = victims_of(TwoRooms(), room_images(FAR, FAR), torch.tensor([0, 0]), attack)
+    robust = untargeted(victims, forced(victims.model, torch.tensor([[1], [0]])))[1]
+    assert robust.tolist() == [False, True]
+
+
+def test_each_attempt_of_the_route_attack_has_a_start_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Tensor] = []
+
+    def watched(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        starts.append(start)
+        return steer(victims, pathways_BL, start)
+
+    monkeypatch.setattr("advmoe.attacks.pathways.steer", watched)
+    victims = victims_of(TwoRooms(), room_images(FAR), torch.tensor([0]), ATTACK)
+    route_attack(victims, observed_ML=torch.tensor([[0]]), nearby=victims.images, config=RouteAttackConfig())
+    assert len(starts) == 8
+    for number, start in enumerate(starts):
+        assert torch.equal(start, victims.starts([number]))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_flips_of_any_rank_are_followed_by_free_decisions(mixed: Any, images: Tensor, rank: int) -> None:
+    model = mixed(granularity="stage")
+    routing = model.forward_with_routing(images)[1]
+    places = decisions(model)
+    margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, places])
+    flipped = nearest_flips(model, images, rank)
+    along = model.forward_with_routing(images, flipped, tape_type=SteeredTape)[1]
+    new = router_margins(along.logits_BRN, flipped[:, places])
+    for image in range(len(images)):
+        decision = int(margins[image].argsort()[rank])
+        layer = places[decision]
+        assert torch.equal(flipped[image, :layer], routing.expert_index_BL[image, :layer])
+        assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
+        assert (new[image, decision + 1 :] >= 0).all()

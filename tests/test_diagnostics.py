@@ -314,3 +314,17 @@ def test_the_use_of_the_routers_is_told_without_a_verdict() -> None:
         "PGD changes the pathway of 25.0 % of images, 12.5 % of decisions"
     )
     assert verdict_of({check.name: check.status}) == "not checked"
+
+
+def test_a_larger_radius_that_helps_the_model_is_caught() -> None:
+    class Window(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            level_B = 255 * (images.mean(dim=(1, 2, 3)) - 0.5)
+            score_B = (level_B + 2).abs() - 2
+            return torch.stack((torch.zeros_like(score_B), score_B), dim=1)
+
+    images, labels = torch.full((16, 3, 4, 4), 0.5 + 6 / 255), torch.ones(16, dtype=torch.int64)
+    attack = AttackConfig(eps=8 / 255, steps=4, step_size=8 / 255, start="clean")
+    found = {check.name: check for check in diagnose(victims_of(Window(), images, labels, attack), square_queries=0)}
+    assert found["monotone_in_eps"].value == "RA 100.0 %, 0.0 %, 100.0 % at eps/2, eps, 2 eps"
+    assert found["monotone_in_eps"].status == "failed"

@@ -14,11 +14,13 @@ from PIL import Image
 
 from advmoe.attacks.victims import Victims
 from advmoe.cli.app import main
-from advmoe.cli.evaluate import Measuring
+from advmoe.cli.evaluate import Measuring, _training_seconds
 from advmoe.cli.models import remember_data
+from advmoe.config import AttackConfig
 from advmoe.data import sources
 from advmoe.data.digits import load_digits
 from advmoe.data.sources import dataset_info
+from advmoe.errors import ConfigError
 from advmoe.evaluation import suite
 from advmoe.evaluation.diagnostics import Diagnostic, diagnose
 from advmoe.models.network import RoutedNetwork
@@ -345,3 +347,54 @@ def test_autoattack_is_refused_at_once_for_too_few_classes_and_left_out_of_the_s
     for command in (["evaluate", str(three_classes), "--suite"], ["compare", str(three_classes), str(three_classes)]):
         assert main([*command, *small, "--autoattack"]) == 1
         assert "AutoAttack's targeted losses need at least 4 classes, got 3" in capsys.readouterr().err
+
+
+def test_the_time_of_a_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"batch_size": 8}}))
+    lines = [{"step": 2, "images_per_second": 4.0}, {"step": 6, "images_per_second": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _training_seconds(tmp_path) == 2 * 8 / 4 + 4 * 8 / 2
+    assert _training_seconds(tmp_path / "nothing") is None
+
+
+def test_the_options_of_an_evaluation_reach_its_attacks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stop(model: Any, images: Any, config: Any, *, seed: int, **_: Any) -> None:
+        asked.append((config, seed))
+        raise ConfigError("enough is known")
+
+    monkeypatch.setattr("advmoe.evaluation.suite.run_suite", stop)
+    assert evaluate(checkpoint, "--restarts", "3", "--seed", "5") == 1
+    assert evaluate(checkpoint, "--suite") == 1
+    assert main(["compare", str(checkpoint), str(checkpoint), "--steps", "7", "--limit-eval", "20"]) == 1
+    (chosen, seed), (whole, _), (compared, _) = asked
+    # trained at 8/255; a step is a quarter of the radius
+    assert (chosen.attack, seed) == (AttackConfig(eps=8 / 255, steps=2, step_size=2 / 255, restarts=3), 5)
+    assert (chosen.routing, chosen.autoattack, chosen.eps_sweep) == (False, False, ())
+    assert (whole.routing, whole.autoattack) == (True, True)
+    assert whole.eps_sweep == pytest.approx([2 / 255, 4 / 255, 6 / 255, 12 / 255, 16 / 255])
+    assert compared.attack == AttackConfig(eps=8 / 255, steps=7, step_size=2 / 255)
+
+
+def test_statistics_of_controls_are_of_training_images(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stop(model: Any, images: Any, *_: Any, **__: Any) -> None:
+        asked.append(images)
+        raise ConfigError("enough is known")
+
+    monkeypatch.setattr("advmoe.evaluation.controls.calibration_batches", stop)
+    assert evaluate(checkpoint, "--control", "unchanged") == 1
+    known = {image.tobytes() for image in load_digits().train.images}
+    assert len(asked[0]) == 1024
+    assert all(image.tobytes() in known for image in asked[0].images)
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("trusted", 0), ("not to be trusted", 2), ("not checked", 2)])
+def test_strict_accepts_trusted_numbers_only(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, verdict: str, status: int
+) -> None:
+    card = {"advmoe": {"verdict": verdict, "controls": {}}}
+    monkeypatch.setattr(Measuring, "card_of", lambda *_, **__: (card, None))
+    assert evaluate(checkpoint, "--strict", "--json") == status

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from rooms import TwoRooms, room_images
+from torch import Tensor, nn
 
 from advmoe.attacks import pathways
+from advmoe.attacks.autoattack import STANDARD as AUTOATTACKS
+from advmoe.attacks.autoattack import AutoAttackResult
+from advmoe.attacks.pathways import route_attack
 from advmoe.attacks.pgd import Forward
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
@@ -20,7 +24,9 @@ from advmoe.data.sets import ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.card import figures, percent
+from advmoe.evaluation.controls import calibration_batches
 from advmoe.evaluation.dissection import dissection, route_log
+from advmoe.evaluation.paired import outcomes
 from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, stages
 from advmoe.evaluation.suite import common_pathways, run_suite
@@ -342,3 +348,56 @@ def test_figures_are_measured_without_tf32_whatever_was_chosen(chosen: str) -> N
     assert inside
     assert all(precision == ["ieee"] * 5 for precision in inside)
     assert after == before
+
+
+def test_the_route_attack_looks_for_flips_where_pgd_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def watched(victims: Victims, *, nearby: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(nearby - victims.images)
+        return route_attack(victims, nearby=nearby, **rest)
+
+    monkeypatch.setattr("advmoe.evaluation.stages.route_attack", watched)
+    run_suite(TwoRooms(), rooms(110, 110), ROUTING)
+    (moved,) = seen
+    torch.testing.assert_close(moved[:, 1], torch.full_like(moved[:, 1], -8 / 255))
+
+
+class Gray(nn.Module):
+    """Says class 1 for images brighter than 1/2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        score_B = images.mean(dim=(1, 2, 3)) - 0.5
+        return torch.stack((torch.zeros_like(score_B), score_B), dim=1)
+
+
+def test_the_steps_of_a_sweep_are_in_proportion_to_the_radius() -> None:
+    gray = ImageSet(np.full((1, 4, 4, 3), 134, np.uint8), np.ones(1, np.int64), ("dark", "light"))
+    attack = AttackConfig(eps=8 / 255, steps=1, step_size=4 / 255, start="clean")
+    result = run_suite(Gray(), gray, SuiteConfig(attack=attack, routing=False, diagnosed=0, eps_sweep=(16 / 255,)))
+    assert [result.ra(each) for each in result.attacks[:2]] == [1.0, 0.0]
+
+
+def test_autoattack_is_its_four_attacks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(victims: Victims, *, attacks: tuple[str, ...]) -> AutoAttackResult:
+        (name,) = attacks
+        return AutoAttackResult(victims.images, {name: victims.indices != AUTOATTACKS.index(name)})
+
+    monkeypatch.setattr("advmoe.evaluation.stages.autoattack", fake)
+    attack = AttackConfig(eps=0.0, steps=1)
+    result = run_suite(Lock(), locked(6), SuiteConfig(attack=attack, routing=False, autoattack=True, diagnosed=0))
+    numbers = figures(result)
+    assert numbers["ra_aa_after"] == {"apgd-ce": 83.33, "apgd-t": 66.67, "fab-t": 50.0, "square": 33.33}
+    assert numbers["ra_aa"] == 33.33
+    assert outcomes(result)["ra_aa"].tolist() == [False] * 4 + [True] * 2
+
+
+def test_experts_and_routers_are_attacked_on_each_images_own_pathway() -> None:
+    # the first image is in the trap and wrong, so the second one is the first of the victims
+    numbers = figures(run_suite(TwoRooms(), rooms(140, 110), ROUTING))
+    assert numbers["ra_experts"] == numbers["ra_routers"] == 50.0
+
+
+def test_statistics_of_controls_are_of_clean_and_attacked_images() -> None:
+    clean, attacked = calibration_batches(TwoRooms(), rooms(110, 110), ATTACK, seed=0)
+    torch.testing.assert_close((attacked - clean)[:, 1], torch.full_like(clean[:, 1], -8 / 255))

@@ -13,7 +13,7 @@ import torch
 from advmoe_export import PROFILES, ExportReport, Session, UnsupportedModelError, VerificationError, export_model
 from advmoe_export.reference import Reference, run_reference
 from advmoe_export.trace import Traced, trace
-from advmoe_export.verify import verify
+from advmoe_export.verify import compare_on, verify
 from conftest import SmallMoE
 from torch import Tensor, nn
 
@@ -195,3 +195,51 @@ def test_every_value_of_a_float16_file_is_rounded(profile: str, small_moe: Calla
     assert differences["rounded"] != differences["disable"]
     assert report.agreement is not None
     assert report.agreement.same_pathway == 1.0
+
+
+def flipped(reference: Any, *flips: tuple[int, int, float]) -> Any:
+    index, margin = reference.expert_index.copy(), reference.margin.copy()
+    for image, layer, value in flips:
+        if image < len(index):
+            index[image, layer], margin[image, layer] = 1 - index[image, layer], value
+    return dataclasses.replace(reference, expert_index=index, margin=margin)
+
+
+def test_the_worst_of_several_decisions_counts(exported: Path, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda reference: flipped(reference, (9, 2, 1.0), (20, 2, 0.0)))
+    report = verify(exported, traced.program, optimizations=["all"])
+    assert not report.passed
+    assert report.explanation().startswith("image 9 takes expert")
+
+
+def test_the_first_different_decision_of_an_image_counts(
+    exported: Path, traced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda reference: flipped(reference, (9, 1, 0.0), (9, 3, 1.0)))
+    assert verify(exported, traced.program, optimizations=["all"]).passed  # the later one follows from a near tie
+    spoil(monkeypatch, lambda reference: flipped(reference, (9, 1, 1.0), (9, 3, 0.0)))
+    assert not verify(exported, traced.program, optimizations=["all"]).passed
+
+
+def test_logits_of_fp32_agree_to_a_hundred_thousandth(
+    exported: Path, traced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for factor, passed in ((1 + 1e-6, True), (1 + 1e-4, False)):
+        spoil(
+            monkeypatch,
+            lambda reference, factor=factor: dataclasses.replace(reference, logits=reference.logits * factor),
+        )
+        assert verify(exported, traced.program, optimizations=["all"]).passed == passed
+        monkeypatch.undo()
+
+
+def test_the_accuracy_of_the_file_is_that_of_its_own_labels(
+    exported: Path, traced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = Session.execute
+    monkeypatch.setattr(
+        Session, "execute", lambda self, images: {**execute(self, images), "logits": -execute(self, images)["logits"]}
+    )
+    reference = run_reference(traced.program, images_of(8))
+    agreement = compare_on(exported, reference, reference.logits.argmax(axis=1))
+    assert (agreement.module_accuracy, agreement.file_accuracy, agreement.same_label) == (1.0, 0.0, 0.0)

@@ -354,3 +354,12 @@ def test_a_model_card_says_what_the_model_is(run: Path) -> None:
         assert said in text
         assert ("mixture-of-experts" in text.split("---")[1]) == of_experts  # the hub's tags
         assert ("`model.onnx` computes the chosen experts of each image only and needs neither" in text) == of_experts
+
+
+def test_a_revision_is_asked_for(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answer = Hub.do_GET
+    monkeypatch.setattr(Hub, "do_GET", lambda self: (asked.append(self.path), answer(self))[1])
+    hub["owner/digits"] = {"model.safetensors": b"weights"}
+    assert fetch(f"hf://owner/digits@{REVISION}").read_bytes() == b"weights"
+    assert {path.split("/resolve/")[1] for path in asked if "/resolve/" in path} == {f"{REVISION}/model.safetensors"}

@@ -15,20 +15,25 @@ from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, r
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from advmoe.attacks.pgd import starting_point
 from advmoe.config import AttackConfig, TrainConfig
 from advmoe.data.sources import Dataset, ImageSet
+from advmoe.data.transforms import CropFlip
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.models.registry import build_model
+from advmoe.models.routing import Routing
 from advmoe.routing_log import RouteLog
 from advmoe.training import loop, split, steps, streams
 from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.epoch_sums import EpochSums
 from advmoe.training.guard import Watch, take_step
 from advmoe.training.levels import IN_WORDS
 from advmoe.training.loop import Trainer
 from advmoe.training.methods import METHODS, doubts
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
+from advmoe.training.steps import StepResult
 
 
 def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
@@ -538,3 +543,97 @@ def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digit
     with pytest.raises(ConfigError, match="180 training images do not fill one batch of 190; use a smaller batch size"):
         train(digits, tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_attack_of_a_run_starts_from_noise_of_its_own(
+    digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def spy(images: Tensor, config: AttackConfig, generator: torch.Generator, place: Any = None) -> Tensor:
+        seeds.append(generator.initial_seed())
+        return starting_point(images, config, generator, place)
+
+    monkeypatch.setattr(steps, "starting_point", spy)
+    assert train(digits, tmp_path / "run")
+    assert len(set(seeds)) == len(seeds) == 2 * 4  # two levels, four steps
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_images_are_shuffled_cropped_and_mirrored(
+    digits: Any, monkeypatch: pytest.MonkeyPatch, flip: bool
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(streams, "BatchLoader", lambda *_, **settings: made.append(settings) or [1])
+    config = dataclasses.replace(TRAIN, flip=flip)
+    streams.Streams(split_dataset(digits, config), MODEL, config, periods=(1, 1), device=torch.device("cpu"))
+    crop = CropFlip(padding=4, flip=flip)  # an eighth of 32
+    assert [(each["shuffle"], each["stream"], each["augment"]) for each in made] == [(True, 0, crop), (True, 1, crop)]
+
+
+def test_routers_follow_the_schedule_from_their_own_peak(digits: Any, tmp_path: Path) -> None:
+    class Witness(Observer):
+        def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:
+            assert self.trainer is not None
+            for level in self.trainer.levels:
+                rates.setdefault(level.name, []).append(level.optimizer.param_groups[0]["lr"])
+
+    rates: dict[str, list[float]] = {}
+    train(digits, tmp_path / "run", dataclasses.replace(TRAIN, router_lr=0.7), observer=Witness())
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert rates["routers"] == pytest.approx([0.7 * share for share in cosine])
+    assert rates["experts"] == pytest.approx([0.1 * share for share in cosine])
+
+
+def test_the_moving_average_is_what_is_validated(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer, seen, evaluate = Observer(), [], loop.evaluate
+
+    def spy(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        seen.append(model is observer.trainer.average.network)  # type: ignore[union-attr]
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    train(digits, tmp_path / "run", dataclasses.replace(STANDARD, ema=0.9), observer=observer)
+    assert seen == [True, True]
+
+
+def test_the_figures_of_an_epoch() -> None:
+    def result(
+        loss: float, clean: list[list[int]], attacked: list[list[int]], right: int, robust: int, taken: bool = True
+    ) -> StepResult:
+        routings = (Routing(torch.tensor(experts), None) for experts in (clean, attacked))
+        return StepResult(
+            torch.tensor(loss),
+            len(clean),
+            torch.arange(len(clean)),
+            torch.tensor(right),
+            torch.tensor(robust),
+            *routings,
+            torch.tensor(taken),
+        )
+
+    sums = EpochSums(routed=True, device=torch.device("cpu"))
+    sums.add(result(2.0, [[0, 0], [0, 1], [1, 1]], [[0, 0], [1, 1], [0, 0]], 3, 1))
+    sums.add(result(6.0, [[0, 0]], [[0, 0]], 0, 0))
+    sums.add(result(9.0, [[0, 0]], [[1, 1]], 1, 1, taken=False))
+    # the loss is (3 * 2 + 6) / 4; of four images three are right, one under attack, and two change a decision
+    assert sums.summary() == {"loss": 3.0, "sa": 75.0, "ra": 25.0, "routers_fooled": 50.0}
+
+
+def test_a_run_hands_on_how_experts_start(
+    digits: Any, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "start_from", lambda model, initial, **options: asked.append(options))
+    config = dataclasses.replace(TRAIN, init="0" * 64, upcycling="windows", reinitialize=0.5, seed=3)
+    with RunFolder(tmp_path / "run") as folder:
+        loop.Trainer(
+            MODEL,
+            config,
+            digits,
+            folder,
+            device=torch.device("cpu"),
+            observer=Observer(),
+            initial=load_checkpoint(whole_run / "best.pt"),
+        )
+    assert asked == [{"upcycling": "windows", "reinitialize": 0.5, "seed": 3}]

@@ -18,7 +18,7 @@ from advmoe.attacks.pgd import (
     starting_point,
 )
 from advmoe.config import AttackConfig
-from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.errors import AdvMoEError, ConfigError, NotFiniteError
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
@@ -233,3 +233,22 @@ def test_starts_are_what_they_are_named_after() -> None:
 def test_impossible_attacks_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AttackConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_a_gradient_that_is_not_finite_is_refused(stop_early: bool) -> None:
+    class Root(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            score_B = (images - images.detach()).square().sum(dim=(1, 2, 3)).sqrt()
+            return torch.stack((torch.zeros_like(score_B), score_B), dim=1)
+
+    images, labels = torch.full((2, 3, 4, 4), 0.5), torch.tensor([0, 0])
+    with pytest.raises(NotFiniteError, match=r"not finite.*flatter"):
+        pgd(
+            plain(Root()),
+            images,
+            cross_entropy_objective(labels),
+            AttackConfig(steps=2),
+            start=images,
+            won=misclassified(labels) if stop_early else None,
+        )

@@ -1,5 +1,7 @@
 """Recipes: every run of the paper's tables and figures exists and can be resolved."""
 
+import re
+
 import pytest
 
 from advmoe.config import AttackConfig
@@ -77,3 +79,43 @@ def test_recipes_over_the_steps_of_the_attack_keep_what_else_is_asked_of_it() ->
 def test_an_unknown_recipe_names_the_closest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'fig5-expert-at'"):
         recipe("fig5-expert")
+
+
+def test_runs_are_what_their_names_say() -> None:
+    # the paper's Table 1 and Figs. 3 and 5
+    wanted = {
+        "at-s-dense": ("s_dense", "at"),
+        "at-sparse": ("sparse_cnn", "at_sparse"),
+        "at-moe": ("moe", "at"),
+        "at-dense": ("dense", "at"),
+        "advmoe": ("moe", "advmoe"),
+    }
+    named = {
+        f"table1-{data}-{arch}-{name}": what
+        for data in ("cifar10", "cifar100", "tinyimagenet", "imagenet")
+        for arch in ("resnet18", "wrn28_10", "vgg16", "densenet")
+        for name, what in wanted.items()
+    }
+    named |= {
+        f"fig3-{name}-r{r}": what
+        for r in ("0.2", "0.5", "0.8")
+        for name, what in (
+            ("standard-moe", ("moe", "standard")),
+            ("router-at", ("moe", "router_at")),
+            ("at-s-dense", ("s_dense", "at")),
+            ("mask-at", ("sparse_cnn", "mask_at")),
+        )
+    }
+    named |= {"fig5-expert-at": ("moe", "expert_at")}
+    for name, run in RECIPES.items():
+        start = {} if run.starts_from is None else {"init": "0" * 64}
+        model, train = resolve(dataset_info(run.dataset), run.model, {**run.train, **start}, **run.attack)
+        assert (model.kind, train.method) == named.pop(name, (model.kind, train.method)), name
+        for pattern, value in (
+            (r"-n(\d+)-", model.num_experts),
+            (r"-r(0\.\d)$", model.model_scale),
+            (r"-steps(\d+)$", train.attack.steps),
+        ):
+            if found := re.search(pattern, name):
+                assert float(found[1]) == value, name
+    assert not named

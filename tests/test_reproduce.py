@@ -246,3 +246,22 @@ def test_fig2_at_the_smallest_scale_is_trained_evaluated_and_shown(
     (result,) = json.loads(capfd.readouterr().out)["runs"]["table1-cifar10-resnet18-at-s-dense"]
     assert set(result["ra_by_eps"]) == {f"{level}/255" for level in (2, 4, 6, 8, 10, 12)}
     assert (tmp_path / "results" / "fig2.html").is_file()
+
+
+def test_a_run_on_top_of_another_starts_from_that_of_its_seed(commands: Commands) -> None:
+    table("fig5", "--seeds", "0,1")
+    trained = [call for call in commands.named("train") if "--init" in call]
+    for call in trained:
+        ending = "-seed1" if call[call.index("--seed") + 1] == "1" else ""
+        assert call[call.index("--init") + 1].endswith(f"0.5{ending}/best.pt")
+    assert len(trained) == 4
+
+
+def test_a_run_that_was_begun_goes_on(commands: Commands) -> None:
+    name = "table1-cifar10-resnet18-advmoe"
+    last = Path("runs", name, "last.pt")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    table("table1", "--only", f"{name},table1-cifar10-resnet18-at-dense")
+    resumed = {call[call.index("--recipe") + 1]: "--resume" in call for call in commands.named("train")}
+    assert resumed == {name: True, "table1-cifar10-resnet18-at-dense": False}

@@ -25,6 +25,7 @@ from runs import TRAIN, Observer, assert_identical, contents, resumed, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from advmoe.cli.app import main
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError, TrainingError
 from advmoe.files import FolderLock
@@ -282,3 +283,10 @@ def test_an_error_of_torch_stays_what_it_is(tmp_path: Path, whole_run: Path, mon
     with pytest.raises(RuntimeError, match="no disk has to do with this"):
         save_checkpoint(tmp_path / "new.pt", checkpoint)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_keeps_epochs(tmp_path: Path) -> None:
+    small = ["--width", "0.0625", "--epochs", "2", "--batch-size", "8", "--limit-train", "8", "--val-limit", "4"]
+    kind = ["--kind", "s_dense", "--method", "standard"]
+    assert main(["train", "digits", *small, *kind, "--keep", "1", "--out", str(tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run").glob("epoch-*")] == ["epoch-0002.pt"]

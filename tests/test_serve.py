@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import signal
 import socket
 import struct
@@ -24,6 +26,8 @@ import numpy as np
 import pytest
 import torch
 from advmoe_export import ExportError, InputError, Session, export_model
+from advmoe_export.monitor import RouteMonitor
+from advmoe_export.serve import server as serve_module
 from PIL import Image
 from serving import server
 from torch import nn
@@ -1104,3 +1108,54 @@ def test_without_its_packages_the_server_says_which_extra_to_install(monkeypatch
     monkeypatch.delitem(sys.modules, "advmoe_export.serve.server", raising=False)
     with pytest.raises(ExportError, match=r"needs the package 'uvicorn', .*advmoe-export\[cpu,serve\]"):
         run(["model.onnx"], program="advmoe-serve")
+
+
+def test_infer_is_refused_too_when_too_many_wait(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    execute = session.execute
+
+    def slow(images: np.ndarray) -> Any:
+        assert release.wait(100)
+        return execute(images)
+
+    async def scenario() -> tuple[int, int, int]:
+        async with client(session, max_queue=1, timeout=100.0) as (http, model):
+            monkeypatch.setattr(model.batcher, "_run", slow)
+            url = "/v2/models/small/infer"
+            waiting = asyncio.create_task(http.post(url, json=infer(FLOATS[:1])))
+            await asyncio.sleep(1)
+            await until(lambda: model.batcher.waiting == 0)
+            refused = asyncio.create_task(http.post(url, json=infer(FLOATS[:1])))
+            await asyncio.wait([refused], timeout=30)
+            release.set()
+            model.batcher.stop()
+            stopped = await http.post(url, json=infer(FLOATS[:1]))
+            return (await waiting).status_code, (await refused).status_code, stopped.status_code
+
+    assert asyncio.run(scenario()) == (200, 429, 503)
+
+
+def test_the_noise_of_a_drift_is_the_expected_distance_of_a_share(session: Session) -> None:
+    even = tuple((0.5, 0.5) for _ in session.metadata.layers)
+    monitor = RouteMonitor(dataclasses.replace(session.metadata, expert_load=even))
+    monitor.record(session.run(FLOATS))
+    # 16 images at p = 1/2: E|x - p| = sqrt(2 / pi * 1/4 / 16) for each of two experts, of which half is the distance
+    assert [drift.noise for drift in monitor.drift()] == pytest.approx([math.sqrt(2 / math.pi / 64)] * len(even))
+
+
+def test_settings_of_a_server_reach_what_they_set(
+    session: Session, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ServeConfig(model=path, max_delay_ms=50.0, workers=3, threads=2)
+    batcher = ModelServer(session, config).batcher
+    assert (batcher._max_delay, batcher._workers) == (0.05, 3)
+    asked: list[Any] = []
+
+    def stop(*_: Any, **options: Any) -> None:
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve_module, "Session", stop)
+    with pytest.raises(KeyboardInterrupt):
+        serve_module.serve(config)
+    assert asked == [{"providers": ("cpu",), "threads": 2}]

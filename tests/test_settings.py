@@ -14,10 +14,11 @@ import advmoe
 from advmoe.cli.app import main
 from advmoe.cli.options import flag
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, check_together, to_dict
+from advmoe.data.sources import dataset_info
 from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.models.registry import ARCHITECTURES
 from advmoe.schema import Setting, Settings, conform, fields_of, from_dict
-from advmoe.settings import OWNERS, sort_settings
+from advmoe.settings import OWNERS, resolve, sort_settings
 from advmoe.training.methods import METHODS
 
 OFFERED = [field for owner in OWNERS for field in fields_of(owner) if field.setting.option]
@@ -179,3 +180,8 @@ def test_the_command_line_adds_the_option_that_gives_a_setting(
 
 def test_a_model_is_described_by_its_parts() -> None:
     assert {base.__name__ for base in ModelConfig.__mro__} >= {"BackboneConfig", "ExpertsConfig", "RoutersConfig"}
+
+
+def test_digits_are_not_mirrored() -> None:
+    flips = {name: resolve(dataset_info(name), {"arch": "vgg16"}, {})[1].flip for name in ("digits", "cifar10")}
+    assert flips == {"digits": False, "cifar10": True}

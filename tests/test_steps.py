@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advmoe
-from advmoe.attacks.pgd import kl_objective, pgd, plain, starting_point
+from advmoe.attacks.pgd import cross_entropy_objective, kl_objective, pgd, plain, starting_point
 from advmoe.config import AttackConfig, RouterStep, TrainConfig
 from advmoe.data.loader import Batch
 from advmoe.errors import ConfigError
 from advmoe.models.modes import own_parameters, submodules
 from advmoe.models.network import RoutedNetwork
 from advmoe.training import levels
+from advmoe.training.awp import perturbed_weights
+from advmoe.training.guard import Kept, statistics, take_step
 from advmoe.training.levels import LevelName, make_levels
 from advmoe.training.losses import load_balance, trades
 from advmoe.training.methods import METHODS
-from advmoe.training.steps import StepResult, adversarial_update, attacked, robust_update, training_attack
+from advmoe.training.steps import StepResult, adversarial_update, attacked, robust_loss, robust_update, training_attack
 
 CONFIG = TrainConfig(dataset="digits", batch_size=8)
 
@@ -448,3 +450,58 @@ def test_fused_sgd_equals_the_plain_form_to_the_bit(tensor_rate: bool) -> None:
             each.step()
         for mine, plain_one in zip(ours, theirs, strict=True):
             assert torch.equal(mine, plain_one)
+
+
+def test_pgd_at_takes_statistics_of_adversarial_images_only(tiny_vgg: Any) -> None:
+    model = tiny_vgg(kind="s_dense")
+    run("at", model, batch(1), config=dataclasses.replace(CONFIG, loss="pgd_at"))
+    assert {int(value) for name, value in model.state_dict().items() if "num_batches" in name} == {1}
+
+
+def test_a_step_of_pgd_at_is_sgd_on_the_cross_entropy_of_attacked_images(tiny_vgg: Any) -> None:
+    config = dataclasses.replace(CONFIG, loss="pgd_at")
+    model = tiny_vgg(kind="dense", warm=True)
+    by_hand, part = copy.deepcopy(model).eval(), batch(1)
+    start = starting_point(part.images, config.attack, noise_of(part))
+    found = pgd(plain(by_hand), part.images, cross_entropy_objective(part.labels), config.attack, start=start)
+    loss = F.cross_entropy(by_hand.train()(found), part.labels)
+    loss.backward()
+    (result,) = run("at", model, part, config=config)
+    assert result is not None
+    torch.testing.assert_close(result.loss, loss.detach())
+    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        expected = theirs.detach() - config.lr * (theirs.grad + config.weight_decay * theirs.detach())
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_descends_at_the_perturbed_weights(tiny_vgg: Any) -> None:
+    config, part = dataclasses.replace(CONFIG, awp=0.01), batch(1)
+    model = tiny_vgg(kind="s_dense", warm=True)
+    reference = copy.deepcopy(model)
+    (result,) = run("at", model, part, config=config)
+    (level,) = make_levels(["all"], reference, config, fresh=False)
+    found = attacked(reference, part, config, noise_of(part)).images
+
+    def loss() -> Tensor:
+        return robust_loss(level, part, found, config)[0]
+
+    with level.training(), perturbed_weights(reference, level.parameters, loss, 0.01):
+        expected = loss().detach()
+    assert result is not None
+    torch.testing.assert_close(result.loss, expected)
+
+
+@pytest.mark.parametrize("ask", [True, False], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("where", ["gradient", "statistics"])
+def test_a_step_with_a_finite_loss_is_left_out(tiny_vgg: Any, where: str, ask: bool) -> None:
+    model = tiny_vgg(kind="s_dense")
+    (level,) = make_levels(["all"], model, dataclasses.replace(CONFIG, method="at"))
+    before, kept = copy.deepcopy(dict(model.state_dict())), Kept(statistics(submodules(model)))
+    for parameter in level.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    if where == "gradient":
+        level.parameters[0].grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+    else:
+        next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).running_var[0] = torch.inf  # type: ignore[index]
+    assert not take_step(level, torch.tensor(1.0), kept, ask=ask)
+    assert same(dict(model.state_dict()), before)

@@ -1,10 +1,12 @@
 """The study of small networks: one file per cell, finished cells are skipped, and tables come from the files."""
 
+import base64
 import json
 import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,3 +228,50 @@ def test_the_agreement_counts_equal_decisions(monkeypatch: pytest.MonkeyPatch) -
     images = ImageSet(np.full((3, 8, 8, 3), 200, np.uint8), np.zeros(3, np.int64), ("dark", "light"))
     assert agreement(model, model, images) == 1.0
     assert agreement(model, controlled(model, "inverted", 0, calibration=()), images) == 0.0
+
+
+def packed(*right: int) -> str:
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def test_the_tables_of_attacks_on_the_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [""])
+    module = runpy.run_path(str(STUDIES / "tables.py"))
+
+    def cell(seed: int, clean: str, pgd_bits: str, **test: Any) -> dict[str, Any]:
+        return {
+            "seed": seed,
+            "gflops": 0.0023,
+            "parameters": 10,
+            "curve": [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.0}],
+            "test": {
+                "images": 4,
+                "sa": 10.0 * seed,
+                "ra_pgd": 5.0 * seed,
+                "correct": {"clean": clean, "pgd": pgd_bits},
+                **test,
+            },
+        }
+
+    routing = {"images": 2, "ra_views": 40.0, "ra_worst": 30.0, "decisions_flipped": 1.0, "images_flipped": 2.0}
+    moe = cell(1, packed(1, 1, 0, 0), packed(1, 0, 0, 0), routing=routing, starts={"ra": 45.0}, controls={})
+    s_dense = [
+        cell(seed, packed(1, 1, 1, 1), packed(*bits), starts={"ra": ra})
+        for seed, bits, ra in ((0, (0, 0, 1, 1), 1.0), (1, (1, 1, 0, 0), 90.0), (2, (1, 0, 0, 0), 2.0))
+    ]
+    long = [cell(1, packed(1, 1, 1, 1), packed(1, 0, 0, 0), starts={"ra": 50.0})]
+    row = module["attack_table"]([("at_moe", moe)], s_dense, long)[-1]
+    assert row == ("| AT (MoE), gate advantage | 1 | 100.0 | 50.0; 45.0 | 40.0 | 30.0 | 100.0; 90.0 | 1.0; 2.0 | - |")
+    row = module["attack_table"]([("at_moe_long", moe)], s_dense, long)[-1]
+    assert "| 30.0 | 50.0; 50.0 |" in row
+    row = module["training_table"]({"s_dense": s_dense}, s_dense)[-1]
+    # the loss of the last epoch; SA of 0, 10 and 20 and RA of 0, 5 and 10
+    assert row == "| AT (S-Dense) | 0, 1, 2 | 2; - | 10 | 2.30 | 1.000 | 10.0 (± 10.0) | 5.0 (± 5.0) | - | - |"
+
+
+def test_all_seeds_are_loaded_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [""])
+    for seed in (10, 2, 0):
+        (tmp_path / f"dense-{seed}.json").write_text(json.dumps({"setting": "dense", "seed": seed}))
+    load = runpy.run_path(str(STUDIES / "tables.py"))["load"]
+    assert [cell["seed"] for cell in load(tmp_path)["dense"]] == [0, 2, 10]
