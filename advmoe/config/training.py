@@ -135,8 +135,8 @@ class ScheduleConfig(Settings):
         Upcycling,
         Setting(
             "How experts start from a Dense: each as a copy of its largest channels (copies), or each with the "
-            "channels that its own window has in the Dense (windows), so that both share an order of channels. Experts "
-            "of MoE-ViT always start with their own windows.",
+            "channels that its own window has in the Dense (windows), so that both share an order of channels. MoE-ViT "
+            "always has windows.",
             noun="upcycling",
         ),
     ] = "copies"
