@@ -265,6 +265,15 @@ def test_the_last_epochs_are_kept_and_can_be_gone_back_to(digits: Dataset, whole
     assert_identical(contents(path), contents(whole_run))
 
 
+def test_a_run_does_not_replace_the_files_of_an_evaluation(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "routes.npz").write_bytes(b"of an evaluation")
+    with pytest.raises(ConfigError, match=r"routes\.npz is not of a run, which would replace it") as caught:
+        train(digits, tmp_path)
+    assert caught.value.options == ("out",)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["routes.npz"]
+    assert (tmp_path / "routes.npz").read_bytes() == b"of an evaluation"
+
+
 def test_kept_epochs_are_counted_as_numbers(tmp_path: Path, whole_run: Path) -> None:
     folder = RunFolder(tmp_path, keep=1)
     (tmp_path / "epoch-mine.pt").touch()

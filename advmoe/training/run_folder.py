@@ -94,6 +94,8 @@ class RunFolder:
         """
         if self.begun:
             raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
+        if self.routes.exists() and not self.last.exists():  # a run has no route log before its first checkpoint
+            raise ConfigError(f"{self.routes} is not of a run, which would replace it; choose another folder", "out")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._remove_leftovers()
