@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -174,17 +173,23 @@ def test_margins_are_to_the_best_other_expert() -> None:
     assert margins == [-3.0, 2.0, -2.0]
 
 
-def test_the_nearest_flip_changes_its_router_and_nothing_before_it(
-    mixed: Callable[..., RoutedNetwork], images: Tensor
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_flip_changes_its_router_and_nothing_before_it_and_frees_what_follows(
+    mixed: Callable[..., RoutedNetwork], images: Tensor, rank: int
 ) -> None:
     model = mixed(granularity="stage")
     routing = model.forward_with_routing(images)[1]
-    margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, decisions(model)])
-    flipped = nearest_flips(model, images, 0)
+    places = decisions(model)
+    margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, places])
+    flipped = nearest_flips(model, images, rank)
+    along = model.forward_with_routing(images, flipped, tape_type=SteeredTape)[1]
+    new = router_margins(along.logits_BRN, flipped[:, places])
     for image in range(len(images)):
-        layer = decisions(model)[int(margins[image].argmin())]
+        decision = int(margins[image].argsort()[rank])
+        layer = places[decision]
         assert torch.equal(flipped[image, :layer], routing.expert_index_BL[image, :layer])
         assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
+        assert (new[image, decision + 1 :] >= 0).all()
 
 
 def test_the_own_pathway_is_no_target_while_there_is_another() -> None:
@@ -286,20 +291,3 @@ def test_each_attempt_of_the_route_attack_has_a_start_of_its_own(monkeypatch: py
     assert len(starts) == 8
     for number, start in enumerate(starts):
         assert torch.equal(start, victims.starts([number]))
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_flips_of_any_rank_are_followed_by_free_decisions(mixed: Any, images: Tensor, rank: int) -> None:
-    model = mixed(granularity="stage")
-    routing = model.forward_with_routing(images)[1]
-    places = decisions(model)
-    margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, places])
-    flipped = nearest_flips(model, images, rank)
-    along = model.forward_with_routing(images, flipped, tape_type=SteeredTape)[1]
-    new = router_margins(along.logits_BRN, flipped[:, places])
-    for image in range(len(images)):
-        decision = int(margins[image].argsort()[rank])
-        layer = places[decision]
-        assert torch.equal(flipped[image, :layer], routing.expert_index_BL[image, :layer])
-        assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
-        assert (new[image, decision + 1 :] >= 0).all()
