@@ -8,6 +8,8 @@ from advmoe.errors import CheckpointError
 
 BEST, LAST, DATA = "best.pt", "last.pt", "data.json"
 """The checkpoint to use, the one to resume from, and the note of the data folder."""
+RUN_FILE = "run.toml"
+"""The settings in the form that `--config` reads."""
 
 
 def checkpoint_of(path: Path) -> Path:

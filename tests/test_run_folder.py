@@ -42,13 +42,19 @@ def test_a_run_that_dies_in_its_first_step_can_go_on(digits: Dataset, whole_run:
     assert_identical(contents(tmp_path / "run"), contents(whole_run))
 
 
-@pytest.mark.parametrize("dies_with", ["config.json", "metrics.jsonl"])
 def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(
-    digits: Dataset, whole_run: Path, tmp_path: Path, dies_with: str
+    digits: Dataset, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def die(*_: Any) -> None:
+        raise MemoryError
+
     path = tmp_path / "run"
-    path.mkdir()
-    (path / dies_with).write_text('{"epoch": 1, "val_s')
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(run_folder, "save_checkpoint", die)
+        train(digits, path, dataclasses.replace(TRAIN, lr=0.5))
+    assert (path / "config.json").exists()
+    assert not (path / "last.pt").exists()
+    (path / "metrics.jsonl").write_text('{"epoch": 1, "val_s')
     assert train(digits, path)
     assert_identical(contents(path), contents(whole_run))
 
@@ -265,13 +271,24 @@ def test_the_last_epochs_are_kept_and_can_be_gone_back_to(digits: Dataset, whole
     assert_identical(contents(path), contents(whole_run))
 
 
-def test_a_run_does_not_replace_the_files_of_an_evaluation(digits: Dataset, tmp_path: Path) -> None:
-    (tmp_path / "routes.npz").write_bytes(b"of an evaluation")
-    with pytest.raises(ConfigError, match=r"routes\.npz is not of a run, which would replace it") as caught:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("routes.npz", "of an evaluation"),
+        ("config.json", '{"my": "settings"}'),
+        ("config.json", "no JSON"),
+        ("metrics.jsonl", "{}"),
+        ("run.toml", "# of --config"),
+        ("data.json", "{}"),
+    ],
+)
+def test_a_run_does_not_replace_the_files_of_others(digits: Dataset, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{name} is not of a run, which would replace it") as caught:
         train(digits, tmp_path)
     assert caught.value.options == ("out",)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["routes.npz"]
-    assert (tmp_path / "routes.npz").read_bytes() == b"of an evaluation"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [name]
+    assert (tmp_path / name).read_text() == text
 
 
 def test_kept_epochs_are_counted_as_numbers(tmp_path: Path, whole_run: Path) -> None:

@@ -24,7 +24,7 @@ from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
 from advmoe.run_file import RunFile, read_run_file, run_file
-from advmoe.run_paths import LAST, checkpoint_of
+from advmoe.run_paths import LAST, RUN_FILE, checkpoint_of
 from advmoe.settings import defaults_of, resolve, sort_settings
 from advmoe.world import restarts
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from advmoe.training.run_folder import RunFolder
 
 RUN = "Run"
-RUN_FILE = "run.toml"
-"""File of a run folder with its settings in the form that `--config` reads."""
 
 
 @takes_settings_of(ModelConfig, TrainConfig, TrainingAttack)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from advmoe.config import CHECKPOINT_MINUTES
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.files import FolderLock, remove_leftovers, write_atomically, write_text_atomically
-from advmoe.run_paths import BEST, LAST
+from advmoe.run_paths import BEST, DATA, LAST, RUN_FILE
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe.training.events import EventLog
 from advmoe.training.routing_history import RoutingHistory
@@ -94,8 +94,8 @@ class RunFolder:
         """
         if self.begun:
             raise ConfigError(f"{self.path} already holds a run; continue it or choose another folder", "resume", "out")
-        if self.routes.exists() and not self.last.exists():  # a run has no route log before its first checkpoint
-            raise ConfigError(f"{self.routes} is not of a run, which would replace it; choose another folder", "out")
+        if (other := self._file_of_others()) is not None:
+            raise ConfigError(f"{other} is not of a run, which would replace it; choose another folder", "out")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._remove_leftovers()
@@ -104,6 +104,13 @@ class RunFolder:
         write_text_atomically(self.config, json.dumps(config, indent=2) + "\n")
         self._events = EventLog(self.path, first_step=1, settings=config)
         save_checkpoint(self.last, checkpoint)
+
+    def _file_of_others(self) -> Path | None:
+        """A file that a run would replace, in a folder that holds no run."""
+        if self.last.exists() or _is_of_run(self.config):  # the config is written before the first checkpoint
+            return None
+        names = (self.config, self.metrics, self.skipped, self.routes, self.path / RUN_FILE, self.path / DATA)
+        return next((path for path in names if path.exists()), None)
 
     def resume(self, config: dict[str, Any], epochs_done: int, steps_done: int) -> None:
         """Continue after this number of epochs and steps. Later records, which a crash left without
@@ -202,6 +209,15 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def _is_of_run(config: Path) -> bool:
+    """Whether a file is the `config.json` of a run."""
+    try:
+        stored = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and set(stored) == {"model", "train"}
 
 
 def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:
