@@ -242,6 +242,10 @@ def test_training_again_with_resume_and_other_options_is_refused(
     capsys.readouterr()
     message = refused(["train", "digits", *QUICK, "--lr", "0.5", "--out", "copy", "--resume"], capsys)
     assert "started with lr = 0.1" in message
+    message = refused(["train", "--kind", "s_dense", "--method", "at", "--out", "copy", "--resume"], capsys)
+    assert "started with kind = moe (not s_dense)" in message
+    message = refused(["train", "--method", "at", "--out", "copy", "--resume"], capsys)
+    assert "started with method = advmoe (not at)" in message
 
 
 def test_a_run_goes_on_by_its_folder_alone(
@@ -254,6 +258,8 @@ def test_a_run_goes_on_by_its_folder_alone(
     assert main(["train", "--config", "copy", "--out", "copy", "--resume"]) == 0
     capsys.readouterr()
     assert "holds no run to go on with" in refused(["train", "--config", "copy", "--resume"], capsys)
+    assert "nosuch holds no run to go on with" in refused(["train", "--resume", "--out", "nosuch"], capsys)
+    assert "which run is to go on? give its folder (--out)" in refused(["train", "--resume"], capsys)
 
 
 def test_a_folder_in_place_of_a_data_set_is_told_apart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -333,6 +339,19 @@ def test_a_folder_keeps_its_image_size_where_another_machine_would_suggest_anoth
     assert "it was started with image_size = 32 (not 48)" in capsys.readouterr().err
 
 
+def test_the_file_of_a_run_is_good_for_a_folder_of_other_classes(
+    pets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*pets, "--eps", "0.02"]) == 0
+    for split in ("train", "val"):
+        shutil.copytree(f"pets/{split}", f"more/{split}")
+        shutil.copytree(f"pets/{split}/cat", f"more/{split}/fox")
+    capsys.readouterr()
+    assert main(["train", "--config", "run", "--data-dir", "more", "--out", "other", "--json"]) == 0
+    config = json.loads(Path("other/config.json").read_text())
+    assert (config["model"]["num_classes"], config["train"]["attack"]["eps"]) == (3, 0.02)
+
+
 @pytest.mark.slow
 def test_an_export_is_verified_and_calibrated_with_images_of_the_folder_that_the_run_remembers(
     pets: list[str], capsys: pytest.CaptureFixture[str]
@@ -366,7 +385,9 @@ def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
     assert main(pets) == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert re.search(
-        r"error: image \d+ \(pets/train/\w+/\d+\.png .*bytes that begin with .*or skip bad images \(--skip-bad-im", err
+        r"error: image \d+ \(pets/train/\w+/\d+\.png .*bytes that begin with .*or skip bad images, then resume the run "
+        r"\(--skip-bad-images, --resume\)",
+        err,
     )
 
     assert main([*pets, "--out", "other", "--skip-bad-images"]) == 0
@@ -375,7 +396,12 @@ def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
     # that wait.
     skipped = json.loads(out)["metrics"]["train_skipped"]
     assert 4 - 2 - 2 < skipped <= 4
-    assert f"skipped images: {skipped}; image" in " ".join(err.split())
+    figures = json.loads(out)["metrics"]
+    assert f"skipped images: {skipped + figures['routers_skipped']}; image" in " ".join(err.split())
+
+    assert main([*pets, "--resume", "--skip-bad-images"]) == 0
+    resumed = json.loads(capsys.readouterr().out)["metrics"]
+    assert resumed | {"images_per_second": 0} == figures | {"images_per_second": 0}
 
 
 @pytest.mark.slow

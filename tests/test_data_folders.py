@@ -246,6 +246,9 @@ def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> Non
     assert dataset_info("folder", tmp_path).notes[1] == f"{there}1 .txt"
     write(tmp_path, {"val/dog/a.WEBP": b"", "train/dog/b.webp": b"", "train/.git/c.heic": b""})
     assert dataset_info("folder", tmp_path).notes[1] == f"{there}2 .webp, 1 .txt"
+    write(tmp_path, {"test/dog/a.png": b""})
+    told = dataset_info("folder", tmp_path).notes[1]
+    assert told == f"{there}2 .webp, 1 .txt; the test images are those of val, and test is not read"
 
 
 def test_images_of_ones_own_need_their_folder() -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import MODEL, STANDARD, TRAIN, Observer, assert_identical, contents, resumed, scripted, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.attacks.pgd import starting_point
 from advmoe.config import AttackConfig, TrainConfig
-from advmoe.data.sources import Dataset, ImageSet
+from advmoe.data.sets import EncodedSet
+from advmoe.data.sources import Dataset, ImageSet, load_dataset
 from advmoe.data.transforms import CropFlip
 from advmoe.errors import CheckpointError, ConfigError, DataError, TrainingError
 from advmoe.models.registry import build_model
@@ -536,6 +538,42 @@ def test_validation_needs_an_image_that_can_be_decoded(digits: Dataset, monkeypa
     monkeypatch.setattr(split, "in_memory", lambda images, *_, **__: images.take(np.arange(0)))
     with pytest.raises(DataError, match="none of the 10 validation images can be decoded"):
         split_dataset(digits, dataclasses.replace(TRAIN, val_limit=10, skip_bad_images=True))
+
+
+def test_a_run_that_a_bad_image_stopped_keeps_its_steps_and_goes_on_without_the_image(tmp_path: Path) -> None:
+    model = dataclasses.replace(MODEL, num_classes=2)
+    config = dataclasses.replace(TRAIN, dataset="folder", val_fraction=0.2)
+    skipping = dataclasses.replace(config, skip_bad_images=True)
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        file = tmp_path / "pets" / ("train" if number < 30 else "val") / "ab"[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    pets = load_dataset("folder", tmp_path / "pets")
+    assert isinstance(pets.train, EncodedSet)
+    observer = Observer(stop_after=1)
+    assert not train(pets, tmp_path / "look", config, model=model, observer=observer)
+    assert observer.trainer is not None
+    of_routers, of_experts = (set(next(each.epoch(0)).indices.tolist()) for each in observer.trainer.streams.loaders)
+    rows = observer.trainer.split.train_indices
+    later = [row for row in rows.tolist() if row not in of_routers | of_experts]
+    Path(pets.train.files[later[0]]).write_bytes(b"no image")
+
+    with pytest.raises(DataError, match="mend the file or skip bad images, then resume the run") as caught:
+        train(pets, tmp_path / "run", config, model=model)
+    assert caught.value.options == ("skip_bad_images", "resume")
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 1
+    observer = Observer()
+    assert resumed(pets, tmp_path / "run", skipping, model=model, observer=observer)
+    assert observer.steps == [2, 3, 4]
+    assert train(pets, tmp_path / "whole", skipping, model=model)
+    assert_identical(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+    # all 16 images of an epoch are in each level's batches, once
+    for record in observer.records:
+        assert (record["routers_skipped"], record["train_skipped"]) == (1, 1)
+    assert observer.warnings[-1].startswith(f"epoch 2: skipped images: 2; image {later[0]} ")
+    with pytest.raises(CheckpointError, match=r"skip_bad_images = True \(not False\)"):
+        resumed(pets, tmp_path / "run", config, model=model)
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:

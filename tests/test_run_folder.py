@@ -49,9 +49,10 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(
         raise MemoryError
 
     path = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(run_folder, "save_checkpoint", die)
-        train(digits, path, dataclasses.replace(TRAIN, lr=0.5))
+        with pytest.raises(MemoryError):
+            train(digits, path, dataclasses.replace(TRAIN, lr=0.5))
     assert (path / "config.json").exists()
     assert not (path / "last.pt").exists()
     (path / "metrics.jsonl").write_text('{"epoch": 1, "val_s')

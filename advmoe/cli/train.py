@@ -111,8 +111,12 @@ def train(
     if config_file is not None and config_file.is_dir():
         config_file /= RUN_FILE
     alone = dataset is None and recipe is None and config_file is None
-    if resume and alone and out is not None and (out / RUN_FILE).is_file():
-        config_file = out / RUN_FILE  # the run's own settings; given options must be the same
+    if resume and alone and seeds is None:
+        check(out is not None, "which run is to go on? give its folder", "out")
+        assert out is not None
+        check_run(out)
+        if (out / RUN_FILE).is_file():
+            config_file = out / RUN_FILE  # the run's own settings; given options must be the same
     check(seeds is None or "seed" not in settings, "give --seed or --seeds, not both")
     chosen_seeds = None if seeds is None else parse_seeds(seeds)
     plan = make_plan(dataset, recipe, config_file, init, data_dir, settings)
@@ -188,6 +192,9 @@ def make_plan(
     )
     if config_file is not None and base.train.get("dataset") not in {None, chosen}:
         base = without_data(base)
+    elif chosen == "folder" and data_dir is not None:  # another folder may have other classes
+        kept = {name: value for name, value in base.model.items() if name != "num_classes"}
+        base = dataclasses.replace(base, model=kept)
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
     init = None if init is None else checkpoint_of(init)
@@ -328,14 +335,24 @@ def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:
     refused, there = f"not begun here: {folder.path}", folder.last.exists()
     if there and not resume and restarts() == 0 and folder.begun:
         keep_for_restarts(refused)
-    check(
-        not resume or there,
-        f"{folder.path} holds no run to go on with; give the run's folder, or leave out --resume to begin one",
-        "out",
-    )
+    if resume:
+        check_run(folder.path)
     if resume or (there and restarts() > 0 and not kept_before_restart(refused)):
         return load_checkpoint(folder.last)
     return None
+
+
+def check_run(path: Path) -> None:
+    """Check that a folder holds a run that can go on.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    check(
+        (path / LAST).exists(),
+        f"{path} holds no run to go on with; give the run's folder, or leave out --resume to begin one",
+        "out",
+    )
 
 
 def show(config: TrainConfig, run: Trained, *, json: bool) -> None:

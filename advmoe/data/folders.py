@@ -106,7 +106,12 @@ def what_is_there(root: Path, train: EncodedSet, test: EncodedSet) -> str:
     for split in (("train",), VALIDATION_NAMES):
         others += unread(find_split(root, split))
     told = f"{len(train)} training and {len(test)} test images of {len(train.class_names)} classes"
-    return f"{told}; not read, since they are not JPEG or PNG: {listed(others)}" if others else told
+    if others:
+        told = f"{told}; not read, since they are not JPEG or PNG: {listed(others)}"
+    used, *unused = [name for name in VALIDATION_NAMES if (root / name).is_dir()]
+    if unused:
+        told = f"{told}; the test images are those of {used}, and {' and '.join(unused)} is not read"
+    return told
 
 
 def unread(folder: Path) -> Counter[str]:

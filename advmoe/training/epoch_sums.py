@@ -16,7 +16,7 @@ from advmoe.training.steps import StepResult
 
 NAMES = (
     *("images", "loss", "clean_correct", "adversarial_correct", "attacked", "fooled"),
-    *("seen", "skipped"),
+    *("seen", "skipped", "missing"),
 )
 
 
@@ -45,6 +45,16 @@ class EpochSums:
             sums["attacked"] += taken * result.images
             sums["adversarial_correct"] += taken * result.adversarial_correct
             sums["fooled"] += taken * (clean_BL != adversarial_BL).any(dim=1).sum()
+
+    def note_missing(self, images: int) -> None:
+        """Count images of a batch that could not be decoded, of all ranks together."""
+        if images and world().leads:
+            self._sums["missing"] += images
+
+    @property
+    def missing(self) -> int:
+        """Images that could not be decoded and were left out of batches."""
+        return int(self._sums["missing"])
 
     @property
     def images(self) -> int:
@@ -92,8 +102,9 @@ class EpochSums:
         Raises:
             ConfigError: The state does not hold the sums of an epoch.
         """
-        if "images" in state:  # runs from before these sums existed ended at the first such step
-            state = {"seen": state["images"], "skipped": torch.zeros_like(state["images"])} | state
+        if "images" in state:  # runs from before these sums existed
+            none = torch.zeros_like(state["images"])
+            state = {"seen": state["images"], "skipped": none, "missing": none} | state
         check(
             set(state) == set(self._sums), f"the sums of an epoch are {', '.join(self._sums)}, got {shown(list(state))}"
         )

@@ -9,9 +9,10 @@ Shape suffixes: I images of a set, L MoE layers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -25,7 +26,7 @@ from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
 from advmoe.device import read
 from advmoe.distributed import any_rank, collect, equalize, from_leader, together, world
-from advmoe.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
+from advmoe.errors import CheckpointError, ConfigError, DataError, NotFiniteError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
@@ -48,6 +49,7 @@ from advmoe.training.selection import FEW_IMAGES, Selection, standard_error_at_h
 from advmoe.training.split import split_dataset
 from advmoe.training.start import start_from
 from advmoe.training.streams import Streams
+from advmoe.training.union import size_of_union
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
@@ -170,7 +172,7 @@ class Trainer:
         self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
         saved = began = time.monotonic()
         images_before = self.sums[-1].images
-        for batches in self.streams.batches(self.step, self.schedule.epochs):
+        for batches in self._batches():
             self._run_step(batches)
             epoch_done = self.step % self.steps_per_epoch == 0
             if epoch_done:
@@ -185,6 +187,15 @@ class Trainer:
             if stop and self.step < self.schedule.steps:
                 return False
         return True
+
+    def _batches(self) -> Iterator[list[Batch | None]]:
+        """The batches of the remaining steps. The steps before an image that cannot be decoded are saved."""
+        try:
+            yield from self.streams.batches(self.step, self.schedule.epochs)
+        except DataError:
+            if self.step % self.steps_per_epoch:  # otherwise the end of the epoch has saved them
+                self._save()
+            raise
 
     def _run_step(self, batches: list[Batch | None]) -> None:
         last = batches[-1]
@@ -204,15 +215,16 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update()
-        for level, sums, result in zip(levels, self.sums, results, strict=True):
+        for level, sums, batch, result in zip(levels, self.sums, batches, results, strict=True):
+            if batch is not None:
+                sums.note_missing(self.config.batch_size - size_of_union(batch))
             if result is not None:
                 sums.add(result)
                 self.watch.add(self.step, level.name, result.indices, result.loss, result.finite)
         if _reads_at_once(self.device) or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
             self._read()
         if world().leads:
-            images = len(last.labels) if last.place is None else last.place.total
-            self.observer.stepped(self.step, images, self._figures)
+            self.observer.stepped(self.step, size_of_union(last), self._figures)
 
     def _read(self) -> None:
         """Read the figures of the steps since the last reading. Only here does the host wait for the device."""
@@ -284,13 +296,17 @@ class Trainer:
             "lr": float(self.levels[-1].optimizer.param_groups[0]["lr"]),
             "images_per_second": round(images_per_second, 2),
         }
-        for level, sums in zip(self.levels, self.sums, strict=True):
+        periods = self.method.periods(self.config)
+        for level, sums, period in zip(self.levels, self.sums, periods, strict=True):
             prefix = "train" if level is self.levels[-1] else level.name
             record |= {f"{prefix}_{name}": round(value, 4) for name, value in sums.summary().items()}
             if sums.skipped:
                 record[f"{prefix}_steps_skipped"] = sums.skipped
-        if self.config.skip_bad_images:
-            record["train_skipped"] = self._count_skipped(epoch, sorted(set(chain.from_iterable(skipped))))
+            if self.config.skip_bad_images and period:  # a level without batches of its own shares another's images
+                record[f"{prefix}_skipped"] = sums.missing
+        if missing := sum(sums.missing for sums in self.sums):
+            reasons = sorted(set(chain.from_iterable(skipped)))
+            self.observer.warned(f"epoch {epoch}: skipped images: {missing}{named(reasons)}")
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
         record |= self.routing.figures(epoch)
         self._warn_of_collapse(epoch, record.get("router_load", []))
@@ -327,13 +343,6 @@ class Trainer:
                 f"epoch {epoch}: routers send nearly every image to one expert, in MoE layer {shown}; "
                 "such a layer is as good as one expert; if they stay like this, use balance 0.01 in a new run"
             )
-
-    def _count_skipped(self, epoch: int, reasons: Sequence[str]) -> int:
-        """Number of images that are missing from the epoch's batches. A warning names the images that are known."""
-        number = self.steps_per_epoch * self.config.batch_size - self.sums[-1].images
-        if number:
-            self.observer.warned(f"epoch {epoch}: skipped images: {number}{named(reasons)}")
-        return number
 
     def _new_sums(self) -> list[EpochSums]:
         return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]
@@ -391,12 +400,12 @@ class Trainer:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if not checkpoint.progress or len(checkpoint.optimizers) != len(self.levels):
+        if not checkpoint.progress:
             raise CheckpointError(f"{self.folder.last} has no training state; resume needs the last.pt of a run")
-        for stored, wanted in (
-            (checkpoint.model, self.model_config),
-            (from_dict(TrainConfig, checkpoint.train), self.config),
-        ):
+        begun_with = from_dict(TrainConfig, checkpoint.train)
+        if self.config.skip_bad_images:  # a run that such an image has stopped can go on without it
+            begun_with = dataclasses.replace(begun_with, skip_bad_images=True)
+        for stored, wanted in ((checkpoint.model, self.model_config), (begun_with, self.config)):
             if stored != wanted:
                 raise CheckpointError(
                     f"cannot resume {self.folder.path}: it was started with {difference(stored, wanted)}; "
@@ -411,6 +420,7 @@ class Trainer:
                 "init",
             )
         try:
+            check(len(checkpoint.optimizers) == len(self.levels), "it has another number of optimizers")
             self._restore_weights(checkpoint, progress)
             for sums, state in zip(self.sums, progress.sums, strict=True):
                 sums.load_state_dict(state)

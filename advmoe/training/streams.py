@@ -72,7 +72,7 @@ class Streams:
             if self._config.skip_bad_images:
                 raise
             raise DataError(
-                f"{error}; mend or remove the file and begin anew, or skip bad images", "skip_bad_images"
+                f"{error}; mend the file or skip bad images, then resume the run", "skip_bad_images", "resume"
             ) from error
 
     def _batches(self, step: int, epochs: int) -> Iterator[list[Batch | None]]:

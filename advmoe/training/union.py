@@ -41,6 +41,11 @@ def placed(batches: Sequence[Batch], union_size: int, *, counted: bool) -> list[
     ]
 
 
+def size_of_union(batch: Batch) -> int:
+    """Number of images of all ranks' batches of a step."""
+    return len(batch.labels) if batch.place is None else batch.place.total
+
+
 def micro_batches(batch: Batch, number: int) -> list[tuple[Batch, slice]]:
     """The parts of a batch that are computed one after another, and their rows in it.
 
