@@ -22,6 +22,7 @@ prepare_process()  # before torch is there
 
 import statistics  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 import harness  # noqa: E402
@@ -87,6 +88,21 @@ def reference_step_of(model: RoutedNetwork, batches: list[Batch]) -> Step:
 
 
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
+HALF = {"precision": "bf16_attack"}
+USUAL = ["s_dense", "dense", "at_moe", "at_moe_n8", "advmoe_experts_step", "advmoe", "cheap", "reference"]
+FURTHER = ["at_moe_n8_sampled", "s_dense_bf16", "dense_bf16", "at_moe_bf16", "advmoe_bf16"]
+"""Steps that are measured on request only: routers that learn from one other expert, attacks in bf16."""
+RATIOS = {
+    "at_moe_vs_s_dense": ("at_moe", "s_dense"),
+    "advmoe_experts_step_vs_s_dense": ("advmoe_experts_step", "s_dense"),
+    "advmoe_vs_at_moe": ("advmoe", "at_moe"),
+    "advmoe_vs_reference": ("reference", "advmoe"),
+    "cheap_vs_at_moe": ("cheap", "at_moe"),
+    "cost_n8_vs_n2": ("at_moe_n8", "at_moe"),
+    "cost_n8_vs_n2_sampled": ("at_moe_n8_sampled", "at_moe"),
+    **{f"{name}_fp32_vs_bf16": (name, f"{name}_bf16") for name in ("s_dense", "dense", "at_moe", "advmoe")},
+}
+"""Ratios of two steps' times: numerator and denominator."""
 
 
 def main() -> None:
@@ -94,6 +110,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=45.0, help="start no round of steps after so much CPU time")
+    parser.add_argument("--only", nargs="+", choices=[*USUAL, *FURTHER], help="steps to measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     width, number, size = (0.0625, 8, 16) if options.smoke else (options.width, options.batch_size, 32)
@@ -104,16 +121,22 @@ def main() -> None:
         return subject(config, batches)
 
     moe = model_of("moe")
-    subjects = {
-        "s_dense": step_of(model_of("s_dense"), "at", batches),
-        "dense": step_of(model_of("dense"), "at", batches),
-        "at_moe": step_of(moe, "at", batches),
-        "at_moe_n8": step_of(model_of("moe", num_experts=8), "at", batches),
-        "advmoe_experts_step": step_of(moe, "expert_at", batches),  # AdvMoE's upper level alone
-        "advmoe": step_of(moe, "advmoe", batches),
-        "cheap": step_of(moe, "advmoe", batches, **CHEAP),
-        "reference": reference_step_of(model_of("moe", router_gradient="straight_through"), batches),
+    makers: dict[str, Callable[[], Step]] = {
+        "s_dense": lambda: step_of(model_of("s_dense"), "at", batches),
+        "dense": lambda: step_of(model_of("dense"), "at", batches),
+        "at_moe": lambda: step_of(moe, "at", batches),
+        "at_moe_n8": lambda: step_of(model_of("moe", num_experts=8), "at", batches),
+        "advmoe_experts_step": lambda: step_of(moe, "expert_at", batches),  # AdvMoE's upper level alone
+        "advmoe": lambda: step_of(moe, "advmoe", batches),
+        "cheap": lambda: step_of(moe, "advmoe", batches, **CHEAP),
+        "reference": lambda: reference_step_of(model_of("moe", router_gradient="straight_through"), batches),
+        "at_moe_n8_sampled": lambda: step_of(model_of("moe", num_experts=8, router_gradient="sampled"), "at", batches),
+        "s_dense_bf16": lambda: step_of(model_of("s_dense"), "at", batches, **HALF),
+        "dense_bf16": lambda: step_of(model_of("dense"), "at", batches, **HALF),
+        "at_moe_bf16": lambda: step_of(moe, "at", batches, **HALF),
+        "advmoe_bf16": lambda: step_of(moe, "advmoe", batches, **HALF),
     }
+    subjects = {name: makers[name]() for name in options.only or (USUAL + FURTHER if options.smoke else USUAL)}
     taken: dict[str, list[float]] = {}
     rounds = 0
     while rounds < 1 or (time.process_time() < options.seconds and not options.smoke):
@@ -125,12 +148,7 @@ def main() -> None:
         rounds += 1
     seconds = {name: statistics.median(values) for name, values in taken.items()}
     figures: dict[str, Any] = {
-        "at_moe_vs_s_dense": seconds["at_moe"] / seconds["s_dense"],
-        "advmoe_experts_step_vs_s_dense": seconds["advmoe_experts_step"] / seconds["s_dense"],
-        "advmoe_vs_at_moe": seconds["advmoe"] / seconds["at_moe"],
-        "advmoe_vs_reference": seconds["reference"] / seconds["advmoe"],
-        "cheap_vs_at_moe": seconds["cheap"] / seconds["at_moe"],
-        "cost_n8_vs_n2": seconds["at_moe_n8"] / seconds["at_moe"],
+        **{name: seconds[a] / seconds[b] for name, (a, b) in RATIOS.items() if {a, b} <= set(seconds)},
         "images_per_second": {name: round(number / value, 2) for name, value in seconds.items()},
         "busiest_expert": busiest(moe, batches),
         "rounds": rounds,
