@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -59,12 +59,33 @@ from advmoe.training.checkpoint import file_digest, load_checkpoint
 from advmoe.training.loop import Trainer
 from advmoe.training.run_folder import RunFolder
 
-NETWORKS: Mapping[str, tuple[Mapping[str, Any], int]] = {
-    "resnet18": ({"arch": "resnet18", "width": 0.125}, 6),
-    "vgg16": ({"arch": "vgg16", "width": 0.125}, 3),
+
+class Network(NamedTuple):
+    """A backbone of the study, and what its pathways are."""
+
+    backbone: Mapping[str, Any]
+    """Fields of `ModelConfig`."""
+    epochs: int
+    num_experts: int = 2
+    model_scale: float = 0.5
+
+    def model(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of `ModelConfig` of a setting on this backbone."""
+        scale = {"s_dense": {"model_scale": self.model_scale}, "moe": self._experts}.get(settings["kind"], {})
+        return {**self.backbone, **settings, **scale}
+
+    @property
+    def _experts(self) -> dict[str, Any]:
+        return {"model_scale": self.model_scale, "num_experts": self.num_experts}
+
+
+NETWORKS: Mapping[str, Network] = {
+    "resnet18": Network({"arch": "resnet18", "width": 0.125}, 6),
+    "resnet18-n4": Network({"arch": "resnet18", "width": 0.125}, 6, num_experts=4, model_scale=0.25),
+    "vgg16": Network({"arch": "vgg16", "width": 0.125}, 3),
 }
-"""Fields of `ModelConfig`, and epochs. Experts can only gain if Dense is clearly better than S-Dense."""
-MOE = {"kind": "moe", "num_experts": 2, "model_scale": 0.5, "granularity": "layer"}
+"""Experts can only gain if Dense is clearly better than S-Dense."""
+MOE = {"kind": "moe", "granularity": "layer"}
 LEARNED = {"specialization": 0.25}
 CHEAP = {"router_step": "reuse", "router_share": 0.5}
 BF16 = ("s_dense", "at_moe")
@@ -304,7 +325,7 @@ def per_cent(values: Tensor) -> float:
 def epochs_of(name: str, network: str) -> int:
     """Number of epochs of a setting."""
     share = LONGER[name][1] if name in LONGER else 0.5 if name in OF_DENSE else 1.0
-    return round(NETWORKS[network][1] * share)
+    return round(NETWORKS[network].epochs * share)
 
 
 def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> None:
@@ -323,10 +344,9 @@ def run_cell(name: str, seed: int, epochs: int, options: argparse.Namespace) -> 
         initial = load_checkpoint(start)
         train_settings = {**train_settings, "init": file_digest(start)}
     name_of_data = "digits" if options.smoke else "cifar10"
-    backbone, _ = NETWORKS[options.network]
     config, train = resolve(
         dataset_info(name_of_data, options.data_dir),
-        {**backbone, **model_settings},
+        NETWORKS[options.network].model(model_settings),
         {"epochs": epochs, "seed": seed, "val_limit": 1000, **train_settings, **small},
     )
     data = load_dataset(name_of_data, options.data_dir)
