@@ -472,14 +472,18 @@ def test_settings_that_do_less_than_expected_are_pointed_out(
     assert warned in "".join(found)
 
 
-def test_images_travel_to_a_gpu_as_bytes_in_page_locked_memory(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def loaders(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of the loaders that a run makes; nothing is loaded."""
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(streams, "BatchLoader", lambda *_, **settings: made.append(settings) or [1])
+    return made
+
+
+def test_images_travel_to_a_gpu_as_bytes_in_page_locked_memory(digits: Dataset, loaders: list[dict[str, Any]]) -> None:
     for device in ("cuda:0", "cpu"):
         streams.Streams(split_dataset(digits, TRAIN), MODEL, TRAIN, periods=(1,), device=torch.device(device))
-    assert [(settings["dtype"], settings["pin_memory"]) for settings in made] == [
+    assert [(settings["dtype"], settings["pin_memory"]) for settings in loaders] == [
         (torch.uint8, True),
         (torch.float32, False),
     ]
@@ -599,14 +603,15 @@ def test_every_attack_of_a_run_starts_from_noise_of_its_own(
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_training_images_are_shuffled_cropped_and_mirrored(
-    digits: Any, monkeypatch: pytest.MonkeyPatch, flip: bool
+    digits: Any, loaders: list[dict[str, Any]], flip: bool
 ) -> None:
-    made: list[dict[str, Any]] = []
-    monkeypatch.setattr(streams, "BatchLoader", lambda *_, **settings: made.append(settings) or [1])
     config = dataclasses.replace(TRAIN, flip=flip)
     streams.Streams(split_dataset(digits, config), MODEL, config, periods=(1, 1), device=torch.device("cpu"))
     crop = CropFlip(padding=4, flip=flip)  # an eighth of 32
-    assert [(each["shuffle"], each["stream"], each["augment"]) for each in made] == [(True, 0, crop), (True, 1, crop)]
+    assert [(each["shuffle"], each["stream"], each["augment"]) for each in loaders] == [
+        (True, 0, crop),
+        (True, 1, crop),
+    ]
 
 
 def test_routers_follow_the_schedule_from_their_own_peak(digits: Any, tmp_path: Path) -> None:
@@ -642,7 +647,6 @@ def test_the_figures_of_an_epoch() -> None:
         routings = (Routing(torch.tensor(experts), None) for experts in (clean, attacked))
         return StepResult(
             torch.tensor(loss),
-            len(clean),
             torch.arange(len(clean)),
             torch.tensor(right),
             torch.tensor(robust),

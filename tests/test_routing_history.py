@@ -38,7 +38,7 @@ def add(
     routings = [None if experts is None else Routing(torch.tensor(experts), None) for experts in (clean, attacked)]
     nothing = torch.zeros(())
     assert routings[0] is not None
-    seen = (nothing, len(indices), batch.indices, nothing, None, routings[0], routings[1])
+    seen = (nothing, batch.indices, nothing, None, routings[0], routings[1])
     log.add(epoch, batch, StepResult(*seen, torch.tensor(taken)))
 
 

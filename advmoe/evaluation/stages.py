@@ -205,17 +205,11 @@ def _view(run: BatchRun, attack: Attack) -> None:
 
 
 def _route(run: BatchRun, common_ML: Tensor) -> None:
-    victims = run.victims
-    open_V = ~run.broken[run.right]
-    found, robust_V = victims.images.clone(), torch.zeros_like(open_V)
-    if open_V.any():
-        found[open_V], robust_V[open_V] = route_attack(
-            victims.take(open_V),
-            observed_ML=common_ML[:OBSERVED],
-            nearby=run.attacked[run.right][open_V],
-            config=run.config.route,
-        )
-    run.record(ROUTE, robust_V, found)
+    def attack(victims: Victims, open_V: Tensor) -> tuple[Tensor, Tensor]:
+        nearby = run.attacked[run.right][open_V]
+        return route_attack(victims, observed_ML=common_ML[:OBSERVED], nearby=nearby, config=run.config.route)
+
+    _against_unbroken(run, ROUTE, attack)
 
 
 def _further(run: BatchRun) -> None:
@@ -226,13 +220,17 @@ def _further(run: BatchRun) -> None:
         restarts=usual.restarts + further_starts(run.config),
         start="uniform" if usual.start == "clean" else usual.start,  # a second attack from the same start is the first
     )
+    _against_unbroken(run, FURTHER, lambda victims, _: untargeted(victims.under(more), first_restart=usual.restarts))
+
+
+def _against_unbroken(run: BatchRun, attack: Attack, work: Callable[[Victims, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Attack the images that no attack has broken yet: `work(victims, which ones they are)`."""
     victims = run.victims
     open_V = ~run.broken[run.right]
     found, robust_V = victims.images.clone(), torch.zeros_like(open_V)
     if open_V.any():
-        left = victims.take(open_V).under(more)
-        found[open_V], robust_V[open_V] = untargeted(left, first_restart=usual.restarts)
-    run.record(FURTHER, robust_V, found)
+        found[open_V], robust_V[open_V] = work(victims.take(open_V), open_V)
+    run.record(attack, robust_V, found)
 
 
 def _clean_pathways(run: BatchRun) -> Tensor:

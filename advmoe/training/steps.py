@@ -36,7 +36,6 @@ class StepResult:
 
     loss: Tensor
     """Mean loss."""
-    images: int
     indices: Tensor
     """Rows of the images in the image set, int64 [images]."""
     clean_correct: Tensor
@@ -46,6 +45,11 @@ class StepResult:
     adversarial_routing: Routing | None
     finite: Tensor
     """Whether the update was made, bool []: its loss and its gradients were finite. The same on all ranks."""
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.indices)
 
 
 class Attacked(NamedTuple):
@@ -128,7 +132,6 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
         loss = loss + config.balance * load_balance(adversarial_routing, batch.place)
     return part_of_union(loss, batch), StepResult(
         loss.detach(),
-        len(batch.labels),
         batch.indices,
         (clean_logits.argmax(dim=1) == batch.labels).sum(),
         (adversarial_logits.argmax(dim=1) == batch.labels).sum(),
@@ -219,7 +222,6 @@ def _whole(images: int, parts: Sequence[tuple[slice, StepResult]]) -> StepResult
     correct = [result.adversarial_correct for result in seen if result.adversarial_correct is not None]
     return StepResult(
         loss / max(images, 1),
-        images,
         whole([result.indices for result in seen]),
         torch.stack([result.clean_correct for result in seen]).sum(),
         torch.stack(correct).sum() if correct else None,
@@ -262,9 +264,7 @@ def standard_update(level: Level, batch: Batch, config: TrainConfig) -> StepResu
             logits, routing = level.model.forward_with_routing(part.images)
         loss = F.cross_entropy(logits, part.labels)
         correct = (logits.argmax(dim=1) == part.labels).sum()
-        result = StepResult(
-            loss.detach(), len(part.labels), part.indices, correct, None, routing, None, loss.isfinite()
-        )
+        result = StepResult(loss.detach(), part.indices, correct, None, routing, None, loss.isfinite())
         return part_of_union(loss, part), result
 
     return descend(level, batch, passes, config)
