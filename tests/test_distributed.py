@@ -67,7 +67,7 @@ def test_images_that_are_skipped_count_on_no_rank(folder: Path, two: list[dict[s
 def test_an_image_that_one_rank_cannot_read_stops_all_with_one_message(two: list[dict[str, Any]]) -> None:
     first, second = (found["damaged"] for found in two)
     assert first == second
-    assert "mend or remove the file and begin anew" in first
+    assert "mend the file or skip bad images, then resume the run" in first
 
 
 @pytest.mark.parametrize("case", ["advmoe", "few"])
