@@ -1,5 +1,6 @@
 """`advmoe reproduce`: the commands behind a table or figure, and the shown results."""
 
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -23,9 +24,13 @@ class Commands:
         self.calls.append((command, *arguments))
         if command in {"train", "evaluate"}:
             Path(arguments[arguments.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
+        if command == "train":
+            Path(arguments[arguments.index("--out") + 1], "best.pt").write_text(shlex.join(arguments))
         if command == "evaluate":
             seed = int(arguments[arguments.index("--seed") + 1])
-            return {"sa": 80.0 + 2 * seed, "ra": 50.0, "gflops": 0.139, "ra_by_eps": {"2/255": 70.0}}
+            digest = hashlib.sha256(Path(arguments[0]).read_bytes()).hexdigest()
+            figures = {"sa": 80.0 + 2 * seed, "ra": 50.0, "gflops": 0.139, "ra_by_eps": {"2/255": 70.0}}
+            return figures | {"checkpoint_sha256": digest}
         if command == "analyze":
             return {
                 "conditions": {"pgd": {"dissection": {"router_survives_right": 45.5, "router_fooled_right": 4.5}}},
@@ -109,6 +114,11 @@ def test_finished_work_is_not_repeated_unless_the_options_change(commands: Comma
     commands.calls.clear()
     table("table1", "--only", "cifar10-resnet18", "--evaluate", "--steps 20")
     assert (len(commands.named("train")), len(commands.named("evaluate"))) == (0, 5)
+    commands.calls.clear()
+    Path("runs/table1-cifar10-resnet18-advmoe/best.pt").write_text("of a new training")
+    table("table1", "--only", "cifar10-resnet18", "--evaluate", "--steps 20")
+    (again,) = commands.named("evaluate")
+    assert again[1] == "runs/table1-cifar10-resnet18-advmoe/best.pt"
 
 
 def test_a_table_gives_routed_models_the_attacks_on_their_routing(commands: Commands) -> None:

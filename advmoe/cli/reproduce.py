@@ -254,19 +254,35 @@ class Plan:
         """Figures of a run. It is trained and evaluated first if necessary."""
         checkpoint, folder = self.trained(recipe, seed), self.evaluation(recipe, seed)
         options = [*shlex.split(self.evaluate_options), "--seed", str(seed), *self.common]
-        return once(folder, "evaluate", [str(checkpoint), "--out", str(folder), *options])
+        return once(folder, "evaluate", [str(checkpoint), "--out", str(folder), *options], evaluated=checkpoint)
 
 
-def once(folder: Path, command: str, arguments: Sequence[str], *, further: Sequence[str] = ()) -> dict[str, Any]:
+def once(
+    folder: Path,
+    command: str,
+    arguments: Sequence[str],
+    *,
+    further: Sequence[str] = (),
+    evaluated: Path | None = None,
+) -> dict[str, Any]:
     """The result of a command that writes a folder. A command that finished with the same arguments
     is not run again.
+
+    Args:
+        folder: The folder.
+        command: Name of the command.
+        arguments: Arguments that decide the result.
+        further: Other arguments.
+        evaluated: Checkpoint whose evaluation the result is. Another one of this name, as after a
+            new training, is evaluated again.
     """
     from advmoe.files import write_text_atomically
 
     def before() -> dict[str, Any] | None:
         try:
             done = jsonlib.loads((folder / DONE).read_text())
-            return dict(done["result"]) if done["arguments"] == [command, *arguments] else None
+            result = dict(done["result"]) if done["arguments"] == [command, *arguments] else None
+            return None if result is None or _of_another(evaluated, result) else result
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -281,6 +297,15 @@ def once(folder: Path, command: str, arguments: Sequence[str], *, further: Seque
         return found
     result = run(command, *arguments, *further, group=f"{command} {folder}")
     return led(lambda: note(result))
+
+
+def _of_another(checkpoint: Path | None, result: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of another checkpoint than this one."""
+    if checkpoint is None:
+        return False
+    from advmoe.training.checkpoint import file_digest
+
+    return bool(result["checkpoint_sha256"] != file_digest(checkpoint))
 
 
 def led(action: Callable[[], T]) -> T:
