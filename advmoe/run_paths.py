@@ -1,4 +1,4 @@
-"""The files of a run folder by name, and the checkpoint that a path means."""
+"""The files of a run folder by name, the checkpoint that a path means, and the folders that hold a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ BEST, LAST, DATA = "best.pt", "last.pt", "data.json"
 """The checkpoint to use, the one to resume from, and the note of the data folder."""
 RUN_FILE = "run.toml"
 """The settings in the form that `--config` reads."""
+
+
+def run_in(path: Path) -> Path | None:
+    """A file that shows that a folder holds a training run; None if it holds none.
+
+    `metrics.jsonl` and `routes.npz` show nothing, because an evaluation writes files of these names too.
+    """
+    return next((path / name for name in (LAST, BEST) if (path / name).exists()), None)
 
 
 def checkpoint_of(path: Path) -> Path:

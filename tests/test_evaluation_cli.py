@@ -182,6 +182,30 @@ def test_an_evaluation_that_fails_leaves_no_folder(
     assert not (tmp_path / "evaluation").exists()
 
 
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "run.toml"])
+@pytest.mark.parametrize("of_control", [False, True])
+def test_an_evaluation_does_not_replace_the_files_of_a_training_run(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    of_control: bool,
+) -> None:
+    out = tmp_path / "out"
+    run = out / "control-random" if of_control else out
+    run.mkdir(parents=True)
+    (run / name).touch()
+    (run / "routes.npz").write_bytes(b"of the training")
+    monkeypatch.setattr("advmoe.training.checkpoint.load_checkpoint", None)  # refused before anything is read
+    assert evaluate(checkpoint, "--control", "random", "--out", str(out)) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"--out needs a folder of its own, but {run} holds a training run ({name})" in shown
+    assert shown.endswith(f"give e.g. --out {run}/evaluation")
+    assert sorted(path.name for path in run.iterdir()) == sorted([name, "routes.npz"])
+    assert (run / "routes.npz").read_bytes() == b"of the training"
+
+
 def test_a_run_folder_is_evaluated_on_the_data_it_was_trained_on(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

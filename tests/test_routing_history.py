@@ -158,3 +158,17 @@ def test_a_run_goes_on_without_its_log_but_not_with_a_damaged_one(tmp_path: Path
     (tmp_path / "routes.npz").write_bytes(b"half a file")
     with pytest.raises(DataError, match=r"routes.npz is not a route log or is damaged"):
         log.resume(tmp_path / "routes.npz", 1)
+
+
+def test_the_route_log_of_an_evaluation_is_not_taken_for_that_of_a_run(tmp_path: Path) -> None:
+    evaluated = RouteLog([2, 2])
+    for condition in ("clean", "pgd", "worst"):  # of epoch 0
+        evaluated.append(condition, [0, 1], [[0, 0], [0, 0]])
+    evaluated.save(tmp_path / "routes.npz")
+    log = history()
+    log.resume(tmp_path / "routes.npz", 1)
+    add(log, 1, [0, 1], [[1, 1], [1, 1]])
+    assert log.figures(1) == {"router_load": [1.0, 1.0], "router_entropy": [0.0, 0.0]}  # no change from epoch 0
+    log.save(tmp_path / "resumed.npz")
+    assert RouteLog.load(tmp_path / "resumed.npz").conditions == (("clean", 1),)
+    history(num_layers=3).resume(tmp_path / "routes.npz", 1)  # whatever model was evaluated

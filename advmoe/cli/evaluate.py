@@ -19,7 +19,7 @@ from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.hub import is_address
-from advmoe.run_paths import checkpoint_of
+from advmoe.run_paths import checkpoint_of, run_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,8 +128,11 @@ def evaluate(
         f"--strict judges by the diagnostics, which need {NEEDED} correctly classified images; give --diagnose "
         f"{NEEDED} or more, got {diagnose}",
     )
-    check(out is None or not out.is_file(), f"{out} is a file; give --out a folder")
     controls = list(dict.fromkeys(one_of("control", name, CONTROLS, "control") for name in control or []))
+    if out is not None:
+        check(not out.is_file(), f"{out} is a file; give --out a folder")
+        for written in (out, *(_folder_of_control(out, name) for name in controls)):
+            refuse_a_run(written)
     place = resolve_device(device)
     with joined(place, patience=PATIENT_SECONDS):
         subject = leader_first(lambda: Subject.load(checkpoint_of(model), device=place))
@@ -169,7 +172,7 @@ def evaluate(
         card, result = measuring.card_of(subject, out, masked=masked)
         for name, other in changed.items():
             variant = dataclasses.replace(subject, model=other, control=name)
-            folder = None if out is None else out / f"control-{name}"
+            folder = None if out is None else _folder_of_control(out, name)
             of_control, _ = dataclasses.replace(measuring, latency=False).card_of(variant, folder)
             shared = ("sa", "ra", "ra_worst", "verdict")
             card["advmoe"]["controls"][name] = {key: of_control["advmoe"][key] for key in shared}
@@ -181,6 +184,27 @@ def evaluate(
             show(f"{subject.path} on {tested.dataset} (test)", card)
         if strict and card["advmoe"]["verdict"] != "trusted":
             raise typer.Exit(UNTRUSTED)
+
+
+def refuse_a_run(folder: Path) -> None:
+    """Refuse a folder for the results of an evaluation if it holds a training run.
+
+    The results would replace the run's route log and metrics, from which a resumed run goes on.
+
+    Raises:
+        ConfigError: The folder holds a run.
+    """
+    found = run_in(folder)
+    check(
+        found is None,
+        f"--out needs a folder of its own, but {folder} holds a training run ({found and found.name}), whose files "
+        f"would be replaced; give e.g. --out {folder / 'evaluation'}",
+    )
+
+
+def _folder_of_control(out: Path, control: str) -> Path:
+    """Where the evaluation of a control lies in the folder `out` of the whole evaluation."""
+    return out / f"control-{control}"
 
 
 @dataclass(frozen=True)

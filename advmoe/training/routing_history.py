@@ -130,7 +130,8 @@ class RoutingHistory:
         Args:
             path: The log.
             epoch: The last epoch of which the run has taken a step. The log may hold later ones if
-                the run went back to an earlier checkpoint; they are left out.
+                the run went back to an earlier checkpoint; they are left out. So is all that no
+                training logs: an evaluation has other conditions, and no epochs.
 
         Raises:
             DataError: The file is damaged.
@@ -141,10 +142,11 @@ class RoutingHistory:
         stored = RouteLog.load(path)
         kept = RouteLog(stored.num_experts)
         for condition in stored.conditions:
-            if condition[1] <= epoch:
+            if condition[0] in (CLEAN, ATTACKED) and 1 <= condition[1] <= epoch:
                 routes = stored.routes(condition)
                 kept.append(condition, routes.indices, routes.experts_IL, labels=routes.labels)
-        self._log.merge(kept)
+        if kept.conditions:
+            self._log.merge(kept)
 
     def _wait(self, condition: str, epoch: int, batch: Batch, result: StepResult, routing: Routing | None) -> None:
         if routing is not None:
