@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -404,6 +405,29 @@ def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
     assert resumed | {"images_per_second": 0} == figures | {"images_per_second": 0}
 
 
+def test_an_export_leaves_out_images_that_cannot_be_decoded_on_request(
+    pets: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx_ir")
+    given: dict[str, Any] = {}
+
+    def stop(*_: object, **options: Any) -> None:
+        given.update(options)
+        raise DataError("enough is known")
+
+    monkeypatch.setattr("advmoe.cli.export.export_onnx", stop)
+    assert main(pets) == 0
+    (tmp_path / "pets/val/cat/26.png").write_bytes(b"junk")
+    (tmp_path / "pets/train/dog/03.png").write_bytes(b"junk")
+    real = ["export", "run", "model.onnx", "--dtype", "int8", "--calibration-images", "24", "--verify-images", "6"]
+    capsys.readouterr()
+    assert "or skip bad images (--skip-bad-images)" in refused(real, capsys)
+    assert main([*real, "--skip-bad-images"]) == 1
+    assert re.search(r"skipped test images: 1; image 1 \(.*pets/val/cat/26\.png", capsys.readouterr().err)
+    assert given["targets"].tolist() == [0, 0, 1, 1, 1]
+    assert (len(given["images"]), len(given["calibration"])) == (5, 23)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_becomes_a_served_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -439,6 +463,7 @@ def test_an_export_that_cannot_be_is_refused_before_any_work(
         (["--profile", "fast"], "unknown profile 'fast'"),
         (["--calibration-images", "8"], "--calibration-images is for --dtype int8, this is fp32"),
         (["--data-dir", "data"], "--data-dir is about real images, and none are used"),
+        (["--skip-bad-images"], "--skip-bad-images is about real images, and none are used"),
         (["--seed", "3"], "--seed is about real images, and none are used"),
         (["--triton", "models"], "'models/model' exists already"),
     ):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_an_evaluation_that_fails_leaves_no_folder(
     assert not (tmp_path / "evaluation").exists()
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "run.toml"])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 @pytest.mark.parametrize("of_control", [False, True])
 def test_an_evaluation_does_not_replace_the_files_of_a_training_run(
     checkpoint: Path,
@@ -355,6 +356,44 @@ def three_classes(tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path) -> Pat
     save_checkpoint(path, Checkpoint(model=model.config, weights=model.state_dict(), class_names=names, train=train))
     remember_data(path.parent, "folder", tmp_path / "data")
     return path
+
+
+def test_images_that_cannot_be_decoded_are_left_out_on_request_and_the_others_keep_their_numbers(
+    three_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["evaluate", str(three_classes), "--steps", "1", "--diagnose", "0", "--no-latency"]
+    assert main([*small, "--out", str(tmp_path / "whole")]) == 0
+    picture = tmp_path / "data" / "val" / "b" / "0.png"
+    sound = picture.read_bytes()
+    picture.write_bytes(b"junk")
+    capsys.readouterr()
+    assert main([*small, "--out", str(tmp_path / "few")]) == 1
+    refused = capsys.readouterr().err.strip()
+    assert str(picture) in refused
+    assert refused.endswith("mend or remove the file, or skip bad images (--skip-bad-images)")
+    for limit, folder in ((["--limit-eval", "5"], "limited"), ([], "few")):
+        assert main([*small, *limit, "--skip-bad-images", "--out", str(tmp_path / folder)]) == 0
+        assert re.search(rf"skipped test images: 1; image \d \({picture}", capsys.readouterr().err)
+    found = {}
+    for folder in ("whole", "few", "limited"):
+        with np.load(tmp_path / folder / "images.npz") as arrays:
+            outcomes = zip(arrays["label"].tolist(), arrays["ra"].tolist(), strict=True)
+            found[folder] = dict(zip(arrays["index"].tolist(), outcomes, strict=True))
+    assert list(found["few"]) == [0, 1, 3, 4, 5]  # the third image of the folder is missing
+    assert len(found["limited"]) == 4
+    assert found["limited"].items() <= found["few"].items() <= found["whole"].items()
+    assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "few")]) == 1
+    assert "got images 6 for three/best and 5 others" in capsys.readouterr().err
+    few = [str(three_classes), str(tmp_path / "few"), "--skip-bad-images", "--steps", "1", "--diagnose", "0"]
+    assert main(["compare", *few]) == 0
+    picture.write_bytes(sound)  # now there are six again
+    capsys.readouterr()
+    assert main([*small, "--skip-bad-images", "--out", str(tmp_path / "few")]) == 1
+    assert "belongs to another evaluation: images" in capsys.readouterr().err
+    for picture in (tmp_path / "data" / "val").rglob("*.png"):
+        picture.write_bytes(b"junk")
+    assert main([*small, "--skip-bad-images"]) == 1
+    assert "none of the 6 test images can be decoded" in capsys.readouterr().err
 
 
 def test_autoattack_is_refused_at_once_for_too_few_classes_and_left_out_of_the_suite(

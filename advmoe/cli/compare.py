@@ -11,7 +11,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, Tested, training_radius
-from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages
 from advmoe.config import AttackConfig, check, to_dict
 from advmoe.run_paths import checkpoint_of
 
@@ -31,6 +31,7 @@ def compare(
     autoattack: Annotated[bool, typer.Option("--autoattack", help="Run AutoAttack, too.")] = False,
     diagnose: Annotated[int, typer.Option(help="Images for the diagnostics of runs and checkpoints; 0: none.")] = 64,
     limit_eval: LimitEval = None,
+    skip_bad_images: SkipBadImages = False,
     batch_size: BatchSize = 256,
     data_dir: DataDir = None,
     seed: Seed = 0,
@@ -68,7 +69,8 @@ def compare(
                 check_classes(subject.contents.model.num_classes)
             config = SuiteConfig(attack=attack, autoattack=autoattack, diagnosed=diagnose)
             earlier = [other.measuring.tested for other in planned if other is not None]
-            tested = _once(subject.images(None, data_dir, limit_eval), earlier)
+            read = subject.images(None, data_dir, limit_eval, skip_bad_images=skip_bad_images)
+            tested = _once(read, earlier)
             plan = Planned(subject, Measuring(config, tested, batch_size, seed, False))
             card, right = plan.known()
         if card["name"] in {other["name"] for other in cards}:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
+from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
-from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from advmoe.data.sets import ImageSet
+    from advmoe.data.sets import Images, ImageSet
     from advmoe.evaluation.results import SuiteConfig, SuiteResult
     from advmoe.models.network import RoutedNetwork
     from advmoe.routing_log import PathwayChannels
@@ -102,6 +103,7 @@ def evaluate(
         typer.Option(help="Folder for the card, the results image by image and the state from which to go on."),
     ] = None,
     limit_eval: LimitEval = None,
+    skip_bad_images: SkipBadImages = False,
     batch_size: BatchSize = 256,
     data_dir: DataDir = None,
     seed: Seed = 0,
@@ -159,7 +161,9 @@ def evaluate(
             diagnosed=diagnose,
         )
         calibrated = CALIBRATION_IMAGES if controls else 0
-        tested = leader_first(lambda: subject.images(dataset, data_dir, limit_eval, calibrated))
+        tested = leader_first(
+            lambda: subject.images(dataset, data_dir, limit_eval, calibrated, skip_bad_images=skip_bad_images)
+        )
         changed = {}
         if tested.calibration is not None:
             of_training = calibration_batches(subject.model, tested.calibration, config.attack, seed=seed)
@@ -247,15 +251,25 @@ class Subject:
         file = self.path.name if is_address(self.path) else self.path.stem
         return f"{self.path.resolve().parent.name}/{file}{ending}"
 
-    def images(self, dataset: str | None, data_dir: Path | None, limit: int | None, calibrated: int = 0) -> Tested:
+    def images(
+        self,
+        dataset: str | None,
+        data_dir: Path | None,
+        limit: int | None,
+        calibrated: int = 0,
+        *,
+        skip_bad_images: bool = False,
+    ) -> Tested:
         """The test images of a data set, all or as many as the limit says, and a number of training images.
+
+        Images that are skipped leave gaps in the numbers. The others keep theirs, also under a limit.
 
         Raises:
             ConfigError: The checkpoint names no data set, and none was given.
             CheckpointError: The checkpoint was trained for other classes.
+            DataError: The images cannot be read or decoded.
         """
         from advmoe.data.sources import load_dataset
-        from advmoe.data.views import in_memory
 
         name = dataset or self.contents.train.get("dataset")
         if name is None:
@@ -269,14 +283,19 @@ class Subject:
                 f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
                 "evaluate it on the data set it was trained on"
             )
-        numbers = _chosen(len(data.test), limit)
-        chosen = data.test if numbers is None else data.test.take(numbers)
         size = self.contents.model.image_size
-        calibration = None
-        if calibrated:
-            of_training = _chosen(len(data.train), calibrated)
-            calibration = in_memory(data.train if of_training is None else data.train.take(of_training), size)
-        return Tested(data.info.name, in_memory(chosen, size), numbers, calibration)
+
+        def some(images: Images, number: int | None, what: str) -> tuple[ImageSet, NDArray[np.int64] | None]:
+            chosen = _chosen(len(images), number)
+            taken = images if chosen is None else images.take(chosen)
+            found, rows = decoded(taken, size, what, skip_bad_images=skip_bad_images)
+            if len(found) == len(images):
+                return found, None
+            return found, rows if chosen is None else chosen[rows]
+
+        tested, numbers = some(data.test, limit, "test")
+        calibration = some(data.train, calibrated, "training")[0] if calibrated else None
+        return Tested(data.info.name, tested, numbers, calibration)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter
+from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
-from advmoe.cli.options import DataDir, Json, Seed
+from advmoe.cli.options import DataDir, Json, Seed, SkipBadImages
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
 from advmoe.run_paths import checkpoint_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from advmoe_export import ExportReport
 
+    from advmoe.data.sets import Images, ImageSet
     from advmoe.training.checkpoint import Checkpoint
 
 
@@ -59,6 +61,7 @@ def export(
         Path | None, typer.Option(help="Also write the model into this Triton model repository (a folder).")
     ] = None,
     data_dir: DataDir = None,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -91,7 +94,7 @@ def export(
         dtype == "int8" or not given(context, "calibration_images"),
         f"--calibration-images is for --dtype int8, this is {dtype}; leave it out",
     )
-    for name in ("data_dir", "seed"):
+    for name in ("data_dir", "skip_bad_images", "seed"):
         check(
             bool(verify_images) or dtype == "int8" or not given(context, name),
             f"--{name.replace('_', '-')} is about real images, and none are used; leave it out or set --verify-images",
@@ -107,7 +110,9 @@ def export(
         f"--margins is for an MoE-CNN, this is a {contents.model.kind}; leave it out",
     )
     calibrated = calibration_images if dtype == "int8" else 0
-    images, targets, calibration = real_images(contents, checkpoint, data_dir, verify_images, calibrated, seed)
+    images, targets, calibration = real_images(
+        contents, checkpoint, data_dir, verify_images, calibrated, seed, skip_bad_images=skip_bad_images
+    )
     if input_type == "float32":
         images, calibration = as_float(images), as_float(calibration)
     asked |= {"margins": margins, "images": images, "targets": targets, "calibration": calibration}
@@ -206,18 +211,25 @@ def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:
 
 
 def real_images(
-    contents: Checkpoint, checkpoint: Path, data_dir: Path | None, number: int, calibrated: int, seed: int
+    contents: Checkpoint,
+    checkpoint: Path,
+    data_dir: Path | None,
+    number: int,
+    calibrated: int,
+    seed: int,
+    *,
+    skip_bad_images: bool = False,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
     """Seeded choices of images of the data set the model was trained on, from the folder that its run remembers.
 
     Returns:
         uint8 test images [number, H, W, 3] and their classes, and uint8 training images
-            [calibrated, H, W, 3]; None for each one that was not requested.
+            [calibrated, H, W, 3]; None for each one that was not requested. They are fewer if the set
+            is smaller, or if images are skipped.
     """
     import numpy as np
 
     from advmoe.data.sources import load_dataset
-    from advmoe.data.views import in_memory
 
     if not number and not calibrated:
         return None, None, None
@@ -228,12 +240,16 @@ def real_images(
         data = load_dataset(str(name), place, progress=progress, announce=console.note)
     size = contents.model.image_size
     rng = np.random.default_rng(seed)
-    test = data.test.take(np.sort(rng.choice(len(data.test), min(number, len(data.test)), replace=False)))
-    chosen = np.sort(rng.choice(len(data.train), min(calibrated, len(data.train)), replace=False))
+
+    def some(images: Images, number: int, what: str) -> ImageSet | None:
+        chosen = np.sort(rng.choice(len(images), min(number, len(images)), replace=False))
+        return decoded(images.take(chosen), size, what, skip_bad_images=skip_bad_images)[0] if number else None
+
+    test, train = some(data.test, number, "test"), some(data.train, calibrated, "training")
     return (
-        in_memory(test, size).images if number else None,
-        test.labels if number else None,
-        in_memory(data.train.take(chosen), size).images if calibrated else None,
+        None if test is None else test.images,
+        None if test is None else test.labels,
+        None if train is None else train.images,
     )
 
 

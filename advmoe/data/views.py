@@ -4,6 +4,8 @@ or its middle otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,9 +14,12 @@ from advmoe import rust_router
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import Images, ImageSet, Progress
 from advmoe.data.transforms import CropFlip, RandomResizedCrop, ResizeCenterCrop, Transform, compiled, output_size
+from advmoe.errors import DataError
 
 SHORTER_SIDE = 8 / 7
 """Shorter side of a resized image relative to the size cut out of it: 256 for 224, as usual for ImageNet models."""
+NAMED = 20
+"""Number of skipped images that a warning names."""
 
 
 def training_transform(images: Images, size: int, *, flip: bool) -> Transform:
@@ -39,7 +44,7 @@ def in_memory(
     *,
     skip_bad_images: bool = False,
     progress: Progress | None = None,
-    skipped: list[str] | None = None,
+    skipped: dict[int, str] | None = None,
 ) -> ImageSet:
     """The images as an `ImageSet`: unchanged if they are in memory, otherwise decoded, resized and
     cut to the middle ``[size, size]``.
@@ -52,7 +57,7 @@ def in_memory(
         size: Height and width in pixels of decoded images.
         skip_bad_images: Whether images that cannot be decoded are left out.
         progress: Called as `progress(what, done, total)`.
-        skipped: Gets the reason for each image that is left out.
+        skipped: Gets row and reason of each image that is left out, by ascending row.
 
     Raises:
         DataError: An image cannot be read or decoded, unless bad images are skipped. The message
@@ -71,18 +76,29 @@ def in_memory(
     )
     pixels, labels = np.empty((len(images), size, size, 3), np.uint8), np.empty(len(images), np.int64)
     done = seen = 0
-    for batch in loader.epoch(0):
-        part = slice(done, done + len(batch.labels))
-        pixels[part], labels[part] = batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy()
-        done = part.stop
-        seen = done + len(loader.skipped)
-        if progress is not None:
-            progress("decoding images", seen, len(images))
+    try:
+        for batch in loader.epoch(0):
+            part = slice(done, done + len(batch.labels))
+            pixels[part], labels[part] = batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy()
+            done = part.stop
+            seen = done + len(loader.skipped)
+            if progress is not None:
+                progress("decoding images", seen, len(images))
+    except DataError as error:
+        if skip_bad_images:
+            raise
+        raise DataError(f"{error}; mend or remove the file, or skip bad images", "skip_bad_images") from error
     if skipped is not None:
-        skipped += loader.skipped.values()
+        skipped |= sorted(loader.skipped.items())
     if progress is not None and seen < len(images):  # the last batch may have been skipped as a whole
         progress("decoding images", len(images), len(images))
     return ImageSet(images=pixels[:done], labels=labels[:done], class_names=images.class_names)
+
+
+def named(reasons: Sequence[str]) -> str:
+    """The first reasons for which images were skipped, as the end of a warning."""
+    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    return "".join(f"; {reason}" for reason in reasons[:NAMED]) + more
 
 
 def shown(pixels: NDArray[np.uint8], view: Transform) -> NDArray[np.uint8]:

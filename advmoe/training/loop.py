@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
 from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
+from advmoe.data.views import named
 from advmoe.device import read
 from advmoe.distributed import any_rank, collect, equalize, from_leader, together, world
 from advmoe.errors import CheckpointError, ConfigError, DataError, NotFiniteError, TrainingError
@@ -53,8 +54,6 @@ from advmoe.training.union import size_of_union
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
-NAMED = 20
-"""Number of skipped images that a warning names."""
 PICTURES = 4
 """Validation images that TensorBoard shows, clean and attacked."""
 
@@ -67,12 +66,6 @@ def _reads_at_once(device: torch.device) -> bool:
 def weights_of(model: RoutedNetwork) -> dict[str, torch.Tensor]:
     """A model's state dict on the CPU."""
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-
-
-def named(reasons: Sequence[str]) -> str:
-    """The first reasons for which images were skipped, as the end of a warning."""
-    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
-    return "".join(f"; {reason}" for reason in reasons[:NAMED]) + more
 
 
 class Trainer:

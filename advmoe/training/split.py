@@ -36,16 +36,11 @@ def split_dataset(dataset: Dataset, config: TrainConfig, *, image_size: int | No
     if config.val_limit < len(validation):
         validation = np.sort(validation_random.choice(validation, config.val_limit, replace=False))
     size = image_size or dataset.info.image_size
-    skipped: list[str] = []
-    try:
-        validated = in_memory(
-            dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images, skipped=skipped
-        )
-    except DataError as error:
-        raise DataError(f"{error}; mend or remove the file, or skip bad images", "skip_bad_images") from error
+    skipped: dict[int, str] = {}
+    validated = in_memory(dataset.train.take(validation), size, skip_bad_images=config.skip_bad_images, skipped=skipped)
     if not len(validated):
         raise DataError(f"none of the {len(validation)} validation images can be decoded; mend them, or hold out more")
     digest = hashlib.sha256()
     for part in (dataset.train.labels, train, validation, np.array([len(validated)])):
         digest.update(f"{len(part)}:".encode() + part.astype("<i8").tobytes())
-    return Split(dataset.train, train, validated, skipped=tuple(skipped), digest=digest.hexdigest())
+    return Split(dataset.train, train, validated, skipped=tuple(skipped.values()), digest=digest.hexdigest())
