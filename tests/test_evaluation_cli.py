@@ -299,7 +299,10 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert evaluate(other, "--diagnose", "0", "--eps", "8/255", "--out", str(tmp_path / "second")) == 0
     capsys.readouterr()
     assert main(["compare", str(out), str(tmp_path / "second"), "--json"]) == 0
-    first, second = json.loads(capsys.readouterr().out)["models"]
+    compared = json.loads(capsys.readouterr().out)
+    assert (compared["attack"]["steps"], compared["attack"]["step_size"]) == (2, pytest.approx(2 / 255))
+    first, second = compared["models"]
+    assert (first["attacks"], second["attacks"]) == (["PGD", "routing"], ["PGD"])
     assert second["sa_difference"] == pytest.approx(second["sa"] - first["sa"])
     assert second["sa_difference_error"] > 0
     assert "sa_difference" not in first
@@ -310,6 +313,7 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert "Left out: RA; RA, worst. Reason: the routing of run/best was not attacked" in shown.err
     assert "(advmoe evaluate --routing)." in shown.err
     assert "RA, PGD" in shown.out
+    assert "per cent; PGD-2, eps 8/255, step 2/255, 1 restart(s), start uniform" in shown.out
     assert evaluate(other, "--diagnose", "0", "--eps", "4/255", "--out", str(tmp_path / "third")) == 0
     capsys.readouterr()
     page = tmp_path / "report.html"
@@ -318,11 +322,31 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert not page.exists()
     small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
     assert main(["compare", str(checkpoint.parent), str(other.parent), *small]) == 0
-    assert "points ± one paired standard error" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "points ± one paired standard error" in shown.out
+    assert " PGD, routing │" in shown.out
+    assert " PGD, 13 further starts │" in shown.out
     assert main(["compare", str(out), str(other), "--steps", "3", "--limit-eval", "20", "--diagnose", "0"]) == 1
     assert "got attack" in capsys.readouterr().err
     assert main(["compare", str(out), str(other), "--steps", "2", "--limit-eval", "10", "--diagnose", "0"]) == 1
     assert "got images 20 for run/best and 10 others for other/best" in capsys.readouterr().err
+
+
+def test_options_that_no_compared_model_would_obey_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        assert evaluate(checkpoint, "--diagnose", "0", "--out", str(tmp_path / folder)) == 0
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    capsys.readouterr()
+    assert main(["compare", *folders, "--json"]) == 0
+    options = ["--steps", "50", "--eps", "8/255", "--autoattack", "--limit-eval", "20", "--seed", "0"]
+    assert main(["compare", *folders, *options]) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert (
+        "--steps, --eps, --autoattack, --limit-eval, --seed would change nothing, because all models are eva" in shown
+    )
+    assert main(["compare", folders[0], str(checkpoint), "--steps", "2", "--limit-eval", "20", "--diagnose", "0"]) == 0
 
 
 def test_a_comparison_reads_everything_before_it_measures_anything(

@@ -94,7 +94,10 @@ def test_other_images_and_another_pgd_are_refused() -> None:
     with pytest.raises(ConfigError, match="got images 4 for a and 4 others for b"):
         check_same_images([first, other], [same, moved])
     other["advmoe"]["attack"]["steps"] = 20
-    with pytest.raises(ConfigError, match="got attack"):
+    with pytest.raises(ConfigError, match=r"got attack PGD-50, eps 8/255, .* and PGD-20, eps 8/255"):
+        check_same_images([first, other], [same, same])
+    other["advmoe"]["attack"] |= {"steps": 50, "eps": 8 / 255 + 1e-9}  # equal when rounded
+    with pytest.raises(ConfigError, match=r"got attack \{'eps': 0\.03137254901.* and \{'eps': 0\.03137255001"):
         check_same_images([first, other], [same, same])
 
 

@@ -11,7 +11,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, Tested, training_radius
-from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages, flag, given
 from advmoe.config import AttackConfig, check, to_dict
 from advmoe.run_paths import checkpoint_of
 
@@ -24,6 +24,7 @@ def compare(
         list[Path],
         typer.Argument(help="Run folders, checkpoints, or evaluation folders. The first one is the reference."),
     ],
+    context: typer.Context,
     steps: Annotated[int, typer.Option(help="PGD steps, for runs and checkpoints.")] = 50,
     eps: Annotated[
         str | None, typer.Option(help="Radius of the attack, e.g. 8/255. Default: that of the first model's training.")
@@ -42,23 +43,30 @@ def compare(
 
     RA is what withstands PGD and, for a routed model, every view of its routing and the route
     attack; another model gets as many further starts of PGD. Runs and checkpoints are evaluated now;
-    evaluation folders are compared as they are. An RA that rests on unequal attacks is left out.
+    evaluation folders are compared as they are, and take no options. An RA that rests on unequal
+    attacks is left out.
     """
     from advmoe.attacks.autoattack import check_classes
     from advmoe.evaluation.card import load_card, standard_error
     from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
     from advmoe.evaluation.results import SuiteConfig
-    from advmoe.evaluation.vocabulary import RA
+    from advmoe.evaluation.vocabulary import RA, attacks_met, pgd_in_words
 
     check(len(models) >= 2, "compare needs two models or more")
     check(limit_eval is None or limit_eval >= 1, f"--limit-eval must be at least 1, got {limit_eval}")
+    meaningless = [flag(name) for name in context.params if name not in ("models", "json") and given(context, name)]
+    check(
+        not meaningless or not all(map(_evaluated, models)),
+        f"{', '.join(meaningless)} would change nothing, because all models are evaluation folders, which are compared "
+        "as they are; leave it out, or give runs or checkpoints",
+    )
     radius = None if eps is None else console.number(eps, "--eps")
     cards: list[dict[str, Any]] = []
     found: list[Arrays] = []
     planned: list[Planned | None] = []
     for path in models:
         plan = None
-        if (path / CARD).is_file():
+        if _evaluated(path):
             card, right = load_card(path / CARD), load_outcomes(path / OUTCOMES)
             radius = card["advmoe"]["attack"]["eps"] if radius is None else radius
         else:
@@ -87,6 +95,7 @@ def compare(
     rows = []
     for card, right in zip(cards, found, strict=True):
         row: dict[str, Any] = {"name": card["name"], "verdict": card["advmoe"]["verdict"]}
+        row["attacks"] = attacks_met(card["advmoe"])
         row |= {name: card["advmoe"][name] for name in ("gflops", "parameters", "training_seconds")}
         for figure in kept:
             share = 100 * float(right[figure.key].mean())
@@ -97,17 +106,20 @@ def compare(
                 row[f"{figure.key}_difference"] = round(difference.points, 2)
                 row[f"{figure.key}_difference_error"] = round(difference.error, 2)
         rows.append(row)
+    attack = cards[0]["advmoe"]["attack"]  # that of all
     if json:
-        images = len(found[0]["index"])
-        console.emit_json({"dataset": cards[0]["dataset"], "images": images, "models": rows, "left_out": left_out})
+        facts = {"dataset": cards[0]["dataset"], "images": len(found[0]["index"]), "attack": attack}
+        console.emit_json(facts | {"models": rows, "left_out": left_out})
         return
     table = []
     for row in rows:
         minutes = "-" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f}"
         shares = (f"{row[figure.key]:.2f} ± {row[f'{figure.key}_error']:.2f}" for figure in kept)
-        table.append((row["name"], *shares, f"{row['gflops']:.4g}", minutes, row["verdict"]))
-    title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent"
-    console.show_table(title, ("", *(figure.short for figure in kept), "GFLOPs", "training, min", "verdict"), table)
+        attacks = ", ".join(row["attacks"])
+        table.append((row["name"], *shares, attacks, f"{row['gflops']:.4g}", minutes, row["verdict"]))
+    title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent; {pgd_in_words(attack)}"
+    columns = ("", *(figure.short for figure in kept), "attacks", "GFLOPs", "training, min", "verdict")
+    console.show_table(title, columns, table)
     differences = [
         (
             row["name"],
@@ -121,6 +133,11 @@ def compare(
         labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
         option = " (advmoe evaluate --routing)" if reason == left_out.get(RA.key) else ""
         console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}{option}.")
+
+
+def _evaluated(path: Path) -> bool:
+    """Whether a path is the folder of a finished evaluation, and not a run or a checkpoint."""
+    return (path / CARD).is_file()
 
 
 @dataclass(frozen=True)

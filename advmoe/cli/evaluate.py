@@ -444,9 +444,9 @@ def _training_seconds(run: Path) -> float | None:
 
 def show(title: str, card: Mapping[str, Any]) -> None:
     """Figures and diagnostics as tables."""
-    from advmoe.evaluation.card import latencies, pixels
+    from advmoe.evaluation.card import latencies
     from advmoe.evaluation.diagnostics import NEEDED
-    from advmoe.evaluation.vocabulary import FIGURES, FOOLED, RA_PGD, failed_readings, measured
+    from advmoe.evaluation.vocabulary import FIGURES, FOOLED, RA_PGD, failed_readings, measured, pixels
 
     numbers = card["advmoe"]
     attack = numbers["attack"]

@@ -12,7 +12,7 @@ from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter
 from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
-from advmoe.cli.options import DataDir, Json, Seed, SkipBadImages
+from advmoe.cli.options import DataDir, Json, Seed, SkipBadImages, flag, given
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
 from advmoe.run_paths import checkpoint_of
@@ -97,7 +97,7 @@ def export(
     for name in ("data_dir", "skip_bad_images", "seed"):
         check(
             bool(verify_images) or dtype == "int8" or not given(context, name),
-            f"--{name.replace('_', '-')} is about real images, and none are used; leave it out or set --verify-images",
+            f"{flag(name)} is about real images, and none are used; leave it out or set --verify-images",
         )
     package = exporter()
     with export_errors():  # before anything that takes time
@@ -171,9 +171,7 @@ def export_safetensors(checkpoint: Path, target: Path, context: typer.Context, *
 
     checkpoint = checkpoint_of(checkpoint)
     meaningless = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name not in ("checkpoint", "model", "json") and given(context, name)
+        flag(name) for name in context.params if name not in ("checkpoint", "model", "json") and given(context, name)
     ]
     check(not meaningless, f"{', '.join(meaningless)} applies to ONNX files only, not to '{target}'; leave it out")
     contents = load_checkpoint(checkpoint)
@@ -192,12 +190,6 @@ def export_safetensors(checkpoint: Path, target: Path, context: typer.Context, *
         console.emit_json(facts)
     else:
         console.show_facts(f"{checkpoint} -> {target}", facts)
-
-
-def given(context: typer.Context, name: str) -> bool:
-    """Whether an option was given on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def describe(contents: Checkpoint, path: Path) -> dict[str, Any]:

@@ -53,6 +53,12 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def option(panel: str, text: str, *names: str) -> Any:
     """An option that is unset by default."""
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)

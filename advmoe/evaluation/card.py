@@ -32,7 +32,7 @@ from advmoe.evaluation.results import (
     SuiteResult,
     further_starts,
 )
-from advmoe.evaluation.vocabulary import Attack, Status, Verdict, pgd_key, verdict_of
+from advmoe.evaluation.vocabulary import Attack, Status, Verdict, pgd_key, pixels, verdict_of
 from advmoe.files import write_text_atomically
 from advmoe.schema import Setting, Settings, from_dict, shown
 
@@ -49,11 +49,6 @@ def standard_error(per_cent: float, images: int) -> float:
     """Standard error of a share of independent images, in points. The share is in per cent."""
     share = per_cent / 100
     return 100 * math.sqrt(share * (1 - share) / images)
-
-
-def pixels(eps: float) -> str:
-    """A radius in the usual notation, 8/255, with five digits: the names of results hold six."""
-    return f"{255 * eps:.5g}/255"
 
 
 def figures(result: SuiteResult) -> dict[str, Any]:

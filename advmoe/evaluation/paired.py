@@ -23,7 +23,7 @@ from advmoe.config import ModelConfig, from_dict
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.results import PGD, WORST, SuiteResult
 from advmoe.evaluation.state import Arrays
-from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA, Figure
+from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA, Figure, pgd_in_words
 from advmoe.files import write_atomically
 
 IMAGES = ("index", "label")
@@ -107,13 +107,19 @@ def check_same_images(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays
         for what, ours, theirs in (
             ("data set", first["dataset"], card["dataset"]),
             ("images", f"{len(images['index'])}", f"{len(right['index'])}" + ("" if same else " others")),
-            ("attack", first["advmoe"]["attack"], card["advmoe"]["attack"]),
+            ("attack", *_in_unlike_words(first["advmoe"]["attack"], card["advmoe"]["attack"])),
         ):
             if ours != theirs:
                 raise ConfigError(
                     f"models are compared on the same images under the same attack, got {what} {ours} for "
                     f"{first['name']} and {theirs} for {card['name']}; evaluate them with the same settings"
                 )
+
+
+def _in_unlike_words(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
+    """Two attacks in words, or digit by digit if they differ where the words are rounded."""
+    words = pgd_in_words(ours), pgd_in_words(theirs)
+    return words if ours == theirs or len(set(words)) == 2 else (str(dict(ours)), str(dict(theirs)))
 
 
 def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> tuple[list[Figure], dict[str, str]]:

@@ -47,6 +47,19 @@ def pgd_key(numbers: Mapping[str, Any]) -> str:
     return f"ra_pgd{numbers['attack']['steps']}"
 
 
+def pixels(eps: float) -> str:
+    """A radius in the usual notation, 8/255, with five digits: the names of results hold six."""
+    return f"{255 * eps:.5g}/255"
+
+
+def pgd_in_words(attack: Mapping[str, Any]) -> str:
+    """The settings of a card's PGD, all that its RA depends on but the seed."""
+    return (
+        f"PGD-{attack['steps']}, eps {pixels(attack['eps'])}, step {pixels(attack['step_size'])}, "
+        f"{attack['restarts']} restart(s), start {attack['start']}"
+    )
+
+
 SA = Figure(key="sa", short="SA", long="SA, clean images")
 RA = Figure(key="ra", short="RA", long="RA: PGD, and all attacks on the routing or further starts")
 RA_PGD = Figure(key="ra_pgd", short="RA, PGD", long="RA under PGD")
@@ -73,6 +86,18 @@ def measured(numbers: Iterable[Mapping[str, Any]], figures: Iterable[Figure] = F
     """The figures that at least one card has."""
     cards = list(numbers)
     return [figure for figure in figures if any(figure.of(card) is not None for card in cards)]
+
+
+def attacks_met(numbers: Mapping[str, Any]) -> list[str]:
+    """The attacks at the full radius behind the figures of a card, by short names."""
+    met = ["PGD"]
+    if "ra_route" in numbers:
+        met.append("routing")
+    if number := numbers.get("further_starts"):
+        met.append(f"{number} further starts")
+    if RA_AA.key in numbers:
+        met.append("AutoAttack")
+    return met
 
 
 class Fate(NamedTuple):

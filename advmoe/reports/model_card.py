@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from advmoe.evaluation.card import pixels
+from advmoe.evaluation.vocabulary import pixels
 from advmoe.training.checkpoint import Checkpoint
 
 KINDS = {
