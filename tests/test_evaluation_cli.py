@@ -15,15 +15,16 @@ from PIL import Image
 
 from advmoe.attacks.victims import Victims
 from advmoe.cli.app import main
-from advmoe.cli.evaluate import Measuring, _training_seconds
+from advmoe.cli.evaluate import Measuring, _training_seconds, show
 from advmoe.cli.models import remember_data
-from advmoe.config import AttackConfig
+from advmoe.config import AttackConfig, to_dict
 from advmoe.data import sources
 from advmoe.data.digits import load_digits
 from advmoe.data.sources import dataset_info
 from advmoe.errors import ConfigError
 from advmoe.evaluation import suite
 from advmoe.evaluation.diagnostics import Diagnostic, diagnose
+from advmoe.evaluation.vocabulary import RA, RA_WORST, SA
 from advmoe.models.network import RoutedNetwork
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
 
@@ -116,6 +117,35 @@ def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pyt
     for images in ("0", "15"):
         assert evaluate(checkpoint, "--strict", "--diagnose", images) == 1
         assert f"correctly classified images; give --diagnose 16 or more, got {images}" in capsys.readouterr().err
+
+
+def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
+    # Of 100 images: sqrt(0.8 * 0.2 / 100) = 4.00 %, sqrt(0.5 * 0.5 / 100) = 5.00 %, sqrt(0.1 * 0.9 / 100) = 3.00 %
+    numbers = {
+        "sa": 80.0,
+        "ra": 20.0,
+        "ra_pgd20": 50.0,
+        "ra_route": 20.0,
+        "ra_worst": 10.0,
+        "ra_by_eps": {"1/255": 50.0},
+    }
+    numbers |= {"attack": to_dict(AttackConfig(steps=20)), "images": 100, "seed": 0, "standard_error": 3.0}
+    numbers |= {"controls": {"random": {"sa": 80.0, "ra": 50.0, "ra_worst": 10.0}}, "parameters": 5, "gflops": 0.1}
+    numbers |= {"training_seconds": None, "verdict": "not checked", "diagnostics": []}
+    show("a model", {"advmoe": numbers})
+    shown = capsys.readouterr().out
+    for label, share in (
+        (SA.long, "80.00 ± 4.00 %"),
+        ("RA under PGD-20, eps 8/255", "50.00 ± 5.00 %"),
+        (RA.long, "20.00 ± 4.00 %"),
+        (RA_WORST.long, "10.00 ± 3.00 %"),
+        ("RA under PGD, eps 1/255", "50.00 ± 5.00 %"),
+        ("control: random", "SA 80.00 ± 4.00 %, RA 50.00 ± 5.00 %, RA, worst 10.00 ± 3.00 %"),
+    ):
+        assert re.search(rf"│ {re.escape(label)} +│ {re.escape(share)} +│", shown), label
+    del numbers["ra_route"]  # RA is that under PGD
+    show("a model", {"advmoe": numbers})
+    assert RA.long not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,8 @@ def test_a_model_card_tells_the_attack_the_verdict_and_how_to_use_the_model(run:
     assert text.startswith('---\nlicense: "cc-by-4.0"\nlibrary_name: "advmoe"\n')
     for part in (
         "| SA, clean images | 91.23 |",
-        "| RA, PGD-50 | 61.50 |",
-        "| RA, AutoAttack | 58.00 |",
+        "| RA under PGD-50, eps 8/255 | 61.50 |",
+        "| RA under AutoAttack (standard) | 58.00 |",
         "360 test images of digits, eps 8/255 (l-infinity), step 2/255, 1 restart(s), start uniform, seed 7.",
         "Diagnostics: these numbers are not to be trusted.",
         "- black_box: failed (3 images)",

@@ -443,37 +443,51 @@ def _training_seconds(run: Path) -> float | None:
 
 
 def show(title: str, card: Mapping[str, Any]) -> None:
-    """Figures and diagnostics as tables."""
-    from advmoe.evaluation.card import latencies
+    """Figures and diagnostics as tables. Each share stands beside its own standard error."""
+    from advmoe.evaluation.card import latencies, standard_error
     from advmoe.evaluation.diagnostics import NEEDED
-    from advmoe.evaluation.vocabulary import FIGURES, FOOLED, RA_PGD, failed_readings, measured, pixels
+    from advmoe.evaluation.vocabulary import (
+        FIGURES,
+        FOOLED,
+        RA,
+        RA_FURTHER,
+        RA_PGD,
+        RA_ROUTE,
+        RA_WORST,
+        SA,
+        failed_readings,
+        measured,
+    )
 
     numbers = card["advmoe"]
     attack = numbers["attack"]
+
+    def share(per_cent: float) -> str:
+        return f"{per_cent:.2f} ± {standard_error(per_cent, numbers['images']):.2f} %"
+
     rows: dict[str, Any] = {}
     for figure in measured([numbers], FIGURES):
-        ending = f" (PGD-{attack['steps']}, eps {pixels(attack['eps'])})" if figure is RA_PGD else ""
-        label = "RA" if figure is RA_PGD else figure.long
-        rows[f"{label}{ending}"] = f"{figure.of(numbers):.2f} %"
+        if figure is RA_WORST and any(key in numbers for key in (RA_ROUTE.key, RA_FURTHER.key)):
+            rows[RA.label(numbers)] = share(numbers[RA.key])
+        rows[figure.label(numbers)] = share(figure.of(numbers) or 0.0)
         if figure is RA_PGD:
             views = numbers.get("ra_views", {})
-            rows |= {f"  routing seen as {view}": f"{ra:.2f} %" for view, ra in views.items()}
+            rows |= {f"  routing seen as {view}": share(ra) for view, ra in views.items()}
     if "routes_exact" in numbers:
         rows["pathways of the route attack"] = "all" if numbers["routes_exact"] else "sampled, then the nearest flips"
     if "further_starts" in numbers:
         rows["further starts of PGD"] = numbers["further_starts"]
-    rows |= {f"RA at eps {eps}": f"{ra:.2f} %" for eps, ra in numbers.get("ra_by_eps", {}).items()}
+    rows |= {f"{RA_PGD.long}, eps {eps}": share(ra) for eps, ra in numbers.get("ra_by_eps", {}).items()}
     if (fooled := FOOLED.of(numbers)) is not None:
-        rows[FOOLED.long] = f"{fooled:.2f} %"
+        rows[FOOLED.long] = share(fooled)
         rows["distinct pathways, clean"] = numbers["pathways"]
     if "mask_iou" in numbers:
         rows["IoU with the mask pathway"] = ", ".join(f"{iou:.3f} {name}" for name, iou in numbers["mask_iou"].items())
     for name, values in numbers["controls"].items():
-        rows[f"control: {name}"] = f"SA {values['sa']:.2f} %, RA {values['ra']:.2f} %"
+        rows[f"control: {name}"] = ", ".join(f"{each.short} {share(values[each.key])}" for each in (SA, RA, RA_WORST))
     rows |= {
         "attack": f"step {255 * attack['step_size']:.3g}/255, {attack['restarts']} restart(s), start {attack['start']}",
-        "images": f"{numbers['images']} (standard error of RA {numbers['standard_error']:.2f} points), "
-        f"seed {numbers['seed']}",
+        "images": f"{numbers['images']}, seed {numbers['seed']}; ± is one standard error from the number of images",
         "parameters, GFLOPs per image": f"{numbers['parameters']:,}, {numbers['gflops']:.4g}",
     }
     if numbers["training_seconds"] is not None:

@@ -41,6 +41,12 @@ class Figure:
         value = numbers.get(pgd_key(numbers) if self.key == "ra_pgd" else self.key)
         return None if value is None else float(value)
 
+    def label(self, numbers: Mapping[str, Any]) -> str:
+        """Its long label; that of RA under PGD says which PGD of the card it is."""
+        if self.key != "ra_pgd":
+            return self.long
+        return f"{self.long}-{numbers['attack']['steps']}, eps {pixels(numbers['attack']['eps'])}"
+
 
 def pgd_key(numbers: Mapping[str, Any]) -> str:
     """The key of RA under PGD, which names the attack's steps, such as `ra_pgd50`."""
@@ -63,14 +69,16 @@ def pgd_in_words(attack: Mapping[str, Any]) -> str:
 SA = Figure(key="sa", short="SA", long="SA, clean images")
 RA = Figure(key="ra", short="RA", long="RA: PGD, and all attacks on the routing or further starts")
 RA_PGD = Figure(key="ra_pgd", short="RA, PGD", long="RA under PGD")
+RA_ROUTE = Figure(key="ra_route", short="RA, route", long="RA under the route attack as well")
+RA_FURTHER = Figure(key="ra_further_starts", short="RA, further starts", long="RA under PGD, further starts as well")
 RA_AA = Figure(key="ra_aa", short="RA, AutoAttack", long="RA under AutoAttack (standard)")
 RA_WORST = Figure(key="ra_worst", short="RA, worst", long="RA under everything that was run")
 FIGURES = (
     SA,
     RA_PGD,
     Figure(key="ra_union", short="RA, views", long="RA under PGD through every view of the routing"),
-    Figure(key="ra_route", short="RA, route", long="RA under the route attack as well"),
-    Figure(key="ra_further_starts", short="RA, further starts", long="RA under PGD, further starts as well"),
+    RA_ROUTE,
+    RA_FURTHER,
     RA_AA,
     RA_WORST,
     Figure(key="ra_experts", short="RA-E, experts", long="RA-E: experts attacked, routing frozen"),

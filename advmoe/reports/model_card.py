@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from advmoe.evaluation.vocabulary import pixels
+from advmoe.evaluation.vocabulary import RA_AA, RA_FURTHER, RA_PGD, RA_ROUTE, RA_WORST, SA, pixels
 from advmoe.training.checkpoint import Checkpoint
 
+SHOWN = (SA, RA_PGD, RA_ROUTE, RA_FURTHER, RA_AA, RA_WORST)
+"""Accuracies in the table of results, if they were measured."""
 KINDS = {
     "moe": "a sparse mixture-of-experts {network}",
     "dense": "a dense {network}",
@@ -58,14 +60,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> list[str]:
         return ["This model was not evaluated on test images. Its robustness is unknown."]
     numbers = evaluation["advmoe"]
     attack = numbers["attack"]
-    rows = {
-        "SA, clean images": numbers.get("sa"),
-        f"RA, PGD-{attack['steps']}": numbers.get(f"ra_pgd{attack['steps']}"),
-        "RA, attacks on the routing": numbers.get("ra_route"),
-        "RA, PGD with further starts": numbers.get("ra_further_starts"),
-        "RA, AutoAttack": numbers.get("ra_aa"),
-        "RA, worst of everything run": numbers.get("ra_worst"),
-    }
+    rows = {figure.label(numbers): figure.of(numbers) for figure in SHOWN}
     table = [
         "| accuracy | % |",
         "|---|---|",
