@@ -443,7 +443,9 @@ def test_images_that_cannot_be_decoded_are_left_out_on_request_and_the_others_ke
     picture.write_bytes(sound)  # now there are six again
     capsys.readouterr()
     assert main([*small, "--skip-bad-images", "--out", str(tmp_path / "few")]) == 1
-    assert "belongs to another evaluation: images" in capsys.readouterr().err
+    err = capsys.readouterr().err.strip()
+    assert "belongs to another evaluation: it is of other images (5, now 6); repeat the original options or" in err
+    assert err.endswith("choose another folder (--dataset, --limit-eval, --skip-bad-images)")
     for picture in (tmp_path / "data" / "val").rglob("*.png"):
         picture.write_bytes(b"junk")
     assert main([*small, "--skip-bad-images"]) == 1

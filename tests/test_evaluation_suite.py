@@ -1,6 +1,7 @@
 """The evaluation suite: meaning of its figures, resumption, and refused inputs."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from advmoe.evaluation.dissection import dissection, route_log
 from advmoe.evaluation.paired import outcomes
 from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, stages
+from advmoe.evaluation.state import EvaluationState
 from advmoe.evaluation.suite import common_pathways, run_suite
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
@@ -299,17 +301,58 @@ def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path
     run_suite(TwoRooms(), images, ROUTING, state_path=path)
     other = TwoRooms()
     torch.nn.init.ones_(other.conv.weight)
-    with pytest.raises(CheckpointError, match="belongs to another evaluation: model was"):
+    with pytest.raises(CheckpointError, match="belongs to another evaluation: it is of other weights: another check"):
         run_suite(other, images, ROUTING, state_path=path)
     with pytest.raises(CheckpointError, match="seed was 0, now it is 1"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path, seed=1)
-    with pytest.raises(CheckpointError, match="images was"):
+    with pytest.raises(CheckpointError, match="it is of other images; repeat"):
         run_suite(TwoRooms(), rooms(124, 111), ROUTING, state_path=path)
-    with pytest.raises(CheckpointError, match="images was"):
+    with pytest.raises(CheckpointError, match="it is of other images; repeat"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path, numbers=np.array([0, 2]))
+    with pytest.raises(CheckpointError, match=r"it is of other images \(2, now 3\); repeat") as caught:
+        run_suite(TwoRooms(), rooms(124, 111, 112), ROUTING, state_path=path)
+    assert caught.value.options == ("dataset", "limit_eval", "skip_bad_images")
     path.write_bytes(b"PK broken")
     with pytest.raises(CheckpointError, match="damaged; move it away"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message", "options"),
+    [
+        ({"steps": 50}, {"steps": 20}, "steps was 50, now it is 20", ("steps",)),
+        ({"eps": 8 / 255}, {"eps": 4 / 255}, "eps was 8/255, now it is 4/255", ("eps",)),
+        ({"eps": 0.0313725}, {"eps": 8 / 255}, "eps was 0.0313725, now it is 0.03137254901960784", ("eps",)),
+        (
+            {"eps_sweep": [2 / 255, 1 / 255]},
+            {"eps_sweep": []},
+            "eps_sweep was 2/255,1/255, now it is none",
+            ("eps_sweep", "suite"),
+        ),
+        (
+            {"eps_sweep": [n / 255 for n in range(30)]},
+            {"eps_sweep": [n / 255 for n in range(31)]},
+            "eps_sweep was ...55,26/255,27/255,28/255,29/255, now it is ...55,26/255,27/255,28/255,29/255,30/255",
+            ("eps_sweep", "suite"),
+        ),
+        ({"routing": True}, {"routing": False}, "routing was true, now it is false", ("routing", "suite")),
+        ({}, {"pathways": 8}, "pathways was null, now it is 8", ("pathways",)),
+        (
+            {"route": "x" * 100 + "a" + "y" * 100},
+            {"route": "x" * 100 + "b" + "y" * 100},
+            f"route was ...{'x' * 30}a{'y' * 29}..., now it is ...{'x' * 30}b{'y' * 29}...",
+            ("route",),
+        ),
+    ],
+)
+def test_a_refused_state_says_what_differs(
+    was: dict[str, Any], now: dict[str, Any], message: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    common = {"start": "uniform" * 20}  # so long that only a part of it would be shown
+    EvaluationState(tmp_path / "state.npz", {"attack": common | was}).add({"right": np.array([True])})
+    with pytest.raises(CheckpointError, match=re.escape(f"belongs to another evaluation: {message}; repeat")) as caught:
+        EvaluationState(tmp_path / "state.npz", {"attack": common | now})
+    assert caught.value.options == options
 
 
 def test_nan_models_and_half_precision_are_refused(tiny_vgg: Callable[..., RoutedNetwork]) -> None:

@@ -12,10 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.errors import CheckpointError
+from advmoe.evaluation.vocabulary import pixels
 from advmoe.files import write_atomically, write_text_atomically
 
 IDENTITY, DONE = "identity", "images done"
 """Names of two arrays: the identity of the evaluation as JSON, and the number of images done before a batch."""
+
+NUMBER, IMAGES = "number of images", "images"
+"""Parts of an identity: the number of images, which is only told, and the hash of the images, which counts."""
+IN_WORDS = {
+    "layout": "another version of this program wrote it",
+    "model": "it is of other weights: another checkpoint, or a control of one",
+    IMAGES: "it is of other images",
+}
+"""What it means that a part of an identity without a meaning of its own is another one."""
+OPTIONS = {
+    "layout": (),
+    "model": (),
+    IMAGES: ("dataset", "limit_eval", "skip_bad_images"),
+    "routing": ("routing", "suite"),
+    "autoattack": ("autoattack", "suite"),
+    "eps_sweep": ("eps_sweep", "suite"),
+}
+"""Settings from which a part of an identity follows, if these have other names."""
+RADII = ("eps", "step_size", "eps_sweep")
+SHOWN = 60
+"""Characters of a value in a message, at most."""
 
 Arrays = dict[str, NDArray[Any]]
 """One row per image in every array."""
@@ -106,13 +128,12 @@ class EvaluationState:
             raise CheckpointError(
                 f"{path} is not the state of an evaluation, or damaged; move it away to start anew"
             ) from error
-        for name in self._identity.keys() | stored.keys():
-            if stored.get(name) != self._identity.get(name):
-                raise CheckpointError(
-                    f"{path} belongs to another evaluation: {name} was {_short(stored.get(name))}, "
-                    f"now it is {_short(self._identity.get(name))}; "
-                    "repeat the original options or choose another folder"
-                )
+        if different := _first_difference(stored, self._identity):
+            reason, options = different
+            raise CheckpointError(
+                f"{path} belongs to another evaluation: {reason}; repeat the original options or choose another folder",
+                *options,
+            )
         return arrays
 
 
@@ -120,8 +141,9 @@ def read_note(path: Path, identity: dict[str, Any]) -> Any:
     """The note stored for this identity; None if there is none, or only for another identity."""
     try:
         stored = json.loads(path.read_text())
-        return stored["content"] if stored[IDENTITY] == json.loads(json.dumps(identity)) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        same = _first_difference(stored[IDENTITY], json.loads(json.dumps(identity))) is None
+        return stored["content"] if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -130,6 +152,54 @@ def write_note(path: Path, identity: dict[str, Any], content: Any) -> None:
     write_text_atomically(path, json.dumps({IDENTITY: identity, "content": content}) + "\n")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _first_difference(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """The first part of an identity that was another one, in words, and the settings that it follows from.
+
+    None if everything is the same.
+    """
+    was, given = _flat(stored), _flat(now)
+    for name in (name for name in given | was if name != NUMBER and was.get(name) != given.get(name)):
+        setting = name.rpartition(".")[2]
+        options = OPTIONS.get(setting, (setting,))
+        if name in IN_WORDS:
+            numbers = was.get(NUMBER), given.get(NUMBER)
+            told = name == IMAGES and None not in numbers and numbers[0] != numbers[1]
+            return IN_WORDS[name] + (f" ({numbers[0]}, now {numbers[1]})" if told else ""), options
+        before, after = _unlike(was.get(name), given.get(name), radius=setting in RADII)
+        return f"{setting} was {before}, now it is {after}", options
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by name; those inside a value have names such as `attack.eps`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _unlike(was: Any, now: Any, *, radius: bool) -> tuple[str, str]:
+    """Two values as texts of limited length that differ, as the values do."""
+    texts = [json.dumps(value) for value in (was, now)]
+    if radius:
+        in_pixels = [_in_pixels(value, text) for value, text in zip((was, now), texts, strict=True)]
+        texts = in_pixels if in_pixels[0] != in_pixels[1] else texts
+    start = 0
+    if max(map(len, texts)) > SHOWN:  # show the place where they part
+        shorter = min(map(len, texts))
+        alike = next((place for place in range(shorter) if texts[0][place] != texts[1][place]), shorter)
+        start = max(0, alike - SHOWN // 2)
+
+    def part(text: str) -> str:
+        end = start + SHOWN
+        return ("..." if start else "") + text[start:end] + ("..." if len(text) > end else "")
+
+    return part(texts[0]), part(texts[1])
+
+
+def _in_pixels(value: Any, otherwise: str) -> str:
+    """A radius or several as the command line takes them."""
+    radii = value if isinstance(value, list) else [value]
+    if not all(isinstance(radius, int | float) for radius in radii):
+        return otherwise
+    return ",".join(map(pixels, radii)) or "none"

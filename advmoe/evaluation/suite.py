@@ -39,7 +39,7 @@ from advmoe.evaluation.diagnostics import (
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import OBSERVED, begin, predict, stages
-from advmoe.evaluation.state import Arrays, EvaluationState, read_note, write_note
+from advmoe.evaluation.state import IMAGES, NUMBER, Arrays, EvaluationState, read_note, write_note
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 
@@ -181,7 +181,8 @@ def identity(
     return {
         "layout": STATE_LAYOUT,
         "model": weights.hexdigest()[:16],
-        "images": pixels.hexdigest()[:16],
+        IMAGES: pixels.hexdigest()[:16],
+        NUMBER: len(images),
         "batch size": batch_size,
         "seed": seed,
     } | settings
