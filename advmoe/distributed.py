@@ -274,13 +274,13 @@ def leader_first(action: Callable[[], T]) -> T:
     return done[0]
 
 
-def own_rows(num_images: int, batch_size: int, first_batch: int = 0) -> NDArray[np.int64]:
-    """Rows of an image set that this rank evaluates: every `size`-th batch, from `first_batch` on.
+def own_rows(num_images: int, batch_size: int, first: int = 0) -> NDArray[np.int64]:
+    """Rows of an image set that this rank evaluates: every `size`-th batch, where batches begin at row `first`.
 
     Batches are the same in every world, so the results are equal bit for bit.
     """
-    rows = np.arange(first_batch * batch_size, num_images, dtype=np.int64)
-    mine: NDArray[np.int64] = rows[(rows // batch_size - first_batch) % _world.size == _world.rank]
+    rows = np.arange(first, num_images, dtype=np.int64)
+    mine: NDArray[np.int64] = rows[(rows - first) // batch_size % _world.size == _world.rank]
     return mine
 
 

@@ -152,9 +152,9 @@ def suite(path: Path, *, batches_done: int = 0) -> SuiteResult:
     attack = AttackConfig(eps=8 / 255, steps=2, start="uniform")
     config = SuiteConfig(attack=attack, routing=True, diagnosed=4, square_queries=0)
     if batches_done and world().leads:
-        whole = EvaluationState(path, identity(model, images, config, 8, 0)).arrays
+        whole = EvaluationState(path, identity(model, images, config, 0)).arrays
         path.unlink()
-        state = EvaluationState(path, identity(model, images, config, 8, 0))
+        state = EvaluationState(path, identity(model, images, config, 0))
         state.add({name: rows[: 8 * batches_done] for name, rows in whole.items()})
     return run_suite(model, images, config, batch_size=8, state_path=path)
 

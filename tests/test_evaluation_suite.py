@@ -283,6 +283,35 @@ def test_an_interrupted_evaluation_goes_on_with_the_attack_that_was_interrupted(
     assert {done for done, _ in seen} == {5}
 
 
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_an_interrupted_evaluation_goes_on_with_another_batch_size(size: int, tmp_path: Path) -> None:
+    model, images, path = TwoRooms(), rooms(124, 110, 123, 140, 110, 126, 124), tmp_path / "state.npz"
+    whole = run_suite(model, images, ROUTING, batch_size=2)
+    seen: list[tuple[float, str]] = []
+
+    def interrupted(done: float, total: int, what: str) -> None:
+        if done > 2 and what == "route attack":  # of the second batch
+            raise KeyboardInterrupt
+
+    def watched(done: float, total: int, what: str) -> None:
+        seen.append((done, what))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=interrupted)
+    resumed = run_suite(model, images, ROUTING, batch_size=size, state_path=path, progress=watched)
+    batches = [done for done, what in seen if what == "PGD"]
+    assert batches == list(range(2, 7, size))  # the two images of the finished batch are not attacked again
+    assert resumed.arrays.keys() == whole.arrays.keys()
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(resumed.arrays[name], array, err_msg=name)
+    assert [name.name for name in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_a_state_that_names_its_batch_size_is_of_an_earlier_version_and_goes_on(tmp_path: Path) -> None:
+    EvaluationState(tmp_path / "state.npz", {"seed": 0, "batch size": 256}).add({"right": np.array([True])})
+    assert EvaluationState(tmp_path / "state.npz", {"seed": 0}).images_done == 1
+
+
 def test_a_choice_of_images_is_attacked_as_in_the_whole_set(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     torch.manual_seed(0)
     model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()

@@ -20,6 +20,8 @@ IDENTITY, DONE = "identity", "images done"
 
 NUMBER, IMAGES = "number of images", "images"
 """Parts of an identity: the number of images, which is only told, and the hash of the images, which counts."""
+INDIFFERENT = {NUMBER, "batch size"}
+"""Parts that need not be the same. Earlier versions stored the batch size."""
 IN_WORDS = {
     "layout": "another version of this program wrote it",
     "model": "it is of other weights: another checkpoint, or a control of one",
@@ -158,7 +160,7 @@ def _first_difference(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str,
     None if everything is the same.
     """
     was, given = _flat(stored), _flat(now)
-    for name in (name for name in given | was if name != NUMBER and was.get(name) != given.get(name)):
+    for name in (name for name in given | was if name not in INDIFFERENT and was.get(name) != given.get(name)):
         setting = name.rpartition(".")[2]
         options = OPTIONS.get(setting, (setting,))
         if name in IN_WORDS:

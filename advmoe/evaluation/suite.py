@@ -76,8 +76,8 @@ def run_suite(
             convolutions.
         seed: Seed of everything random.
         state_path: File for the results of each batch and, in the unfinished batch, of each attack.
-            An interrupted evaluation goes on from there. The outcome of the diagnostics lies beside
-            it.
+            An interrupted evaluation goes on from there, also with another batch size; the batch
+            under way is then begun again. The outcome of the diagnostics lies beside it.
         progress: Called during the work.
 
     Raises:
@@ -86,16 +86,15 @@ def run_suite(
         AdvMoEError: Logits or gradients are not finite.
     """
     tell = progress or (lambda *_: None)
-    subject = identity(model, images, config, batch_size, seed, numbers)
+    subject = identity(model, images, config, seed, numbers)
     own_path = state_path if world().leads else None
     state = together(lambda: EvaluationState(own_path, subject))
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     total = len(images)
     images_done = from_leader(lambda: state.images_done)
-    first_batch = math.ceil(images_done / batch_size)  # the last batch may be smaller than the others
-    rounds = math.ceil((math.ceil(total / batch_size) - first_batch) / world().size)
-    own = BatchLoader(images, batch_size=batch_size, indices=own_rows(total, batch_size, first_batch)).epoch(0)
+    rounds = math.ceil(math.ceil((total - images_done) / batch_size) / world().size)
+    own = BatchLoader(images, batch_size=batch_size, indices=own_rows(total, batch_size, images_done)).epoch(0)
 
     def next_batch() -> Arrays | None:
         """All there is to know of this rank's next batch; None after its last one."""
@@ -104,7 +103,7 @@ def run_suite(
             return None
         victims = Victims.of(model, batch, config.attack, seed=seed, numbers=numbers)
         run = begin(victims, config)
-        if state.under_way:
+        if np.array_equal(state.under_way.get("index", ()), victims.indices):  # not after another batch size
             run.restore(state.under_way)
         todo = stages(run, common_ML)
         for number, stage in enumerate(todo):
@@ -162,7 +161,6 @@ def identity(
     model: nn.Module,
     images: ImageSet,
     config: SuiteConfig,
-    batch_size: int,
     seed: int,
     numbers: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
@@ -183,7 +181,6 @@ def identity(
         "model": weights.hexdigest()[:16],
         IMAGES: pixels.hexdigest()[:16],
         NUMBER: len(images),
-        "batch size": batch_size,
         "seed": seed,
     } | settings
 
