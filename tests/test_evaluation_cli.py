@@ -168,6 +168,24 @@ def test_bad_options_are_one_line(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("dataset", "classes"),
+    [("cifar10", "10 (airplane, automobile, bird, ...)"), ("tinyimagenet", "200"), ("cifar100", "100 (apple, ")],
+)
+def test_a_data_set_of_other_classes_is_refused_before_it_is_read(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dataset: str,
+    classes: str,
+) -> None:
+    monkeypatch.setattr(sources, "load_dataset", None)  # which would download it
+    assert evaluate(checkpoint, "--dataset", dataset) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"tells 10 classes apart (0, 1, 2, ...), {dataset} has {classes}" in err
+    assert err.endswith("evaluate it on the data set it was trained on")
+
+
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["analyze", str(tmp_path)], ["report", str(tmp_path / "nothere")]):
         assert main(arguments) == 1

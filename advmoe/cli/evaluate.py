@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from advmoe.data.sets import Images, ImageSet
+    from advmoe.data.sets import DatasetInfo, Images, ImageSet
     from advmoe.evaluation.results import SuiteConfig, SuiteResult
     from advmoe.models.network import RoutedNetwork
     from advmoe.routing_log import PathwayChannels
@@ -269,20 +269,15 @@ class Subject:
             CheckpointError: The checkpoint was trained for other classes.
             DataError: The images cannot be read or decoded.
         """
-        from advmoe.data.sources import load_dataset
+        from advmoe.data.sources import known_info, load_dataset
 
         name = dataset or self.contents.train.get("dataset")
         if name is None:
             raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
+        self._check_classes(known_info(name))  # before a download
         with data_progress() as reading:
             data = load_dataset(name, data_dir_of(self.path, name, data_dir), progress=reading, announce=console.note)
-        known = self.contents.class_names
-        if known and known != data.info.class_names:
-            raise CheckpointError(
-                f"{self.path} tells {len(known)} classes apart ({', '.join(known[:3])}, ...), "
-                f"{name} has {data.info.num_classes} ({', '.join(data.info.class_names[:3])}, ...); "
-                "evaluate it on the data set it was trained on"
-            )
+        self._check_classes(data.info)
         size = self.contents.model.image_size
 
         def some(images: Images, number: int | None, what: str) -> tuple[ImageSet, NDArray[np.int64] | None]:
@@ -296,6 +291,22 @@ class Subject:
         tested, numbers = some(data.test, limit, "test")
         calibration = some(data.train, calibrated, "training")[0] if calibrated else None
         return Tested(data.info.name, tested, numbers, calibration)
+
+    def _check_classes(self, info: DatasetInfo) -> None:
+        """Compare the model's classes with those of a data set, as far as both are known.
+
+        Raises:
+            CheckpointError: They differ.
+        """
+        known = self.contents.class_names
+        if not known or known == info.class_names or not info.num_classes:
+            return
+        if info.class_names or len(known) != info.num_classes:
+            theirs = f" ({', '.join(info.class_names[:3])}, ...)" if info.class_names else ""
+            raise CheckpointError(
+                f"{self.path} tells {len(known)} classes apart ({', '.join(known[:3])}, ...), "
+                f"{info.name} has {info.num_classes}{theirs}; evaluate it on the data set it was trained on"
+            )
 
 
 @dataclass(frozen=True)
