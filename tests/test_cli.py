@@ -170,6 +170,14 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
         (["train", "digits", "--bogus", "1"], r"No such option: --bogus"),
         (["train", "digits", "--epochs", "many"], r"Invalid value for '--epochs'.*integer"),
         (["train", "cifar10", "--data-dir", "file"], r"file is a file; give the folder"),
+        (
+            ["train", "digits", "--data-dir", "gone"],
+            r"images of digits come with advmoe, .* leave it out \(--data-dir\)$",
+        ),
+        (
+            ["reproduce", "fig2", "--scale", "smoke", "--data-dir", "gone"],
+            r"--scale smoke uses digits, .*, so --data-dir has no effect; leave it out$",
+        ),
         (["evaluate", "missing.pt"], r"no checkpoint at missing\.pt"),
         (["evaluate", "file"], r"file cannot be read as a checkpoint"),
         (["export", "missing.pt", "model.onnx"], r"no checkpoint at missing\.pt"),
@@ -256,6 +264,8 @@ def test_a_run_goes_on_by_its_folder_alone(
     capsys.readouterr()
     assert main(["train", "--out", "copy", "--resume"]) == 0
     assert "copy is finished, all 1 epochs; to train on, begin a new run from it" in capsys.readouterr().err
+    earlier = tmp_path / "copy" / "run.toml"  # earlier versions noted a folder of digits, too
+    earlier.write_text('data_dir = "gone"\n' + earlier.read_text())
     assert main(["train", "--config", "copy", "--out", "copy", "--resume"]) == 0
     capsys.readouterr()
     assert "holds no run to go on with" in refused(["train", "--config", "copy", "--resume"], capsys)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,9 +257,9 @@ def test_an_evaluation_does_not_replace_the_files_of_a_training_run(
 
 
 def test_a_run_folder_is_evaluated_on_the_data_it_was_trained_on(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    three_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remember_data(checkpoint.parent, "digits", tmp_path)
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
     asked: list[Path | None] = []
     load = sources.load_dataset
 
@@ -267,10 +268,10 @@ def test_a_run_folder_is_evaluated_on_the_data_it_was_trained_on(
         return load(name, data_dir, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sources, "load_dataset", spy)
-    assert evaluate(checkpoint.parent, "--diagnose", "0", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(checkpoint)
-    assert evaluate(checkpoint.parent, "--diagnose", "0", "--data-dir", str(tmp_path / "other")) == 0
-    assert asked == [tmp_path, tmp_path / "other"]
+    assert evaluate(three_classes.parent, "--diagnose", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(three_classes)
+    assert evaluate(three_classes.parent, "--diagnose", "0", "--data-dir", str(tmp_path / "other")) == 0
+    assert asked == [tmp_path / "data", tmp_path / "other"]
     assert evaluate(tmp_path) == 1
     assert "is a folder without best.pt; expected a run folder such as runs/NAME" in capsys.readouterr().err
 
@@ -287,11 +288,21 @@ def test_a_run_that_has_finished_no_epoch_is_named_as_such(
 
 
 def test_the_images_of_a_run_that_are_gone_are_not_looked_for_elsewhere(
+    three_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember_data(three_classes.parent, "folder", tmp_path / "gone")
+    assert evaluate(three_classes.parent, "--diagnose", "0") == 1
+    assert "gone, which is gone; say where they are now (--data-dir)" in capsys.readouterr().err
+
+
+def test_a_folder_for_images_that_come_with_the_package_is_refused_unless_an_earlier_version_recorded_it(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert evaluate(checkpoint, "--diagnose", "0", "--data-dir", str(tmp_path)) == 1
+    told = "the images of digits come with advmoe, no folder is read for them; leave it out (--data-dir)"
+    assert told in capsys.readouterr().err
     remember_data(checkpoint.parent, "digits", tmp_path / "gone")
-    assert evaluate(checkpoint.parent, "--diagnose", "0") == 1
-    assert "gone, which is gone; say where they are now (--data-dir)" in capsys.readouterr().err
+    assert evaluate(checkpoint, "--diagnose", "0") == 0
 
 
 def test_a_repeated_evaluation_takes_the_diagnostics_it_has_kept(

@@ -22,7 +22,9 @@ def data_dir_of(checkpoint: Path, dataset: str, given: Path | None) -> Path | No
     Raises:
         DataError: The recorded folder no longer exists.
     """
-    if given is not None:
+    from advmoe.data.sources import is_packaged
+
+    if given is not None or is_packaged(dataset):  # earlier versions recorded a folder for any data set
         return given
     try:
         stored = json.loads((checkpoint.parent / DATA).read_text())

@@ -92,6 +92,10 @@ def reproduce(
         evaluate=" ".join([evaluate, *([] if limit_eval is None else ["--limit-eval", str(limit_eval)])]).strip(),
         common=("--device", device, *([] if data_dir is None else ["--data-dir", str(data_dir)])),
     )
+    check(
+        data_dir is None or plan.size.dataset is None,
+        f"--scale {scale} uses {plan.size.dataset}, which comes with advmoe, so --data-dir has no effect; leave it out",
+    )
     check(jobs >= 1, f"--jobs must be at least 1, got {jobs}")
     if list_only:
         for line in plan.commands(out):

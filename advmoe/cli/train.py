@@ -170,7 +170,7 @@ def make_plan(
     Raises:
         ConfigError: A setting is invalid, or two settings contradict each other.
     """
-    from advmoe.data.sources import dataset_info, dataset_names
+    from advmoe.data.sources import dataset_info, dataset_names, is_packaged
     from advmoe.training.checkpoint import file_digest
     from advmoe.training.methods import resolve_method
 
@@ -195,6 +195,8 @@ def make_plan(
     elif chosen == "folder" and data_dir is not None:  # another folder may have other classes
         kept = {name: value for name, value in base.model.items() if name != "num_classes"}
         base = dataclasses.replace(base, model=kept)
+    if is_packaged(chosen):  # run files of earlier versions may name a folder
+        base = dataclasses.replace(base, data_dir=None)
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
     init = None if init is None else checkpoint_of(init)

@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "dataset_info",
     "dataset_names",
+    "is_packaged",
     "known_info",
     "load_dataset",
     "shorter_side",
@@ -37,6 +38,8 @@ class _Source:
     info: DatasetInfo
     load: Callable[[Path, bool, Progress | None, Announce | None], Dataset]
     """``(data_dir, download, progress, announce)`` → the data set."""
+    packaged: bool = False
+    """Whether the images are part of this package, so that no folder has them."""
 
 
 def _cifar(cifar: Cifar) -> _Source:
@@ -63,7 +66,7 @@ _SOURCES = {
             IMAGENET.info, lambda data_dir, download, progress, _: load_imagenet(IMAGENET, data_dir, progress=progress)
         ),
         _Source(FOLDER, lambda data_dir, *_: load_folder(data_dir)),
-        _Source(DIGITS, lambda *_: load_digits()),
+        _Source(DIGITS, lambda *_: load_digits(), packaged=True),
     )
 }
 
@@ -79,11 +82,16 @@ def dataset_info(name: str, data_dir: Path | str | None = None) -> DatasetInfo:
     For ``folder`` they include the names of the class folders in ``data_dir``.
 
     Raises:
-        ConfigError: No data set has this name.
+        ConfigError: No data set has this name, or ``data_dir`` is given for one without files.
         DataError: ``data_dir`` is not an image folder.
     """
-    info = _source(name).info
-    return folder_info(_place(name, data_dir)) if info is FOLDER else info
+    info, place = _source(name).info, _place(name, data_dir)
+    return folder_info(place) if info is FOLDER else info
+
+
+def is_packaged(name: str) -> bool:
+    """Whether the images of a data set come with this package and lie in no data folder."""
+    return name in _SOURCES and _SOURCES[name].packaged
 
 
 def known_info(name: str) -> DatasetInfo:
@@ -129,7 +137,7 @@ def load_dataset(
         (`EncodedSet`).
 
     Raises:
-        ConfigError: No set has this name.
+        ConfigError: No set has this name, or `data_dir` is given for one that comes with the package.
         DataError: The data are missing, incomplete or malformed.
     """
     return _source(name).load(_place(name, data_dir), download, progress, announce)
@@ -138,6 +146,10 @@ def load_dataset(
 def _place(name: str, data_dir: Path | str | None) -> Path:
     if data_dir is None and name == FOLDER.name:
         raise DataError("data set 'folder' needs the folder of your images, with train/<class>/*", "data_dir")
+    if data_dir is not None and is_packaged(name):
+        raise ConfigError(
+            f"the images of {name} come with advmoe, no folder is read for them; leave it out", "data_dir"
+        )
     return default_data_dir() if data_dir is None else Path(data_dir)
 
 
