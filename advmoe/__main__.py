@@ -2,7 +2,17 @@
 
 import sys
 
-from advmoe.cli.app import main
+
+def start() -> int:
+    """The command `advmoe`. Ctrl-C while its modules are imported gives one line, too."""
+    try:
+        from advmoe.cli.app import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

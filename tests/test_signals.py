@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from runs import MODEL
 from advmoe.cli import app, reproduce
 from advmoe.cli.app import main
 from advmoe.cli.progress import TrainingProgress
-from advmoe.cli.signals import Terminated, handling, terminate
+from advmoe.cli.signals import NAMES, Terminated, handling, terminate
 from advmoe.evaluation import suite
 from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -60,19 +61,27 @@ def test_training_finishes_its_step_and_saves(
     assert load_checkpoint(run / "last.pt").progress["step"] == 3
 
 
-def test_a_second_interrupt_ends_training_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_ends_training_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def signaled(self: TrainingProgress, step: int, *rest: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(TrainingProgress, "stepped", signaled)
     assert main([*TRAIN, "--out", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"interrupted; go on with the same command and --resume --out {tmp_path / 'run'}"
     assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    code: int,
 ) -> None:
     torch.manual_seed(0)
     config = {"dataset": "digits", "attack": {"eps": 0.1}}
@@ -92,8 +101,58 @@ def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
 
     monkeypatch.setattr(suite, "begin", signaled)
     assert main(command) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"{NAMES[signum]}; {tmp_path / 'card'} holds what is finished; the same command goes on"
     assert main(command) == 0
     assert len(begun) == 3, "the first of two batches is not done again"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", [TRAIN, ["evaluate", "model.pt"], ["export", "model.pt", "model.onnx"]])
+def test_a_command_that_is_stopped_before_it_begins_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    signum: signal.Signals,
+    code: int,
+) -> None:
+    read = "advmoe.data.sources.dataset_info" if command is TRAIN else "advmoe.training.checkpoint.load_checkpoint"
+    monkeypatch.setattr(read, lambda *_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr("advmoe.training.checkpoint.file_digest", lambda *_: "")
+    assert main(command) == code
+    assert capsys.readouterr().err == f"{NAMES[signum]}\n"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_not_lost_in_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, code: int
+) -> None:
+    text = "import os\ntry:\n    os.kill(os.getpid(), %d)\nexcept BaseException:\n    pass  # as compiled modules do\n"
+    (tmp_path / "swallows.py").write_text(text % signum)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def imports() -> None:
+        import_module("swallows")
+        time.sleep(10)
+
+    monkeypatch.setattr("advmoe.cli.recipes.all_recipes", imports)
+    try:
+        assert main(["recipes"]) == code
+    finally:
+        sys.modules.pop("swallows", None)
+
+
+def test_an_interrupted_server_that_does_not_run_yet_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from advmoe_export.serve import command
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert command.main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 CHILD = """
@@ -145,11 +204,12 @@ def wait_for(file: Path) -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(143, 143), (130, 130), (1, 1)])
 def test_reproduce_ends_as_its_command_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, code: int
 ) -> None:
     monkeypatch.setattr(reproduce, "run_to_its_end", lambda *_: (status, ""))
     assert main(["reproduce", "fig3", "--runs", str(tmp_path), "--out", str(tmp_path)]) == code
     assert not list(tmp_path.iterdir())
+    assert ("the same command of 'advmoe reproduce' goes on" in capsys.readouterr().err) == (code != 1)
 
 
 def test_a_command_line_in_another_thread_handles_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import advmoe
 from advmoe.cli import console
@@ -32,13 +33,24 @@ from advmoe.cli.recipes import recipes
 from advmoe.cli.report import report
 from advmoe.cli.reproduce import reproduce
 from advmoe.cli.serve import serve
-from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, handling, terminate
+from advmoe.cli.signals import NAMES, Stopped, Terminated, handling, interrupt, resumable, terminate
 from advmoe.cli.train import train
 from advmoe.errors import AdvMoEError, ConfigError, LostRankError
 from advmoe.world import World, launched
 
+
+class Commands(TyperGroup):
+    """The commands. A command that is interrupted ends with `Interrupted`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the command."""
+        with resumable():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="advmoe",
+    cls=Commands,
     help=(
         "Robust, cheap-to-serve CNNs: train a sparse mixture-of-experts CNN adversarially (AdvMoE, ICCV 2023), "
         "measure its robustness, export it to ONNX, serve it.\n\n"
@@ -84,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A wrong option, like any other bad input, is one line on stderr. With ADVMOE_TRACEBACK=1 the
     traceback is shown too.
     """
-    with warnings.catch_warnings(), handling(signal.SIGTERM, terminate):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(handling(signal.SIGTERM, terminate))
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # jobs in the background ignore it
+            stack.enter_context(handling(signal.SIGINT, interrupt))
         warnings.showwarning = show_warning
         return run(arguments)
 
@@ -94,7 +110,7 @@ def run(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     ranks = World()
 
-    def fail(message: str, *, lost: bool = False) -> None:
+    def fail(message: str, *, lost: bool = False, say: Callable[[str], None] = console.fail) -> None:
         if ranks.size > 1:
             from advmoe.distributed import first_to_say
 
@@ -102,7 +118,7 @@ def run(arguments: Sequence[str] | None) -> int:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if not first_to_say(message, lost=lost):
                 return
-        console.fail(message)
+        say(message)
 
     try:
         ranks = launched()
@@ -116,12 +132,11 @@ def run(arguments: Sequence[str] | None) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted")
-        return INTERRUPTED
-    except Terminated:
-        fail("terminated")
-        return TERMINATED
+    except (typer.Abort, KeyboardInterrupt, Stopped) as stop:
+        ending = f"; {stop.going_on}" if isinstance(stop, Stopped) and stop.going_on else ""
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        fail(NAMES[signum] + ending, say=console.stopped)
+        return 128 + signum
     except BrokenPipeError:
         forget_output()
         sys.stderr.close()

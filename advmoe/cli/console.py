@@ -44,6 +44,12 @@ def fail(message: str) -> None:
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False)
 
 
+def stopped(message: str) -> None:
+    """The last line of a command that was asked to stop."""
+    err.quiet = False
+    err.print(escape(message), highlight=False)
+
+
 def emit_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout. Values that are not finite, which JSON cannot
     express, become null.

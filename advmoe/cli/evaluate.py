@@ -17,6 +17,7 @@ from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages
 from advmoe.cli.progress import data_progress, suite_progress
+from advmoe.cli.signals import resumable
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.hub import is_address
@@ -136,7 +137,11 @@ def evaluate(
         for written in (out, *(_folder_of_control(out, name) for name in controls)):
             refuse_a_run(written)
     place = resolve_device(device)
-    with joined(place, patience=PATIENT_SECONDS):
+
+    def how_to_go_on() -> str:
+        return f"{out} holds what is finished; the same command goes on" if out and any(out.rglob(STATE)) else ""
+
+    with joined(place, patience=PATIENT_SECONDS), resumable(how_to_go_on):
         subject = leader_first(lambda: Subject.load(checkpoint_of(model), device=place))
         for name in CONTROLS:
             if name in controls:

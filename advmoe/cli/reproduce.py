@@ -19,7 +19,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, LimitEval
-from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, terminal_interrupts_children
+from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, resumable, terminal_interrupts_children
 from advmoe.config import check, one_of
 from advmoe.errors import AdvMoEError, ConfigError
 from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
@@ -108,17 +108,18 @@ def reproduce(
         f"torchrun's {ranks} processes do each run together; --jobs and --gpus would do several side by side: leave "
         "them out, or start this in one process",
     )
-    if len(workers) > 1 and len(plan.commands(out)) > 1:
-        side_by_side(plan.commands(out), workers)
-    if ranks == 1:
-        carry_out(plan, out, prepare=prepare, json=json)
-        return
-    import torch
+    with resumable(lambda: "the same command of 'advmoe reproduce' goes on"):
+        if len(workers) > 1 and len(plan.commands(out)) > 1:
+            side_by_side(plan.commands(out), workers)
+        if ranks == 1:
+            carry_out(plan, out, prepare=prepare, json=json)
+            return
+        import torch
 
-    from advmoe.distributed import PATIENT_SECONDS, joined
+        from advmoe.distributed import PATIENT_SECONDS, joined
 
-    with joined(torch.device("cpu"), patience=PATIENT_SECONDS):
-        carry_out(plan, out, prepare=prepare, json=json)
+        with joined(torch.device("cpu"), patience=PATIENT_SECONDS):
+            carry_out(plan, out, prepare=prepare, json=json)
 
 
 def carry_out(plan: Plan, out: Path, *, prepare: bool, json: bool) -> None:

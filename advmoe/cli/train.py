@@ -17,7 +17,7 @@ from advmoe.cli.models import remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
-from advmoe.cli.signals import stopping
+from advmoe.cli.signals import resumable, stopping
 from advmoe.config import CHECKPOINT_MINUTES, ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
@@ -129,7 +129,7 @@ def train(
     saving = Saving(keep, checkpoint_minutes)
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
-    with joined(place):
+    with joined(place), resumable(lambda: how_to_go_on(path) if begun(path) else ""):
         if chosen_seeds is None:
             show(plan.train, train_run(plan, path, place, resume=resume, saving=saving), json=json)
             return
@@ -138,8 +138,8 @@ def train(
             folder = seed_folder(path, seed)
             console.note(f"seed {seed}: {folder}")
             of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
-            begun = resume and (folder / LAST).exists()
-            runs[seed] = train_run(of_seed, folder, place, resume=begun, saving=saving, out=path)
+            there = resume and (folder / LAST).exists()
+            runs[seed] = train_run(of_seed, folder, place, resume=there, saving=saving, out=path)
         show_seeds(path, runs, json=json)
 
 
@@ -319,10 +319,20 @@ def train_run(
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
-        console.note(f"interrupted; go on with the same command and --resume --out {out or path}")
+        console.note(f"interrupted; {how_to_go_on(out or path)}")
         raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have received the signal
     best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
+
+
+def how_to_go_on(out: Path) -> str:
+    """The end of the last line of a run that was stopped."""
+    return f"go on with the same command and --resume --out {out}"
+
+
+def begun(out: Path) -> bool:
+    """Whether a run of these seeds, or of the only one, can be resumed."""
+    return (out / LAST).exists() or any(out.glob(f"*/{LAST}"))
 
 
 def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:

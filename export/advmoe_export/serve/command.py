@@ -66,10 +66,15 @@ def run(arguments: Sequence[str], *, program: str) -> None:
 
 
 def main() -> int:
-    """Run the command. Returns the exit code: 0 after a stop, 1 after a mistake of the user."""
+    """Run the command. Returns the exit code: 0 after a stop, 1 after a mistake of the user, 130 after Ctrl-C before
+    the server ran.
+    """
     try:
         run(sys.argv[1:], program="advmoe-serve")
     except ExportError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the server handles it while it runs
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
