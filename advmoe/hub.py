@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from advmoe.errors import CheckpointError, ConfigError
 
@@ -56,6 +57,31 @@ def check_repository(name: str) -> None:
         raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
 
 
+def check_access(repository: str, *, private: bool) -> None:
+    """Contact the hub before the files of an upload are made, which takes time.
+
+    Raises:
+        ConfigError: The name is malformed, or the hub's library is not installed.
+        CheckpointError: The hub cannot be reached or knows no such user, or the repository is public
+            and should be private.
+    """
+    check_repository(repository)
+    with hub_errors(repository) as hub:
+        api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        api.whoami()
+        if private and api.repo_exists(repository):
+            _check_private(api, repository)
+
+
+def _check_private(api: Any, repository: str) -> None:
+    """Refuse a public repository."""
+    if not api.repo_info(repository).private:
+        raise CheckpointError(
+            f"{repository} exists and is public, so nothing was uploaded; make it private on the hub first, or "
+            "give another name"
+        )
+
+
 def push(folder: Path, repository: str, *, replaces: Sequence[str] = (), private: bool, message: str) -> str:
     """Upload all files of a folder to a repository, which is made if there is none.
 
@@ -80,11 +106,8 @@ def push(folder: Path, repository: str, *, replaces: Sequence[str] = (), private
         api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         # not False: an organization may make its repositories private by default
         address = api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repository).private:  # one that exists stays as it is
-            raise CheckpointError(
-                f"{repository} exists and is public, so nothing was uploaded; make it private on the hub first, or "
-                "give another name"
-            )
+        if private:  # one that exists stays as it is
+            _check_private(api, repository)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=list(replaces)
         )
@@ -104,12 +127,31 @@ def hub_errors(what: str) -> Iterator[ModuleType]:
         from huggingface_hub import errors
     except ImportError as error:
         raise ConfigError("the hub needs huggingface-hub; install it with: pip install 'advmoe[hub]'") from error
+    # The errors of its network library, which differs between versions, and OSError.
+    unreachable: tuple[Any, ...] = errors.HfHubHTTPError.__bases__
     try:
         yield huggingface_hub
     except errors.RemoteEntryNotFoundError as error:
         raise CheckpointError(f"{what} has no {WEIGHTS}: it was not uploaded by this project") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(f"{what} is not there, or is private and $HF_TOKEN gives no access to it") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError, RuntimeError) as error:
+    except errors.LocalTokenNotFoundError as error:
+        raise CheckpointError(
+            f"the hub takes {what} from a known user only, and there is no token; set $HF_TOKEN or run 'hf auth login'"
+        ) from error
+    except (*unreachable, errors.HFValidationError, ValueError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"the hub cannot give or take {what}: {reason}") from error
+        raise CheckpointError(
+            f"the hub cannot give or take {what}: {reason.strip(' .')}{_remedy(error, status)}"
+        ) from error
+
+
+def _remedy(error: Exception, status: int | None) -> str:
+    """What to do about an error of the hub, as the end of a message."""
+    if status in {401, 403}:
+        return "; give a token that may do this in $HF_TOKEN, or by 'hf auth login'"
+    if status is not None and (status == 429 or status >= 500):
+        return "; try again later"
+    unreachable = not isinstance(error, ValueError | RuntimeError) and status is None
+    return f"; check the network{' and $HF_ENDPOINT' if 'HF_ENDPOINT' in os.environ else ''}" if unreachable else ""

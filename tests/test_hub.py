@@ -33,6 +33,8 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, dict[str, bytes]]
     private: set[str]
+    refuses: int | None = None
+    """Status of every answer, if it is not None."""
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -50,7 +52,11 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
+        if self.refuses is not None:
+            self.answer(self.refuses)
+        elif self.path == "/api/whoami-v2":
+            self.answer_json({"name": "owner"})
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
             content = self.files.get(found[1], {}).get(found[3])
             if content is None:
                 code = "EntryNotFound" if found[1] in self.files else "RepoNotFound"
@@ -62,6 +68,9 @@ class Hub(BaseHTTPRequestHandler):
             self.answer_json([{"type": "file", "path": name, "size": 1, "oid": REVISION} for name in files])
         elif found := re.match(r"/api/models/([^/]+/[^/]+)", self.path):
             name = found[1]
+            if name not in self.files:
+                self.answer(404, X_Error_Code="RepoNotFound")
+                return
             siblings = [{"rfilename": file} for file in self.files.get(name, {})]
             self.answer_json(
                 {"id": name, "sha": REVISION, "siblings": siblings, "private": name in self.private, "tags": []}
@@ -298,6 +307,49 @@ def test_a_hub_that_cannot_be_reached_gives_one_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="the hub cannot give or take hf://owner/name") as caught:
         fetch("hf://owner/name")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "message"),
+    [
+        (401, "Invalid user token.*; give a token that may do this in .HF_TOKEN, or by 'hf auth login'"),
+        (403, "403.*; give a token"),
+        (404, "owner/digits.*404"),
+        (500, "500.*; try again later"),
+        (429, "; try again later"),
+        (200, "the hub cannot give or take owner/digits"),
+    ],
+)
+def test_a_hub_that_refuses_is_asked_before_anything_is_exported(
+    hub: dict[str, dict[str, bytes]],
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    refuses: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Hub, "refuses", refuses, raising=False)
+    monkeypatch.setattr("advmoe.cli.push.write_repository", lambda *_, **__: pytest.fail("nothing is written"))
+    assert main(["push", str(run), "owner/digits"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_a_push_without_a_network_or_a_token_gives_one_line(
+    hub: dict[str, dict[str, bytes]], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmoe.cli.push.write_repository", lambda *_, **__: pytest.fail("nothing is written"))
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    assert main(["push", str(run), "owner/digits"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("there is no token; set $HF_TOKEN or run 'hf auth login'")
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    assert main(["push", str(run), "owner/digits", "--no-onnx"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the hub cannot give or take owner/digits: " in line
+    assert line.endswith("; check the network and $HF_ENDPOINT")
 
 
 @pytest.mark.parametrize("address", ["hf://owner", "hf://", "hf://owner/name/more", "hf:owner/name"])

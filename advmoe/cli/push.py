@@ -44,7 +44,7 @@ def push(
     Others load it with advmoe.load("hf://owner/name"). $HF_TOKEN or 'hf auth login' gives the right
     to upload.
     """
-    from advmoe.hub import check_repository
+    from advmoe.hub import check_access, check_repository
     from advmoe.hub import push as upload
     from advmoe.training.checkpoint import load_checkpoint
 
@@ -52,6 +52,8 @@ def push(
     checkpoint = checkpoint_of(run)
     contents = load_checkpoint(checkpoint)
     card = find_card(run, evaluation, checkpoint, contents)
+    with console.err.status("contacting the hub"):
+        check_access(repository, private=private)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_repository(contents, checkpoint, repository, folder, card=card, license=license, onnx=onnx)
