@@ -31,7 +31,7 @@ def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
         path: The file to write; it holds either its old content or the complete new one.
         contents: Entries of a checkpoint file by name; `weights` is the state dict.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in contents["weights"].items()}
     described = {name: contents[name] for name in PARTS}
@@ -40,7 +40,9 @@ def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
     # One entry only: safetensors writes several in random order, and the same model should give the
     # same bytes.
     metadata = {KEY: json.dumps(described, sort_keys=True, allow_nan=False)}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
+    # Python writes the bytes: safetensors gives a full disk an error of its own, which is no OSError.
+    content = save(weights, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models in safetensors files: loading returns the saved model, and other files are refused."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     assert main(["export", str(run), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_gives_one_line_and_no_half_written_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "model.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert main(["export", str(run), str(target)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err == f"error: cannot use {target}: File too large; give another place\n"
+    assert not list(tmp_path.iterdir())
