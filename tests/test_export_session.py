@@ -236,6 +236,19 @@ def test_the_reason_of_onnxruntime_is_shown_in_full(path: Path, tmp_path: Path) 
     assert message.endswith(whole)
 
 
+def test_a_graph_with_other_inputs_is_one_line(path: Path, tmp_path: Path) -> None:
+    other = onnx.load(path, load_external_data=False)
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    other.graph.CopyFrom(onnx.helper.make_graph([node], "other", [value], [result]))
+    target = tmp_path / path.name
+    onnx.save(other, target)
+    Path(f"{target}.data").write_bytes(Path(f"{path}.data").read_bytes())
+    with pytest.raises(ModelFileError, match="takes x, expected 'images': another graph; export it again"):
+        Session(target)
+
+
 def test_weights_that_cannot_be_read_are_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
@@ -263,7 +276,10 @@ def fake_runtime(starting: Sequence[str], installed: Sequence[str] = ("CUDAExecu
             print("Failed to load libcublasLt.so.13")
         names = [*([name] if name in starting else []), "CPUExecutionProvider"]
         return SimpleNamespace(
-            get_providers=lambda: list(dict.fromkeys(names)), get_outputs=list, options=dict(providers)
+            get_providers=lambda: list(dict.fromkeys(names)),
+            get_outputs=list,
+            get_inputs=lambda: [SimpleNamespace(name="images")],
+            options=dict(providers),
         )
 
     runtime = SimpleNamespace(

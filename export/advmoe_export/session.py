@@ -96,6 +96,11 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = self._start([providers] if isinstance(providers, str) else providers, options)
+        taken = [entry.name for entry in self._session.get_inputs()]
+        if taken != ["images"]:
+            raise ModelFileError(
+                f"'{path}' takes {', '.join(taken) or 'nothing'}, expected 'images': another graph; export it again"
+            )
         self.provider: str = self._session.get_providers()[0]
         """Full name of the provider that runs the model."""
         self.outputs = tuple(output.name for output in self._session.get_outputs())
