@@ -331,7 +331,7 @@ def test_images_of_a_folder_are_cut_to_the_size_asked_for(pets: list[str], capsy
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert main(["info", "run/best.pt", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, "cat, dog")
+    assert (facts["image_size"], facts["num_classes"], facts["classes"]) == (32, 2, ["cat", "dog"])
 
 
 def test_a_folder_keeps_its_image_size_where_another_machine_would_suggest_another(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from advmoe.cli.app import main
+from advmoe.cli.info import model_file_facts
 from advmoe.models.network import RoutedNetwork
 from advmoe.recipes import recipes
 from advmoe.training.checkpoint import Checkpoint, save_checkpoint
@@ -50,6 +51,38 @@ def test_info_is_a_summary_and_all_shows_the_rest(run: Path, capsys: pytest.Capt
     everything = capsys.readouterr().out
     assert "router_gradient" in everything
     assert "train_loss" in everything
+
+
+def test_names_are_lists_in_json_and_text_for_people(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model kinds"] == ["dense", "s_dense", "sparse_cnn", "moe"]
+    assert set(facts["training methods"]) >= {"advmoe", "at"}
+    assert main(["info"]) == 0
+    assert "dense, s_dense, sparse_cnn, moe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "shown"), [((32, 32), 32), ((32, 48), (32, 48))])
+def test_the_image_size_of_a_file_is_that_of_its_checkpoint(size: tuple[int, int], shown: object) -> None:
+    metadata = pytest.importorskip("advmoe_export").ModelMetadata(
+        labels=("a", "b"),
+        image_size=size,
+        resize=48,
+        input_type="float32",
+        profile="hybrid",
+        dtype="fp32",
+        opset=18,
+        batch_size=None,
+        outputs=("logits",),
+        num_experts=(),
+        layers=(),
+        expert_load=None,
+        tool={},
+        data_sha256="",
+        data_bytes=0,
+        model={},
+    )
+    assert model_file_facts(metadata)["image_size"] == shown
 
 
 def test_json_has_null_where_a_number_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def card_of(result: SuiteResult, name: str) -> dict[str, Any]:
         dataset="rooms",
         model=ModelConfig(arch="vgg16"),
         train={"method": "advmoe", "epochs": 3},
-        cost=Cost(parameters=1234, gflops=0.5),
+        cost=Cost(parameters=1234, gflops=0.000123456789),
         device="one core",
         latency={1: 2.345678, 64: 0.25},
     )
@@ -71,6 +71,7 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
         "eps": "8/255",
         "unreliable": None,  # no diagnostics were run
     }
+    assert card["advmoe"]["gflops"] == 0.000123457  # six digits, also of a tiny network
     assert card["advmoe"]["ra_by_eps"] == {"2/255": 66.67, "16/255": 66.67}
     assert card["advmoe"]["trusted"] is None
     assert card["advmoe"]["verdict"] == "not checked"

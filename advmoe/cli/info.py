@@ -62,7 +62,7 @@ def info(
     if json:
         console.emit_json(facts)
     elif everything or file is None:
-        console.show_facts(title, facts)
+        console.show_facts(title, {name: text_of(value) for name, value in facts.items()})
     else:
         console.show_facts(title, summary(facts))
         console.note("--all shows every setting and figure")
@@ -75,13 +75,23 @@ def summary(facts: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in facts.items()
         if name in SUMMARY or name.startswith("metrics.val_ra") or not any(known in facts for known in SUMMARY[6:9])
     }
-    texts = {name: " ".join(str(value).split()) for name, value in chosen.items()}
+    texts = {name: " ".join(text_of(value).split()) for name, value in chosen.items()}
     return {name: text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for name, text in texts.items()}
+
+
+def text_of(value: Any) -> str:
+    """A fact for a person: names without brackets and quotes."""
+    if isinstance(value, Mapping) and all(isinstance(part, str) for part in value.values()):
+        return "; ".join(f"{name}: {part}" for name, part in value.items())
+    names = isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+    return ", ".join(value) if names else str(value)
 
 
 def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:
     """Facts from the metadata of an exported model."""
     facts = dataclasses.asdict(metadata)
+    if len(set(metadata.image_size)) == 1:
+        facts["image_size"] = metadata.image_size[0]  # as the setting of a checkpoint, whose images are square
     return {name: value for name, value in facts.items() if name not in {"model", "tool"}} | {
         f"{part}.{name}": value for part in ("model", "tool") for name, value in facts[part].items()
     }
@@ -102,11 +112,11 @@ def installation_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "devices": ", ".join(["cpu", *gpus]),
-        "data sets": ", ".join(dataset_names()),
-        "architectures": ", ".join(sorted(ARCHITECTURES)),
-        "model kinds": ", ".join(KINDS),
-        "training methods": "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
+        "devices": ["cpu", *gpus],
+        "data sets": list(dataset_names()),
+        "architectures": sorted(ARCHITECTURES),
+        "model kinds": list(KINDS),
+        "training methods": {name: method.summary for name, method in METHODS.items()},
     }
 
 
@@ -123,7 +133,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     facts["router_parameters"] = sum(parameter.numel() for parameter in model.router_parameters())
     facts["gflops"] = cost.gflops
     facts["moe_layers"] = len(model.expert_layouts)
-    facts["classes"] = ", ".join(contents.class_names)
+    facts["classes"] = list(contents.class_names)
     facts |= {f"train.{name}": value for name, value in contents.train.items()}
     facts |= {f"metrics.{name}": value for name, value in contents.metrics.items()}
     return facts

@@ -229,7 +229,7 @@ def make_card(
         "trusted": trusted,
         "diagnostics": [to_dict(diagnostic) for diagnostic in result.diagnostics],
         "parameters": cost.parameters,
-        "gflops": round(cost.gflops, 4),
+        "gflops": float(f"{cost.gflops:.6g}"),  # digits that count for small networks, too
         "latency_ms_per_image": {str(size): float(f"{ms:.4g}") for size, ms in (latency or {}).items()},
         "model": to_dict(model),
         "method": train.get("method", ""),
