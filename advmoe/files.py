@@ -19,12 +19,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)`, then put the file in place of `path` in one move.
 
     Raises:
-        OSError: The file cannot be written; `path` is as it was, and the error names it.
+        OSError: The file cannot be written; `path` is as it was, and the error names it. Folders that
+            were made for it are gone.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
+        _remove_empty(made)
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(descriptor)
     temporary = Path(name)
@@ -38,9 +41,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _remove_empty(made)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders, from the innermost one, unless another process has put something into them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -143,6 +143,11 @@ def test_a_validation_split_needs_one_size(options: dict[str, float]) -> None:
         split_validation(LABELS, seed=0, **options)
 
 
+def test_a_validation_split_of_one_image_per_class_asks_for_images() -> None:
+    with pytest.raises(ConfigError, match=r"3 images are one for each of the 3 classes.*; add images"):
+        split_validation(np.arange(3), size=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -118,6 +118,16 @@ def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pyt
     for images in ("0", "15"):
         assert evaluate(checkpoint, "--strict", "--diagnose", images) == 1
         assert f"correctly classified images; give --diagnose 16 or more, got {images}" in capsys.readouterr().err
+    assert evaluate(checkpoint, "--strict", "--limit-eval", "15") == 1
+    assert "correctly classified images; give --limit-eval 16 or more, got 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("diagnosed", "advice"), [("12", "give --diagnose more images"), ("13", "train it")])
+def test_advice_about_too_few_diagnosed_images_can_be_followed(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], diagnosed: str, advice: str
+) -> None:
+    assert evaluate(checkpoint, "--limit-eval", "13", "--diagnose", diagnosed) == 0
+    assert capsys.readouterr().err.rstrip().endswith(f"{advice}.")
 
 
 def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:

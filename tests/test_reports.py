@@ -196,7 +196,9 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
         analyze(log, own, sparse=sparse)
     # No filter of expert 0 is one of expert 1: clean pathways share nothing.
     assert analyze(log, own)["similarity"]["diversity"]["clean"]["mean"] == 0.0
-    with pytest.raises(ConfigError, match="only an MoE-CNN's routing"):
+    with pytest.raises(
+        ConfigError, match="only the routing of an MoE-CNN can be analyzed, and a dense network has none"
+    ):
         analyze(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
 
 

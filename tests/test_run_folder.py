@@ -28,7 +28,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from advmoe.cli.app import main
 from advmoe.data.sources import Dataset
 from advmoe.errors import ConfigError, TrainingError
-from advmoe.files import FolderLock
+from advmoe.files import FolderLock, write_text_atomically
 from advmoe.training import run_folder
 from advmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from advmoe.training.run_folder import RunFolder
@@ -317,3 +317,11 @@ def test_the_command_keeps_epochs(tmp_path: Path) -> None:
     kind = ["--kind", "s_dense", "--method", "standard"]
     assert main(["train", "digits", *small, *kind, "--keep", "1", "--out", str(tmp_path / "run")]) == 0
     assert [path.name for path in (tmp_path / "run").glob("epoch-*")] == ["epoch-0002.pt"]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_empty_folders(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "new" / "inner"):
+        with full_disk(allowed=100), pytest.raises(OSError, match="File too large"):
+            write_text_atomically(folder / "card.json", "x" * 1000)
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]

@@ -69,10 +69,10 @@ def test_a_second_interrupt_ends_training_at_once(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(TrainingProgress, "stepped", signaled)
-    assert main([*TRAIN, "--out", str(tmp_path / "run")]) == 130
+    assert main([*TRAIN, "--out", str(tmp_path / "my run")]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"interrupted; go on with the same command and --resume --out {tmp_path / 'run'}"
-    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
+    assert said == f"interrupted; go on with the same command and --resume --out '{tmp_path / 'my run'}'"
+    assert load_checkpoint(tmp_path / "my run" / "last.pt").progress["step"] == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -131,6 +131,11 @@ def evaluate(
         f"--strict judges by the diagnostics, which need {NEEDED} correctly classified images; give --diagnose "
         f"{NEEDED} or more, got {diagnose}",
     )
+    check(
+        limit_eval is None or limit_eval >= NEEDED or not strict,
+        f"--strict judges by the diagnostics, which need {NEEDED} correctly classified images; give --limit-eval "
+        f"{NEEDED} or more, got {limit_eval}",
+    )
     controls = list(dict.fromkeys(one_of("control", name, CONTROLS, "control") for name in control or []))
     if out is not None:
         check(not out.is_file(), f"{out} is a file; give --out a folder")
@@ -190,7 +195,7 @@ def evaluate(
         if json:
             console.emit_json({"checkpoint": str(subject.path), "dataset": tested.dataset} | card["advmoe"])
         else:
-            show(f"{subject.path} on {tested.dataset} (test)", card)
+            show(f"{subject.path} on {tested.dataset} (test)", card, diagnosed=diagnose)
         if strict and card["advmoe"]["verdict"] != "trusted":
             raise typer.Exit(UNTRUSTED)
 
@@ -458,8 +463,11 @@ def _training_seconds(run: Path) -> float | None:
         return None
 
 
-def show(title: str, card: Mapping[str, Any]) -> None:
-    """Figures and diagnostics as tables. Each share stands beside its own standard error."""
+def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
+    """Figures and diagnostics as tables; `diagnosed` images could be looked at by the diagnostics.
+
+    Each share stands beside its own standard error.
+    """
     from advmoe.evaluation.card import latencies, standard_error
     from advmoe.evaluation.diagnostics import NEEDED
     from advmoe.evaluation.vocabulary import (
@@ -521,6 +529,9 @@ def show(title: str, card: Mapping[str, Any]) -> None:
         for name, reading in failed_readings(numbers["diagnostics"]):
             console.note(f"{name}: {reading.meaning} {reading.next_step}")
         if verdict == "not checked":
-            console.note(f"The checks need {NEEDED} images that are classified correctly; give --diagnose more images.")
+            more = "give --diagnose more images"
+            if diagnosed >= numbers["images"]:
+                more = f"the model classifies too few of all {numbers['images']} correctly: evaluate more, or train it"
+            console.note(f"The checks need {NEEDED} images that are classified correctly; {more}.")
     else:
         console.note("No diagnostics were run: these numbers are NOT CHECKED.")

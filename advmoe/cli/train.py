@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -188,7 +189,8 @@ def make_plan(
         raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
     check(
         not Path(chosen).is_dir() or chosen in dataset_names(),
-        f"'{chosen}' is a folder and no data set; for images of your own: advmoe train folder --data-dir {chosen}",
+        f"'{chosen}' is a folder and no data set; for images of your own: advmoe train folder --data-dir "
+        f"{shlex.quote(chosen)}",
     )
     if config_file is not None and base.train.get("dataset") not in {None, chosen}:
         base = without_data(base)
@@ -327,7 +329,7 @@ def train_run(
 
 def how_to_go_on(out: Path) -> str:
     """The end of the last line of a run that was stopped."""
-    return f"go on with the same command and --resume --out {out}"
+    return f"go on with the same command and --resume --out {shlex.quote(str(out))}"
 
 
 def begun(out: Path) -> bool:

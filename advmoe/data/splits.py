@@ -34,6 +34,11 @@ def split_validation(
         raise ConfigError(f"the seed of a validation split must be 0 or more, not {seed}")
     _, class_of_row, class_sizes = np.unique(labels, return_inverse=True, return_counts=True)
     most = total - len(class_sizes)
+    if most < 1:
+        raise ConfigError(
+            f"cannot hold images out for validation: {total} images are one for each of the {len(class_sizes)} "
+            "classes, and each class keeps a training image; add images"
+        )
     if not 1 <= size <= most:
         raise ConfigError(
             f"cannot hold {size} of {total} images out for validation: the size must be 1..{most},"

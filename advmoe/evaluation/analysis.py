@@ -43,10 +43,15 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     """
     names = [name for name, _ in log.conditions]
     layers = len(model.expert_layouts) * model.rows_per_image
-    if CLEAN not in names or len(log.num_experts) != layers or not layers:
+    if not layers:
+        raise ConfigError(
+            f"only the routing of an MoE-CNN can be analyzed, and a {model.config.kind} network has none; give the "
+            "evaluation of an MoE-CNN"
+        )
+    if CLEAN not in names or len(log.num_experts) != layers:
         raise ConfigError(
             f"expected a route log of {layers} decisions with the condition 'clean', "
-            f"got {len(log.num_experts)} with {', '.join(names) or 'none'}; only an MoE-CNN's routing can be analyzed"
+            f"got {len(log.num_experts)} with {', '.join(names) or 'none'}; evaluate the model again"
         )
     attacks = [name for name in names if name != CLEAN]
     found: dict[str, Any] = {
