@@ -173,6 +173,10 @@ def test_vit_refuses_what_it_cannot_be(settings: dict, message: str) -> None:
             {"arch": "vgg16", "kind": "sparse_cnn", "granularity": "block"},
             "granularity block has no effect on kind sparse_cnn",
         ),
+        (
+            {"arch": "vgg16", "kind": "dense", "model_scale": 0.25},
+            "model_scale 0.25 has no effect on kind dense, which is the full network; leave it out or use kind s_dense",
+        ),
         ({"arch": "resnet18", "compact": True}, "only a sparse_cnn can be compact, got kind 'moe'"),
         ({"arch": "resnet18", "width": 0.02, "model_scale": 0.2}, "leaves no channel of a layer with 1"),
     ],

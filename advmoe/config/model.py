@@ -260,8 +260,8 @@ def model_config(**settings: Any) -> ModelConfig:
 
     Raises:
         ConfigError: A value is invalid, or a setting of routers differs from its default for a kind
-            without routers. (A stored config may hold such values: they were defaults then, and
-            have no effect.)
+            without routers, or the model scale for a Dense. (A stored config may hold such values:
+            they were defaults then, and have no effect.)
     """
     known = [field.name for field in fields_of(ModelConfig)]
     for name in settings:
@@ -272,4 +272,6 @@ def model_config(**settings: Any) -> ModelConfig:
     if config.kind != "moe":
         for field in (*fields_of(ExpertsConfig), *fields_of(RoutersConfig)):
             check_unused(config, field.name, f"kind {config.kind}, which has no routers", " or use kind moe")
+    if config.kind == "dense":
+        check_unused(config, "model_scale", "kind dense, which is the full network", " or use kind s_dense")
     return config
