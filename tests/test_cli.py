@@ -1,5 +1,6 @@
 """The command line: names that scripts rely on, and one line per mistake."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from advmoe.cli.app import main
+from advmoe.cli.progress import TrainingProgress
 from advmoe.errors import DataError
 
 SMALL = ["--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--limit-train", "16", "--val-limit", "10"]
@@ -95,6 +97,7 @@ def test_help_and_mistaken_options_do_not_wait_for_torch() -> None:
     script = f"""
 import sys
 from advmoe.cli.app import main
+from advmoe.cli.progress import TrainingProgress
 from advmoe.errors import DataError
 for command in {list(OPTIONS)}:
     assert main([command, "--help"]) == 0
@@ -503,3 +506,26 @@ def test_output_that_nobody_can_take_is_one_line_or_none() -> None:
     with os.fdopen(writing, "w") as closed:
         found = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     assert (found.returncode, found.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("option", [["--out=~/none/x.html"], ["--out", "~/none/x.html"]])
+def test_a_tilde_is_the_home_of_the_user(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["report", "evaluation", *option]) == 1
+    assert f"the folder {tmp_path / 'none'} does not exist" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["serve"]])
+def test_the_short_option_for_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # the server's parser exits
+        assert main([*command, "-h"]) == 0
+    assert "usage:" in capsys.readouterr().out.lower()
+
+
+def test_a_finished_run_has_no_bar() -> None:
+    for step, shown in ((1, True), (6, False)):
+        progress = TrainingProgress()
+        progress.started(2, 3, step)
+        assert [task.visible for task in progress._progress.tasks] == [shown]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,3 +179,20 @@ def test_a_name_for_the_table_is_not_taken_for_an_image(capsys: pytest.CaptureFi
     assert captured.out == ""
     assert "> p.csv" in captured.err
     assert not Path("p.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["photos/10.png", "photos/trip 2/1.bmp"])
+def test_an_image_on_stdin_is_classified_like_its_file(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path(name).read_bytes())))
+    assert main(["predict", "model.onnx", name, "-", "--json"]) == 0
+    of_file, of_stdin = json.loads(capsys.readouterr().out)["predictions"]
+    assert of_stdin == of_file | {"image": "-"}
+
+
+def test_nothing_on_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO()))
+    assert main(["predict", "model.onnx", "-"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be decoded as an image" in line

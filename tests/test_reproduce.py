@@ -207,7 +207,8 @@ def test_commands_side_by_side_share_out_the_gpus_and_a_failure_is_told(
         (["table9"], "unknown table or figure 'table9'"),
         (["table1", "--only", "mnist"], "no run of table1 has a name like 'mnist'"),
         (["table1", "--scale", "tiny"], "unknown scale 'tiny'"),
-        (["table1", "--seeds", "0,x"], "--seeds expects whole numbers"),
+        (["table1", "--seeds", "0,x"], "--seeds must be a list of whole numbers"),
+        (["table1", "--seeds", "0,0"], "--seeds has a seed twice: 0,0"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

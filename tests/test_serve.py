@@ -314,6 +314,13 @@ def test_a_file_with_a_fixed_batch_size_serves_single_images(small_moe: Callable
     assert "at most 3 images" in ask(session, "POST", "/v2/models/three/infer", json=infer(FLOATS[:4])).json()["error"]
 
 
+def test_a_form_is_refused_with_advice(session: Session) -> None:
+    response = httpx.Request("POST", "http://server", files={"image": ("cat.png", png())})
+    answer = ask(session, "POST", "/classify", content=response.read())
+    assert answer.status_code == 400
+    assert "got a form; send the file itself: curl --data-binary" in answer.text
+
+
 def test_a_model_without_experts_is_served_without_pathways(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -57,6 +58,7 @@ app = typer.Typer(
         "A first run, without any download:  advmoe train digits --arch vgg16 --width 0.125 --epochs 3"
     ),
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (train, evaluate, compare, analyze, report, export, push, predict, bench_onnx, info, recipes, reproduce):
@@ -127,6 +129,7 @@ def run(arguments: Sequence[str] | None) -> int:
         if ranks.size > 1 and command_of(given) not in TOGETHER:
             raise ConfigError(f"torchrun can start {', '.join(sorted(TOGETHER))} only; start this in one process")
         refuse_empty(given)
+        given = [with_home(argument) for argument in given]
         code = command_line()(args=given, standalone_mode=False)
         sys.stdout.flush()  # here, where an error of it has a handler
         return code if isinstance(code, int) else 0
@@ -158,6 +161,12 @@ def run(arguments: Sequence[str] | None) -> int:
             console.err.print_exception()
         fail(with_options(error, given), lost=isinstance(error, LostRankError))
         return 1
+
+
+def with_home(argument: str) -> str:
+    """An argument with a leading ~ as the user's home. Shells leave it in --out=~/runs and in quotes."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).expanduser()}" if value == "~" or value.startswith("~/") else argument
 
 
 def forget_output() -> None:

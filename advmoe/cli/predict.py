@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv as csv_text
+import io
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +29,18 @@ if TYPE_CHECKING:
     from advmoe.data.sets import Progress
 
 
+STDIN = Path("-")
+"""The image on stdin, in place of a file."""
+
+
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model (.onnx).")],
     images: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders (searched through all levels), or patterns such as 'photos/*.jpg'."),
+        typer.Argument(
+            help="Image files, folders (searched through all levels), or patterns such as 'photos/*.jpg'; - is an "
+            "image on stdin."
+        ),
     ],
     top: Annotated[int, typer.Option(help="Classes to show per image.")] = 3,
     csv: Annotated[
@@ -73,7 +81,8 @@ def predict(
         f"{model} is not an ONNX file; give the model first, then the images",
     )
     session = open_session(model, provider or ["cpu"])
-    paths = find_pictures(images)
+    paths = [path for name in images for path in ([STDIN] if name == str(STDIN) else find_pictures([name]))]
+    paths = list(dict.fromkeys(paths))
     predicting = Predicting(session, min(top, len(session.metadata.labels)), batch_size)
     if csv:
         show_csv(predicting, paths)
@@ -175,9 +184,10 @@ def refusal(skipped: Mapping[Path, str], total: int) -> str:
 
 
 def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
-    """An image file, prepared like an image in an evaluation: uint8 RGB [height, width, 3] of the model's size.
+    """An image, from a file or from stdin, prepared like an image in an evaluation.
 
-    JPEG and PNG are decoded as in data sets, other formats by Pillow. Rust resizes all of them.
+    JPEG and PNG are decoded as in data sets, other formats by Pillow. Rust resizes all of them to
+    uint8 RGB [height, width, 3] of the model's size.
 
     Raises:
         DataError: The file is missing, cannot be decoded, or is too long and thin to be resized.
@@ -188,15 +198,15 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
     from advmoe.data.transforms import ResizeCenterCrop
     from advmoe.data.views import shown
 
-    if not path.is_file():
+    if path != STDIN and not path.is_file():
         raise DataError(f"no image file {path}")
     package = exporter()
     try:
-        content = path.read_bytes()
+        content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         if content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
             pixels = rust_router.decode_image(content)
         else:
-            pixels = np.asarray(package.read_image(path))
+            pixels = np.asarray(package.read_image(io.BytesIO(content) if path == STDIN else path))
     except package.InputError as error:
         raise DataError(str(error)) from error
     except (DataError, OSError) as error:

@@ -58,7 +58,12 @@ class TrainingProgress:
         """See `advmoe.training.loop.Observer`."""
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._task = self._progress.add_task(
-            "training", total=epochs * steps_per_epoch, completed=step, figures="", images=0
+            "training",
+            total=epochs * steps_per_epoch,
+            completed=step,
+            figures="",
+            images=0,
+            visible=step < epochs * steps_per_epoch,
         )
 
     def stepped(self, step: int, images: int, figures: dict[str, float]) -> None:

@@ -19,9 +19,10 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.options import DataDir, Device, Json, LimitEval
+from advmoe.cli.seeds import parse_seeds
 from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, resumable, terminal_interrupts_children
 from advmoe.config import check, one_of
-from advmoe.errors import AdvMoEError, ConfigError
+from advmoe.errors import AdvMoEError
 from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
 from advmoe.recipes import Recipe
 from advmoe.recipes import recipes as all_recipes
@@ -86,7 +87,7 @@ def reproduce(
         name=name,
         scale=chosen_scale,
         chosen=tuple(selected(name, chosen_scale, only.split(",") if only else [])),  # type: ignore[arg-type]
-        seeds=_seeds(seeds),
+        seeds=parse_seeds(seeds),
         runs=runs or Path("runs" if scale == "paper" else f"runs-{scale}"),
         train=train,
         evaluate=" ".join([evaluate, *([] if limit_eval is None else ["--limit-eval", str(limit_eval)])]).strip(),
@@ -162,15 +163,6 @@ def conclude(plan: Plan, results: dict[str, list[dict[str, Any]]], out: Path, *,
     else:
         show(plan, results)
         console.note(f"written to {out / plan.name}.json and {out / plan.name}*.html")
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
-    except ValueError:
-        raise ConfigError(f"--seeds expects whole numbers separated by commas, such as 0,1,2, got '{text}'") from None
-    check(all(seed >= 0 for seed in found), f"--seeds must not be negative, got {text}")
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ from advmoe_export.session import Session
 logger = logging.getLogger("advmoe_export.serve")
 TOP = 5
 """Number of classes in the answers of the page and of /classify."""
+FORM_HEAD = 1000
+"""Bytes of a body in which a form, such as that of curl -F, says that it is one."""
 RETRY = {"Retry-After": "1"}
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
@@ -324,6 +326,8 @@ class ModelServer:
         """An uploaded image as a batch of one, in the input format of the model."""
         if not body:
             raise InputError("expected an image file as the body of the request, got nothing")
+        if body.startswith(b"--") and b"form-data" in body[:FORM_HEAD]:
+            raise InputError("expected an image file as the body, got a form; send the file itself: curl --data-binary")
         picture = read_image(io.BytesIO(body), max_pixels=self.config.max_pixels)
         return self.session.check(prepare(picture, self.metadata)[None], any_size=True)
 
