@@ -122,12 +122,16 @@ def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pyt
     assert "correctly classified images; give --limit-eval 16 or more, got 15" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("diagnosed", "advice"), [("12", "give --diagnose more images"), ("13", "train it")])
 def test_advice_about_too_few_diagnosed_images_can_be_followed(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], diagnosed: str, advice: str
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(checkpoint, "--limit-eval", "13", "--diagnose", diagnosed) == 0
-    assert capsys.readouterr().err.rstrip().endswith(f"{advice}.")
+    assert evaluate(checkpoint, "--limit-eval", "13", "--diagnose", "12", "--out", str(tmp_path / "card")) == 0
+    card = json.loads((tmp_path / "card" / "card.json").read_text())
+    card["advmoe"]["verdict"] = "not checked"
+    for diagnosed, advice in ((12, "give --diagnose more images"), (13, "evaluate more, or train it")):
+        capsys.readouterr()
+        show("a network", card, diagnosed=diagnosed)
+        assert capsys.readouterr().err.rstrip().endswith(f"{advice}.")
 
 
 def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
