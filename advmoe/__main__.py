@@ -2,17 +2,7 @@
 
 import sys
 
-
-def start() -> int:
-    """The command `advmoe`. Ctrl-C while its modules are imported gives one line, too."""
-    try:
-        from advmoe.cli.app import main
-
-        return main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
+from advmoe.cli.start import start
 
 if __name__ == "__main__":
     sys.exit(start())
