@@ -9,7 +9,7 @@ from advmoe.errors import CheckpointError
 BEST, LAST, DATA = "best.pt", "last.pt", "data.json"
 """The checkpoint to use, the one to resume from, and the note of the data folder."""
 RUN_FILE = "run.toml"
-"""The settings in the form that `--config` reads."""
+"""The settings of a run in the form of a run file."""
 
 
 def run_in(path: Path) -> Path | None:

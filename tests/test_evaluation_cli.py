@@ -147,7 +147,7 @@ def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: p
     numbers |= {"attack": to_dict(AttackConfig(steps=20)), "images": 100, "seed": 0, "standard_error": 3.0}
     numbers |= {"controls": {"random": {"sa": 80.0, "ra": 50.0, "ra_worst": 10.0}}, "parameters": 5, "gflops": 0.1}
     numbers |= {"training_seconds": None, "verdict": "not checked", "diagnostics": []}
-    show("a model", {"advmoe": numbers})
+    show("a model", {"advmoe": numbers}, diagnosed=64)
     shown = capsys.readouterr().out
     for label, share in (
         (SA.long, "80.00 ± 4.00 %"),
@@ -159,7 +159,7 @@ def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: p
     ):
         assert re.search(rf"│ {re.escape(label)} +│ {re.escape(share)} +│", shown), label
     del numbers["ra_route"]  # RA is that under PGD
-    show("a model", {"advmoe": numbers})
+    show("a model", {"advmoe": numbers}, diagnosed=64)
     assert RA.long not in capsys.readouterr().out
 
 
@@ -358,8 +358,13 @@ def test_a_limit_chooses_the_same_images_for_every_seed(checkpoint: Path, tmp_pa
 
 
 def test_models_are_compared_on_the_same_images_with_paired_errors(
-    checkpoint: Path, tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tiny_vgg: Callable[..., RoutedNetwork],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # no cell of a table is broken into lines
     out, other = tmp_path / "evaluation", tmp_path / "other" / "best.pt"
     model = tiny_vgg(seed=1, kind="s_dense")
     digits = {"class_names": dataset_info("digits").class_names, "train": {"dataset": "digits"}}
