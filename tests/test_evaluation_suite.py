@@ -27,6 +27,7 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.card import figures, percent
 from advmoe.evaluation.controls import calibration_batches
 from advmoe.evaluation.dissection import dissection, route_log
+from advmoe.evaluation.examples import load_examples
 from advmoe.evaluation.paired import outcomes
 from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, stages
@@ -341,9 +342,38 @@ def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"it is of other images \(2, now 3\); repeat") as caught:
         run_suite(TwoRooms(), rooms(124, 111, 112), ROUTING, state_path=path)
     assert caught.value.options == ("dataset", "limit_eval", "skip_bad_images")
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    for changed in ({"right": np.array(["yes", "no"])}, {"right": arrays["right"][:1]}, {"right": np.array(True)}):
+        np.savez(path, **(arrays | changed))
+        with pytest.raises(CheckpointError, match="damaged; move it away"):
+            run_suite(TwoRooms(), images, ROUTING, state_path=path)
     path.write_bytes(b"PK broken")
     with pytest.raises(CheckpointError, match="damaged; move it away"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"clean": np.zeros((3, 4, 4, 3), np.uint8)},
+        {"attacked": np.zeros((2, 4, 4, 3))},
+        {"difference": np.zeros((2, 16), np.float32)},
+        {"label": np.array([0, 2])},
+        {"after": np.array(["cat", "dog"])},
+        {"class_names": np.array([1, 2])},
+        {"more": np.zeros(2)},
+    ],
+)
+def test_a_file_that_holds_something_else_shows_no_images(changed: dict[str, Any], tmp_path: Path) -> None:
+    pixels, numbers = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
+    arrays = {"clean": pixels, "attacked": pixels, "difference": pixels.astype(np.float32)}
+    arrays |= {"label": numbers, "before": numbers, "after": numbers, "class_names": np.array(["cat", "dog"])}
+    path = tmp_path / "examples.npz"
+    np.savez(path, **arrays)
+    assert load_examples(path).keys() == arrays.keys()
+    np.savez(path, **(arrays | changed))
+    assert load_examples(path) == {}
 
 
 @pytest.mark.parametrize(

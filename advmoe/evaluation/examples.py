@@ -91,12 +91,30 @@ def attack_some(
 
 
 def load_examples(path: Path) -> Arrays:
-    """Read the file of `save_examples`; the result is empty if it cannot be read."""
+    """Read the file of `save_examples`; the result is empty if it cannot be read, or holds something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            found = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return {}
+    return found if _are_examples(found) else {}
+
+
+def _are_examples(found: Arrays) -> bool:
+    """Whether arrays have the form that `examples` gives them."""
+    kinds = {"clean": "u", "attacked": "u", "difference": "f", "label": "iu", "before": "iu", "after": "iu"}
+    if set(found) != {*kinds, "class_names"} or found["class_names"].dtype.kind != "U":
+        return False
+    if any(found[name].dtype.kind not in kind for name, kind in kinds.items()):
+        return False
+    images, classes = [found[name] for name in kinds][:3], [found[name] for name in kinds][3:]
+    shape, known = images[0].shape, len(found["class_names"])
+    return (
+        len(shape) == 4
+        and shape[3] == 3
+        and all(image.shape == shape for image in images)
+        and all(numbers.shape == shape[:1] and ((numbers >= 0) & (numbers < known)).all() for numbers in classes)
+    )
 
 
 def save_examples(path: Path, model: nn.Module, images: ImageSet, result: SuiteResult) -> None:

@@ -126,7 +126,10 @@ class EvaluationState:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             stored = json.loads(str(arrays.pop(IDENTITY)))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            rows = {len(array) for name, array in arrays.items() if name != DONE}
+            if len(rows) > 1 or any(array.dtype.kind not in "biuf" for array in arrays.values()):
+                raise ValueError("columns of unequal length, or that are no numbers")
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{path} is not the state of an evaluation, or damaged; move it away to start anew"
             ) from error

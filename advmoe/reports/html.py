@@ -87,7 +87,8 @@ def _row(figure: Figure, cards: Sequence[Card]) -> dict[str, Any]:
             return "-"
         return f"{share:.2f}{NO_BREAK}±{NO_BREAK}{standard_error(share, numbers['images']):.1f}"
 
-    return {"name": figure.long, "verdict": False, "cells": [cell(card["advmoe"]) for card in cards]}
+    label = figure.label(cards[0]["advmoe"])  # all models met the same PGD
+    return {"name": label, "verdict": False, "cells": [cell(card["advmoe"]) for card in cards]}
 
 
 def _passed(cards: Sequence[Card]) -> list[str]:
