@@ -134,7 +134,10 @@ def test_advice_about_too_few_diagnosed_images_can_be_followed(
         assert capsys.readouterr().err.rstrip().endswith(f"{advice}.")
 
 
-def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_names_each_figure_as_the_card_and_shows_its_own_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # no cell is broken into lines
     # Of 100 images: sqrt(0.8 * 0.2 / 100) = 4.00 %, sqrt(0.5 * 0.5 / 100) = 5.00 %, sqrt(0.1 * 0.9 / 100) = 3.00 %
     numbers = {
         "sa": 80.0,
@@ -364,7 +367,7 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")  # no cell of a table is broken into lines
+    monkeypatch.delenv("COLUMNS", raising=False)  # no cell of a table is broken into lines
     out, other = tmp_path / "evaluation", tmp_path / "other" / "best.pt"
     model = tiny_vgg(seed=1, kind="s_dense")
     digits = {"class_names": dataset_info("digits").class_names, "train": {"dataset": "digits"}}
