@@ -180,6 +180,75 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
     assert export.read_image(io.BytesIO(whole[:2] + thumbnail + whole[2:] + 200 * b"\xff\xda")).size == (64, 64)
 
 
+def jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    """A photograph-like JPEG of 40 x 30 pixels."""
+    content = io.BytesIO()
+    coarse = Image.fromarray(np.random.default_rng(2).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    coarse.resize((40, 30), Image.Resampling.BICUBIC).convert(mode).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (2 + len(content)).to_bytes(2, "big") + content
+
+
+EXIF = segment(0xE1, b"Exif\0\0" + 20 * b"x")
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGB", {"keep_rgb": True}),
+        ("RGB", {"progressive": True, "subsampling": 2}),
+        ("RGB", {"restart_marker_blocks": 2, "comment": b"a remark", "exif": Image.Exif()}),
+        ("RGB", {"icc_profile": 100_000 * b"p"}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_the_pixels_of_a_jpeg_do_not_depend_on_its_remarks(mode: str, options: dict[str, Any]) -> None:
+    content = jpeg(mode, **options)
+    with Image.open(io.BytesIO(content)) as plain:
+        expected = np.asarray(plain.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(export.read_image(io.BytesIO(content))), expected)
+
+
+def test_a_jpeg_is_handed_on_without_exif_data_wherever_they_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = jpeg()
+    handed: list[bytes] = []
+    opened = Image.open
+
+    def spied(file: Any, **options: Any) -> Any:
+        handed.append(file.getvalue())
+        return opened(file, **options)
+
+    monkeypatch.setattr("PIL.Image.open", spied)
+    hidden = (
+        content[:2] + 3 * EXIF + content[2:],
+        content[:2] + b"junk" + EXIF + content[2:],
+        content[:2] + segment(0xF0, EXIF) + content[2:],  # Pillow does not skip this kind of segment
+        content[:2] + b"\xff\xd0" + EXIF + content[2:],  # a marker without a length
+        content + EXIF,
+    )
+    for several in hidden:
+        assert export.read_image(io.BytesIO(several)).size == (40, 30)
+    assert handed == len(hidden) * [content]
+    # after its end, a JPEG has nothing that could be decoded
+    with pytest.raises(export.InputError, match="cannot be decoded"):
+        export.read_image(io.BytesIO(content[:2] + b"\xff\xd9" + EXIF + content[2:]))
+    assert handed[-1] == b"\xff\xd8\xff\xd9"
+
+
+def test_a_jpeg_of_very_many_segments_or_of_half_of_its_bytes_is_refused() -> None:
+    content = jpeg()
+    with pytest.raises(export.InputError, match="the upload is a JPEG of more than 10000 segments"):
+        export.read_image(io.BytesIO(content[:2] + 10_001 * EXIF + content[2:]))
+    for length in (2, 3, 20, len(content) // 2):
+        with pytest.raises(export.InputError, match="cannot be decoded as an image"):
+            export.read_image(io.BytesIO(content[:length]))
+
+
 def test_all_depths_of_gray_look_alike_and_32_bits_are_refused(tmp_path: Path) -> None:
     levels = np.arange(0, 65536, 4369, dtype=np.uint16).reshape(4, 4)  # 0, 0x1111, ..., 0xffff
     eight = (levels >> 8).astype(np.uint8)

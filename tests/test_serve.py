@@ -64,10 +64,15 @@ def session(path: Path) -> Session:
     return Session(path, threads=1)
 
 
-def png(size: tuple[int, int] = (40, 30)) -> bytes:
+def saved(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    """An image file in a format of Pillow's."""
     content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).save(content, "PNG")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).save(content, name)
     return content.getvalue()
+
+
+def png() -> bytes:
+    return saved("PNG")
 
 
 @asynccontextmanager
@@ -431,6 +436,7 @@ def bomb(width: int, height: int) -> bytes:
         (bomb(60000, 60000), 413, "far too many pixels"),
         (bomb(300_000, 1), 413, "an image of 300000 x 1 pixels would be resized to 5400000 x 18, more than 67108864"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", 400, "the upload cannot be decoded as an image"),
+        *((saved(name), 400, "expected one of: JPEG, PNG, WEBP") for name in ("TIFF", "PPM", "GIF", "BMP")),
     ],
 )
 def test_an_upload_that_is_no_image_or_too_large_is_one_line(
@@ -688,6 +694,30 @@ def test_a_request_that_was_given_up_is_counted_until_its_thread_is_free(
 
     assert asyncio.run(run()) == ([504] * 3, 2, 2, 200)
     assert len(started) == 3
+
+
+def test_images_that_take_long_to_decode_do_not_keep_numbers_waiting(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    decode = ModelServer._decode
+
+    def slow(self: ModelServer, body: bytes) -> Any:
+        assert release.wait(10)
+        return decode(self, body)
+
+    monkeypatch.setattr(ModelServer, "_decode", slow)
+    monkeypatch.setattr("advmoe_export.serve.app._cores", lambda: 1)
+
+    async def run() -> tuple[int, list[int]]:
+        async with client(session) as (http, model):
+            images = [asyncio.create_task(http.post("/classify", content=png())) for _ in range(3)]
+            await until(lambda: model.batcher.requests == 3)
+            numbers = await http.post("/v2/models/small/infer", json=infer(PIXELS[:1]))
+            release.set()
+            return numbers.status_code, [(await image).status_code for image in images]
+
+    assert asyncio.run(run()) == (200, [200] * 3)
 
 
 # --- a real server --------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -70,38 +74,41 @@ MAX_PIXELS = 1 << 26
 """The largest number of pixels of a decoded or resized image (8192 x 8192), as in the Rust code."""
 MAX_SCANS = 100
 """Most scans of a JPEG. Usual files have at most a dozen. Each scan costs a pass over all pixels."""
+MAX_SEGMENTS = 10_000
+"""Most segments of a JPEG. Usual files have dozens, with large profiles and previews hundreds."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's names of the formats that are read. Its other decoders run programs or ignore limits."""
+SAFE_FORMATS = ("JPEG", "PNG", "WEBP")
+"""Formats to accept from strangers. For these, the number of pixels bounds the memory, and it and the size of the file
+bound the time. TIFF can have tiles that are larger than its image, and comments in PPM cost quadratic time."""
 
 
-def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """An image file as RGB.
 
     Args:
         path: path of the file, or the opened file.
         max_pixels: highest number of pixels. It is compared with the header before decoding.
+        formats: some of `FORMATS`, which are accepted.
 
     Raises:
-        InputError: the file is missing, is not of one of `FORMATS`, is damaged, or is a JPEG of
-            more than `MAX_SCANS` scans.
+        InputError: the file is missing, is not of one of the formats, is damaged, or is a JPEG of
+            more than `MAX_SCANS` scans or `MAX_SEGMENTS` segments.
         TooManyPixelsError: the image has more than `max_pixels` pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
     what = path if isinstance(path, str | os.PathLike) else "the upload"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _opened(path) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(_without_remarks(file, what), formats=formats) as image:
                 if image.width * image.height > max_pixels:
                     raise TooManyPixelsError(
                         f"{what} has {image.width} x {image.height} pixels, at most {max_pixels} are decoded"
                     )
-                if image.format in ("JPEG", "MPO"):
-                    assert image.fp is not None
-                    image.fp.seek(0)
-                    if _scans(image.fp.read()) > MAX_SCANS:
-                        raise InputError(f"{what} is a JPEG of more than {MAX_SCANS} scans, which are not decoded")
                 return _rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"no image file {path}") from error
@@ -114,24 +121,60 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX
         if isinstance(error, Image.DecompressionBombError):
             raise TooManyPixelsError(f"{what} has far too many pixels ({reason})") from error
         raise InputError(
-            f"{what} cannot be decoded as an image ({reason}); expected one of: {', '.join(FORMATS)}"
+            f"{what} cannot be decoded as an image ({reason}); expected one of: {', '.join(formats)}"
         ) from error
 
 
+@contextmanager
+def _opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
+    if isinstance(file, str | os.PathLike):
+        with Path(file).open("rb") as opened:
+            yield opened
+    else:
+        yield file
+
+
+_JPEG = b"\xff\xd8"
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])", re.DOTALL)
 """A marker of a JPEG with a length after it, or its end. A scan contains no such bytes."""
+_END, _SCAN = 0xD9, 0xDA
+_NEEDED = {*range(0xC0, 0xD0), *range(_SCAN, 0xDE), 0xE0, 0xEE}
+"""Markers of frames, tables and scans, and of the two segments that tell the color space (JFIF, Adobe)."""
 
 
-def _scans(content: bytes) -> int:
-    """Number of scans of a JPEG; counting stops above `MAX_SCANS`.
+def _without_remarks(file: BinaryIO, what: object) -> BinaryIO:
+    """A JPEG file without the segments that do not change its pixels; any other file as it is.
 
-    Segments are skipped, because a thumbnail in one of them has scans too.
+    Pillow joins the segments of Exif data one by one, which takes quadratic time, and looks for
+    segments in places where the format has none. So only what is needed is handed on.
+
+    Raises:
+        InputError: The JPEG has too many scans or segments.
     """
-    scans = position = 0
-    while scans <= MAX_SCANS and (marker := _MARKER.search(content, position)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
-    return scans
+    begin = file.tell()
+    start = file.read(len(_JPEG))
+    if start != _JPEG:
+        file.seek(begin)
+        return file
+    content, kept = file.read(), [_JPEG]
+    position = segments = scans = 0
+    while (marker := _MARKER.search(content, position)) is not None:
+        kind = marker[1][0]
+        if kind == _END:
+            kept.append(marker[0])
+            break
+        segments += 1
+        scans += kind == _SCAN
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            many = f"{MAX_SCANS} scans" if scans > MAX_SCANS else f"{MAX_SEGMENTS} segments"
+            raise InputError(f"{what} is a JPEG of more than {many}, which are not decoded")
+        position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
+        if kind == _SCAN:  # its pixels follow
+            following = _MARKER.search(content, position)
+            position = len(content) if following is None else following.start()
+        if kind in _NEEDED:
+            kept.append(content[marker.start() : position])
+    return io.BytesIO(b"".join(kept))
 
 
 def middle(

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from advmoe_export.errors import ExportError, InputError, TooManyPixelsError
 from advmoe_export.monitor import RouteMonitor
-from advmoe_export.preparation import prepare, read_image
+from advmoe_export.preparation import SAFE_FORMATS, prepare, read_image
 from advmoe_export.serve import protocol
 from advmoe_export.serve.batching import Batcher, Outputs, OverloadedError, StoppingError
 from advmoe_export.serve.config import ServeConfig
@@ -69,7 +69,9 @@ class ModelServer:
             workers=config.workers,
             observe=self._observe,
         )
-        self._threads = ThreadPoolExecutor(_cores(), thread_name_prefix="request")
+        # Pools of their own, so that images that take long to decode do not keep numbers waiting.
+        self._decoding = ThreadPoolExecutor(_cores(), thread_name_prefix="image")
+        self._translating = ThreadPoolExecutor(_cores(), thread_name_prefix="request")
         self.ready = False
         self._page = files("advmoe_export.serve").joinpath("page.html").read_text("utf-8")
 
@@ -107,7 +109,7 @@ class ModelServer:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        with self._threads:
+        with self._decoding, self._translating:
             async with self.batcher.running():
                 self.ready = True
                 yield
@@ -167,7 +169,7 @@ class ModelServer:
         begin = time.perf_counter()
         with self.batcher.admit():
             body = await self._body(request)
-            pixels = await self._in_thread(self._decode, body)
+            pixels = await self._in_thread(self._decoding, self._decode, body)
             outputs = await self._compute(request, pixels)
         protocol.check_finite(protocol.LOGITS, outputs[protocol.LOGITS])
         prediction = self.session.interpret(dict(outputs))
@@ -188,9 +190,10 @@ class ModelServer:
         self._known(request)
         with self.batcher.admit():
             body = await self._body(request)
-            infer, images = await self._in_thread(self._parse, body, request.headers.get(protocol.HEADER))
+            header = request.headers.get(protocol.HEADER)
+            infer, images = await self._in_thread(self._translating, self._parse, body, header)
             outputs = await self._compute(request, images)
-            content, json_length = await self._in_thread(self._write, infer, outputs)
+            content, json_length = await self._in_thread(self._translating, self._write, infer, outputs)
         if json_length is None:
             return Response(content, media_type="application/json")
         headers = {protocol.HEADER: str(json_length)}
@@ -308,13 +311,13 @@ class ModelServer:
             computed.cancel()
             gone.cancel()
 
-    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do work of an admitted request in one of few threads.
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do work of an admitted request in one of a pool's few threads.
 
         A thread cannot be interrupted. If the request is given up meanwhile, it stays admitted
         until the work ends, so that the number of admitted requests bounds threads and memory.
         """
-        doing = self._threads.submit(work, *arguments)
+        doing = pool.submit(work, *arguments)
         try:
             return await asyncio.wrap_future(doing)
         except asyncio.CancelledError:
@@ -328,7 +331,7 @@ class ModelServer:
             raise InputError("expected an image file as the body of the request, got nothing")
         if body.startswith(b"--") and b"form-data" in body[:FORM_HEAD]:
             raise InputError("expected an image file as the body, got a form; send the file itself: curl --data-binary")
-        picture = read_image(io.BytesIO(body), max_pixels=self.config.max_pixels)
+        picture = read_image(io.BytesIO(body), max_pixels=self.config.max_pixels, formats=SAFE_FORMATS)
         return self.session.check(prepare(picture, self.metadata)[None], any_size=True)
 
     def _parse(self, body: bytes, json_length: str | None) -> tuple[protocol.InferRequest, npt.NDArray[Any]]:
