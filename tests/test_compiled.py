@@ -16,7 +16,7 @@ from advmoe.data.sources import Dataset
 from advmoe.distributed import Place, placing
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
-from advmoe.models.compiled import LARGEST, CompiledNetwork, limits
+from advmoe.models.compiled import GRAPHS, LARGEST, CompiledNetwork, limits
 from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -180,6 +180,72 @@ def test_a_pass_without_finite_numbers_is_not_compared_but_the_next_one_is(
             weight.copy_(before)
         with pytest.raises(ConfigError, match="compiled passes differ"):
             model(images)
+
+
+def test_images_that_rounding_sends_elsewhere_are_no_sign_of_a_wrong_gradient(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that differ have other gradients, and some images are near the border of two experts."""
+    model = tiny_vgg(warm=True).eval()
+    rows = slice(0, len(images) // 4)
+
+    def with_flips(wrong: float) -> Callable[..., Any]:
+        def run(compute: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+            def flipped(x: Tensor, _: None) -> Any:
+                pathways_BL = model.compute(x)[1].expert_index_BL.clone()
+                pathways_BL[rows] = 1 - pathways_BL[rows]
+                logits, routing = model.compute(x, pathways_BL)
+                return logits + wrong * (logits - logits.detach()), routing  # another gradient only
+
+            return flipped
+
+        return run
+
+    x = images.clone().requires_grad_()
+    model.routers.requires_grad_(False)  # forced pathways give them no gradient
+    monkeypatch.setattr(torch, "compile", with_flips(0.0))
+    with CompiledNetwork(model).running():
+        model(x)
+    monkeypatch.setattr(torch, "compile", with_flips(0.5))
+    with CompiledNetwork(model).running(), pytest.raises(ConfigError, match=r"gradients by 0\.5"):
+        model(x)
+
+
+def test_a_compiler_that_fails_is_one_line_with_its_reason(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        raise RuntimeError("there is no C compiler\nand more")
+
+    model = tiny_vgg(kind="s_dense")
+    reason = r"^the network cannot be compiled here: there is no C compiler; leave it uncompiled$"
+    with CompiledNetwork(model, backend=backend).running(), pytest.raises(ConfigError, match=reason):
+        model(images)
+
+
+def test_versions_of_torch_whose_limit_is_a_setting_compile_as_many_forms(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, limits_seen = torch.compile, []
+
+    def older(
+        model: Callable[..., Any], *, fullgraph: bool, dynamic: bool, backend: Any, mode: str | None
+    ) -> Callable[..., Any]:
+        return compiler(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend, mode=mode)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        limits_seen.append(torch._dynamo.config.recompile_limit)
+        return graph.forward
+
+    before = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch, "compile", older)
+    networks = [tiny_vgg(kind="s_dense") for _ in range(2)]
+    for network in networks:
+        with CompiledNetwork(network, backend=backend).running():
+            for number in range(1, before + 2):  # each number of images is a form
+                network(images[:1].repeat(number, 1, 1, 1))
+    assert limits_seen == len(networks) * (before + 1) * [GRAPHS]
+    assert torch._dynamo.config.recompile_limit == before
 
 
 def test_each_form_is_checked_once_and_leaves_no_trace(

@@ -11,6 +11,7 @@ With CUDA graphs the pass is repeated until a graph is replayed, and the replay 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,14 +59,12 @@ class CompiledNetwork:
         self._graphs = graphs
         self._modules, self._parameters = list(network.modules()), list(network.parameters())
         self._checked: set[tuple[Any, ...]] = set()
-        how: dict[str, Any] = {"recompile_limit": GRAPHS, "isolate_recompiles": True}
-        self._compute: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] = torch.compile(
+        self._compute: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] = _compile(
             lambda images, pathways: network.compute(images, pathways),
             fullgraph=True,
             dynamic=False,
             backend=backend,
             mode="reduce-overhead" if graphs else None,
-            **how,
         )
 
     @contextmanager
@@ -86,8 +85,8 @@ class CompiledNetwork:
     def _compiled(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
         try:
             logits, routing = self._compute(images, pathways)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise ConfigError(
                 f"the network cannot be compiled here: {reason}; leave it uncompiled", "compile"
             ) from error
@@ -117,11 +116,16 @@ class CompiledNetwork:
         Raises:
             ConfigError: They differ.
         """
-        expected, gradient = self._without_trace(self._network.compute, images, pathways)
+        arguments = images, pathways
+        expected, gradient, routed_BL = self._without_trace(self._network.compute, *arguments)
         for _ in range(REPLAYED if self._graphs else 1):
-            got, of_compiled = self._without_trace(self._compiled, images, pathways)
+            got, of_compiled, routed_compiled_BL = self._without_trace(self._compiled, *arguments)
         if not (expected.isfinite().all() and gradient.isfinite().all()):
             return False
+        same_B = (routed_compiled_BL == routed_BL).all(dim=1)
+        if not same_B.all():  # an image on another pathway has another gradient, and is no sign of a fault
+            _, gradient, _ = self._without_trace(self._network.compute, *arguments, same_B)
+            _, of_compiled, _ = self._without_trace(self._compiled, *arguments, same_B)
         most, most_of_gradient = limits(images.device)
         distance = float((got - expected).abs().amax(dim=1).median() / expected.abs().amax())
         of_gradient = float((of_compiled - gradient).norm() / gradient.norm()) if gradient.any() else 0.0
@@ -135,25 +139,43 @@ class CompiledNetwork:
         return True
 
     def _without_trace(
-        self, compute: Callable[..., tuple[Tensor, Routing]], images: Tensor, pathways: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The logits and a gradient of one pass; the network's buffers keep their values."""
+        self,
+        compute: Callable[..., tuple[Tensor, Routing]],
+        images: Tensor,
+        pathways: Tensor | None,
+        chosen_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits and the pathways of one pass, and a gradient of all images or of chosen ones.
+
+        The network's buffers keep their values.
+        """
         buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        logits, _ = compute(images, pathways)
-        gradient = self._gradient(logits, images)
+        logits, routing = compute(images, pathways)
+        gradient = self._gradient(logits, images, chosen_B)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return logits.detach(), gradient
+        return logits.detach(), gradient, routing.expert_index_BL
 
-    def _gradient(self, logits: Tensor, images: Tensor) -> Tensor:
+    def _gradient(self, logits: Tensor, images: Tensor, chosen_B: Tensor | None) -> Tensor:
         """A gradient of the logits by all that needs one, in one vector."""
         inputs = [tensor for tensor in (images, *self._parameters) if tensor.requires_grad]
         if not logits.requires_grad:
             return logits.new_zeros(1)
-        log_p = logits.float().log_softmax(dim=1)
-        found = torch.autograd.grad(log_p[:, 0].sum(), inputs, allow_unused=True, materialize_grads=True)
+        values_B = logits.float().log_softmax(dim=1)[:, 0]
+        value = (values_B if chosen_B is None else values_B[chosen_B]).sum()
+        found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         return torch.cat([each.flatten().float() for each in found])
+
+
+def _compile(compute: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """`torch.compile` for up to `GRAPHS` forms of this function alone."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return torch.compile(compute, recompile_limit=GRAPHS, isolate_recompiles=True, **how)
+    # Earlier versions of torch have one limit for all functions, and count forms by code object.
+    compute.__code__ = compute.__code__.replace()
+    limited: Callable[..., Any] = torch._dynamo.config.patch(recompile_limit=GRAPHS)(torch.compile(compute, **how))
+    return limited
 
 
 def limits(device: torch.device) -> tuple[float, float]:

@@ -238,11 +238,20 @@ class _Gate(torch.autograd.Function):
         return gradient, of_gate.to(ctx.kind), None, None, None, None
 
 
+AUTOCAST = {"cpu", "cuda"}
+"""Types of the devices with autocast. Older compilers of torch cannot trace `torch.amp.is_autocast_available`."""
+
+
 def dtype_of_autocast(device: str) -> torch.dtype | None:
     """The type in which autocast computes on a device, or None if there is no autocast."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def exporting() -> bool:
+    """Whether `torch.export` records the network. In older versions, compilers say so too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def route(x: Tensor, decision: Decision, experts: Experts) -> Tensor:

@@ -8,7 +8,6 @@ Shape suffixes: B batch, C channels, D features, H height, W width.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from advmoe.config import Granularity, ModelConfig, check, routed_part
 from advmoe.models.batch_norm import BatchNorm2d
 from advmoe.models.channels import ChannelMask, Channels, KeptChannels
 from advmoe.models.convolution import conv2d
+from advmoe.models.dispatch import exporting
 from advmoe.models.experts import ExpertLayout, scaled_channels
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.router import ImageRouter, Router
@@ -41,7 +41,7 @@ class Conv2d(nn.Conv2d):
         if self.reads.masked:
             weight = weight * self.reads.mask()[:, None, None]
         stride = self.stride
-        if self.kernel_size == (1, 1) and not torch.compiler.is_exporting():
+        if self.kernel_size == (1, 1) and not exporting():
             # For a strided 1x1 convolution of few channels in channels-last format, oneDNN writes
             # beyond the end of the weight gradient and corrupts the heap (torch 2.15, AVX-512).
             # Selecting the pixels first gives the same result.

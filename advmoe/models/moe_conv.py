@@ -24,6 +24,7 @@ from advmoe.models.dispatch import (
     Order,
     computes_all,
     dtype_of_autocast,
+    exporting,
     is_channels_last,
     router_signal,
     row_products,
@@ -331,7 +332,7 @@ def moe_conv2d(
     if isinstance(decision, Tensor):
         decision = Decision(decision, None)
     form = Form(rows, [stride] * 2, [padding] * 2)
-    if torch.compiler.is_exporting():
+    if exporting():
         flat = list(chain.from_iterable(rows))
         y_BCHW: Tensor = torch.ops.advmoe.moe_conv2d(
             x_BCHW, weight, bias, decision.expert_index_B, flat, len(rows[0]), *form[1:]

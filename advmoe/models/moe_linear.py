@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advmoe.models.dispatch import Order, dispatch
+from advmoe.models.dispatch import Order, dispatch, exporting
 from advmoe.models.moe_conv import Rows, expert_rows, split_rows
 
 
@@ -57,7 +57,7 @@ def moe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Ten
     Returns:
         [U, ..., len(rows[0])], in the order of x.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         flat = list(chain.from_iterable(rows))
         y: Tensor = torch.ops.advmoe.moe_linear(x, weight, bias, expert_index, flat, len(rows[0]))
         return y

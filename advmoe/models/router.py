@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advmoe.config import RouterGradient
 from advmoe.distributed import world
 from advmoe.models.batch_norm import BatchNorm2d, take_in, union_statistics
-from advmoe.models.dispatch import dtype_of_autocast
+from advmoe.models.dispatch import dtype_of_autocast, exporting
 from advmoe.models.routing import Decision, compared, gate
 
 
@@ -92,7 +92,7 @@ class Router(nn.Module):
         """The expert of each image (the first of equal logits), with a gate if this router is being trained."""
         logits_BN = self(x_BCHW)
         expert_index_B = logits_BN.argmax(dim=1)
-        learns = self.training and logits_BN.requires_grad and not torch.compiler.is_exporting()
+        learns = self.training and logits_BN.requires_grad and not exporting()
         decision = Decision(expert_index_B, logits_BN, scales=self.scales)
         if not learns or self.scales:
             return decision

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelConfig, check
 from advmoe.models.channels import Channels
-from advmoe.models.dispatch import Order, route, row_products
+from advmoe.models.dispatch import Order, exporting, route, row_products
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
 from advmoe.models.moe_conv import split_rows
@@ -116,7 +116,7 @@ class RoutedMLP(nn.Module):
         """Output of each row's expert, as feature maps [U, D, T, 1]."""
         x_UTD = x_UDT1.squeeze(3).transpose(1, 2)
         index_U = decision.expert_index_B
-        if torch.compiler.is_exporting():
+        if exporting():
             y_UTD: Tensor = self.reduce(F.gelu(self.expand(x_UTD, index_U)), index_U)
         else:  # computes both layers of an expert at once: one dispatch instead of two
             y_UTD = route(x_UTD, decision, self)
