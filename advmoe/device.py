@@ -18,7 +18,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     Under torchrun, `cuda` without a number is the GPU of the process's local rank.
 
     Raises:
-        ConfigError: The name is unknown, or the device is not there.
+        ConfigError: The name is unknown, the device is not there, or several processes of this
+            machine would share one GPU.
     """
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +29,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device") from None
     if device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device")
+    if device.type == "cuda" and device.index is not None and _processes_here() > 1:
+        raise ConfigError(
+            f"device '{name}' would be that of all {_processes_here()} processes of this machine; use cuda, which "
+            "gives each its own",
+            "device",
+        )
     if str(device) == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -38,6 +45,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _processes_here() -> int:
+    """Number of processes of this machine that torchrun started to work together."""
+    return min(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def convolves_in_tf32() -> bool:

@@ -1,11 +1,12 @@
 """Measurements for a GPU that is available for a short time, divided into steps. Each step writes one file.
 
-A step whose file exists is skipped, so the script can be run again after an interruption.
-`gpu_lease.sh` limits each step to ten minutes.
+A step whose file exists is skipped, so the script can be run again after an interruption. A step
+that fails does not stop the others. `gpu_lease.sh` runs one process for each line of `--list` and
+limits it to ten minutes. Quick steps share a process, because its start takes longer than they do.
 
     python benchmarks/gpu_lease.py --out results/gpu          # all steps but the long trainings
-    python benchmarks/gpu_lease.py --out results/gpu --list   # their names
-    python benchmarks/gpu_lease.py --out results/gpu --only speed-moe-advmoe-128-bf16
+    python benchmarks/gpu_lease.py --out results/gpu --list   # their names, a line for each process
+    python benchmarks/gpu_lease.py --out results/gpu --only speed-moe-advmoe-128-bf16 exported
 
 Shape suffixes: B batch, L MoE layers.
 """
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -72,13 +74,16 @@ class Form:
     precision: str = "fp32"
     compile: str = "off"
     dispatch: str = "auto"
+    layout: str = "channels-first"
     smoke: bool = False
 
     @property
     def name(self) -> str:
         """The differences from the default form."""
         experts = "" if self.num_experts == 2 else str(self.num_experts)
-        ways = [way for way in (self.compile, self.dispatch) if way not in ("off", "auto")]
+        ways = [
+            way for way in (self.compile, self.dispatch, self.layout) if way not in ("off", "auto", "channels-first")
+        ]
         return "-".join((self.kind + experts, self.method, str(self.batch_size), self.precision, *ways))
 
     def model(self) -> RoutedNetwork:
@@ -87,12 +92,18 @@ class Form:
         width, size = (0.0625, 16) if self.smoke else (1.0, 32)
         experts: dict[str, Any] = {"num_experts": self.num_experts} if self.kind == "moe" else {}
         config = ModelConfig(arch="resnet18", kind=self.kind, width=width, image_size=size, **experts)  # type: ignore[arg-type]
-        return build_model(config).to(device())
+        return build_model(config).to(device(), memory_format=self.memory_format)
 
     def images(self) -> Tensor:
         """A batch of noise."""
         size = 16 if self.smoke else 32
-        return torch.rand(self.batch_size, 3, size, size, device=device())
+        images = torch.rand(self.batch_size, 3, size, size, device=device())
+        return images.contiguous(memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The order of an image's numbers in memory. `advmoe train` does not use channels-last yet."""
+        return torch.channels_last if self.layout == "channels-last" else torch.contiguous_format
 
     def step(self) -> Callable[[int], None]:
         """A function that runs the i-th training step, as `advmoe train` does."""
@@ -118,22 +129,35 @@ class Form:
         return step
 
 
+WARM_UP, BLOCKS, BLOCK = 20, 3, 10
+"""Steps before the measurement, blocks of steps, and steps of a block. A GPU library chooses an algorithm for each new
+size of an expert's sub-batch, which takes time in the first steps and not in a training of thousands."""
+
+
 def speed(form: Form) -> dict[str, Any]:
-    """Images per second and peak memory of a training step: the median of several steps after a warm-up."""
+    """Images per second and peak memory of a training step: the median over blocks of steps.
+
+    The process waits for the GPU at the end of a block only, as a training does.
+    """
     step = form.step()
     began = time.perf_counter()
     step(0)
     wait()
     first = time.perf_counter() - began
+    warm_up, length = (0, 1) if form.smoke else (WARM_UP, BLOCK)
+    for i in range(1, 1 + warm_up):
+        step(i)
+    wait()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for i in range(1, 3 if form.smoke else 26):
+    for block in range(BLOCKS):
         began = time.perf_counter()
-        step(i)
+        for i in range(length):
+            step(1 + warm_up + block * length + i)
         wait()
-        seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds[len(seconds) // 5 :])
+        seconds.append((time.perf_counter() - began) / length)
+    median = statistics.median(seconds)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device().type == "cuda" else None
     return {
         "images_per_second": form.batch_size / median,
@@ -174,17 +198,17 @@ def routes_of_bf16(form: Form) -> dict[str, Any]:
 
 
 def exported(form: Form) -> dict[str, Any]:
-    """Images per second of the exported file in onnxruntime, on the GPU if onnxruntime has a provider."""
+    """Images per second of the exported file in onnxruntime, on the GPU if onnxruntime can use it."""
     import onnxruntime
     from advmoe_export.exporter import export_model
     from advmoe_export.session import Session
 
-    provider = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    providers = ("cuda", "cpu") if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else ("cpu",)
     model, images = form.model().cpu().eval(), form.images().cpu()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_model(model, path, image_size=images.shape[-1], labels=[str(label) for label in range(10)])
-        session = Session(path, providers=(provider,))
+        session = Session(path, providers=providers)
         seconds = []
         for _ in range(3 if form.smoke else 50):
             began = time.perf_counter()
@@ -217,14 +241,20 @@ def autoattack_speed(form: Form) -> dict[str, Any]:
     return {"images_per_second": len(images) / seconds, "robust_after": left}
 
 
+GPU_TESTS = ("test_compiled.py", "test_host_waits.py", "test_loader.py", "test_tiles.py")
+"""The files of tests that need a GPU. Others may need packages that a rented machine lacks."""
+
+
 def gpu_tests() -> dict[str, Any]:
-    """The tests that need a GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], capture_output=True, text=True, check=False
-    )
+    """The outcome of the tests that need a GPU. Warnings of other versions of torch are no failures."""
+    files = [str(Path(__file__).parents[1] / "tests" / name) for name in GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
     if done.returncode:
-        raise SystemExit(f"tests failed, so this step is not done:\n{done.stdout[-4000:]}")
-    return {"returncode": done.returncode, "last_lines": done.stdout.splitlines()[-5:]}
+        print(done.stdout[-4000:], done.stderr[-4000:], file=sys.stderr)
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"returncode": done.returncode, "failed": failed, "last_line": lines[-1] if lines else ""}
 
 
 def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
@@ -240,42 +270,51 @@ def training(kind: str, method: str, out: Path, epochs: int) -> dict[str, Any]:
         except KeyboardInterrupt:  # the training got it too, and saves before it ends
             returncode = process.wait()
     if returncode:
-        raise SystemExit(f"{folder} is not complete (exit code {returncode}); run this step again")
+        raise RuntimeError(f"{folder} is not complete (exit code {returncode}); run this step again")
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     return {"seconds_of_this_lease": time.perf_counter() - began, "metrics": json.loads(last)}
 
 
 def forms(plain: Form) -> Iterator[Form]:
-    """The timed steps: kinds, sizes and precisions, compiled and not compiled, and ways to dispatch to 8 experts."""
+    """The timed steps: kinds, sizes and precisions, ways to dispatch, and compiled ones, which take longest."""
     if plain.smoke:
         yield from (plain, replace(plain, precision="bf16"))
         return
-    for precision, batch_size, (kind, method) in product(("fp32", "bf16"), (128, 512), TRAININGS):
+    for batch_size, precision, (kind, method) in product((128, 512), ("bf16", "fp32"), TRAININGS):
         yield replace(plain, kind=kind, method=method, batch_size=batch_size, precision=precision)
-    for way, (kind, method) in product(("kernels", "graphs"), TRAININGS):
-        yield replace(plain, kind=kind, method=method, precision="bf16", compile=way)
-    for number, precision in product((2, 8), ("fp32", "bf16")):
+    for kind, method in TRAININGS:
+        yield replace(plain, kind=kind, method=method, precision="bf16", layout="channels-last")
+    for number, precision in product((2, 8), ("bf16", "fp32")):
         yield replace(plain, num_experts=number, precision=precision, dispatch="tiles")
-    for precision in ("fp32", "bf16"):
+    for precision in ("bf16", "fp32"):
         yield replace(plain, num_experts=8, precision=precision)
+    for way, (kind, method) in product(("graphs", "kernels"), TRAININGS):
+        yield replace(plain, kind=kind, method=method, precision="bf16", compile=way)
     yield replace(plain, num_experts=8, precision="bf16", compile="kernels")
 
 
-def steps(out: Path, *, smoke: bool, epochs: int) -> Iterator[tuple[str, LeaseStep]]:
-    """The steps by name, in order."""
+Process = list[tuple[str, LeaseStep]]
+"""The named steps of one process."""
+
+
+def processes(out: Path, *, smoke: bool, epochs: int) -> Iterator[Process]:
+    """The steps, in order of importance, by the process that takes them."""
     if not smoke:
-        yield "tests", gpu_tests
+        yield [("tests", gpu_tests)]
     plain = Form(batch_size=8, smoke=True) if smoke else Form()
+    quick: Process = []
     for kind, method in TRAININGS:
         form = replace(plain, kind=kind, method=method)
-        yield f"waits-{form.name}", partial(waits, form)
-    for form in forms(plain):
-        yield f"speed-{form.name}", partial(speed, form)
-    yield "routes-bf16", partial(routes_of_bf16, plain)
-    yield "exported", partial(exported, plain)
-    yield "autoattack", partial(autoattack_speed, replace(plain, batch_size=2 if smoke else 64))
+        quick.append((f"waits-{form.name}", partial(waits, form)))
+    timed = {form.name: form for form in forms(plain)}
+    quick += [(f"speed-{name}", partial(speed, form)) for name, form in timed.items() if form.compile == "off"]
+    yield [*quick, ("routes-bf16", partial(routes_of_bf16, plain)), ("exported", partial(exported, plain))]
+    for name, form in timed.items():
+        if form.compile != "off":
+            yield [(f"speed-{name}", partial(speed, form))]
+    yield [("autoattack", partial(autoattack_speed, replace(plain, batch_size=2 if smoke else 64)))]
     for kind, method in TRAININGS if epochs else ():
-        yield f"train-{kind}-{method}", lambda k=kind, m=method: training(k, m, out, epochs)  # type: ignore[misc]
+        yield [(f"train-{kind}-{method}", partial(training, kind, method, out, epochs))]
 
 
 def versions() -> dict[str, Any]:
@@ -285,7 +324,7 @@ def versions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; without one nothing is kept")
-    parser.add_argument("--only", help="name of one step")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="names of steps")
     parser.add_argument("--list", action="store_true", help="print the names of the steps that are not done")
     parser.add_argument("--epochs", type=int, default=0, help="train so many epochs of each kind at the end")
     parser.add_argument("--smoke", action="store_true", help="the smallest form: does it run?")
@@ -293,23 +332,34 @@ def main() -> None:
     options = parser.parse_args()
     out: Path | None = options.out
     figures: dict[str, Any] = versions()
-    for name, step in steps(out or Path(), smoke=options.smoke, epochs=options.epochs):
-        path = None if out is None else out / f"{name}.json"
-        if path is not None and path.exists():
-            figures[name] = json.loads(path.read_text())
-            continue
-        if options.list:
-            print(name)
-        elif options.only in {None, name}:
-            figures[name] = versions() | step()
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(path, json.dumps(figures[name], indent=1) + "\n")
+    failed = []
+    for process in processes(out or Path(), smoke=options.smoke, epochs=options.epochs):
+        left = []
+        for name, step in process:
+            path = None if out is None else out / f"{name}.json"
+            if path is not None and path.exists():
+                figures[name] = json.loads(path.read_text())
+            elif options.list:
+                left.append(name)
+            elif options.only is None or name in options.only:
+                try:
+                    figures[name] = versions() | step()
+                except Exception:
+                    traceback.print_exc()
+                    failed.append(name)
+                    continue
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_text_atomically(path, json.dumps(figures[name], indent=1) + "\n")
+        if left:
+            print(*left)
     if options.json:
         print(json.dumps(figures))
     elif not options.list:
         for name, value in figures.items():
             print(f"{name:36} {value}")
+    if failed:
+        sys.exit(f"failed, and not done: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
 #!/bin/sh
-# Runs every unfinished step of gpu_lease.py, each for at most ten minutes: gpu_lease.sh [FOLDER] [EPOCHS]
+# Runs every unfinished step of gpu_lease.py, each process for at most ten minutes: gpu_lease.sh [FOLDER] [EPOCHS]
 # Run the script again to continue. EPOCHS above 0 adds the long trainings, which resume from their checkpoints.
+# $PYTHON names the interpreter; the default is python3.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 out=${1:-results/gpu}
 epochs=${2:-0}
+lease() { "${PYTHON:-python3}" benchmarks/gpu_lease.py --out "$out" --epochs "$epochs" "$@"; }
+processes=$(lease --list) || { echo "the steps cannot be listed" >&2; exit 1; }
 failed=0
-for step in $(python benchmarks/gpu_lease.py --out "$out" --epochs "$epochs" --list); do
-    timeout --signal=INT 590 python benchmarks/gpu_lease.py --out "$out" --epochs "$epochs" --only "$step" --json \
-        > /dev/null || { echo "$step is not done; run this again" >&2; failed=1; }
-done
+while read -r steps; do
+    [ -n "$steps" ] || continue
+    # shellcheck disable=SC2086  # the names of several steps
+    timeout --signal=INT --kill-after=20 570 "${PYTHON:-python3}" benchmarks/gpu_lease.py --out "$out" \
+        --epochs "$epochs" --only $steps --json > /dev/null < /dev/null \
+        || { echo "not done: some of $steps; run this again" >&2; failed=1; }
+done <<END
+$processes
+END
 exit "$failed"

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,29 @@ def test_versions_of_torch_whose_limit_is_a_setting_compile_as_many_forms(
     before = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch, "compile", older)
     networks = [tiny_vgg(kind="s_dense") for _ in range(2)]
+    forms = list(product((2, 3, 4), (False, True), (False, True)))
+    assert len(forms) > before
     for network in networks:
         with CompiledNetwork(network, backend=backend).running():
-            for number in range(1, before + 2):  # each number of images is a form
-                network(images[:1].repeat(number, 1, 1, 1))
-    assert limits_seen == len(networks) * (before + 1) * [GRAPHS]
+            for number, training, learning in forms:
+                with torch.set_grad_enabled(learning):
+                    network.train(training)(images[:number])
+    assert limits_seen == len(networks) * len(forms) * [GRAPHS]
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_batches_of_rare_sizes_are_not_compiled(tiny_vgg: Callable[..., RoutedNetwork], images: Tensor) -> None:
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        sizes.append(next(len(each) for each in inputs if each.shape[1:] == images.shape[1:]))
+        return graph.forward
+
+    model = tiny_vgg(kind="s_dense").eval()
+    with CompiledNetwork(model, backend=backend).running():
+        for size in (8, 4, 8, 3, 2, 7, 6, 8, 7):
+            assert model(images[:size]).shape == (size, 10)
+    assert sizes == [8, 4, 3, 2]
 
 
 def test_each_form_is_checked_once_and_leaves_no_trace(

@@ -29,3 +29,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="'cuda:3' is not there: this machine has 1"):
         resolve_device("cuda:3")
+
+
+def test_processes_of_one_machine_do_not_share_a_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match="'cuda:0' would be that of all 2 processes of this machine; use cuda"):
+        resolve_device("cuda:0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # of a command that one of them started for itself alone
+    assert str(resolve_device("cuda:0")) == "cuda:0"

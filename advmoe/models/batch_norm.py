@@ -71,10 +71,11 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, number = ctx.saved_tensors
         (gradient_y,) = gradients
-        # Gradient with mean and var as constants:
+        rstd = (var + ctx.eps).rsqrt()
+        # Gradient with mean and var as constants. Some kernels of GPUs need the saved statistics, too.
         if x.numel():
             gradient_x, gradient_weight, gradient_bias = torch.ops.aten.native_batch_norm_backward(
-                gradient_y, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+                gradient_y, x, weight, mean, var, mean, rstd, False, ctx.eps, [True, True, True]
             )
         else:  # a rank without images; the operator would divide by their number
             gradient_x, gradient_weight, gradient_bias = (torch.zeros_like(each) for each in (x, weight, weight))
@@ -82,7 +83,6 @@ class _Normalize(torch.autograd.Function):
         # (gradient * normalized x)).
         of_bias, of_weight = gradient_bias.clone(), gradient_weight.clone()
         sum_up([of_bias, of_weight])
-        rstd = (var + ctx.eps).rsqrt()
         slope = weight * rstd.square() * of_weight / number
         shift = weight * rstd * of_bias / number - slope * mean
         across = (-1, *[1] * (x.ndim - 2))

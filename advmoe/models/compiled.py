@@ -35,12 +35,16 @@ it is relative to their norm, so that a gradient of zero has 1. Right bf16 passe
 wrong fp32 kernel had more than 1 for the gradients. TF32 was not measured. It has three more bits
 than bf16, so about .004 and .1 are expected."""
 
+SIZES = 4
+"""Maximum number of sizes of a batch that are compiled. A training has a batch, a share of it for the routers, and parts
+of both. Other sizes are those of batches with images that cannot be read; they are rare, and compilation takes minutes."""
+
 REPLAYED = 3
 """Calls of a form until a CUDA graph is replayed: torch warms up in the first and records in the second."""
 
 
 class CompiledNetwork:
-    """The passes of one network, each compiled at its first call.
+    """The passes of one network, each compiled at its first call. Batches of rare sizes are not compiled.
 
     Args:
         network: May change its modes, and what needs gradients: each combination is compiled once.
@@ -58,6 +62,7 @@ class CompiledNetwork:
         self._network = network
         self._graphs = graphs
         self._modules, self._parameters = list(network.modules()), list(network.parameters())
+        self._sizes: set[int] = set()
         self._checked: set[tuple[Any, ...]] = set()
         self._compute: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]] = _compile(
             lambda images, pathways: network.compute(images, pathways),
@@ -77,6 +82,9 @@ class CompiledNetwork:
             del self._network.compiled
 
     def _run(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
+        if len(self._sizes | {len(images)}) > SIZES:
+            return self._network.compute(images, pathways)
+        self._sizes.add(len(images))
         form = self._form(images, pathways)
         if form not in self._checked and self._check(images, pathways):
             self._checked.add(form)
