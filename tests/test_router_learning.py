@@ -105,7 +105,7 @@ def gradient_of_four_experts(router_gradient: str) -> list[float]:
     outputs = [torch.tensor([[value]]) for value in (2.0, 0.0, 0.0, 3.0)]
     logits_BN, index_B = torch.zeros(1, 4, requires_grad=True), torch.tensor([0])
     if router_gradient == "dense":
-        decision = compared(Decision(index_B, logits_BN), logits_BN, sampled=False)
+        decision = compared(index_B, logits_BN, sampled=False)
     else:
         decision = Decision(index_B, logits_BN, gate(logits_BN, index_B, router_gradient), "mean")
     y = select(outputs, decision)
@@ -129,7 +129,7 @@ def test_the_comparison_with_all_experts_is_the_gradient_of_the_expected_loss() 
 def test_a_relative_comparison_does_not_depend_on_how_much_experts_differ(number: int) -> None:
     def gradient(size: float, *, relative: bool) -> Tensor:
         logits_BN = torch.zeros(3, number, requires_grad=True)
-        decision = compared(Decision(torch.tensor([0, 1, 0]), logits_BN), logits_BN, sampled=False, relative=relative)
+        decision = compared(torch.tensor([0, 1, 0]), logits_BN, sampled=False, relative=relative)
         outputs = [torch.full((3, 1), 1.0 + size * expert) for expert in range(number)]
         # the loss falls with the output of images 0 and 1, by 1 and 2, and rises with that of image
         # 2, by 3
@@ -149,8 +149,8 @@ def test_a_relative_comparison_of_a_batch_in_parts_is_as_long_as_that_of_the_who
     def gradient(values: Tensor, place: Place | None) -> Tensor:
         logits_BN = torch.zeros(len(values), 2, requires_grad=True)
         with placing(place, len(values)):
-            chosen = Decision(torch.zeros(len(values), dtype=torch.int64), logits_BN)
-            decision = compared(chosen, logits_BN, sampled=False, relative=True)
+            chosen_B = torch.zeros(len(values), dtype=torch.int64)
+            decision = compared(chosen_B, logits_BN, sampled=False, relative=True)
         (select([torch.zeros(len(values), 1), torch.ones(len(values), 1)], decision) * values[:, None]).sum().backward()
         assert logits_BN.grad is not None
         return logits_BN.grad[:, 1]
@@ -165,7 +165,7 @@ def test_a_relative_comparison_of_a_batch_in_parts_is_as_long_as_that_of_the_who
 
 def test_the_turn_takes_every_other_expert_once() -> None:
     logits_BN = torch.zeros(6, 4, requires_grad=True)
-    decision = compared(Decision(torch.tensor([0, 0, 0, 2, 2, 2]), logits_BN), logits_BN, sampled=True)
+    decision = compared(torch.tensor([0, 0, 0, 2, 2, 2]), logits_BN, sampled=True)
     assert decision.other_B is not None
     assert decision.other_B.tolist() == [1, 2, 3, 3, 0, 1]
 
@@ -175,7 +175,7 @@ def test_the_comparison_is_the_gradient_of_the_mixture(number: int, sampled: boo
     torch.manual_seed(0)
     logits_BN, outputs = torch.randn(5, number, requires_grad=True), [torch.randn(5, 3) for _ in range(number)]
     wanted_BD, chosen_B = torch.randn(5, 3), logits_BN.argmax(dim=1)
-    y = select(outputs, compared(Decision(chosen_B, logits_BN), logits_BN, sampled=sampled))
+    y = select(outputs, compared(chosen_B, logits_BN, sampled=sampled))
     (ours,) = torch.autograd.grad((wanted_BD * y).sum(), logits_BN)
     mixture = (logits_BN.softmax(dim=1).T[:, :, None] * torch.stack(outputs)).sum(dim=0)
     (theirs,) = torch.autograd.grad((wanted_BD * mixture).sum(), logits_BN)

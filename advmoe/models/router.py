@@ -93,16 +93,15 @@ class Router(nn.Module):
         logits_BN = self(x_BCHW)
         expert_index_B = logits_BN.argmax(dim=1)
         learns = self.training and logits_BN.requires_grad and not exporting()
-        decision = Decision(expert_index_B, logits_BN, scales=self.scales)
         if not learns or self.scales:
-            return decision
+            return Decision(expert_index_B, logits_BN, scales=self.scales)
         if logits_BN.shape[1] == 1:  # nothing to compare with
-            return decision._replace(gate=gate(logits_BN, expert_index_B, "softmax"))
+            return Decision(expert_index_B, logits_BN, gate(logits_BN, expert_index_B, "softmax"))
         if self.router_gradient in {"dense", "sampled", "relative"}:
             kind = self.router_gradient
-            return compared(decision, logits_BN, sampled=kind == "sampled", relative=kind == "relative")
+            return compared(expert_index_B, logits_BN, sampled=kind == "sampled", relative=kind == "relative")
         gate_B = gate(logits_BN, expert_index_B, self.router_gradient)
-        return decision._replace(gate=gate_B, signal="mean" if self.router_gradient == "advantage" else "own")
+        return Decision(expert_index_B, logits_BN, gate_B, "mean" if self.router_gradient == "advantage" else "own")
 
 
 class ImageRouter(Router):

@@ -102,7 +102,7 @@ class _Comparison(torch.autograd.Function):
         return push_BN, None, None, None
 
 
-def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: bool = False) -> Decision:
+def compared(chosen_B: Tensor, logits_BN: Tensor, *, sampled: bool, relative: bool = False) -> Decision:
     """A decision whose router learns by comparing the expert chosen, c, with others.
 
     With v_e = <dL/dy, y_e>, the loss changes to first order by v_e - v_c if e takes over. The
@@ -121,18 +121,18 @@ def compared(decision: Decision, logits_BN: Tensor, *, sampled: bool, relative: 
     But experts then do not become different: an expert is chosen more for an image only where it is
     the best of all already (docs/log.md, 2026-11-30).
     """
-    chosen_B, number = decision.expert_index_B, logits_BN.shape[1]
+    number = logits_BN.shape[1]
     size = share_of_union() if relative else None
     if not sampled and number > 2:
         gate_BN: Tensor = _Comparison.apply(logits_BN, chosen_B[:, None], None, size)
-        return decision._replace(gate=gate_BN, signal="all")
+        return Decision(chosen_B, logits_BN, gate_BN, "all")
     if number == 2:
         other_B = 1 - chosen_B
     else:
         turn_B = positions(len(chosen_B), chosen_B.device) % (number - 1)  # batches are shuffled
         other_B = (chosen_B + 1 + turn_B) % number
     gate_BN = _Comparison.apply(logits_BN, chosen_B[:, None], other_B[:, None], size)
-    return decision._replace(gate=gate_BN, signal="sampled", other_B=other_B)
+    return Decision(chosen_B, logits_BN, gate_BN, "sampled", other_B)
 
 
 def scaled(y: Tensor, decision: Decision) -> Tensor:
@@ -173,7 +173,7 @@ class RoutingTape:
         if self._forced_BL is None:
             return decision
         # the router's probability of the given expert scales the output; layers with one router may differ
-        return decision._replace(expert_index_B=self._forced_BL[:, layer])
+        return Decision(self._forced_BL[:, layer], decision.logits_BN, scales=decision.scales)
 
     def seen(self, x_BCHW: Tensor) -> Tensor:
         """The input of a router: the layer's input, as a constant.
