@@ -36,8 +36,8 @@ wrong fp32 kernel had more than 1 for the gradients. TF32 was not measured. It h
 than bf16, so about .004 and .1 are expected."""
 
 SIZES = 4
-"""Maximum number of sizes of a batch that are compiled. A training has a batch, a share of it for the routers, and parts
-of both. Other sizes are those of batches with images that cannot be read; they are rare, and compilation takes minutes."""
+"""Maximum number of sizes of a batch that are compiled. A training has a batch, a share of it for the routers, and
+parts of both. Other sizes are those of batches with unreadable images; they are rare, and compilation takes minutes."""
 
 REPLAYED = 3
 """Calls of a form until a CUDA graph is replayed: torch warms up in the first and records in the second."""
@@ -178,12 +178,14 @@ class CompiledNetwork:
 
 def _compile(compute: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     """`torch.compile` for up to `GRAPHS` forms of this function alone."""
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return torch.compile(compute, recompile_limit=GRAPHS, isolate_recompiles=True, **how)
-    # Earlier versions of torch have one limit for all functions, and count forms by code object.
-    compute.__code__ = compute.__code__.replace()
-    limited: Callable[..., Any] = torch._dynamo.config.patch(recompile_limit=GRAPHS)(torch.compile(compute, **how))
-    return limited
+    compiler: Callable[..., Any] = torch.compile  # the stubs of no version know the options of all
+    compiled: Callable[..., Any]
+    if "recompile_limit" in inspect.signature(compiler).parameters:
+        compiled = compiler(compute, recompile_limit=GRAPHS, isolate_recompiles=True, **how)
+    else:  # there is one limit for all functions, and forms are counted by code object
+        compute.__code__ = compute.__code__.replace()
+        compiled = torch._dynamo.config.patch(recompile_limit=GRAPHS)(compiler(compute, **how))
+    return compiled
 
 
 def limits(device: torch.device) -> tuple[float, float]:
