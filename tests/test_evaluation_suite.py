@@ -465,6 +465,26 @@ def test_the_route_attack_looks_for_flips_where_pgd_ended(monkeypatch: pytest.Mo
     torch.testing.assert_close(moved[:, 1], torch.full_like(moved[:, 1], -8 / 255))
 
 
+class Reshaping(nn.Module):
+    """Reshapes as many networks do, which leaves the other dimension of an empty batch unknown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TwoRooms()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        flat = x_BCHW.reshape(len(x_BCHW), -1)
+        logits: Tensor = self.inner(flat.view_as(x_BCHW))
+        return logits
+
+
+def test_a_batch_without_a_correct_image_gives_the_model_no_empty_batch() -> None:
+    with pytest.raises(RuntimeError, match="reshape"):
+        Reshaping()(torch.zeros(0, 3, 8, 8))
+    result = run_suite(Reshaping(), rooms(110, 110, 140), ROUTING, batch_size=2)  # 140 is wrong when clean
+    assert result.ra(WORST) == result.ra(PGD) == result.sa == pytest.approx(2 / 3)
+
+
 class Gray(nn.Module):
     """Says class 1 for images brighter than 1/2."""
 

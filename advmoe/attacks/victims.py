@@ -106,5 +106,7 @@ class Victims:
     @torch.no_grad()
     def right(self, images: Tensor | None = None) -> Tensor:
         """Whether the model classifies each image, or the given version of it, correctly, [B] bool."""
+        if not len(self):  # not every module takes an empty batch
+            return torch.zeros_like(self.labels, dtype=torch.bool)
         logits: Tensor = self.model(self.images if images is None else images)
         return logits.argmax(dim=1) == self.labels
