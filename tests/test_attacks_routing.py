@@ -28,6 +28,7 @@ from advmoe.attacks.relaxations import SteeredTape, routing_views
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
+from advmoe.config.attack import AttackStart
 from advmoe.models.network import RoutedNetwork
 
 EPS = 8 / 255
@@ -278,7 +279,10 @@ def test_a_later_restart_keeps_each_image_on_its_own_pathway() -> None:
     assert robust.tolist() == [False, True]
 
 
-def test_each_attempt_of_the_route_attack_has_a_start_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", ["uniform", "clean"])
+def test_each_attempt_of_the_route_attack_has_a_start_of_its_own(
+    start: AttackStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
     starts: list[Tensor] = []
 
     def watched(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,8 +290,10 @@ def test_each_attempt_of_the_route_attack_has_a_start_of_its_own(monkeypatch: py
         return steer(victims, pathways_BL, start)
 
     monkeypatch.setattr("advmoe.attacks.pathways.steer", watched)
-    victims = victims_of(TwoRooms(), room_images(FAR), torch.tensor([0]), ATTACK)
+    attack = dataclasses.replace(ATTACK, start=start)
+    victims = victims_of(TwoRooms(), room_images(FAR), torch.tensor([0]), attack)
     route_attack(victims, observed_ML=torch.tensor([[0]]), nearby=victims.images, config=RouteAttackConfig())
-    assert len(starts) == 8
-    for number, start in enumerate(starts):
-        assert torch.equal(start, victims.starts([number]))
+    assert len(starts) == len({first.numpy().tobytes() for first in starts}) == 8
+    for number, first in enumerate(starts):
+        assert torch.equal(first, victims.starts([number]))
+    assert torch.equal(starts[0], victims.images) == (start == "clean")

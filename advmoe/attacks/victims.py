@@ -94,10 +94,13 @@ class Victims:
         """First candidates for every restart of every image, [len(restarts) * B, 3, H, W], restart by restart.
 
         Args:
-            restarts: Numbers of the restarts. The same number gives an image the same start.
+            restarts: Numbers of the restarts. The same number gives an image the same start. Where
+                restart 0 starts at the clean image, the others are uniform: a second attack from
+                the same start would be the first.
         """
+        later = dataclasses.replace(self.attack, start="uniform") if self.attack.start == "clean" else self.attack
         drawn = [
-            starting_point(image[None], self.attack, generator_for(self.seed, restart, index))
+            starting_point(image[None], later if restart else self.attack, generator_for(self.seed, restart, index))
             for restart in restarts
             for image, index in zip(self.images.cpu(), self.indices.tolist(), strict=True)
         ]

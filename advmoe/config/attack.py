@@ -45,7 +45,10 @@ class AttackConfig(Settings):
     ] = 1
     start: Annotated[
         AttackStart,
-        Setting("uniform in the ball, gaussian (0.001 * N(0, I), as in TRADES) or clean.", noun="attack start"),
+        Setting(
+            "uniform in the ball, gaussian (0.001 * N(0, I), as in TRADES) or clean (further restarts: uniform).",
+            noun="attack start",
+        ),
     ] = "uniform"
 
     def __post_init__(self) -> None:

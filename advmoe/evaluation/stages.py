@@ -215,11 +215,7 @@ def _route(run: BatchRun, common_ML: Tensor) -> None:
 def _further(run: BatchRun) -> None:
     """PGD on the model itself, from starts that the first attack did not use."""
     usual = run.config.attack
-    more = dataclasses.replace(
-        usual,
-        restarts=usual.restarts + further_starts(run.config),
-        start="uniform" if usual.start == "clean" else usual.start,  # a second attack from the same start is the first
-    )
+    more = dataclasses.replace(usual, restarts=usual.restarts + further_starts(run.config))
     _against_unbroken(run, FURTHER, lambda victims, _: untargeted(victims.under(more), first_restart=usual.restarts))
 
 
