@@ -485,6 +485,25 @@ def test_a_batch_without_a_correct_image_gives_the_model_no_empty_batch() -> Non
     assert result.ra(WORST) == result.ra(PGD) == result.sa == pytest.approx(2 / 3)
 
 
+class Rounding(nn.Module):
+    """Says class 0 if red is above 1/2, by a little less in batches of an odd number of images. The
+    difference stands for the rounding of kernels that are chosen by the size of the batch.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        red_B = images[:, 0].mean(dim=(1, 2))
+        return torch.stack((red_B, torch.full_like(red_B, 0.501 if len(images) % 2 else 0.5)), dim=1)
+
+
+def test_a_success_of_pgd_counts_in_whatever_batch_it_was_seen() -> None:
+    # Red 128 is 0.50196, and wrong after one step of 0.0025. So the next batch is odd. Red 129 is at
+    # 0.50088 then, which is wrong in this batch, and the attack stops there. In a batch of four the
+    # image would look right, though a third step would have taken it to 0.49838.
+    attack = AttackConfig(eps=8 / 255, steps=3, step_size=0.0025, start="clean")
+    result = run_suite(Rounding(), rooms(128, 129, 255, 255), SuiteConfig(attack=attack, routing=False, diagnosed=0))
+    assert result.robust([PGD]).tolist() == result.robust([WORST]).tolist() == [False, False, True, True]
+
+
 class Gray(nn.Module):
     """Says class 1 for images brighter than 1/2."""
 

@@ -24,6 +24,9 @@ def untargeted(
     The first restart attacks the whole batch. Later ones attack the remaining images, several
     restarts at a time: as many as fit into a batch of the given size.
 
+    An image that is misclassified at any point is broken. It is not judged again in another batch,
+    in which rounding might decide otherwise: the attack has stopped there, with steps left.
+
     Args:
         victims: The images to attack.
         forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or
@@ -33,7 +36,7 @@ def untargeted(
 
     Returns:
         Adversarial images (those of the first restart that broke the image, else of the last), and
-        a mask [B] of the images that no restart broke.
+        a mask [B] of the images that no restart broke, by the outputs of `forward`.
 
     Raises:
         ConfigError: Images are outside [0, 1].
@@ -50,18 +53,20 @@ def untargeted(
         left = victims.take(alive)
         labels = left.labels.repeat(together)
         seen = _repeated(forward, alive.repeat(together))
+        winner = torch.full((len(alive),), together, device=images.device)
         found = pgd(
             seen,
             left.images.repeat(together, 1, 1, 1),
             cross_entropy_objective(labels),
             attack,
             start=left.starts(range(restart, restart + together)),
-            won=_first_to_win(labels, len(alive)),
+            won=_first_to_win(labels, winner),
             count=count,
         )
         with torch.no_grad():
             logits = seen(found, torch.arange(len(found), device=images.device))
-        broken_AB = (logits.argmax(dim=1) != labels).view(together, -1)
+        attempt_A = torch.arange(together, device=images.device)
+        broken_AB = (logits.argmax(dim=1) != labels).view(together, -1) | (attempt_A[:, None] == winner)
         broken = broken_AB.any(dim=0)
         chosen = torch.where(broken, broken_AB.int().argmax(dim=0), together - 1)
         adversarial[alive] = found.view(together, len(alive), *images.shape[1:])[
@@ -79,13 +84,16 @@ def _repeated(forward: Forward, repeats: Tensor) -> Forward:
     return lambda images, rows: forward(images, repeats[rows])
 
 
-def _first_to_win(labels: Tensor, num_images: int) -> Won:
+def _first_to_win(labels: Tensor, winner: Tensor) -> Won:
     """The restarts of an image run side by side. A restart that wins ends the later ones, so the
     outcome equals that of running them one by one.
+
+    Args:
+        labels: [A * B], attempt by attempt.
+        winner: [B], the number of the first attempt that has won; it is kept up to date.
     """
-    image_of = torch.arange(len(labels), device=labels.device) % num_images
-    restart_of = torch.arange(len(labels), device=labels.device) // num_images
-    winner = torch.full((num_images,), len(labels), device=labels.device)
+    image_of = torch.arange(len(labels), device=labels.device) % len(winner)
+    restart_of = torch.arange(len(labels), device=labels.device) // len(winner)
 
     def won(logits: Tensor, rows: Tensor) -> Tensor:
         wrong = rows[logits.argmax(dim=1) != labels[rows]]

@@ -327,8 +327,9 @@ def check_routing(sample: Victims, observed_ML: Tensor) -> Diagnostic:
         right, nearby = len(victims), victims.images
         left: list[int] = []
         for forward in routing_views(sample.model).values():  # the model itself comes first
-            found = untargeted(victims, forward)[0]
-            kept = victims.right(found)
+            found, kept = untargeted(victims, forward)
+            if left:  # a view rounds differently, so the model itself decides
+                kept = victims.right(found)
             nearby = nearby[kept] if left else found[kept]
             victims = victims.take(kept)
             left.append(len(victims))

@@ -30,7 +30,7 @@ def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> 
 
     All images count, including images that are wrong when clean. Under `pgd`, the MoE's robustness
     is the accuracy after the last step. It may exceed RA, for which an image must be right at every
-    step. Under `worst` it is `ra_worst`.
+    step. Under `worst` it is `ra_worst`, up to the rounding of another batch.
     """
     change: RouteChange = log.compare(clean, attack)
     parts = change.dissection

@@ -83,14 +83,24 @@ class BatchRun:
         """The images that are right when clean."""
         return self.batch.take(self.right)
 
-    def record(self, attack: Attack, robust_V: Tensor, found: Tensor | None = None) -> None:
-        """Record the victims that withstood an attack, and keep the versions that broke the model itself."""
+    def record(
+        self, attack: Attack, robust_V: Tensor, found: Tensor | None = None, wrong_V: Tensor | None = None
+    ) -> None:
+        """Record the victims that withstood an attack, and keep the versions that broke the model itself.
+
+        Args:
+            attack: The attack.
+            robust_V: [V], bool.
+            found: [V, 3, H, W], what it made of the victims, if it attacks at the full radius.
+            wrong_V: [V], bool, the versions that the model itself gets wrong. Default: those that
+                the attack broke.
+        """
         robust = torch.zeros_like(self.right)
         robust[self.right] = robust_V
         self.arrays[attack.column] = robust.cpu().numpy()
         if found is None:
             return
-        wrong_V = ~self.victims.right(found)
+        wrong_V = ~robust_V if wrong_V is None else wrong_V
         rows = self.right.nonzero().squeeze(1)[wrong_V]
         new = rows[~self.broken[rows]]
         self.worst[new] = found[wrong_V][~self.broken[rows]]
@@ -235,7 +245,7 @@ def _clean_pathways(run: BatchRun) -> Tensor:
 
 def _experts(run: BatchRun) -> None:
     found, robust = untargeted(run.victims, forced(run.batch.model, _clean_pathways(run)[run.right]))
-    run.record(EXPERTS, robust, found)
+    run.record(EXPERTS, robust, found, ~run.victims.right(found))
 
 
 def _routers(run: BatchRun) -> None:
