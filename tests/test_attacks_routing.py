@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from advmoe.attacks.pathways import (
     closest_pathways,
     decisions,
     flip_radius,
+    flips_to_try,
     nearest_flips,
     route_attack,
     router_margins,
@@ -29,6 +31,7 @@ from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.config.attack import AttackStart
+from advmoe.errors import ConfigError
 from advmoe.models.network import RoutedNetwork
 
 EPS = 8 / 255
@@ -182,7 +185,7 @@ def test_a_flip_changes_its_router_and_nothing_before_it_and_frees_what_follows(
     routing = model.forward_with_routing(images)[1]
     places = decisions(model)
     margins = router_margins(routing.logits_BRN, routing.expert_index_BL[:, places])
-    flipped = nearest_flips(model, images, rank)
+    flipped = nearest_flips(model, images, rank + 1)[:, rank]
     along = model.forward_with_routing(images, flipped, tape_type=SteeredTape)[1]
     new = router_margins(along.logits_BRN, flipped[:, places])
     for image in range(len(images)):
@@ -191,6 +194,77 @@ def test_a_flip_changes_its_router_and_nothing_before_it_and_frees_what_follows(
         assert torch.equal(flipped[image, :layer], routing.expert_index_BL[image, :layer])
         assert flipped[image, layer] == 1 - routing.expert_index_BL[image, layer]
         assert (new[image, decision + 1 :] >= 0).all()
+
+
+def test_flips_go_on_with_later_choices_and_none_comes_twice(
+    mixed: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    model = mixed(num_experts=5, routed="last-2-blocks", model_scale=0.25)
+    logits_BRN = model.forward_with_routing(images)[1].logits_BRN
+    assert logits_BRN is not None
+    flips = nearest_flips(model, images, 99)
+    assert flips.shape[1] == 2 * 4  # two routers, four other experts each
+    for image, choices in enumerate(logits_BRN.argsort(dim=2, descending=True)):
+        assert len(flips[image].unique(dim=0)) == 8
+        for number, flip in enumerate(flips[image].tolist()):
+            changed = int(flip[0] == choices[0, 0])  # the first router whose decision is another one
+            assert flip[changed] == choices[changed, 1 + number // 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "distinct"),
+    [
+        ({"num_experts": 5, "routed": "last-2-blocks"}, 6),  # two routers have no four second choices
+        ({"num_experts": 3, "granularity": "image"}, 2),  # one router has no four other choices
+    ],
+)
+def test_attempts_on_flips_differ_in_pathway_or_start(
+    mixed: Callable[..., RoutedNetwork], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], distinct: int
+) -> None:
+    tried: dict[int, list[tuple[bytes, bytes]]] = {}
+
+    def watched(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        for number, pathway, first in zip(victims.indices.tolist(), pathways_BL, start, strict=True):
+            tried.setdefault(number, []).append((pathway.numpy().tobytes(), first.numpy().tobytes()))
+        return start, torch.ones(len(victims), dtype=torch.bool)
+
+    monkeypatch.setattr("advmoe.attacks.pathways.steer", watched)
+    model, images = mixed(model_scale=0.25, **settings), torch.rand(6, 3, 32, 32)
+    route(model, images, torch.zeros(6, dtype=torch.int64), exhaustive=1, sampled=2, greedy=6)
+    for attempts in tried.values():
+        assert len(set(attempts)) == len(attempts) == 8
+        assert len({pathway for pathway, _ in attempts[2:]}) == distinct
+
+
+def test_a_flip_that_leads_back_to_the_own_pathway_is_no_target(mixed: Callable[..., RoutedNetwork]) -> None:
+    model, images = mixed(num_experts=3, granularity="image", model_scale=0.25), torch.rand(16, 3, 32, 32)
+    victims = victims_of(model, images, torch.zeros(16, dtype=torch.int64), ATTACK)
+    own, there = (model.forward_with_routing(each)[1].expert_index_BL[:, 0] for each in (images, images.flip(0)))
+    pathways, again = flips_to_try(victims, images.flip(0), 2)
+    assert (own != there).any()
+    for image, (first, second) in enumerate(pathways[:, :, 0].tolist()):
+        assert own[image] not in (first, second)
+        assert there[image] not in (first, second)
+        assert again[image].tolist() == [False, bool(own[image] != there[image])]  # then only one is left
+        assert (first == second) == bool(own[image] != there[image])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampled": -1}, "sampled of the route attack must not be negative, got -1"),
+        ({"exhaustive": -1}, "exhaustive of the route attack must not be negative, got -1"),
+        ({"greedy": -2}, "greedy of the route attack must not be negative, got -2"),
+        ({"sampled": 0, "greedy": 0}, "needs an attempt or more, got sampled 0 and greedy 0"),
+    ],
+)
+def test_a_route_attack_without_attempts_is_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RouteAttackConfig(**settings)
+
+
+def test_one_attempt_is_enough_to_try_all_pathways() -> None:
+    assert route(TwoRooms(), room_images(NEAR), torch.tensor([0]), sampled=1, greedy=0)[1].tolist() == [False]
 
 
 def test_the_own_pathway_is_no_target_while_there_is_another() -> None:

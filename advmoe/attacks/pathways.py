@@ -28,13 +28,13 @@ from advmoe.attacks.pgd import Forward, Objective, Won, forced, pgd
 from advmoe.attacks.relaxations import SeeingTape, SteeredTape
 from advmoe.attacks.untargeted import untargeted
 from advmoe.attacks.victims import Victims
-from advmoe.config import AttackConfig
+from advmoe.config import AttackConfig, check
 from advmoe.models.network import RoutedNetwork
 
 PENALTY = 5.0
 """Weight of a violated router margin against the cross-entropy, both in nats."""
 SAFETY = 0.05
-"""Margin at which a router counts as flipped. It is above 0, so that rounding does not undo the flip."""
+"""Margin up to which the penalty pushes a router. It is above 0, so that rounding does not undo the flip."""
 FLIP_STEPS = 10
 """Steps of the attack that finds the smallest radius at which a router flips."""
 
@@ -49,8 +49,14 @@ class RouteAttackConfig:
     """Otherwise: number of other images' pathways that it tries on each image, those with the
     highest steering objective at the clean image first (see `closest_pathways`)."""
     greedy: int = 4
-    """Otherwise: number of pathways one flip away from the one where another attack ended that it
-    tries then, the smallest margin first."""
+    """Otherwise: number of attempts then on pathways one flip away from the one where another attack
+    ended (see `nearest_flips`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("exhaustive", "sampled", "greedy"):
+            number = getattr(self, name)
+            check(number >= 0, f"{name} of the route attack must not be negative, got {number}")
+        check(self.attempts >= 1, "the route attack needs an attempt or more, got sampled 0 and greedy 0")
 
     @property
     def attempts(self) -> int:
@@ -196,10 +202,14 @@ def route_attack(
     for number in range(targets_BML.shape[1]):
         if alive.any():
             attempt(targets_BML[alive, number], victims.take(alive).starts([number]))
-    for number in range(config.greedy if everything is None else 0):
-        if alive.any():
-            point = nearby[alive]
-            attempt(nearest_flips(model, point, number), point)
+    if everything is None and config.greedy and alive.any():
+        targets_BML, again_BM = flips_to_try(victims, nearby, config.greedy)
+        for number in range(config.greedy):
+            if alive.any():
+                start = nearby.clone()
+                again = alive & again_BM[:, number]  # the first time, the flip was tried from nearby
+                start[again] = victims.take(again).starts([config.sampled + number])
+                attempt(targets_BML[alive, number], start[alive])
     return adversarial, alive
 
 
@@ -231,33 +241,68 @@ def closest_pathways(victims: Victims, observed_ML: Tensor, number: int) -> Tens
             for pathway_L in observed_ML
         ]
     )
+    order_BM = score_MB.argsort(dim=0, descending=True).T
     own_BL = model.forward_with_routing(images)[1].expert_index_BL
-    score_MB[(observed_ML[:, None] == own_BL).all(dim=2)] = -torch.inf
-    others_B = score_MB.isfinite().sum(dim=0).clamp_min(1)
-    place_BM = torch.arange(number, device=images.device) % others_B[:, None]
-    return observed_ML[score_MB.argsort(dim=0, descending=True).T.gather(1, place_BM)]
+    own_BM = (observed_ML == own_BL[:, None]).all(dim=2).gather(1, order_BM)
+    return observed_ML[order_BM.gather(1, _others_in_turn(own_BM, number)[0])]
 
 
 @torch.no_grad()
-def nearest_flips(model: RoutedNetwork, images: Tensor, rank: int) -> Tensor:
-    """Each image's pathway if the router with the (rank + 1)-th smallest margin took its second choice.
+def flips_to_try(victims: Victims, nearby: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """For each image `number` of the flips nearest to where another attack ended, but not its own pathway.
 
-    The layers after that router are routed anew, [B, L].
+    A flip there may lead back to the clean image's own pathway. As in `closest_pathways`, it is a
+    target only if there is no other.
+
+    Returns:
+        Pathways [B, number, L], and which of them come a second time because there are fewer, bool
+        [B, number].
     """
-    places = decisions(model)
+    flips_BML = nearest_flips(victims.network, nearby, number + 1)
+    own_BL = victims.network.forward_with_routing(victims.images)[1].expert_index_BL
+    place_BM, again_BM = _others_in_turn((flips_BML == own_BL[:, None]).all(dim=2), number)
+    return flips_BML[torch.arange(len(victims), device=place_BM.device)[:, None], place_BM], again_BM
+
+
+def _others_in_turn(own_BM: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Places of the candidates that are not an image's own pathway, in order, then from the first again, [B, number].
+
+    Returns:
+        The places, and which of them come again, bool [B, number].
+    """
+    others_BM = own_BM.int().argsort(dim=1, stable=True)
+    count_B = (~own_BM).sum(dim=1).clamp_min(1)
+    turn = torch.arange(number, device=own_BM.device)
+    return others_BM.gather(1, turn % count_B[:, None]), turn >= count_B[:, None]
+
+
+@torch.no_grad()
+def nearest_flips(model: RoutedNetwork, images: Tensor, number: int) -> Tensor:
+    """The pathways that differ from an image's pathway in one router's decision, the nearest first, [B, number, L].
+
+    First come the second choices of all routers, the smallest margin first, then their third
+    choices, and so on. The layers after the router are routed anew. All R (N - 1) flips differ; if
+    fewer than `number` exist, the result has them all.
+    """
+    places, decision_L = decisions(model), decision_of_place(model)
     routing = model.forward_with_routing(images)[1]
     assert routing.logits_BRN is not None
     pathway_BL, logits_BRN = routing.expert_index_BL, routing.logits_BRN
-    margins_BR = router_margins(logits_BRN, pathway_BL[:, places])
-    decision_B = margins_BR.argsort(dim=1)[:, min(rank, margins_BR.shape[1] - 1)]
+    chosen_BR1 = pathway_BL[:, places].unsqueeze(2)
+    choice_BRN = logits_BRN.scatter(2, chosen_BR1, torch.inf).argsort(dim=2, descending=True)
+    margin_BRN = logits_BRN.gather(2, chosen_BR1) - logits_BRN.gather(2, choice_BRN)
     rows = torch.arange(len(images), device=images.device)
-    second_B = logits_BRN[rows, decision_B].topk(2, dim=1).indices[:, 1]
     layer_L = torch.arange(pathway_BL.shape[1], device=images.device) // model.rows_per_image
-    layer_B = layer_L[torch.tensor(places, device=images.device)[decision_B]]
-    flipped_BL = torch.tensor(decision_of_place(model), device=images.device) == decision_B[:, None]
-    wanted_BL = torch.where(layer_L > layer_B[:, None], -1, pathway_BL)
-    wanted_BL = torch.where(flipped_BL, second_B[:, None], wanted_BL)
-    return model.forward_with_routing(images, wanted_BL, tape_type=SteeredTape)[1].expert_index_BL
+    layer_R, of_place_L = layer_L[places], torch.tensor(decision_L, device=images.device)
+    flips = []
+    for rank in range(min(number, len(places) * (logits_BRN.shape[2] - 1))):
+        choice, place = 1 + rank // len(places), rank % len(places)
+        decision_B = margin_BRN[:, :, choice].argsort(dim=1)[:, place]
+        expert_B = choice_BRN[rows, decision_B, choice]
+        wanted_BL = torch.where(layer_L > layer_R[decision_B][:, None], -1, pathway_BL)
+        wanted_BL = torch.where(of_place_L == decision_B[:, None], expert_B[:, None], wanted_BL)
+        flips.append(model.forward_with_routing(images, wanted_BL, tape_type=SteeredTape)[1].expert_index_BL)
+    return torch.stack(flips, dim=1)
 
 
 def attack_routers(victims: Victims, pathways_BL: Tensor) -> tuple[Tensor, Tensor]:
