@@ -32,7 +32,7 @@ from advmoe.evaluation.paired import outcomes
 from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, stages
 from advmoe.evaluation.state import EvaluationState
-from advmoe.evaluation.suite import common_pathways, run_suite
+from advmoe.evaluation.suite import common_pathways, identity, run_suite
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
@@ -351,6 +351,50 @@ def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path
     path.write_bytes(b"PK broken")
     with pytest.raises(CheckpointError, match="damaged; move it away"):
         run_suite(TwoRooms(), images, ROUTING, state_path=path)
+
+
+class Scaled(nn.Module):
+    """The logits of another model times a factor that is no part of its weights, of images rounded to some levels."""
+
+    def __init__(self, inner: nn.Module, factor: float, levels: float = 1e6) -> None:
+        super().__init__()
+        self.inner, self.factor, self.levels = inner, factor, levels
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner((self.levels * images).round() / self.levels)
+        return logits * self.factor
+
+
+def test_a_state_of_a_model_with_the_same_weights_that_computes_something_else_is_refused(
+    tiny_vgg: Callable[..., RoutedNetwork], tmp_path: Path
+) -> None:
+    images, path, config = rooms(124, 110), tmp_path / "state.npz", SuiteConfig(attack=ATTACK, diagnosed=0)
+    first = run_suite(Scaled(TwoRooms(), 1.0), images, config, state_path=path)
+    for other in (Scaled(TwoRooms(), -1.0), Scaled(TwoRooms(), 1.0, levels=5)):
+        with pytest.raises(CheckpointError, match="it is of a model with these weights that computes something else;"):
+            run_suite(other, images, config, state_path=path)
+    with pytest.raises(CheckpointError, match="it is of other weights"):  # the names differ
+        run_suite(TwoRooms(), images, config, state_path=path)
+    nearly = run_suite(Scaled(TwoRooms(), 1.0 + 1e-5), images, config, state_path=path)  # another machine's rounding
+    np.testing.assert_array_equal(nearly.robust([WORST]), first.robust([WORST]))
+    learned, scaled = (tiny_vgg(seed=3, router_gradient=kind) for kind in ("dense", "value"))
+    scaled.load_state_dict(learned.state_dict())
+    few = ImageSet(images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.zeros(2, np.int64), class_names=tuple("abc"))
+    forms = [identity(model, few, config, 0)["form"] for model in (learned, scaled)]
+    assert forms[0] != forms[1]
+
+
+class Noisy(nn.Module):
+    """Says class 0, by another margin each time."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack((1 + torch.rand(len(images)), images.mean(dim=(1, 2, 3))), dim=1)
+
+
+def test_a_random_model_is_recognized_by_its_weights_alone(tmp_path: Path) -> None:
+    images, config = rooms(124, 110), SuiteConfig(attack=ATTACK, routing=False, diagnosed=0)
+    for _ in range(2):
+        assert run_suite(Noisy(), images, config, state_path=tmp_path / "state.npz").sa == 1.0
 
 
 @pytest.mark.parametrize(

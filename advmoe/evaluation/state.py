@@ -1,4 +1,7 @@
-"""Arrays that grow batch by batch, and attack by attack within a batch. They survive an interruption."""
+"""Arrays that grow batch by batch, and attack by attack within a batch. They survive an interruption.
+
+Shape suffixes: I images of a set, K classes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from advmoe.errors import CheckpointError
 from advmoe.evaluation.vocabulary import pixels
@@ -18,25 +21,34 @@ from advmoe.files import write_atomically, write_text_atomically
 IDENTITY, DONE = "identity", "images done"
 """Names of two arrays: the identity of the evaluation as JSON, and the number of images done before a batch."""
 
-NUMBER, IMAGES = "number of images", "images"
-"""Parts of an identity: the number of images, which is only told, and the hash of the images, which counts."""
+NUMBER, IMAGES, LOGITS = "number of images", "images", "logits"
+"""Parts of an identity: the number of images, which is only told, the hash of the images, which counts, and the
+logits of some images, which need not be the same to the last digit."""
 INDIFFERENT = {NUMBER, "batch size"}
 """Parts that need not be the same. Earlier versions stored the batch size."""
 IN_WORDS = {
     "layout": "another version of this program wrote it",
     "model": "it is of other weights: another checkpoint, or a control of one",
+    "form": "it is of another kind of network",
+    LOGITS: "it is of a model with these weights that computes something else",
     IMAGES: "it is of other images",
 }
 """What it means that a part of an identity without a meaning of its own is another one."""
 OPTIONS = {
     "layout": (),
     "model": (),
+    "form": (),
+    LOGITS: (),
     IMAGES: ("dataset", "limit_eval", "skip_bad_images"),
     "routing": ("routing", "suite"),
     "autoattack": ("autoattack", "suite"),
     "eps_sweep": ("eps_sweep", "suite"),
 }
 """Settings from which a part of an identity follows, if these have other names."""
+TOLERANCE = 1e-3
+"""Difference of an image's logits relative to the largest one, up to which they are the same: machines round differently."""
+MOST = 7 / 8
+"""Share of the images whose logits must be the same. An image on a router's boundary may go another way elsewhere."""
 RADII = ("eps", "step_size", "eps_sweep")
 SHOWN = 60
 """Characters of a value in a message, at most."""
@@ -163,7 +175,7 @@ def _first_difference(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str,
     None if everything is the same.
     """
     was, given = _flat(stored), _flat(now)
-    for name in (name for name in given | was if name not in INDIFFERENT and was.get(name) != given.get(name)):
+    for name in (name for name in given | was if name not in INDIFFERENT and not _same(name, was, given)):
         setting = name.rpartition(".")[2]
         options = OPTIONS.get(setting, (setting,))
         if name in IN_WORDS:
@@ -173,6 +185,21 @@ def _first_difference(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str,
         before, after = _unlike(was.get(name), given.get(name), radius=setting in RADII)
         return f"{setting} was {before}, now it is {after}", options
     return None
+
+
+def _same(name: str, was: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a part of an identity is that of another one."""
+    before, after = was.get(name), given.get(name)
+    return before == after or (name == LOGITS and bool(before and after) and alike(before, after))
+
+
+def alike(before: ArrayLike, after: ArrayLike) -> bool:
+    """Whether logits [I, K] are the same, up to rounding, on nearly all images."""
+    was_IK, now_IK = np.asarray(before), np.asarray(after)
+    if was_IK.shape != now_IK.shape:
+        return False
+    size_I1 = np.maximum(np.abs(was_IK), np.abs(now_IK)).max(axis=1, keepdims=True)
+    return bool((np.abs(was_IK - now_IK) <= TOLERANCE * size_I1).all(axis=1).mean() >= MOST)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

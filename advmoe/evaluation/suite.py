@@ -1,13 +1,14 @@
 """The whole evaluation of one model: every attack on every image, batch by batch. It can be
 interrupted and continued.
 
-Shape suffixes: I images of a set, L MoE layers, M pathways.
+Shape suffixes: I images of a set, K classes, L MoE layers, M pathways.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from itertools import chain
@@ -39,12 +40,15 @@ from advmoe.evaluation.diagnostics import (
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import OBSERVED, begin, predict, stages
-from advmoe.evaluation.state import IMAGES, NUMBER, Arrays, EvaluationState, read_note, write_note
+from advmoe.evaluation.state import IMAGES, LOGITS, NUMBER, Arrays, EvaluationState, alike, read_note, write_note
 from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
+from advmoe.models.network import RoutedNetwork
 
-STATE_LAYOUT = 5
+STATE_LAYOUT = 6
 """Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
+RECOGNIZED = 8
+"""Number of images by whose logits a state recognizes its model."""
 Progress = Callable[[float, int, str], None]
 """(images done, images in all, name of the attack that begins); the name is empty before the first attack."""
 
@@ -86,7 +90,7 @@ def run_suite(
         AdvMoEError: Logits or gradients are not finite.
     """
     tell = progress or (lambda *_: None)
-    subject = identity(model, images, config, seed, numbers)
+    subject = together(lambda: identity(model, images, config, seed, numbers))
     own_path = state_path if world().leads else None
     state = together(lambda: EvaluationState(own_path, subject))
     parameter = next(model.parameters(), None)
@@ -164,7 +168,11 @@ def identity(
     seed: int,
     numbers: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
-    """The settings that an interrupted evaluation and its continuation must share."""
+    """The settings that an interrupted evaluation and its continuation must share.
+
+    Two models may have the same weights and compute something else with them. They are told apart
+    by their classes and configuration, and by the logits of some images.
+    """
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -173,16 +181,41 @@ def identity(
     pixels.update(images.labels.tobytes())
     if numbers is not None:
         pixels.update(numbers.tobytes())
+    form = hashlib.sha256(repr([(name, type(module).__qualname__) for name, module in model.named_modules()]).encode())
+    if isinstance(model, RoutedNetwork):
+        form.update(json.dumps(to_dict(model.config)).encode())
     settings = to_dict(config)
     for diagnostic_only in ("diagnosed", "square_queries"):
         del settings[diagnostic_only]
     return {
         "layout": STATE_LAYOUT,
         "model": weights.hexdigest()[:16],
+        "form": form.hexdigest()[:16],
         IMAGES: pixels.hexdigest()[:16],
         NUMBER: len(images),
+        LOGITS: _logits(model, images),
         "seed": seed,
     } | settings
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: ImageSet) -> list[list[float]]:
+    """Logits [I, K] of some images, to six digits; none if the model does not repeat them.
+
+    The images are a little darker than they are, so that their pixels lie between the 256 levels of
+    a file, where a model that rounds its input differs from one that does not.
+    """
+    (batch,) = BatchLoader(images, batch_size=RECOGNIZED, indices=_spread_out(len(images), RECOGNIZED)).epoch(0)
+    parameter = next(model.parameters(), None)
+    darker = 0.99 * (batch.images if parameter is None else batch.images.to(parameter.device))
+    with evaluating(model), full_precision(model):
+        found_IK, again_IK = (model(darker).double().cpu().numpy() for _ in range(2))
+    return [[float(f"{logit:.6g}") for logit in row] for row in found_IK] if alike(found_IK, again_IK) else []
+
+
+def _spread_out(total: int, number: int) -> NDArray[np.int64]:
+    """Rows of an image set of `total` images, at most `number`, at equal distances."""
+    return np.unique(np.linspace(0, total - 1, min(number, total)).round().astype(np.int64))
 
 
 def common_pathways(
@@ -211,7 +244,7 @@ def _diagnose(
     config, total, right = result.config, len(images), int(result.arrays["right"].sum())
     if not config.diagnosed or not total:
         return ()
-    chosen = np.unique(np.linspace(0, total - 1, min(config.diagnosed, total)).round().astype(np.int64))
+    chosen = _spread_out(total, config.diagnosed)
     (batch,) = BatchLoader(images, batch_size=len(chosen), indices=chosen).epoch(0)
     withstood = result.robust(result.white_box)
     sample = Victims.of(model, batch, config.attack, seed=result.seed, numbers=result.arrays["index"])
