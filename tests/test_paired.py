@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 import advmoe
 from advmoe.config import AttackConfig, ModelConfig, to_dict
+from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.controls import controlled
-from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
+from advmoe.evaluation.paired import (
+    COMPARED,
+    check_same_images,
+    comparable,
+    load_outcomes,
+    paired_difference,
+    pixel_digests,
+)
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
 
@@ -93,12 +101,31 @@ def test_other_images_and_another_pgd_are_refused() -> None:
     check_same_images([first, other], [same, outcomes_of(other)])
     with pytest.raises(ConfigError, match="got images 4 for a and 4 others for b"):
         check_same_images([first, other], [same, moved])
+    seen, others = ({"pixels": np.array(digests)} for digests in ([1, 2, 3, 4], [1, 2, 3, 5]))
+    check_same_images([first, other], [same | seen, same | seen])
+    check_same_images([first, other], [same | seen, same])  # the outcomes of an earlier version
+    with pytest.raises(ConfigError, match="got images 4 for a and 4 others for b"):
+        check_same_images([first, other], [same | seen, same | others])
+    larger = card_of("b", "dense")
+    larger["advmoe"]["model"]["image_size"] = 64
+    with pytest.raises(ConfigError, match="got images of 32x32 pixels for a and 64x64 pixels for b"):
+        check_same_images([first, larger], [same, same])
     other["advmoe"]["attack"]["steps"] = 20
     with pytest.raises(ConfigError, match=r"got attack PGD-50, eps 8/255, .* and PGD-20, eps 8/255"):
         check_same_images([first, other], [same, same])
     other["advmoe"]["attack"] |= {"steps": 50, "eps": 8 / 255 + 1e-9}  # equal when rounded
     with pytest.raises(ConfigError, match=r"got attack \{'eps': 0\.03137254901.* and \{'eps': 0\.03137255001"):
         check_same_images([first, other], [same, same])
+
+
+def test_the_digest_of_an_image_depends_on_its_pixels_and_its_size() -> None:
+    black, (labels, names) = np.zeros((2, 4, 4, 3), np.uint8), (np.zeros(2, np.int64), ("zero",))
+    gray = black.copy()
+    gray[1, 3, 3, 2] = 1
+    sets = (black, gray, black.reshape(2, 2, 8, 3))
+    plain, one_pixel, wide = (pixel_digests(ImageSet(pixels, labels, names)) for pixels in sets)
+    assert plain[0] == plain[1] == one_pixel[0]
+    assert len({plain[0], one_pixel[1], wide[0]}) == 3
 
 
 def test_inverted_routers_take_the_other_of_two_experts_and_random_ones_are_a_seeds() -> None:

@@ -151,14 +151,19 @@ class Planned:
         """What is known of its card and its outcomes before it is measured: all that `check_same_images` reads."""
         import numpy as np
 
+        from advmoe.evaluation.paired import pixel_digests
+
         tested = self.measuring.tested
         card = {
             "name": self.subject.name,
             "dataset": tested.dataset,
-            "advmoe": {"attack": to_dict(self.measuring.config.attack)},
+            "advmoe": {
+                "attack": to_dict(self.measuring.config.attack),
+                "model": to_dict(self.subject.contents.model),
+            },
         }
         numbers = np.arange(len(tested.images)) if tested.numbers is None else tested.numbers
-        return card, {"index": numbers, "label": tested.images.labels}
+        return card, {"index": numbers, "label": tested.images.labels, "pixels": pixel_digests(tested.images)}
 
     def measure(self) -> tuple[dict[str, Any], Arrays]:
         """Its card and its outcomes."""

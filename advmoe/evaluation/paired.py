@@ -5,10 +5,13 @@ of both shares suggest. Let n be the number of images, `only_a` the number that 
 classifies correctly, and `only_b` the number that only model B does. The difference is (only_a -
 only_b) / n. Its standard error is that of the mean of n values in {-1, 0, 1} (as in McNemar's
 test): sqrt(only_a + only_b - (only_a - only_b)^2 / n) / n.
+
+Shape suffixes: I images of a set.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,14 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.config import ModelConfig, from_dict
+from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.results import PGD, WORST, SuiteResult
 from advmoe.evaluation.state import Arrays
 from advmoe.evaluation.vocabulary import RA, RA_AA, RA_PGD, RA_WORST, SA, Figure, pgd_in_words
 from advmoe.files import write_atomically
 
-IMAGES = ("index", "label")
-"""Arrays that identify the images."""
+IMAGES = ("index", "label", "pixels")
+"""Arrays that identify the images. Outcomes of earlier versions have no `pixels`."""
 COMPARED = (SA, RA, RA_PGD, RA_AA, RA_WORST)
 """Figures that are stored image by image."""
 
@@ -50,9 +54,16 @@ def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Dif
     return Difference(points=100 * net / images, error=100 * error)
 
 
+def pixel_digests(images: ImageSet) -> NDArray[np.int64]:
+    """A number for each image that depends on its size and all its pixels, [I]."""
+    size = str(images.images.shape[1:]).encode()
+    found = [hashlib.blake2b(image.tobytes(), digest_size=8, key=size).digest() for image in images.images]
+    return np.frombuffer(b"".join(found), dtype="<i8").astype(np.int64)
+
+
 def outcomes(result: SuiteResult) -> Arrays:
-    """The images that are right, and stay right under the attacks: `index`, `label`, and one bool
-    [I] for each figure.
+    """The images that are right, and stay right under the attacks: `index`, `label`, `pixels`, and
+    one bool [I] for each figure.
     """
     kept: Arrays = {name: result.arrays[name] for name in IMAGES}
     kept |= {SA.key: result.arrays["right"], RA.key: result.robust(result.table), RA_PGD.key: result.robust([PGD])}
@@ -103,9 +114,12 @@ def check_same_images(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays
     """
     first, images = cards[0], found[0]
     for card, right in zip(cards[1:], found[1:], strict=True):
-        same = all((right[name].shape == images[name].shape) and (right[name] == images[name]).all() for name in IMAGES)
+        known = [name for name in IMAGES if name in right and name in images]
+        same = all(np.array_equal(right[name], images[name]) for name in known)
+        sizes = [from_dict(ModelConfig, each["advmoe"]["model"]).image_size for each in (first, card)]
         for what, ours, theirs in (
             ("data set", first["dataset"], card["dataset"]),
+            ("images of", *(f"{size}x{size} pixels" for size in sizes)),
             ("images", f"{len(images['index'])}", f"{len(right['index'])}" + ("" if same else " others")),
             ("attack", *_in_unlike_words(first["advmoe"]["attack"], card["advmoe"]["attack"])),
         ):

@@ -117,8 +117,8 @@ class SuiteResult:
     attacks: tuple[Attack, ...]
     """What was run, see `planned`."""
     arrays: Arrays
-    """One row per image: `index` (its number in the data set), `label`, `right`, `prediction/C` and
-    `pathway/C` [L] for `CONDITIONS`, `flip_radius`, and a column for each attack."""
+    """One row per image: `index` (its number in the data set), `label`, `pixels` (their digest),
+    `right`, `prediction/C` and `pathway/C` [L] for `CONDITIONS`, `flip_radius`, and a column for each attack."""
     diagnostics: tuple[Diagnostic, ...]
     all_routes_tried: bool
     """Whether the route attack made an attempt on every pathway there is. An attempt may fail, so
