@@ -28,6 +28,7 @@ from advmoe.evaluation.card import figures, percent
 from advmoe.evaluation.controls import calibration_batches
 from advmoe.evaluation.dissection import dissection, route_log
 from advmoe.evaluation.examples import load_examples
+from advmoe.evaluation.machine import Machine, in_words
 from advmoe.evaluation.paired import outcomes
 from advmoe.evaluation.results import FURTHER, PGD, ROUTE, WORST, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import begin, stages
@@ -282,6 +283,27 @@ def test_an_interrupted_evaluation_goes_on_with_the_attack_that_was_interrupted(
     seen.clear()
     run_suite(model, images, ROUTING, batch_size=2, state_path=path, progress=watched)
     assert {done for done, _ in seen} == {5}
+
+
+def test_an_evaluation_says_which_machines_attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, path = rooms(124, 110, 123), tmp_path / "state.npz"
+
+    def evaluated_on(device: str, stop: str | None = None) -> list[str]:
+        def interrupted(done: float, total: int, what: str) -> None:
+            if what == stop and done > 2:  # of the second batch
+                raise KeyboardInterrupt
+
+        here = Machine(device=device, versions={"torch": f"{len(device)}"})
+        monkeypatch.setattr("advmoe.evaluation.suite.this_machine", lambda _: here)
+        result = run_suite(TwoRooms(), images, ROUTING, batch_size=2, state_path=path, progress=interrupted)
+        return [machine["device"] for machine in result.machines]
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated_on("laptop", stop="route attack")
+    assert evaluated_on("cluster") == ["laptop", "cluster"]
+    assert evaluated_on("desktop") == ["laptop", "cluster"]  # nothing was left to attack
+    both = [Machine(device=name, versions={"torch": "2", "python": python}) for name, python in zip("ab", "34", strict=True)]
+    assert in_words(both) == {"device": "a; b", "versions": {"torch": "2", "python": "3, 4"}}
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])

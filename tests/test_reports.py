@@ -18,7 +18,16 @@ from advmoe.config import AttackConfig, ModelConfig
 from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.analysis import analyze, flow, histogram
-from advmoe.evaluation.card import CardNumbers, figures, load_card, make_card, pixels, save_card, standard_error
+from advmoe.evaluation.card import (
+    CardNumbers,
+    figures,
+    latencies,
+    load_card,
+    make_card,
+    pixels,
+    save_card,
+    standard_error,
+)
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
@@ -76,6 +85,12 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
     assert card["advmoe"]["trusted"] is None
     assert card["advmoe"]["verdict"] == "not checked"
     assert card["advmoe"]["latency_ms_per_image"] == {"1": 2.346, "64": 0.25}
+    assert card["advmoe"]["latency_device"] == "one core"
+    (machine,) = result.machines  # which attacked
+    assert (card["advmoe"]["device"], card["advmoe"]["versions"]) == (machine["device"], machine["versions"])
+    assert latencies(card["advmoe"]).endswith("(batch 64) on one core")
+    earlier = {name: value for name, value in card["advmoe"].items() if name != "latency_device"}
+    assert latencies(earlier).endswith(f"(batch 64) on {machine['device']}")
     path = tmp_path / "card.json"
     save_card(path, card)
     assert load_card(path) == json.loads(json.dumps(card))

@@ -517,7 +517,7 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
     if numbers["training_seconds"] is not None:
         rows["time of training"] = f"{numbers['training_seconds'] / 60:.1f} minutes"
     if latency := latencies(numbers):
-        rows["latency"] = f"{latency} on {numbers['device']}"
+        rows["latency"] = latency
     console.show_facts(title, rows)
     verdict = numbers["verdict"]
     if numbers["diagnostics"]:

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 
 from advmoe.attacks.relaxations import DETACHED
 from advmoe.config import AttackConfig, ModelConfig, to_dict
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.cost import Cost
+from advmoe.evaluation.machine import in_words
 from advmoe.evaluation.results import (
     EVERY_PATHWAY,
     EVERY_PATHWAY_CLEAN,
@@ -117,6 +115,7 @@ class CardNumbers(Settings):
     epochs: int | None
     device: str
     versions: dict[str, str]
+    latency_device: str | None = None
     sa: Annotated[float, PERCENT]
     ra: Annotated[float, PERCENT]
     ra_worst: Annotated[float, PERCENT]
@@ -192,8 +191,8 @@ def make_card(
         model: The model's configuration.
         train: The training configuration in the checkpoint.
         cost: The cost of the model.
-        device: Hardware of the evaluation.
-        latency: Milliseconds per image by batch size on that hardware, if measured.
+        device: Hardware of this process, on which the latency was measured.
+        latency: Milliseconds per image by batch size, if measured.
         checkpoint_sha256: SHA-256 of the checkpoint file, in hexadecimal, if the model is from one.
         training_seconds: Duration of the training, if known.
         recipe: Name of the paper's run, if the model is from one.
@@ -239,27 +238,17 @@ def make_card(
         "recipe": recipe,
         "control": control,
         "controls": {},
-        "device": device,
-        "versions": versions(),
+        "latency_device": device if latency else None,
     }
+    card["advmoe"] |= in_words(result.machines)
     return card
 
 
 def latencies(numbers: Mapping[str, Any]) -> str:
     """The latency in words, empty if it was not measured."""
     measured = numbers.get("latency_ms_per_image", {})
-    return ", ".join(f"{ms:.3g} ms an image (batch {size})" for size, ms in measured.items())
-
-
-def versions() -> dict[str, str]:
-    """Versions of the software that computed the numbers."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("advmoe", "pyautoattack"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    words = ", ".join(f"{ms:.3g} ms an image (batch {size})" for size, ms in measured.items())
+    return f"{words} on {numbers.get('latency_device') or numbers['device']}" if words else ""
 
 
 def save_card(path: Path, card: dict[str, Any]) -> None:

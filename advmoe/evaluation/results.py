@@ -32,6 +32,7 @@ from advmoe.attacks.pathways import RouteAttackConfig
 from advmoe.attacks.relaxations import DETACHED, GATES, TEMPERATURES, is_routed, routing_views
 from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
+from advmoe.evaluation.machine import Machine
 from advmoe.evaluation.state import Arrays
 from advmoe.evaluation.vocabulary import Attack, Family
 
@@ -125,6 +126,8 @@ class SuiteResult:
     its RA is an upper bound here too."""
     pathways_used: int
     """Distinct pathways of the clean images; 1 without routing."""
+    machines: tuple[Machine, ...]
+    """The machines that attacked, which need not include the one that finished the evaluation."""
 
     @property
     def images(self) -> int:

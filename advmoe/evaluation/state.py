@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from advmoe.errors import CheckpointError
+from advmoe.evaluation.machine import Machine, distinct
 from advmoe.evaluation.vocabulary import pixels
 from advmoe.files import write_atomically, write_text_atomically
 
-IDENTITY, DONE = "identity", "images done"
-"""Names of two arrays: the identity of the evaluation as JSON, and the number of images done before a batch."""
+IDENTITY, DONE, MACHINES = "identity", "images done", "machines"
+"""Names of three arrays: the identity of the evaluation as JSON, the number of images done before a batch, and the
+machines that did the work as JSON."""
 
 NUMBER, IMAGES, LOGITS = "number of images", "images", "logits"
 """Parts of an identity: the number of images, which is only told, the hash of the images, which counts, and the
@@ -64,15 +66,17 @@ class EvaluationState:
         path: File of the finished batches, written whole after each one. The unfinished batch has a
             file beside it. None keeps both in memory only.
         identity: Model, images and settings of the results, as plain values.
+        machines: The machines of this process and of the other ranks, which do the work from here.
 
     Raises:
         CheckpointError: The file holds results of another model, other images or other settings, or
             cannot be read.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, identity: dict[str, Any], machines: Sequence[Machine] = ()) -> None:
         self._path = path
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._present, self._machines = machines, list[Machine]()
         self._batches: list[Arrays] = []
         self._under_way: Arrays = {}
         if path is not None and path.exists():
@@ -81,6 +85,11 @@ class EvaluationState:
             found = self._read(self._partial)
             if int(found.pop(DONE)) == self.images_done:
                 self._under_way = found
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        """The machines that did the stored work; those of this process only if they did a part."""
+        return self._machines
 
     @property
     def images_done(self) -> int:
@@ -102,6 +111,7 @@ class EvaluationState:
     def keep(self, batch: Arrays) -> None:
         """Save the unfinished batch in its present state."""
         self._under_way = batch
+        self._machines = distinct([*self._machines, *self._present])
         if self._partial is not None:
             self._write(self._partial, batch | {DONE: np.array(self.images_done)})
 
@@ -116,6 +126,7 @@ class EvaluationState:
         if self.images_done == before:
             return
         self._batches, self._under_way = [self.arrays], {}
+        self._machines = distinct([*self._machines, *self._present])
         if self._path is not None and self._partial is not None:
             self._write(self._path, self.arrays)
             self._partial.unlink(missing_ok=True)
@@ -125,7 +136,10 @@ class EvaluationState:
         return None if self._path is None else self._path.with_name(f"{self._path.stem}-batch.npz")
 
     def _write(self, path: Path, arrays: Arrays) -> None:
-        contents = arrays | {IDENTITY: np.array(json.dumps(self._identity))}
+        contents = arrays | {
+            IDENTITY: np.array(json.dumps(self._identity)),
+            MACHINES: np.array(json.dumps(self._machines)),
+        }
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -138,6 +152,7 @@ class EvaluationState:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             stored = json.loads(str(arrays.pop(IDENTITY)))
+            machines = json.loads(str(arrays.pop(MACHINES, "[]")))
             rows = {len(array) for name, array in arrays.items() if name != DONE}
             if len(rows) > 1 or any(array.dtype.kind not in "biuf" for array in arrays.values()):
                 raise ValueError("columns of unequal length, or that are no numbers")
@@ -151,6 +166,7 @@ class EvaluationState:
                 f"{path} belongs to another evaluation: {reason}; repeat the original options or choose another folder",
                 *options,
             )
+        self._machines = distinct([*self._machines, *machines])
         return arrays
 
 

@@ -37,6 +37,7 @@ from advmoe.evaluation.diagnostics import (
     routing_gap,
     routing_seen,
 )
+from advmoe.evaluation.machine import this_machine
 from advmoe.evaluation.paired import pixel_digests
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
@@ -93,9 +94,10 @@ def run_suite(
     tell = progress or (lambda *_: None)
     subject = together(lambda: identity(model, images, config, seed, numbers))
     own_path = state_path if world().leads else None
-    state = together(lambda: EvaluationState(own_path, subject))
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
+    machines = gather(this_machine(device))
+    state = together(lambda: EvaluationState(own_path, subject, machines))
     total = len(images)
     images_done = from_leader(lambda: state.images_done)
     rounds = math.ceil(math.ceil((total - images_done) / batch_size) / world().size)
@@ -129,6 +131,7 @@ def run_suite(
             diagnostics=(),
             all_routes_tried=is_routed(model) and all_pathways(model, config.route.exhaustive) is not None,
             pathways_used=len(counts),
+            machines=tuple(state.machines),
         )
         notes = None if state_path is None else state_path.with_name(f"{state_path.stem}-diagnostics.json")
         asked = subject | {
