@@ -489,6 +489,9 @@ def test_nan_models_and_half_precision_are_refused(tiny_vgg: Callable[..., Route
         run_suite(TwoRooms().bfloat16(), rooms(124, 110), ROUTING)
     with pytest.raises(ConfigError, match="did you mean 8/255"):
         SuiteConfig(attack=ATTACK, eps_sweep=(8.0,))
+    for twice in ((0.01, 0.01), (0.01, 0.0100000001), (0.5, 0.01, 0.01 + 1e-7)):  # the last: equal in a card
+        with pytest.raises(ConfigError, match="the radii of a sweep must differ, got 2.55/255 twice; leave one out"):
+            SuiteConfig(attack=ATTACK, eps_sweep=twice)
 
 
 def precisions() -> list[str]:

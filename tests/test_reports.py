@@ -20,6 +20,7 @@ from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.analysis import analyze, flow, histogram
 from advmoe.evaluation.card import (
     CardNumbers,
+    beyond_autoattack,
     figures,
     latencies,
     load_card,
@@ -33,7 +34,7 @@ from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
-from advmoe.evaluation.vocabulary import READINGS
+from advmoe.evaluation.vocabulary import READINGS, Attack
 from advmoe.models.masked import mask_pathway
 from advmoe.reports.figures import analysis_figures, changed_layers, expert_load, pathways_flow, scale_curves
 from advmoe.reports.html import render
@@ -98,6 +99,29 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
         path.write_text(text)
         with pytest.raises(DataError, match=f"is not a result card: .*{reason}"):
             load_card(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "footnote"),
+    [  # images 0 and 1 withstand AutoAttack; image 1 is broken where 'worst' is false
+        ({"pgd": [1, 0], "further": [1, 0], "worst": [1, 0]}, "PGD"),
+        ({"pgd": [1, 1], "further": [1, 0], "worst": [1, 0]}, "further starts of PGD"),
+        (
+            {"pgd": [1, 1], "view/softmax": [0, 1], "route": [1, 0], "worst": [0, 0]},
+            "PGD through the views of the routing, the route attack",
+        ),
+        ({"pgd": [1, 1], "route": [1, 1], "routers": [1, 0], "experts": [0, 0], "worst": [1, 0]}, "RA-R"),
+        ({"pgd": [1, 1], "route": [1, 1], "routers": [1, 1], "experts": [1, 0], "worst": [1, 0]}, "RA-E"),
+        ({"pgd": [1, 1], "experts": [1, 0], "eps/0.5": [0, 0], "worst": [1, 1]}, ""),
+    ],
+)
+def test_the_footnote_names_the_attacks_that_broke_what_autoattack_left(
+    result: SuiteResult, columns: dict[str, list[int]], footnote: str
+) -> None:
+    every = {**columns, "autoattack/square": [1, 1]}
+    attacks = tuple(Attack(*name.split("/")) for name in every)  # type: ignore[arg-type]
+    arrays = {f"robust/{name}": np.array(column, bool) for name, column in every.items()}
+    assert ", ".join(beyond_autoattack(dataclasses.replace(result, attacks=attacks, arrays=arrays))) == footnote
 
 
 @pytest.mark.parametrize(

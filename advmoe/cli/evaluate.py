@@ -157,7 +157,7 @@ def evaluate(
         length = radius / 4 if step_size is None else console.number(step_size, "--step-size")
         sweep = tuple(console.number(text, "--eps-sweep") for text in eps_sweep.split(",")) if eps_sweep else ()
         if suite and not sweep:
-            sweep = tuple(min(share * radius, 1.0) for share in SWEEP_SHARES)
+            sweep = tuple(dict.fromkeys(min(share * radius, 1.0) for share in SWEEP_SHARES))
         classes = subject.contents.model.num_classes
         if autoattack:
             check_classes(classes)

@@ -30,7 +30,7 @@ from advmoe.evaluation.results import (
     SuiteResult,
     further_starts,
 )
-from advmoe.evaluation.vocabulary import Attack, Status, Verdict, pgd_key, pixels, verdict_of
+from advmoe.evaluation.vocabulary import BREAKERS, Attack, Status, Verdict, pgd_key, pixels, verdict_of
 from advmoe.files import write_text_atomically
 from advmoe.schema import Setting, Settings, from_dict, shown
 
@@ -131,7 +131,7 @@ class CardNumbers(Settings):
     ra_route: Annotated[float | None, PERCENT] = None
     ra_further_starts: Annotated[float | None, PERCENT] = None
     further_starts: Annotated[int | None, Setting("Starts of PGD after the first ones.", at_least=0)] = None
-    routes_exact: Annotated[bool | None, Setting("Whether the route attack tried every pathway, each once.")] = None
+    routes_exact: Annotated[bool | None, Setting("Whether the route attack made an attempt on every pathway.")] = None
     ra_experts: Annotated[float | None, PERCENT] = None
     ra_routers: Annotated[float | None, PERCENT] = None
     every_pathway: Annotated[float | None, PERCENT] = None
@@ -217,9 +217,9 @@ def make_card(
         "autoattack_acc": f"{numbers['ra_aa']:.2f}" if "ra_aa" in numbers else None,
         "unreliable": None if trusted is None else not trusted,
     }
-    if "ra_aa" in numbers and numbers["ra_worst"] < numbers["ra_aa"]:
+    if breakers := beyond_autoattack(result):
         card["external"] = card["reported"]
-        card["footnote"] = "Attacks on the routing break images that AutoAttack does not."
+        card["footnote"] = f"Images that withstand AutoAttack are broken by {', '.join(breakers)}."
     card["advmoe"] = numbers | {
         "images": result.images,
         "seed": result.seed,
@@ -242,6 +242,26 @@ def make_card(
     }
     card["advmoe"] |= in_words(result.machines)
     return card
+
+
+def beyond_autoattack(result: SuiteResult) -> list[str]:
+    """The attacks that broke images which AutoAttack did not, in words; none if it broke all that were broken.
+
+    Each image counts for the first attack that broke it, because later ones may not have met it.
+    The column of RA-E says what happens on a frozen pathway, so RA-E is named if no other attack
+    broke an image on the model itself.
+    """
+    if not (after := result.ran("autoattack")):
+        return []
+    left = result.robust([after[-1]]) & ~result.robust([WORST])
+    found = []
+    for attack in (attack for attack in result.attacks if attack.family in BREAKERS and attack != EXPERTS):
+        if (left & ~result.robust([attack])).any():
+            found.append(BREAKERS[attack.family])
+        left &= result.robust([attack])
+    if left.any():
+        found.append(BREAKERS["experts"])
+    return list(dict.fromkeys(found))
 
 
 def latencies(numbers: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from advmoe.config import AttackConfig, check, check_eps
 from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.machine import Machine
 from advmoe.evaluation.state import Arrays
-from advmoe.evaluation.vocabulary import Attack, Family
+from advmoe.evaluation.vocabulary import Attack, Family, pixels
 
 PGD = Attack("pgd")
 ROUTE = Attack("route")
@@ -84,6 +84,9 @@ class SuiteConfig:
         )
         for eps in self.eps_sweep:
             check_eps(eps, "eps_sweep")
+        labels = [pixels(float(radius_name(eps))) for eps in self.eps_sweep]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        check(twice is None, f"the radii of a sweep must differ, got {twice} twice; leave one out", "eps_sweep")
         check(self.diagnosed >= 0, f"the number of images to diagnose must not be negative, got {self.diagnosed}")
         check(self.pathways >= 1, f"the number of pathways must be at least 1, got {self.pathways}")
 
@@ -106,7 +109,12 @@ def planned(config: SuiteConfig, model: nn.Module) -> tuple[Attack, ...]:
         attacks.append(FURTHER)
     if config.autoattack:
         attacks += [Attack("autoattack", name) for name in STANDARD]
-    return (*attacks, *(Attack("eps", f"{eps:.6g}") for eps in config.eps_sweep), WORST)
+    return (*attacks, *(Attack("eps", radius_name(eps)) for eps in config.eps_sweep), WORST)
+
+
+def radius_name(eps: float) -> str:
+    """A radius in the names of results."""
+    return f"{eps:.6g}"
 
 
 @dataclass(frozen=True, kw_only=True)

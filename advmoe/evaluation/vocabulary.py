@@ -48,6 +48,17 @@ class Figure:
         return f"{self.long}-{numbers['attack']['steps']}, eps {pixels(numbers['attack']['eps'])}"
 
 
+BREAKERS: Mapping[Family, str] = {
+    "pgd": "PGD",
+    "view": "PGD through the views of the routing",
+    "route": "the route attack",
+    "further": "further starts of PGD",
+    "routers": "RA-R",
+    "experts": "RA-E",
+}
+"""Attacks at the full radius whose successes on the model itself count for the worst RA, beside AutoAttack."""
+
+
 def pgd_key(numbers: Mapping[str, Any]) -> str:
     """The key of RA under PGD, which names the attack's steps, such as `ra_pgd50`."""
     return f"ra_pgd{numbers['attack']['steps']}"
