@@ -537,13 +537,15 @@ def test_the_options_of_an_evaluation_reach_its_attacks(checkpoint: Path, monkey
     monkeypatch.setattr("advmoe.evaluation.suite.run_suite", stop)
     assert evaluate(checkpoint, "--restarts", "3", "--seed", "5") == 1
     assert evaluate(checkpoint, "--suite") == 1
+    assert evaluate(checkpoint, "--suite", "--eps", "0") == 1
     assert main(["compare", str(checkpoint), str(checkpoint), "--steps", "7", "--limit-eval", "20"]) == 1
-    (chosen, seed), (whole, _), (compared, _) = asked
+    (chosen, seed), (whole, _), (still, _), (compared, _) = asked
     # trained at 8/255; a step is a quarter of the radius
     assert (chosen.attack, seed) == (AttackConfig(eps=8 / 255, steps=2, step_size=2 / 255, restarts=3), 5)
     assert (chosen.routing, chosen.autoattack, chosen.eps_sweep) == (False, False, ())
     assert (whole.routing, whole.autoattack) == (True, True)
     assert whole.eps_sweep == pytest.approx([2 / 255, 4 / 255, 6 / 255, 12 / 255, 16 / 255])
+    assert still.eps_sweep == (0.0,)  # five times the same
     assert compared.attack == AttackConfig(eps=8 / 255, steps=7, step_size=2 / 255)
 
 
