@@ -241,6 +241,14 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
         analyze(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
 
 
+def test_pathways_of_more_than_ten_experts_are_written_apart() -> None:
+    model = advmoe.create_model("vgg16", width=0.0625, num_experts=12, model_scale=0.25, routed="last-2-blocks")
+    log = RouteLog([12, 12])
+    log.append("clean", [0, 1], [[1, 10], [11, 0]], labels=[0, 1], predictions=[0, 1])
+    frequent = analyze(log, model)["conditions"]["clean"]["frequent"]
+    assert {each["pathway"] for each in frequent} == {"1-10", "11-0"}  # both would be 110
+
+
 def test_histograms_count_every_value() -> None:
     values = histogram(np.array([0.0, 0.5, 1.0]))
     assert sum(values["counts"]) == 3

@@ -84,11 +84,12 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     return {
         "load": load.share[:, 0].round(4).tolist(),
         "load_by_class": by_class.share.round(4).tolist(),
+    between = "" if model.config.num_experts <= 10 else "-"  # a number of two digits would not end anywhere
         "entropy": load.evenness[:, 0].round(4).tolist(),
         "flow": flow(log.routes(name).experts_IL, model),
         "pathways": len(pathways),
         "frequent": [
-            {"pathway": "".join(map(str, pathway.tolist())), "images": int(count)}
+            {"pathway": between.join(map(str, pathway.tolist())), "images": int(count)}
             for pathway, count in zip(pathways[:FREQUENT], frequency[:FREQUENT], strict=True)
         ],
     }
