@@ -249,6 +249,16 @@ def test_pathways_of_more_than_ten_experts_are_written_apart() -> None:
     assert {each["pathway"] for each in frequent} == {"1-10", "11-0"}  # both would be 110
 
 
+def test_one_image_has_no_pairs(result: SuiteResult) -> None:
+    log = RouteLog([2])
+    for name in ("clean", "pgd"):
+        log.append(name, [0], [[0]], labels=[0], predictions=[0])
+    found = analyze(log, TwoRooms())
+    assert list(found["similarity"]) == ["overlap"]
+    assert "overlap" in analysis_figures(found)
+    assert "Pathways of pairs" not in render([card_of(result, "one")], {"one": found})
+
+
 def test_histograms_count_every_value() -> None:
     values = histogram(np.array([0.0, 0.5, 1.0]))
     assert sum(values["counts"]) == 3

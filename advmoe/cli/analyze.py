@@ -62,7 +62,7 @@ def analyze(
     for label, values in (
         ("IoU with the mask pathway", found.get("mask", {})),
         ("IoU with the clean pathway", similar["overlap"]),
-        ("IoU over pairs of images", similar["diversity"]),
+        ("IoU over pairs of images", similar.get("diversity", {})),
     ):
         if values:
             cells = [values[name]["mean"] if name in values else None for name in found["conditions"]]

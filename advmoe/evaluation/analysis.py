@@ -33,7 +33,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     Returns:
         `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for
         attacks, the dissection; `similarity`: overlap of clean and attacked pathways and diversity
-        over pairs of images, as IoU; `mask`: IoU with the mask pathway; `mask_reachable`: the least
+        over pairs of images, if there are two, as IoU; `mask`: IoU with the mask pathway; `mask_reachable`: the least
         and the largest that any pathway has. All but the first are absent where experts are no
         channels of a common backbone.
 
@@ -63,11 +63,12 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     if model.rows_per_image == 1:
         channels = pathway_channels(model)
         found["similarity"] = {
-            "overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks},
-            "diversity": {name: spread(log, name, model) for name in names},
+            "overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks}
         }
         if sparse is not None:
             mask = mask_of(sparse, model)
+        if found["images"] > 1:
+            found["similarity"]["diversity"] = {name: spread(log, name, model) for name in names}
             found["mask"] = {
                 similar.condition: histogram(similar.iou) | {"cosine": round(float(similar.cosine.mean()), 4)}
                 for similar in mask_similarity(log, names, channels, mask)
