@@ -259,6 +259,24 @@ def test_one_image_has_no_pairs(result: SuiteResult) -> None:
     assert "Pathways of pairs" not in render([card_of(result, "one")], {"one": found})
 
 
+def test_the_changes_of_routed_tokens_are_counted_layer_by_layer() -> None:
+    model = advmoe.create_model("vit", num_classes=2, width=1 / 6, depth=2, granularity="token")
+    layers, tokens = len(model.expert_layouts), model.rows_per_image
+    assert (layers, tokens) == (2, 65)
+    log, clean = RouteLog([2] * (layers * tokens)), np.zeros((2, layers, tokens), np.int64)
+    attacked = clean.copy()
+    attacked[0, 1, :13] = 1  # 13 of the 2 * 65 decisions in the second layer
+    for name, taken in (("clean", clean), ("pgd", attacked)):
+        log.append(name, [0, 1], taken.reshape(2, -1), labels=[0, 1], predictions=[0, 1])
+    found = analyze(log, model)
+    assert found["conditions"]["pgd"]["dissection"]["changed_by_layer"] == [0.0, 10.0]
+    assert found["conditions"]["pgd"]["dissection"]["router_robustness"] == 50.0
+    drawn = analysis_figures(found)
+    assert "Tokens whose expert changes under attack" in drawn["changed_layers"]
+    assert "per cent of the tokens of 2 images" in drawn["changed_layers"]
+    assert "per cent of tokens" in drawn["load"]
+
+
 def test_histograms_count_every_value() -> None:
     values = histogram(np.array([0.0, 0.5, 1.0]))
     assert sum(values["counts"]) == 3

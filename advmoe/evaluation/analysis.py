@@ -31,7 +31,8 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
             (Fig. 6).
 
     Returns:
-        `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for
+        `images`; `decisions_per_layer` of each image: 1, or the number of its tokens where these are
+        routed; `conditions`: name -> load, entropy, number of pathways, most frequent ones and, for
         attacks, the dissection; `similarity`: overlap of clean and attacked pathways and diversity
         over pairs of images, if there are two, as IoU; `mask`: IoU with the mask pathway; `mask_reachable`: the least
         and the largest that any pathway has. All but the first are absent where experts are no
@@ -56,19 +57,20 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
     attacks = [name for name in names if name != CLEAN]
     found: dict[str, Any] = {
         "images": len(log.routes(CLEAN).indices),
+        "decisions_per_layer": model.rows_per_image,
         "conditions": {name: condition(log, name, model) for name in names},
     }
     for name in attacks:
-        found["conditions"][name]["dissection"] = dissection(log, name)
+        found["conditions"][name]["dissection"] = dissection(log, name, layers=len(model.expert_layouts))
     if model.rows_per_image == 1:
         channels = pathway_channels(model)
         found["similarity"] = {
             "overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks}
         }
-        if sparse is not None:
-            mask = mask_of(sparse, model)
         if found["images"] > 1:
             found["similarity"]["diversity"] = {name: spread(log, name, model) for name in names}
+        if sparse is not None:
+            mask = mask_of(sparse, model)
             found["mask"] = {
                 similar.condition: histogram(similar.iou) | {"cosine": round(float(similar.cosine.mean()), 4)}
                 for similar in mask_similarity(log, names, channels, mask)
@@ -82,10 +84,10 @@ def condition(log: RouteLog, name: str, model: RoutedNetwork) -> dict[str, Any]:
     by_class = log.expert_load(name, num_classes=model.config.num_classes).merged(len(model.expert_layouts))
     load = ExpertLoad(counts_LKN=by_class.counts_LKN.sum(axis=1, keepdims=True), num_experts=by_class.num_experts)
     pathways, frequency = log.unique_pathways(name)
+    between = "" if model.config.num_experts <= 10 else "-"  # a number of two digits would not end anywhere
     return {
         "load": load.share[:, 0].round(4).tolist(),
         "load_by_class": by_class.share.round(4).tolist(),
-    between = "" if model.config.num_experts <= 10 else "-"  # a number of two digits would not end anywhere
         "entropy": load.evenness[:, 0].round(4).tolist(),
         "flow": flow(log.routes(name).experts_IL, model),
         "pathways": len(pathways),

@@ -1,4 +1,7 @@
-"""The fate of each adversarial example: router and prediction, each fooled or not (paper, Sec. 3, Figs. 4 and 5)."""
+"""The fate of each adversarial example: router and prediction, each fooled or not (paper, Sec. 3, Figs. 4 and 5).
+
+Shape suffixes: L MoE layers.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,26 @@ def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
     return log
 
 
-def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> dict[str, Any]:
+def dissection(
+    log: RouteLog, attack: Condition, clean: Condition = "clean", *, layers: int | None = None
+) -> dict[str, Any]:
     """Shares of all images in per cent: the four classes, and their sums.
 
     All images count, including images that are wrong when clean. Under `pgd`, the MoE's robustness
     is the accuracy after the last step. It may exceed RA, for which an image must be right at every
     step. Under `worst` it is `ra_worst`, up to the rounding of another batch.
+    `changed_by_layer` is the share of decisions that the attack changes in each of the MoE layers;
+    a layer that routes tokens makes several for an image. Default: every decision is a layer.
     """
     change: RouteChange = log.compare(clean, attack)
     parts = change.dissection
     if parts is None:
         return {}
     total = parts.num_samples
+
+    changed_L = change.changed_by_layer
+    if layers is not None:
+        changed_L = changed_L.reshape(layers, -1).mean(axis=1)
 
     def percent(count: float) -> float:
         return round(100 * count / total, 2)
@@ -48,5 +59,5 @@ def dissection(log: RouteLog, attack: Condition, clean: Condition = "clean") -> 
         "router_fooled_wrong": percent(parts.fooled_wrong),
         "router_robustness": round(100 * parts.router_robustness, 2),
         "moe_robustness": round(100 * parts.robust_accuracy, 2),
-        "changed_by_layer": [round(100 * share, 2) for share in change.changed_by_layer],
+        "changed_by_layer": [round(100 * share, 2) for share in changed_L],
     }

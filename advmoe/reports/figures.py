@@ -275,8 +275,8 @@ def iou_histogram(histograms: Mapping[str, Mapping[str, Any]], title: str, count
     return finished[0]
 
 
-def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
-    """Share of the images that each expert of each MoE layer gets, stacked."""
+def expert_load(load_LN: Sequence[Sequence[float]], title: str, counted: str = "images") -> str:
+    """Share of the images, or of what else is `counted`, that each expert of each MoE layer gets, stacked."""
     experts = len(load_LN[0])
     with _axes(2.4) as (axes, finished):
         bottom = [0.0] * len(load_LN)
@@ -297,7 +297,7 @@ def expert_load(load_LN: Sequence[Sequence[float]], title: str) -> str:
         axes.set_ylim(0, 100)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("MoE layer")
-        axes.set_ylabel("per cent of images")
+        axes.set_ylabel(f"per cent of {counted}")
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return finished[0]
@@ -419,7 +419,8 @@ def _short(name: str) -> str:
 
 
 def changed_layers(analysis: Analysis) -> str:
-    """Share of images whose expert the attack changes, layer by layer."""
+    """Share of images, or of their tokens, whose expert the attack changes, layer by layer."""
+    counted = _routed(analysis)
     with _axes(2.4) as (axes, finished):
         for number, (name, values) in enumerate(analysis["conditions"].items()):
             if values.get("dissection"):
@@ -435,18 +436,26 @@ def changed_layers(analysis: Analysis) -> str:
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("MoE layer")
-        axes.set_title("Images whose expert changes under attack", loc="left")
-        axes.set_ylabel(f"per cent of {analysis['images']} images")
+        axes.set_title(f"{counted.capitalize()} whose expert changes under attack", loc="left")
+        of = f"{analysis['images']} images"
+        axes.set_ylabel(f"per cent of {of}" if counted == "images" else f"per cent of the {counted} of {of}")
         axes.legend(fontsize=8)
     return finished[0]
 
 
 def analysis_figures(analysis: Analysis) -> dict[str, str]:
+def _routed(analysis: Analysis) -> str:
+    """What the experts of a layer are chosen for."""
+    return "images" if analysis.get("decisions_per_layer", 1) == 1 else "tokens"
+
+
     """All figures of one model's routing, by file name."""
     images = f"{analysis['images']} images"
     drawn = {
         "dissection": dissections({"": analysis}),
-        "load": expert_load(analysis["conditions"]["clean"]["load"], f"Expert load, {images}, clean"),
+        "load": expert_load(
+            analysis["conditions"]["clean"]["load"], f"Expert load, {images}, clean", _routed(analysis)
+        ),
     }
     if analysis["conditions"]["clean"].get("flow"):
         drawn["pathways"] = pathways_flow(analysis["conditions"]["clean"]["flow"], f"Pathways, {images}, clean")

@@ -13,7 +13,7 @@ from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
 CAPTIONS = {
-    "load": "Share of the images that each expert gets, layer by layer.",
+    "load": "Share of the images that each expert gets, layer by layer; of the tokens, where these are routed.",
     "pathways": "Pathways through the layers. The height of a bar is the share of images that take the expert; a band "
     "shows which expert they take next.",
     "changed_layers": "Where an attack changes the expert.",
