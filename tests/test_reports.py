@@ -241,24 +241,6 @@ def test_pathways_are_compared_with_the_mask_of_a_sparse_cnn() -> None:
         analyze(RouteLog([]), advmoe.create_model("vgg16", kind="dense", width=0.0625))
 
 
-def test_pathways_of_more_than_ten_experts_are_written_apart() -> None:
-    model = advmoe.create_model("vgg16", width=0.0625, num_experts=12, model_scale=0.25, routed="last-2-blocks")
-    log = RouteLog([12, 12])
-    log.append("clean", [0, 1], [[1, 10], [11, 0]], labels=[0, 1], predictions=[0, 1])
-    frequent = analyze(log, model)["conditions"]["clean"]["frequent"]
-    assert {each["pathway"] for each in frequent} == {"1-10", "11-0"}  # both would be 110
-
-
-def test_one_image_has_no_pairs(result: SuiteResult) -> None:
-    log = RouteLog([2])
-    for name in ("clean", "pgd"):
-        log.append(name, [0], [[0]], labels=[0], predictions=[0])
-    found = analyze(log, TwoRooms())
-    assert list(found["similarity"]) == ["overlap"]
-    assert "overlap" in analysis_figures(found)
-    assert "Pathways of pairs" not in render([card_of(result, "one")], {"one": found})
-
-
 def test_the_changes_of_routed_tokens_are_counted_layer_by_layer() -> None:
     model = advmoe.create_model("vit", num_classes=2, width=1 / 6, depth=2, granularity="token")
     layers, tokens = len(model.expert_layouts), model.rows_per_image
@@ -275,6 +257,24 @@ def test_the_changes_of_routed_tokens_are_counted_layer_by_layer() -> None:
     assert "Tokens whose expert changes under attack" in drawn["changed_layers"]
     assert "per cent of the tokens of 2 images" in drawn["changed_layers"]
     assert "per cent of tokens" in drawn["load"]
+
+
+def test_pathways_of_more_than_ten_experts_are_written_apart() -> None:
+    model = advmoe.create_model("vgg16", width=0.0625, num_experts=12, model_scale=0.25, routed="last-2-blocks")
+    log = RouteLog([12, 12])
+    log.append("clean", [0, 1], [[1, 10], [11, 0]], labels=[0, 1], predictions=[0, 1])
+    frequent = analyze(log, model)["conditions"]["clean"]["frequent"]
+    assert {each["pathway"] for each in frequent} == {"1-10", "11-0"}  # both would be 110
+
+
+def test_one_image_has_no_pairs(result: SuiteResult) -> None:
+    log = RouteLog([2])
+    for name in ("clean", "pgd"):
+        log.append(name, [0], [[0]], labels=[0], predictions=[0])
+    found = analyze(log, TwoRooms())
+    assert list(found["similarity"]) == ["overlap"]
+    assert "overlap" in analysis_figures(found)
+    assert "Pathways of pairs" not in render([card_of(result, "one")], {"one": found})
 
 
 def test_histograms_count_every_value() -> None:
@@ -357,6 +357,15 @@ def test_a_sweep_over_r_is_drawn_as_a_line_for_each_number_of_experts(result: Su
     assert drawn is not None
     for label in ("moe, advmoe, N = 2", "moe, advmoe, N = 4", "s_dense, advmoe", "dense, advmoe", "model scale r"):
         assert f"{label}<" in drawn
+    other = card_of(result, "another seed")
+    other["advmoe"]["model"] |= {"kind": "dense"}
+    other["advmoe"]["ra_pgd4"] = 0.0  # the first one has 66.67
+    both = scale_curves([*sweep(result), other])
+    assert both is not None
+    assert "dense, advmoe, mean of 2<" in both
+    dashed = r'<path d="([^"]*)"[^>]*stroke-dasharray'
+    assert re.findall(dashed, both)
+    assert re.findall(dashed, both) != re.findall(dashed, drawn)
 
 
 def test_many_models_stand_in_rows_and_only_their_failures_at_length(result: SuiteResult) -> None:

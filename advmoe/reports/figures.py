@@ -131,8 +131,8 @@ def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Seque
 def scale_curves(cards: Sequence[Card]) -> str | None:
     """RA against the model scale r, a line for each method and number of experts (paper, Figs. 7 and 8).
 
-    Dense has no r and is drawn as a horizontal line. The result is None if no line has three
-    points.
+    Dense has no r and is drawn as a horizontal line, at the mean if there are several. The result
+    is None if no line has three points.
     """
     lines: dict[str, list[Card]] = {}
     for card in cards:
@@ -148,7 +148,8 @@ def scale_curves(cards: Sequence[Card]) -> str | None:
             color = COLORS[number % len(COLORS)]
             ras = [pgd_accuracy(card) for card in own]
             if own[0]["advmoe"]["model"]["kind"] == "dense":
-                axes.axhline(ras[0], color=color, linestyle="--", label=label)
+                several = f", mean of {len(own)}" if len(own) > 1 else ""
+                axes.axhline(sum(ras) / len(ras), color=color, linestyle="--", label=label + several)
                 continue
             axes.errorbar(
                 [scale_of(card) for card in own],
@@ -443,12 +444,12 @@ def changed_layers(analysis: Analysis) -> str:
     return finished[0]
 
 
-def analysis_figures(analysis: Analysis) -> dict[str, str]:
 def _routed(analysis: Analysis) -> str:
     """What the experts of a layer are chosen for."""
     return "images" if analysis.get("decisions_per_layer", 1) == 1 else "tokens"
 
 
+def analysis_figures(analysis: Analysis) -> dict[str, str]:
     """All figures of one model's routing, by file name."""
     images = f"{analysis['images']} images"
     drawn = {
