@@ -25,7 +25,7 @@ from advmoe.data.sets import ImageSet
 from advmoe.errors import AdvMoEError, CheckpointError, ConfigError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.card import figures, percent
-from advmoe.evaluation.controls import calibration_batches
+from advmoe.evaluation.controls import calibration_batches, controlled
 from advmoe.evaluation.dissection import dissection, route_log
 from advmoe.evaluation.examples import load_examples
 from advmoe.evaluation.machine import Machine, in_words
@@ -501,7 +501,7 @@ def precisions() -> list[str]:
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
 @pytest.mark.parametrize("chosen", ["none", "tf32"])
-def test_figures_are_measured_without_tf32_whatever_was_chosen(chosen: str) -> None:
+def test_figures_and_controls_are_computed_without_tf32_whatever_was_chosen(chosen: str) -> None:
     matmul, inside = torch.backends.cuda.matmul, []
     found, matmul.fp32_precision = matmul.fp32_precision, chosen
     before = precisions()
@@ -512,13 +512,18 @@ def test_figures_are_measured_without_tf32_whatever_was_chosen(chosen: str) -> N
             return super().run(x_BCHW, tape)
 
     try:
-        evaluate(Witness(), rooms(124, 110), ATTACK)
-        after = precisions()
+        for work in (
+            lambda: evaluate(Witness(), rooms(124, 110), ATTACK),
+            lambda: calibration_batches(Witness(), rooms(124, 110), ATTACK, seed=0),
+            lambda: controlled(Witness(), "inverted", 0, calibration=[room_images(0.4, 0.6)]),
+        ):
+            inside.clear()
+            work()
+            assert inside
+            assert all(precision == ["ieee"] * 5 for precision in inside)
+            assert precisions() == before
     finally:
         matmul.fp32_precision = found
-    assert inside
-    assert all(precision == ["ieee"] * 5 for precision in inside)
-    assert after == before
 
 
 def test_the_route_attack_looks_for_flips_where_pgd_ended(monkeypatch: pytest.MonkeyPatch) -> None:

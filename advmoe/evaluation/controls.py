@@ -25,6 +25,7 @@ from advmoe.config import AttackConfig, check
 from advmoe.data.loader import BatchLoader
 from advmoe.data.sets import ImageSet
 from advmoe.distributed import alone
+from advmoe.evaluation.precision import full_precision
 from advmoe.models.modes import evaluating
 from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.moe_linear import MoELinear
@@ -43,7 +44,7 @@ _PASSES = 2
 def calibration_batches(
     model: nn.Module, images: ImageSet, attack: AttackConfig, *, seed: int, batch_size: int = 128
 ) -> list[Tensor]:
-    """Batches from which statistics are computed: training images, each batch clean and then attacked.
+    """Batches from which statistics are computed, in fp32: training images, each batch clean and then attacked.
 
     Args:
         model: The model that PGD attacks.
@@ -53,7 +54,7 @@ def calibration_batches(
         batch_size: Images of a batch.
     """
     batches = []
-    with evaluating(model):
+    with evaluating(model), full_precision(model):
         for batch in BatchLoader(images, batch_size=batch_size).epoch(0):
             victims = Victims.of(model, batch, attack, seed=seed)
             objective = cross_entropy_objective(victims.labels)
@@ -81,7 +82,7 @@ def controlled(model: nn.Module, control: Control, seed: int, *, calibration: Se
     check_control(model, control)
     assert isinstance(model, RoutedNetwork)
     changed = copy.deepcopy(model)
-    with torch.no_grad(), seeded(seed):
+    with torch.no_grad(), full_precision(changed), seeded(seed):
         _CHANGES[control](changed)
         if calibration:
             _calibrate(changed, calibration)
