@@ -28,6 +28,7 @@ from advmoe.evaluation.card import (
     pixels,
     save_card,
     standard_error,
+    with_error,
 )
 from advmoe.evaluation.cost import Cost
 from advmoe.evaluation.diagnostics import Diagnostic
@@ -332,6 +333,13 @@ def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> 
 def test_shares_carry_their_standard_error(result: SuiteResult) -> None:
     assert standard_error(50.0, 100) == 5.0  # sqrt(1/2 * 1/2 / 100)
     assert standard_error(0.0, 10) == standard_error(100.0, 10) == 0.0
+    assert with_error(50.0, 100) == "50.00 ± 5.00"
+    # 0.97^100 = 0.048: with a true share of 3 %, no image of 100 is hit in 5 % of all cases.
+    assert (with_error(0.0, 100), with_error(100.0, 100, digits=1)) == ("0.00 (< 3.00)", "100.00 (> 97.0)")
+    assert with_error(0.0, 1) == "0.00 (< 100.00)"
+    none = card_of(result, "none")
+    none["advmoe"] |= {"sa": 100.0, "ra_worst": 0.0}
+    assert "100.00\N{NO-BREAK SPACE}(&gt;\N{NO-BREAK SPACE}0.0)" in render([none], {})
     page = render([card_of(result, "one")], {})
     assert "66.67\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page
     assert "33.33\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page

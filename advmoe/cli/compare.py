@@ -47,7 +47,7 @@ def compare(
     attacks is left out.
     """
     from advmoe.attacks.autoattack import check_classes
-    from advmoe.evaluation.card import load_card, standard_error
+    from advmoe.evaluation.card import load_card, standard_error, with_error
     from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
     from advmoe.evaluation.results import SuiteConfig
     from advmoe.evaluation.vocabulary import RA, attacks_met, pgd_in_words
@@ -112,9 +112,9 @@ def compare(
         console.emit_json(facts | {"models": rows, "left_out": left_out})
         return
     table = []
-    for row in rows:
+    for row, right in zip(rows, found, strict=True):
         minutes = "-" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f}"
-        shares = (f"{row[figure.key]:.2f} ± {row[f'{figure.key}_error']:.2f}" for figure in kept)
+        shares = (with_error(100 * float(right[figure.key].mean()), len(right["index"])) for figure in kept)
         attacks = ", ".join(row["attacks"])
         table.append((row["name"], *shares, attacks, f"{row['gflops']:.4g}", minutes, row["verdict"]))
     title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent; {pgd_in_words(attack)}"

@@ -468,7 +468,7 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
 
     Each share stands beside its own standard error.
     """
-    from advmoe.evaluation.card import latencies, standard_error
+    from advmoe.evaluation.card import latencies, with_error
     from advmoe.evaluation.diagnostics import NEEDED
     from advmoe.evaluation.vocabulary import (
         FIGURES,
@@ -487,7 +487,7 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
     attack = numbers["attack"]
 
     def share(per_cent: float) -> str:
-        return f"{per_cent:.2f} ± {standard_error(per_cent, numbers['images']):.2f} %"
+        return f"{with_error(per_cent, numbers['images'])} %"
 
     rows: dict[str, Any] = {}
     for figure in measured([numbers], FIGURES):

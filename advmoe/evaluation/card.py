@@ -44,9 +44,26 @@ def percent(share: float) -> float:
 
 
 def standard_error(per_cent: float, images: int) -> float:
-    """Standard error of a share of independent images, in points. The share is in per cent."""
+    """Standard error of a share of independent images, in points. The share is in per cent.
+
+    At 0 and 100 % it is 0 and says nothing; `with_error` shows a bound there.
+    """
     share = per_cent / 100
     return 100 * math.sqrt(share * (1 - share) / images)
+
+
+def with_error(per_cent: float, images: int, digits: int = 2) -> str:
+    """A share in per cent with its standard error: "50.00 ± 5.00".
+
+    At 0 and 100 %, it has the bound of the true share at a confidence of 95 % instead, 3 / `images`
+    from there (the rule of three): "0.00 (< 3.00)".
+    """
+    bound = min(300 / images, 100.0)
+    if per_cent <= 0.0:
+        return f"{per_cent:.2f} (< {bound:.{digits}f})"
+    if per_cent >= 100.0:
+        return f"{per_cent:.2f} (> {100 - bound:.{digits}f})"
+    return f"{per_cent:.2f} ± {standard_error(per_cent, images):.{digits}f}"
 
 
 def figures(result: SuiteResult) -> dict[str, Any]:

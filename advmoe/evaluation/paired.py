@@ -4,7 +4,8 @@ Two models often err on the same images, so the error of their difference is sma
 of both shares suggest. Let n be the number of images, `only_a` the number that only model A
 classifies correctly, and `only_b` the number that only model B does. The difference is (only_a -
 only_b) / n. Its standard error is that of the mean of n values in {-1, 0, 1} (as in McNemar's
-test): sqrt(only_a + only_b - (only_a - only_b)^2 / n) / n.
+test): sqrt(only_a + only_b - (only_a - only_b)^2 / n) / n. Few such images make it unreliable, and
+none make it 0.
 
 Shape suffixes: I images of a set.
 """

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from advmoe.errors import ConfigError
-from advmoe.evaluation.card import latencies, standard_error
+from advmoe.evaluation.card import latencies, with_error
 from advmoe.evaluation.vocabulary import FIGURES, FOOLED, Figure, failed_readings, measured
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
@@ -85,7 +85,7 @@ def _row(figure: Figure, cards: Sequence[Card]) -> dict[str, Any]:
         share = figure.of(numbers)
         if share is None:
             return "-"
-        return f"{share:.2f}{NO_BREAK}±{NO_BREAK}{standard_error(share, numbers['images']):.1f}"
+        return with_error(share, numbers["images"], digits=1).replace(" ", NO_BREAK)
 
     label = figure.label(cards[0]["advmoe"])  # all models met the same PGD
     return {"name": label, "verdict": False, "cells": [cell(card["advmoe"]) for card in cards]}
