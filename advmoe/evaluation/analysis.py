@@ -64,9 +64,7 @@ def analyze(log: RouteLog, model: RoutedNetwork, *, sparse: RoutedNetwork | None
         found["conditions"][name]["dissection"] = dissection(log, name, layers=len(model.expert_layouts))
     if model.rows_per_image == 1:
         channels = pathway_channels(model)
-        found["similarity"] = {
-            "overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks}
-        }
+        found["similarity"] = {"overlap": {name: histogram(log.overlap(CLEAN, name, channels)[1]) for name in attacks}}
         if found["images"] > 1:
             found["similarity"]["diversity"] = {name: spread(log, name, model) for name in names}
         if sparse is not None:

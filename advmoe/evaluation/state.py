@@ -48,7 +48,7 @@ OPTIONS = {
 }
 """Settings from which a part of an identity follows, if these have other names."""
 TOLERANCE = 1e-3
-"""Difference of an image's logits relative to the largest one, up to which they are the same: machines round differently."""
+"""Difference of an image's logits, relative to the largest one, that is no difference: machines round differently."""
 MOST = 7 / 8
 """Share of the images whose logits must be the same. An image on a router's boundary may go another way elsewhere."""
 RADII = ("eps", "step_size", "eps_sweep")
@@ -206,7 +206,7 @@ def _first_difference(stored: dict[str, Any], now: dict[str, Any]) -> tuple[str,
 def _same(name: str, was: dict[str, Any], given: dict[str, Any]) -> bool:
     """Whether a part of an identity is that of another one."""
     before, after = was.get(name), given.get(name)
-    return before == after or (name == LOGITS and bool(before and after) and alike(before, after))
+    return alike(before, after) if name == LOGITS and before and after else before == after
 
 
 def alike(before: ArrayLike, after: ArrayLike) -> bool:

@@ -465,7 +465,9 @@ def analysis_figures(analysis: Analysis) -> dict[str, str]:
         similarity = analysis["similarity"]
         drawn["overlap"] = iou_histogram(similarity["overlap"], "Clean and attacked pathway of the same image", images)
         if "diversity" in similarity:
-            drawn["diversity"] = iou_histogram(similarity["diversity"], "Pathways of pairs of images", "pairs of images")
+            drawn["diversity"] = iou_histogram(
+                similarity["diversity"], "Pathways of pairs of images", "pairs of images"
+            )
     if "mask" in analysis:
         drawn["mask"] = iou_histogram(analysis["mask"], "Pathway and mask pathway of the Sparse-CNN", images)
     return drawn
