@@ -337,6 +337,12 @@ def test_a_state_that_names_its_batch_size_is_of_an_earlier_version_and_goes_on(
     assert EvaluationState(tmp_path / "state.npz", {"seed": 0}).images_done == 1
 
 
+def test_a_state_whose_attacks_were_others_is_refused_in_one_line(tmp_path: Path) -> None:
+    EvaluationState(tmp_path / "state.npz", {"layout": 5, "seed": 0}).add({"right": np.array([True])})
+    with pytest.raises(CheckpointError, match=r"another version of this program wrote it; move it away to start anew$"):
+        EvaluationState(tmp_path / "state.npz", {"layout": 6, "seed": 0, "form": "a", "logits": [[1.0]]})
+
+
 def test_a_choice_of_images_is_attacked_as_in_the_whole_set(tiny_vgg: Callable[..., RoutedNetwork]) -> None:
     torch.manual_seed(0)
     model = tiny_vgg(kind="s_dense", model_scale=1.0).eval()

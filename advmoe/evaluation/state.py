@@ -162,8 +162,9 @@ class EvaluationState:
             ) from error
         if different := _first_difference(stored, self._identity):
             reason, options = different
+            remedy = "repeat the original options or choose another folder" if options else "move it away to start anew"
             raise CheckpointError(
-                f"{path} belongs to another evaluation: {reason}; repeat the original options or choose another folder",
+                f"{path} belongs to another evaluation: {reason}; {remedy}",
                 *options,
             )
         self._machines = distinct([*self._machines, *machines])
