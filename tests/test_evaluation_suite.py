@@ -374,7 +374,13 @@ def test_a_state_of_another_evaluation_is_refused_with_the_reason(tmp_path: Path
     assert caught.value.options == ("dataset", "limit_eval", "skip_bad_images")
     with np.load(path) as stored:
         arrays = dict(stored)
-    for changed in ({"right": np.array(["yes", "no"])}, {"right": arrays["right"][:1]}, {"right": np.array(True)}):
+    for changed in (
+        {"right": np.array(["yes", "no"])},
+        {"right": arrays["right"][:1]},
+        {"right": np.array(True)},
+        {"machines": np.array("3")},
+        {"machines": np.array('[{"device": "a"}]')},
+    ):
         np.savez(path, **(arrays | changed))
         with pytest.raises(CheckpointError, match="damaged; move it away"):
             run_suite(TwoRooms(), images, ROUTING, state_path=path)

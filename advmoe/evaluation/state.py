@@ -152,7 +152,8 @@ class EvaluationState:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             stored = json.loads(str(arrays.pop(IDENTITY)))
-            machines = json.loads(str(arrays.pop(MACHINES, "[]")))
+            listed = json.loads(str(arrays.pop(MACHINES, "[]")))
+            machines = [Machine(device=str(each["device"]), versions=dict(each["versions"])) for each in listed]
             rows = {len(array) for name, array in arrays.items() if name != DONE}
             if len(rows) > 1 or any(array.dtype.kind not in "biuf" for array in arrays.values()):
                 raise ValueError("columns of unequal length, or that are no numbers")
