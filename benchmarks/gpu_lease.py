@@ -92,7 +92,7 @@ class Form:
         width, size = (0.0625, 16) if self.smoke else (1.0, 32)
         experts: dict[str, Any] = {"num_experts": self.num_experts} if self.kind == "moe" else {}
         config = ModelConfig(arch="resnet18", kind=self.kind, width=width, image_size=size, **experts)  # type: ignore[arg-type]
-        return build_model(config).to(device(), memory_format=self.memory_format)
+        return build_model(config).to(device()).to(memory_format=self.memory_format)
 
     def images(self) -> Tensor:
         """A batch of noise."""

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -84,7 +84,7 @@ bound the time. TIFF can have tiles that are larger than its image, and comments
 
 
 def read_image(
-    path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+    path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
     """An image file as RGB.
 
