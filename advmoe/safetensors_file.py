@@ -35,7 +35,7 @@ def write_safetensors(path: Path, contents: Mapping[str, Any]) -> None:
 
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in contents["weights"].items()}
     described = {name: contents[name] for name in PARTS}
-    described["metrics"] = {name: value for name, value in described["metrics"].items() if _is_json_number(value)}
+    described["metrics"] = {name: value for name, value in described["metrics"].items() if _is_json(value)}
     described["weights_sha256"] = digest(weights)
     # One entry only: safetensors writes several in random order, and the same model should give the
     # same bytes.
@@ -87,5 +87,8 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def _is_json_number(value: object) -> bool:
+def _is_json(value: object) -> bool:
+    """Whether a number, or every number of a list, is finite. JSON has no others."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
     return not isinstance(value, float) or math.isfinite(value)

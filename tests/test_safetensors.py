@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_vgg: Callable[..., Routed
             weights=model.state_dict(),
             class_names=NAMES,
             train={"dataset": "digits", "method": "advmoe"},
-            metrics={"val_sa": 0.5, "val_loss": float("nan")},
+            metrics={"val_sa": 0.5, "val_loss": float("nan"), "lr": [0.1, 0.2], "pgd": [0.5, float("inf")]},
             optimizers=[{"state": {0: torch.zeros(3)}}],
         ),
     )
@@ -52,7 +52,7 @@ def test_the_exported_model_computes_what_the_checkpoint_computes(run: Path, exp
     contents = load_checkpoint(exported)
     assert contents.class_names == NAMES
     assert contents.train == {"dataset": "digits", "method": "advmoe"}
-    assert contents.metrics == {"val_sa": 0.5}  # JSON has no NaN
+    assert contents.metrics == {"val_sa": 0.5, "lr": [0.1, 0.2]}  # JSON has neither NaN nor infinity
     assert contents.optimizers == []
 
 
