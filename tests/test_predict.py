@@ -117,6 +117,24 @@ def test_a_folder_is_classified_in_batches_as_its_images_are_alone(capsys: pytes
             assert (each["label"], each["probability"]) == (alone.labels[0], pytest.approx(best, abs=0.02))
 
 
+def test_classes_of_equal_probability_are_ranked_by_their_logits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In float32, exp(-1e-8) is 1 and exp(-200) is 0, so probabilities alone would name the class 0 first.
+    logits = np.array([[0, 1e-8, -900, -800, -700, -600, -500, -400, -300, -200]], np.float32)
+    execute = Session.execute
+    monkeypatch.setattr(Session, "execute", lambda self, images: {**execute(self, images), "logits": logits})
+    assert main(["predict", "model.onnx", "photos/9.png", "--json", "--top", "4"]) == 0
+    (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert prediction["label"] == Session("model.onnx").run("photos/9.png").labels[0] == NAMES[1]
+    assert [(entry["label"], entry["probability"]) for entry in prediction["top"]] == [
+        (NAMES[1], 0.5),
+        (NAMES[0], 0.5),
+        (NAMES[9], 0.0),
+        (NAMES[8], 0.0),
+    ]
+
+
 def test_a_table_in_a_pipe_has_a_line_per_image() -> None:
     command = [sys.executable, "-m", "advmoe", "predict", "model.onnx", "photos"]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}

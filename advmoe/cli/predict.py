@@ -135,8 +135,8 @@ class Predicting:
             result = session.interpret(session.execute(session.check(np.stack(images), any_size=True)))
         labels = session.metadata.labels
         for row, path in enumerate(paths):
-            order = np.argsort(-result.probabilities[row], kind="stable")[: self.top]
-            ranked = [{"label": labels[k], "probability": round(float(result.probabilities[row, k]), 6)} for k in order]
+            best = result.best(row, self.top)
+            ranked = [{"label": labels[k], "probability": round(float(result.probabilities[row, k]), 6)} for k in best]
             yield {
                 "image": str(path),
                 **ranked[0],

@@ -58,6 +58,13 @@ class Prediction:
     margin: FloatArray | None
     """[B, L] margin of each router: chosen logit minus the next; None if the file does not return it."""
 
+    def best(self, image: int, count: int) -> npt.NDArray[np.int64]:
+        """The most probable classes of one image in descending order.
+
+        The logits decide, because rounding makes different probabilities equal.
+        """
+        return np.argsort(-self.logits[image], kind="stable")[:count]
+
 
 class Session:
     """An exported model, ready to run.

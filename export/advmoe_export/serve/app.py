@@ -173,12 +173,11 @@ class ModelServer:
             outputs = await self._compute(request, pixels)
         protocol.check_finite(protocol.LOGITS, outputs[protocol.LOGITS])
         prediction = self.session.interpret(dict(outputs))
-        probabilities = prediction.probabilities[0]
-        order = np.argsort(-prediction.logits[0], kind="stable")[:TOP]  # small probabilities are rounded to 0
+        best, probabilities = prediction.best(0, TOP), prediction.probabilities[0]
         return JSONResponse(
             {
                 "label": prediction.labels[0],
-                "top": [{"label": self.metadata.labels[i], "probability": float(probabilities[i])} for i in order],
+                "top": [{"label": self.metadata.labels[i], "probability": float(probabilities[i])} for i in best],
                 "pathway": None if prediction.pathway is None else prediction.pathway[0].tolist(),
                 "margin": None if prediction.margin is None else prediction.margin[0].tolist(),
                 "milliseconds": round(1000 * (time.perf_counter() - begin), 2),
