@@ -109,7 +109,7 @@ def export_model(
         labels: class names in the order of the logits.
         resize: length in pixels to which the shorter side of an image is resized before the center
             crop, as in the evaluation of the module. The default is the longer side of
-            `image_size`; images of this size are then not changed.
+            `image_size`; images of this size are then not changed if it is square.
         metadata: further facts about the model, as JSON data.
         profile: `hybrid` (any batch), `latency` (batch 1), `throughput` (batches), `static` (no
             control flow).
