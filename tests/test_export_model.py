@@ -343,6 +343,22 @@ def test_bad_requests_say_what_to_do(small_moe: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"val_loss": float("nan")}, "Out of range float values are not JSON compliant"),
+        ({"weights": torch.zeros(1)}, "Object of type Tensor is not JSON serializable"),
+        ({1: "one"}, r"Expected `str`, got `int`"),
+    ],
+)
+def test_metadata_that_json_cannot_hold_are_one_line(
+    metadata: Any, message: str, small_moe: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"the file cannot hold its metadata: .*{message}"):
+        export_model(small_moe(), tmp_path / "model.onnx", image_size=16, labels=LABELS, metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"profile": "fast"}, "unknown profile 'fast'"),

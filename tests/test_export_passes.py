@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from advmoe_export.bank import quantize_bias, quantize_rows
-from advmoe_export.exporter import plan_graph
+from advmoe_export.exporter import export_model, plan_graph
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
 from advmoe_export.passes.half import UseHalfPrecision, routers_are_float32
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.moe_linear import MoELinear
 from advmoe.models.router import ImageRouter
 from advmoe.models.routing import scaled
 
@@ -130,6 +131,35 @@ def test_a_scalar_is_stored_as_a_scalar_and_once(traced: ir.Graph) -> None:
     graph = run(traced, FoldBatchNorm(), CompareTwoWay())
     zeros = [value for name, value in graph.initializers.items() if name.startswith("zero")]
     assert [list(value.shape) for value in zeros if value.shape is not None] == [[]]
+
+
+class Normalized(nn.Module):
+    """A routed linear layer and a head, one of which is the last, with a BatchNorm between or after them."""
+
+    def __init__(self, *, routed_last: bool) -> None:
+        super().__init__()
+        self.routed = MoELinear(3, 4, ((0, 1), (2, 3)))
+        self.routed.weight.data.normal_()
+        self.routed.bias.data.normal_()
+        self.router, self.norm, self.head = nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)
+        self.norm.running_mean.add_(1)
+        self.routed_last = routed_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x.mean((2, 3))
+        y = self.norm(self.routed(features, self.router(features).argmax(dim=1)))
+        return y if self.routed_last else self.head(self.norm(torch.relu(y)))
+
+
+@pytest.mark.parametrize("routed_last", [True, False])
+def test_the_logits_keep_their_name_if_a_batchnorm_is_folded_into_the_layer_that_gives_them(
+    routed_last: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Normalized(routed_last=routed_last).eval()
+    report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=["no", "yes"], profile="throughput")
+    assert report.metadata.outputs == ("logits", "expert_index")
+    assert not any(node.op_type == "BatchNormalization" for node in ir.load(report.path).graph)
 
 
 class Scaled(nn.Module):

@@ -127,7 +127,8 @@ def export_model(
         tolerance: largest differences that the verification accepts.
 
     Raises:
-        UnsupportedModelError: the module or an option cannot be exported.
+        UnsupportedModelError: the module or an option cannot be exported, or `metadata` is no JSON
+            data.
         InputError: `images` or `calibration` have the wrong shape, type or range, or there is not
             one target per image.
         ModelFileError: the files cannot be written.

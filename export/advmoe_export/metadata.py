@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-from advmoe_export.errors import ModelFileError
+from advmoe_export.errors import ModelFileError, UnsupportedModelError
 
 KEY = "advmoe_export"
 FORMAT_VERSION = 2
@@ -84,12 +84,17 @@ class ModelMetadata:
 
     @classmethod
     def of(cls, **fields: Any) -> ModelMetadata:
-        """Make metadata from fields, and check their types.
+        """Make metadata from fields, and check that a file can hold them.
 
         Raises:
-            ValueError: a field has the wrong type or value. The message names the field.
+            UnsupportedModelError: a field has the wrong type or value, or is no JSON data.
         """
-        return msgspec.convert(fields, cls)
+        try:
+            metadata = msgspec.convert(fields, cls)
+            metadata.to_json()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UnsupportedModelError(f"the file cannot hold its metadata: {error}") from error
+        return metadata
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], path: object) -> ModelMetadata:

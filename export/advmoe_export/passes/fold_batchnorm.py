@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from advmoe_export.operators import expert_rows, initializer, is_routed
-from advmoe_export.passes.contract import GraphPass, is_flat, is_full_precision
+from advmoe_export.passes.contract import GraphPass, is_flat, is_full_precision, returns
 from advmoe_export.passes.editing import constant, insert_one, linear_layer
 
 
@@ -34,7 +34,7 @@ class FoldBatchNorm(GraphPass):
     """
 
     needs = (is_flat, is_full_precision)
-    leaves = (batchnorm_is_folded,)
+    leaves = (batchnorm_is_folded, returns("logits"))
 
     def change(self, graph: ir.Graph) -> None:
         """Fold every BatchNorm that can be folded."""
@@ -101,6 +101,9 @@ def _sole_use(value: ir.Value) -> bool:
 
 
 def _remove(graph: ir.Graph, node: ir.Node, replacement: ir.Value) -> None:
+    """Remove a node. All readers of its output, and the caller of the graph by the same name, get the replacement."""
+    if node.outputs[0].is_graph_output():
+        replacement.name = node.outputs[0].name
     node.outputs[0].replace_all_uses_with(replacement, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
