@@ -1,6 +1,7 @@
 """Exported files: outputs, metadata, and no leftover files after an error."""
 
 import errno
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.router import Router
 from advmoe.models.routing import Decision
 
+VERIFY = sys.modules["advmoe_export.verify"]  # the package's own `verify` is the function
 LABELS = [f"class {i}" for i in range(10)]
 Make = Callable[..., Any]
 
@@ -137,6 +140,37 @@ def test_a_batch_goes_image_by_image_where_activations_outweigh_weights_and_in_s
     prediction = Session(report.path).run(pictures.numpy())
     np.testing.assert_array_equal(prediction.pathway, expert_index_BL)
     np.testing.assert_allclose(prediction.logits, logits.detach(), atol=1e-5 * logits.abs().max().item())
+
+
+class Centered(nn.Module):
+    """Two MoE layers. Between them, each image loses the mean over the images of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layout = ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5)
+        self.first, self.second = (MoEConv2d(channels, layout, 3, padding=1) for channels in (3, 4))
+        self.routers = nn.ModuleList(Router(channels, 2) for channels in (3, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x, self.routers[0].decide(x))
+        y = y - y.mean(0, keepdim=True)
+        return self.head(self.second(y, self.routers[1].decide(y)).mean((2, 3)))
+
+
+def test_layers_behind_a_step_that_mixes_images_do_not_run_image_by_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The module's results hold for a batch of these 64 images only, so no other batch is compared.
+    monkeypatch.setattr(VERIFY, "_batches", lambda source, reference, fixed: [("all", reference)])
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": 16, "labels": ["no", "yes"], "profile": "throughput"}
+    report = export_model(Centered().eval(), tmp_path / "model.onnx", **options)
+    found = [node.op_type for node in operators(report.path)]
+    assert (found.count("Scan"), found.count("If"), found.count("NonZero")) == (1, 1, 2)
+    monkeypatch.undo()
+    with pytest.raises(VerificationError, match="was not written"):
+        export_model(Centered().eval(), tmp_path / "other.onnx", **options)
 
 
 def test_static_has_no_control_flow_and_gathers_the_weights_of_a_single_image(small_moe: Make, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from advmoe_export.passes.regions import Plan, Region
-from advmoe_export.passes.rows import row_dim
+from advmoe_export.passes.rows import keeps_rows_apart, row_dim
 from advmoe_export.scope import Scope
 
 WEIGHT_SHARE = 1.0
@@ -22,10 +22,13 @@ WEIGHT_SHARE = 1.0
 
 
 def steps_per_image(plan: Plan) -> int:
-    """Number of first steps of the plan that run image by image."""
+    """Number of first steps of the plan that run image by image. Steps that mix images end them."""
     count = 0
     for position, step in enumerate(plan.steps):
-        if isinstance(step, Region) and _weight_bytes(plan, step) <= WEIGHT_SHARE * _activation_bytes(step):
+        if not isinstance(step, Region):
+            if not keeps_rows_apart(step):
+                break
+        elif _weight_bytes(plan, step) <= WEIGHT_SHARE * _activation_bytes(step):
             count = position + 1
     batch = row_dim(plan.graph.inputs[0])
     return count if all(row_dim(value) == batch for value in live_values(plan, count)) else 0

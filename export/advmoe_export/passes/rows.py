@@ -2,7 +2,8 @@
 
 A *row* is an entry of the first dimension: an image, or a token if the graph has merged the two
 dimensions. Row-by-row nodes may run on any subset of the rows, in any order, and inside the branch
-of one expert. All other nodes need all rows in the original order.
+of one expert. All other nodes need all rows in the original order. A few of these, such as the
+comparison that makes a decision, still compute each row for itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ PER_IMAGE = named(
     AveragePool Conv GlobalAveragePool GlobalMaxPool GroupNormalization InstanceNormalization MaxPool
     """
 )
-ALONG_AXIS = {"Softmax": -1, "LogSoftmax": -1, "ArgMax": 0, "LayerNormalization": -1, "Concat": 0, "Split": 0}
+ALONG_AXIS = {
+    **{"Softmax": -1, "LogSoftmax": -1, "LayerNormalization": -1},
+    **{"ArgMax": 0, "Concat": 0, "GatherElements": 0, "Split": 0},
+}
 REDUCTIONS = named(
     """
     ReduceMax ReduceMean ReduceMin ReduceSum
@@ -47,7 +51,21 @@ def row_dim(value: ir.Value | None) -> str | None:
     return None if isinstance(dim, int) else str(dim)
 
 
+COMPARISONS = named(
+    """
+    And Equal Greater GreaterOrEqual Less LessOrEqual Not Or
+    """
+)
+IN_ORDER = COMPARISONS | {"GatherElements"}
+"""Operators of decisions and their scores. They keep the original order, in which the graph returns decisions."""
+
+
 def is_rowwise(node: ir.Node) -> bool:
+    """Whether the node may compute any rows in any order."""
+    return node.op_type not in IN_ORDER and keeps_rows_apart(node)
+
+
+def keeps_rows_apart(node: ir.Node) -> bool:
     """Whether every output row depends only on the same row of the inputs and on constants."""
     symbols = {row_dim(output) for output in node.outputs}
     if len(symbols) != 1 or None in symbols:
@@ -62,7 +80,7 @@ def is_rowwise(node: ir.Node) -> bool:
         return False
     rank = len(node.outputs[0].shape)  # type: ignore[arg-type]
     op = node.op_type
-    if op in ELEMENTWISE:
+    if op in ELEMENTWISE or op in COMPARISONS:
         return all(value is None or value.shape is None or len(value.shape) <= rank for value in node.inputs) and all(
             len(value.shape) == rank  # type: ignore[arg-type]
             for value in running
