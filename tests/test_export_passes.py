@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from advmoe_export.bank import quantize_bias, quantize_rows
+from advmoe_export.errors import UnsupportedModelError
 from advmoe_export.exporter import export_model, plan_graph
 from advmoe_export.passes.contract import GraphPass
 from advmoe_export.passes.fold_batchnorm import FoldBatchNorm
@@ -201,6 +202,34 @@ def test_a_router_that_scales_the_output_stays_in_float32() -> None:
     softmax = next(node for node in half if node.op_type == "Softmax")
     softmax.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     assert "computes in float16" in str(routers_are_float32(half))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that standardizes its weight in every pass, as networks without BatchNorm do.
+
+    The exporter of PyTorch computes small weights at once, so this one needs many channels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / (self.weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        return nn.functional.conv2d(x, weight, self.bias, padding=1)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [[], [Standardized(64, 64, 3)], [Standardized(64, 64, 3), nn.Conv2d(64, 4, 3)]],
+    ids=["nothing", "computed", "both"],
+)
+def test_int8_spares_convolutions_with_computed_weights_and_needs_others(rest: list[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph = trace(model, image_size=(16, 16), opset=18).graph
+    if len(rest) < 2:
+        with pytest.raises(UnsupportedModelError, match="int8 needs expert layers, or convolutions with constant weig"):
+            run(graph, FoldBatchNorm(), Quantize(PICTURES, 18))
+        return
+    graph = run(graph, FoldBatchNorm(), Quantize(PICTURES, 18))
+    makers = [node.inputs[1].producer() for node in graph if node.op_type == "Conv" and node.inputs[1] is not None]
+    assert [None if maker is None else maker.op_type for maker in makers] == [None, "Div", "DequantizeLinear"]
 
 
 def test_the_bias_of_a_filter_without_weights_survives_int8() -> None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from advmoe_export.bank import quantize_bias, quantize_rows
+from advmoe_export.errors import UnsupportedModelError
 from advmoe_export.operators import CONV, DOMAIN, FAKE_QUANTIZE, decision_of, expert_rows, has_bank
 from advmoe_export.passes.contract import GraphPass, is_flat, is_full_precision
 from advmoe_export.passes.editing import constant, insert_one
@@ -67,13 +68,22 @@ class Quantize(GraphPass):
             )
 
     def change(self, graph: ir.Graph) -> None:
-        """Measure ranges, then round weights and activations."""
+        """Measure ranges, then round weights and activations.
+
+        Raises:
+            UnsupportedModelError: there is nothing to quantize.
+        """
         _quantize(graph, self.images, self.opset)
 
 
 def _quantize(graph: ir.Graph, images: npt.NDArray[Any], opset: int) -> None:
     skipped = {use.node for use in _first_convolutions(graph)} | router_nodes(graph)
-    layers = [node for node in graph if (has_bank(node) or node.op_type == "Conv") and node not in skipped]
+    layers = [node for node in graph if (has_bank(node) or _has_constant_weights(node)) and node not in skipped]
+    if not layers:
+        raise UnsupportedModelError(
+            "int8 needs expert layers, or convolutions with constant weights behind the first one, and the module has "
+            "none; export with fp32 or fp16"
+        )
     ends = {node: _end(node) for node in layers if node.op_type in ("Conv", CONV)}
     wanted = {value: None for node in layers for value in (node.inputs[0], ends.get(node)) if value is not None}
     ranges = calibrate(graph, list(wanted), layers, images, opset)
@@ -117,6 +127,12 @@ def _first_convolutions(graph: ir.Graph) -> list[Any]:
             elif use.node.op_type in ("Cast", "Transpose", "Div", "Sub", "Mul", "Add"):
                 values.extend(use.node.outputs)
     return found
+
+
+def _has_constant_weights(node: ir.Node) -> bool:
+    """Whether the node is a convolution whose weight and bias are not computed while the model runs."""
+    parameters = [value for value in node.inputs[1:] if value is not None]
+    return node.op_type == "Conv" and all(value.const_value is not None for value in parameters)
 
 
 def _end(node: ir.Node) -> ir.Value:
