@@ -209,6 +209,28 @@ def test_metadata_survives_the_file(small_moe: Make, tmp_path: Path) -> None:
     assert metadata.layers == ("convs.0", "convs.1", "convs.2", "convs.3")
 
 
+class Tied(nn.Module):
+    """The same weights as two MoE layers, with a BatchNorm behind the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layout = ExpertLayout(num_channels=6, num_experts=2, model_scale=0.5)
+        self.conv, self.norm = MoEConv2d(3, layout, 3, padding=1), nn.BatchNorm2d(3)
+        self.router, self.head = Router(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x, self.router.decide(x)))
+        return self.head(self.norm(self.conv(y, self.router.decide(y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_layers_are_named_after_the_module_in_every_dtype(dtype: str, pictures: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": 16, "labels": ["no", "yes"], "profile": "throughput", "dtype": dtype}
+    report = export_model(Tied().eval(), tmp_path / "model.onnx", calibration=pictures.numpy(), **options)
+    assert report.metadata.layers == ("conv", "conv (2)")
+
+
 class UserNetwork(nn.Module):
     """Somebody's own network, two of our convolutions behind one hand-written decision, no router of ours."""
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -164,6 +165,7 @@ def export_model(
     if margins and not routed_nodes(graph):
         raise UnsupportedModelError("margins need routers, and the module has none; export without margins")
     reference = None if images is None or len(images) == 0 else run_reference(traced.program, images)
+    names = _layer_names(graph)
     plan = plan_graph(graph, margins=margins, input_type=input_type, dtype=dtype, calibration=calibration, opset=opset)
     onnx_model = build(plan, profile=profile, opset=opset, batch_size=batch_size)
     described = ModelMetadata.of(
@@ -176,7 +178,7 @@ def export_model(
         opset=opset,
         batch_size=1 if profile == "latency" else batch_size,
         outputs=tuple(str(value.name) for value in onnx_model.graph.outputs),
-        **_layers(plan),
+        **_layers(plan, names),
         expert_load=None if reference is None else _load(reference, plan),
         tool={name: version(name) for name in ("advmoe-export", "onnx-ir", "torch", "onnxscript")},
         data_sha256="",
@@ -265,16 +267,29 @@ def _write(model: ir.Model, path: Path, metadata: ModelMetadata) -> ModelMetadat
     return metadata
 
 
-def _layers(plan: Plan) -> dict[str, tuple[Any, ...]]:
+def _layer_names(graph: ir.Graph) -> dict[ir.Node, str]:
+    """The name of each MoE layer of a graph as traced, before passes rename its weight.
+
+    Further layers with the same weight get a number.
+    """
+    names: dict[ir.Node, str] = {}
+    uses: Counter[str] = Counter()
+    for node in routed_nodes(graph):
+        name = str(node.inputs[1].name).removesuffix(".weight")  # type: ignore[union-attr]
+        uses[name] += 1
+        names[node] = name if uses[name] == 1 else f"{name} ({uses[name]})"
+    return names
+
+
+def _layers(plan: Plan, names: Mapping[ir.Node, str]) -> dict[str, tuple[Any, ...]]:
     """Number of experts and layer name of each column of `expert_index`."""
     experts: list[int] = []
-    names: list[str] = []
+    layers: list[str] = []
     for node, bank in plan.banks.items():
         columns = _columns(node)
-        name = str(node.inputs[1].name).removesuffix(".folded").removesuffix(".weight")  # type: ignore[union-attr]
         experts += [bank.num_experts] * columns
-        names += [name] if columns == 1 else [f"{name}[{token}]" for token in range(columns)]
-    return {"num_experts": tuple(experts), "layers": tuple(names)}
+        layers += [names[node]] if columns == 1 else [f"{names[node]}[{token}]" for token in range(columns)]
+    return {"num_experts": tuple(experts), "layers": tuple(layers)}
 
 
 def _misaligned(plan: Plan) -> tuple[str, ...]:
