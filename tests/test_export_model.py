@@ -194,6 +194,7 @@ def test_uint8_images_are_preprocessed_inside(small_moe: Make, tmp_path: Path) -
     # the load is recorded: share of the 5 images per layer and expert
     load = torch.stack([(expert_index_BL == e).double().mean(0) for e in range(2)], dim=1)
     np.testing.assert_allclose(report.metadata.expert_load, load)
+    assert report.metadata.expert_load_images == 5
     with pytest.raises(InputError, match="reads uint8 images"):
         Session(path).run(np.zeros((1, 3, 16, 16), dtype=np.float32))
 

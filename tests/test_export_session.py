@@ -168,6 +168,7 @@ def rewritten(path: Path, folder: Path, change: Callable[[dict[str, Any]], objec
         ("num_experts", [2], "4 layers but 1 numbers of experts"),
         ("expert_load", [[0.5, 0.5]] * 3, "one share per layer and expert"),
         ("expert_load", [[0.5, "much"]] * 4, r"Expected `float`, got `str`"),
+        ("expert_load_images", 0, r"Expected `int` >= 1"),
         ("expert_load", [[0.5, float("nan")]] * 4, "damaged: "),
         ("outputs", ["probabilities"], "must include 'logits'"),
         ("tool", [], r"at `\$.tool`"),
@@ -189,6 +190,11 @@ def test_metadata_of_a_wrong_type_is_one_line_that_names_the_field(
 def test_metadata_that_is_no_object_is_one_line(path: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ModelFileError, match=r"the metadata of .* is damaged"):
         Session(rewritten(path, tmp_path, lambda document: text))
+
+
+def test_a_file_of_an_earlier_version_does_not_tell_the_number_of_images(path: Path, tmp_path: Path) -> None:
+    earlier = read_metadata(rewritten(path, tmp_path, lambda document: document.pop("expert_load_images")))
+    assert earlier == dataclasses.replace(read_metadata(path), expert_load_images=None)
 
 
 def test_a_missing_field_is_named(path: Path, tmp_path: Path) -> None:

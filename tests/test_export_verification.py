@@ -129,6 +129,26 @@ def test_int8_is_judged_on_the_calibration_images_if_there_are_no_others(
     assert document["verification"]["tolerance"]["margin"] is None  # any margin is accepted
 
 
+def test_the_recorded_load_is_that_of_the_file(
+    small_moe: Callable[..., Any], traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = Session.execute
+
+    def otherwise(session: Session, prepared: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = execute(session, prepared)
+        return {**outputs, "expert_index": 1 - outputs["expert_index"]}
+
+    monkeypatch.setattr(Session, "execute", otherwise)  # int8 accepts any decisions
+    images = images_of(8)
+    report = export_int8(small_moe(), tmp_path / "model.onnx", images=images)
+    metadata = Session(report.path).metadata
+    assert metadata == report.metadata
+    assert metadata.expert_load_images == 8
+    assert metadata.expert_load is not None
+    of_module = run_reference(traced.program, images).expert_index.mean(axis=0)
+    np.testing.assert_allclose(np.array(metadata.expert_load)[:, 0], of_module)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

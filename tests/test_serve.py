@@ -353,15 +353,17 @@ def test_an_image_file_is_classified_as_a_session_classifies_it(session: Session
 
 
 def test_load_and_drift_are_those_of_the_images_served(session: Session) -> None:
-    async def run() -> tuple[dict[str, Any], dict[str, Any], str]:
+    async def run() -> tuple[dict[str, Any], str, dict[str, Any], str]:
         async with client(session) as (http, _):
-            before = (await http.get("/load")).json()
+            before, idle = (await http.get("/load")).json(), (await http.get("/metrics")).text
             for _ in range(4):
                 await http.post("/v2/models/small/infer", json=infer(FLOATS[:1]))
-            return before, (await http.get("/load")).json(), (await http.get("/metrics")).text
+            return before, idle, (await http.get("/load")).json(), (await http.get("/metrics")).text
 
-    before, after, metrics = asyncio.run(run())
+    before, idle, after, metrics = asyncio.run(run())
     assert (before["images"], after["images"]) == (0, 4)
+    assert {(layer["drift"], layer["noise"]) for layer in before["layers"]} == {(None, None)}
+    assert "route_drift{" not in idle
     assert before["model"] == "small"
     pathway = session.run(FLOATS[:1]).pathway
     assert pathway is not None
@@ -1174,10 +1176,14 @@ def test_infer_is_refused_too_when_too_many_wait(session: Session, monkeypatch: 
 
 def test_the_noise_of_a_drift_is_the_expected_distance_of_a_share(session: Session) -> None:
     even = tuple((0.5, 0.5) for _ in session.metadata.layers)
-    monitor = RouteMonitor(dataclasses.replace(session.metadata, expert_load=even))
-    monitor.record(session.run(FLOATS))
-    # 16 images at p = 1/2: E|x - p| = sqrt(2 / pi * 1/4 / 16) for each of two experts, of which half is the distance
-    assert [drift.noise for drift in monitor.drift()] == pytest.approx([math.sqrt(2 / math.pi / 64)] * len(even))
+    # 16 images at p = 1/2: E|x - p| = sqrt(2 / pi * 1/4 * 1/16) for each of two experts, of which half is the distance.
+    # If p is measured on 48 images: E|x - y| = sqrt(2 / pi * 1/4 * (1/16 + 1/48)). Earlier files do not tell.
+    for images, noise in ((None, math.sqrt(2 / math.pi / 64)), (48, math.sqrt(2 / math.pi / 48))):
+        metadata = dataclasses.replace(session.metadata, expert_load=even, expert_load_images=images)
+        monitor = RouteMonitor(metadata)
+        assert monitor.drift() == []
+        monitor.record(session.run(FLOATS))
+        assert [drift.noise for drift in monitor.drift()] == pytest.approx([noise] * len(even))
 
 
 def test_settings_of_a_server_reach_what_they_set(

@@ -17,12 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from advmoe_export.bank import Bank
 from advmoe_export.errors import ModelFileError, UnsupportedModelError
 from advmoe_export.metadata import KEY, ModelMetadata
 from advmoe_export.model_file import data_file
@@ -39,7 +37,7 @@ from advmoe_export.passes.storage import write_external
 from advmoe_export.passes.two_way import CompareTwoWay
 from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
-from advmoe_export.reference import Reference, run_reference
+from advmoe_export.reference import run_reference
 from advmoe_export.report import MIN_AGREEMENT, Agreement, Tolerance, VerificationError, VerificationReport
 from advmoe_export.session import OPTIMIZATION_LEVELS, check_images
 from advmoe_export.trace import BATCH, trace
@@ -120,7 +118,7 @@ def export_model(
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
         margins: whether the graph has the output `router_margin`.
         images: real images in the form of `input_type`. The verification uses them in addition to
-            synthetic images, and the expert load is measured on them.
+            synthetic images, and the expert load of the file is measured on them.
         targets: int64 [B], classes of `images`, for the accuracy in the report.
         calibration: real images in the form of `input_type`, for the value ranges of int8. The
             default is `images`; the reported accuracy is then measured on the calibration images.
@@ -179,7 +177,7 @@ def export_model(
         batch_size=1 if profile == "latency" else batch_size,
         outputs=tuple(str(value.name) for value in onnx_model.graph.outputs),
         **_layers(plan, names),
-        expert_load=None if reference is None else _load(reference, plan),
+        expert_load=None,  # the load of the finished file is measured
         tool={name: version(name) for name in ("advmoe-export", "onnx-ir", "torch", "onnxscript")},
         data_sha256="",
         data_bytes=0,
@@ -189,12 +187,17 @@ def export_model(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             draft = Path(folder) / target.name
             described = _write(onnx_model, draft, described)
+            agreement = None if reference is None else compare_on(draft, reference, targets)
+            if agreement is not None:
+                described = dataclasses.replace(
+                    described, expert_load=agreement.expert_load, expert_load_images=agreement.images
+                )
+                _save(onnx_model, draft, described)
             report = verify(
                 draft, traced.program, reference=reference, tolerance=tolerance, optimizations=OPTIMIZATION_LEVELS
             )
             if not report.passed:
                 raise VerificationError(f"'{target}' was not written: {report.explanation()}", report)
-            agreement = None if reference is None else compare_on(draft, reference, targets)
             if dtype == "int8":
                 if agreement is None and calibration is not None:
                     agreement = compare_on(draft, run_reference(traced.program, calibration), None)
@@ -259,12 +262,17 @@ def _write(model: ir.Model, path: Path, metadata: ModelMetadata) -> ModelMetadat
     """Write graph and data file, and check the result against the ONNX standard."""
     digest = write_external(model, data_file(path))
     metadata = dataclasses.replace(metadata, data_sha256=digest, data_bytes=data_file(path).stat().st_size)
+    _save(model, path, metadata)
+    onnx.checker.check_model(str(path), full_check=True)
+    return metadata
+
+
+def _save(model: ir.Model, path: Path, metadata: ModelMetadata) -> None:
+    """Write the graph, whose data file exists."""
     model.metadata_props[KEY] = metadata.to_json()
     ir.save(model, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    onnx.checker.check_model(str(path), full_check=True)
-    return metadata
 
 
 def _layer_names(graph: ir.Graph) -> dict[ir.Node, str]:
@@ -313,12 +321,3 @@ def _columns(node: ir.Node) -> int:
         return 1
     rows = decision.shape[0].evaluate({BATCH: 1})  # type: ignore[union-attr]
     return rows if isinstance(rows, int) else 1
-
-
-def _load(reference: Reference, plan: Plan) -> tuple[tuple[float, ...], ...]:
-    """Share of the images that each expert of each column got."""
-    banks: list[Bank] = [bank for node, bank in plan.banks.items() for _ in range(_columns(node))]
-    return tuple(
-        tuple(float(x) for x in np.bincount(column, minlength=bank.num_experts) / len(column))
-        for column, bank in zip(reference.expert_index.T, banks, strict=True)
-    )

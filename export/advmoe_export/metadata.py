@@ -55,7 +55,9 @@ class ModelMetadata:
     layers: tuple[str, ...]
     """Name of the MoE layer for each column of `expert_index`."""
     expert_load: tuple[tuple[Share, ...], ...] | None
-    """Share of images per column and expert, measured at export; None if no images were given."""
+    """Share of images per column and expert, measured with the file at export; None if no images were given."""
+    expert_load_images: Positive | None = None
+    """Number of images of `expert_load`; None without it, and in files of earlier versions."""
     tool: Mapping[str, str]
     """Name and versions of the packages that wrote the file."""
     data_sha256: str

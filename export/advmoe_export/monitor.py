@@ -48,7 +48,7 @@ class LayerDrift:
     distance: float
     """Half the sum of absolute differences: the share of images that changed the expert, 0 ... 1."""
     noise: float
-    """Expected distance if nothing has changed, because the number of images is finite."""
+    """Expected distance if nothing has changed, because the numbers of images, at export and served, are finite."""
 
 
 class RouteMonitor:
@@ -72,6 +72,7 @@ class RouteMonitor:
             raise InputError(f"expected a window of at least 1 image, got {window}; leave it out to compare all images")
         self._layers = metadata.layers
         self._recorded = metadata.expert_load
+        self._recorded_images = metadata.expert_load_images
         self._counts = [np.zeros(count, np.int64) for count in metadata.num_experts]
         self._log = log
         self._window = window
@@ -121,12 +122,16 @@ class RouteMonitor:
                 counts -= removed
 
     def drift(self) -> list[LayerDrift]:
-        """The drift of all layers, in descending order of distance."""
+        """The drift of all layers, in descending order of distance; nothing before the first image."""
+        if not self.compared:
+            return []
+        # The variance of a difference of shares, over p (1 - p). Earlier files do not give the images of the export.
+        variance = 1 / self.compared + (1 / self._recorded_images if self._recorded_images else 0)
         found = []
         for layer, recorded, counts in zip(self._layers, self._recorded, self._counts, strict=True):
-            expected, served = np.array(recorded), counts / max(self.compared, 1)
-            # E|x - p| of a binomial share, by its normal approximation
-            spread = np.sqrt(2 / np.pi * expected * (1 - expected) / max(self.compared, 1))
+            expected, served = np.array(recorded), counts / self.compared
+            # E|x - y| of two binomial shares, by their normal approximation
+            spread = np.sqrt(2 / np.pi * expected * (1 - expected) * variance)
             found.append(
                 LayerDrift(
                     layer=layer,

@@ -194,3 +194,5 @@ class Agreement:
     module_accuracy: float | None
     """Share of correct labels; None if the classes are unknown."""
     file_accuracy: float | None
+    expert_load: tuple[tuple[float, ...], ...]
+    """Share of the images per column of `expert_index` and expert, by the file."""

@@ -69,7 +69,7 @@ def verify(
 
 
 def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.NDArray[Any] | None) -> Agreement:
-    """Run a file on the images of a reference, and count equal labels and pathways.
+    """Run a file on the images of a reference, and count labels, pathways and experts.
 
     Args:
         path: the `.onnx` file.
@@ -84,7 +84,8 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
     with _rounding_session(Path(path), session.metadata.dtype) as rounding:
         outputs = _run(rounding or session, reference.images, max(BATCHES))
     labels, expected = outputs["logits"].argmax(axis=1), reference.logits.argmax(axis=1)
-    same = (outputs.get("expert_index", reference.expert_index) == reference.expert_index).all(axis=1)
+    chosen = outputs.get("expert_index", reference.expert_index)
+    same = (chosen == reference.expert_index).all(axis=1)
     right = None if targets is None else np.asarray(targets)
     return Agreement(
         images=len(labels),
@@ -92,6 +93,10 @@ def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.
         same_pathway=float(same.mean()),
         module_accuracy=None if right is None else float((expected == right).mean()),
         file_accuracy=None if right is None else float((labels == right).mean()),
+        expert_load=tuple(
+            tuple(float(share) for share in np.bincount(column, minlength=count) / len(column))
+            for column, count in zip(chosen.T, session.metadata.num_experts, strict=True)
+        ),
     )
 
 
