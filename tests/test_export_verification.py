@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 from advmoe_export import PROFILES, ExportReport, Session, UnsupportedModelError, VerificationError, export_model
+from advmoe_export.bank import Bank
+from advmoe_export.coverage import Coverage, least, warn_of_gaps
 from advmoe_export.reference import Reference, run_reference
 from advmoe_export.trace import Traced, trace
 from advmoe_export.verify import compare_on, verify
 from conftest import SmallMoE
 from torch import Tensor, nn
+
+from advmoe.models.experts import ExpertLayout
+from advmoe.models.moe_conv import MoEConv2d
+from advmoe.models.routing import Decision
 
 LABELS = [f"class {i}" for i in range(10)]
 VERIFY = sys.modules["advmoe_export.verify"]  # the package's own `verify` is the function
@@ -67,6 +73,7 @@ def test_decisions_that_all_differ_are_no_agreement_even_at_near_ties(
     report = verify(exported, traced.program, optimizations=["all"])
     assert all(check.passed for check in report.checks)
     assert not report.passed
+    assert report.compared["convs.0"] == (0, 0)
     # 1, 2, 7 and 64 images, and three times 5 copies of one.
     assert report.explanation().startswith("only 0 of 89 synthetic images take the module's pathway")
     spoil(monkeypatch, flip(0.1))
@@ -174,6 +181,54 @@ def test_an_int8_file_with_other_labels_or_absurd_logits_is_not_written(
     with pytest.raises(VerificationError, match=f"was not written: .*{message}"):
         export_int8(small_moe(), tmp_path / "model.onnx", calibration=images_of(8))
     assert list(tmp_path.iterdir()) == []
+
+
+class Collapsed(nn.Module):
+    """Two MoE layers: both experts of the first decide by brightness, the router of the second knows one of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = MoEConv2d(3, ExpertLayout(num_channels=8, num_experts=2, model_scale=0.5), 3, padding=1)
+        self.second = MoEConv2d(4, ExpertLayout(num_channels=12, num_experts=3, model_scale=1 / 3), 3, padding=1)
+        self.router, self.head = nn.Linear(4, 3), nn.Linear(4, 10)
+        self.router.weight.data.zero_()
+        self.router.bias.data.copy_(torch.tensor([0.0, 1.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x, Decision((x.mean((1, 2, 3)) > 0.5).long(), None, None)))
+        decision = Decision(self.router(y.mean((2, 3))).argmax(dim=1), None, None)
+        return self.head(self.second(y, decision).mean((2, 3)))
+
+
+def test_experts_that_no_compared_image_reached_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Bank._runs
+    # The file gets wrong filters for the expert 2, which shows in no comparison.
+    monkeypatch.setattr(Bank, "_runs", lambda bank, expert: runs(bank, 0 if expert == 2 else expert))
+    torch.manual_seed(0)
+    report = export_model(Collapsed(), tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="throughput")
+    compared = report.verification.compared
+    assert list(compared) == ["first", "second"]
+    # 1, 2, 7 and 64 images, and one image of each of the two pathways 5 times.
+    assert compared["second"] == (0, 84, 0)
+    assert sum(compared["first"]) == 84
+    assert min(compared["first"]) >= 5
+    assert json.loads(report.to_json())["verification"]["compared"]["second"] == [0, 84, 0]
+    assert report.warnings[-1] == (
+        "no compared image reached these experts, so the file was not compared with the module there: "
+        "0, 2 of 'second'; compare on more images"
+    )
+
+
+def test_a_warning_names_few_layers_and_the_tokens_of_a_layer_count_together(exported: Path) -> None:
+    counts = {f"layer {number}": (1, 0) for number in range(7)} | {"last": (1, 1)}
+    (warning,) = warn_of_gaps(counts)
+    assert "1 of 'layer 3'; 1 of 'layer 4' and of 2 more layers; compare" in warning
+    assert warn_of_gaps({"last": (1, 1)}) == ()
+    tokens = dataclasses.replace(Session(exported).metadata, layers=("mlp[0]", "mlp[1]"), num_experts=(3, 3))
+    coverage = Coverage(tokens)
+    coverage.add(np.array([[0, 0], [0, 2]]))
+    assert coverage.counts == {"mlp": (3, 0, 1)}
+    assert least([coverage, Coverage(tokens)]) == {"mlp": (0, 0, 0)}
 
 
 class Large(nn.Module):

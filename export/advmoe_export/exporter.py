@@ -66,7 +66,7 @@ class ExportReport:
     It is None without images.
     """
     warnings: tuple[str, ...]
-    """Reasons why the file is slower than possible, one sentence each."""
+    """Reasons why the file is slower than possible, or verified in part only, one sentence each."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
@@ -223,7 +223,7 @@ def export_model(
         metadata=described,
         verification=dataclasses.replace(report, path=str(target)),
         agreement=agreement,
-        warnings=_misaligned(plan),
+        warnings=(*_misaligned(plan), *report.warnings),
     )
 
 

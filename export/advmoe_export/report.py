@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from advmoe_export.coverage import Counts, warn_of_gaps
 from advmoe_export.errors import ExportError
 
 ROUNDED = "rounded"
@@ -89,6 +90,16 @@ class VerificationReport:
     path: str
     tolerance: Tolerance
     checks: tuple[Check, ...]
+    compared: Counts
+    """Number of compared images that each expert computed, at the optimization level with the fewest.
+
+    An image counts in each of its batches, unless its decisions differ there.
+    """
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence on experts that no compared image reached, if there are any."""
+        return warn_of_gaps(self.compared)
 
     @property
     def passed(self) -> bool:

@@ -5,6 +5,8 @@ change its expert, and all later layers then differ. Decisions are therefore com
 with its margin (chosen router logit minus the next). Logits are compared for images with equal
 decisions. Of an image with different decisions, only the first different one counts, because it
 causes the later ones. Enough images must have equal decisions, so that logits are compared at all.
+Decisions are not forced, so an expert is compared only if an image reaches it. The report counts
+these images.
 
 Shape suffixes: B batch, L MoE layers.
 """
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from advmoe_export.coverage import Coverage, least
 from advmoe_export.errors import InputError
 from advmoe_export.reference import PROBES, Reference, probe_images, run_reference
 from advmoe_export.report import ROUNDED, TOLERANCES, Agreement, Check, Tolerance, VerificationReport
@@ -59,13 +62,16 @@ def verify(
     with _rounding_session(Path(path), metadata.dtype) as rounding:
         if rounding is not None:
             sessions[ROUNDED] = rounding
-        checks = [
-            _compare(source, name, batch, session, level, tolerance)
-            for source, images in sources.items()
-            for name, batch in _batches(source, images, metadata.batch_size)
-            for level, session in sessions.items()
-        ]
-    return VerificationReport(path=str(Path(path)), tolerance=tolerance, checks=tuple(checks))
+        checks, coverage = [], {level: Coverage(metadata) for level in sessions}
+        for source, images in sources.items():
+            for name, batch in _batches(source, images, metadata.batch_size):
+                for level, session in sessions.items():
+                    check, compared = _compare(source, name, batch, session, level, tolerance)
+                    checks.append(check)
+                    coverage[level].add(compared.expert_index)
+    return VerificationReport(
+        path=str(Path(path)), tolerance=tolerance, checks=tuple(checks), compared=least(coverage.values())
+    )
 
 
 def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.NDArray[Any] | None) -> Agreement:
@@ -156,7 +162,8 @@ def _run(session: Session, images: npt.NDArray[Any], size: int) -> dict[str, npt
 
 def _compare(
     source: str, batch: str, reference: Reference, session: Session, level: str, tolerance: Tolerance
-) -> Check:
+) -> tuple[Check, Reference]:
+    """Compare one batch. Returns the differences, and the images whose logits were compared."""
     layers = session.metadata.layers
     outputs = _run(session, reference.images, len(reference.images))
     chosen = outputs.get("expert_index", reference.expert_index)
@@ -181,7 +188,7 @@ def _compare(
         margin_difference, (row, column) = _largest_difference(found, expected, least=1.0)
         margin_place = f"image {same[row]}, layer '{layers[column]}'"
     not_finite = int((~np.isfinite(outputs["logits"])).any(axis=1).sum())
-    return Check(
+    check = Check(
         source=source,
         batch=batch,
         size=len(chosen),
@@ -201,6 +208,7 @@ def _compare(
             and margin_difference <= tolerance.margin
         ),
     )
+    return check, reference[same]
 
 
 def _largest_difference(
