@@ -21,6 +21,10 @@ WEIGHTS = "model.safetensors"
 """Name of the model in a repository."""
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>.+))?")
 """`Path` turns two slashes into one."""
+CONTACT = 10.0
+"""Longest wait in seconds for the hub's first answer about a file."""
+SILENCE = 120.0
+"""Longest wait in seconds for the next bytes from the hub, or until it takes bytes of an upload."""
 
 
 def is_address(place: Path | str) -> bool:
@@ -41,10 +45,17 @@ def fetch(place: Path | str) -> Path:
     if found is None:
         raise ConfigError(f"expected an address such as hf://owner/name or hf://owner/name@revision, got '{place}'")
     with hub_errors(f"hf://{found['repository']}") as hub:
-        path = hub.hf_hub_download(
-            found["repository"], WEIGHTS, revision=found["revision"], endpoint=os.environ.get("HF_ENDPOINT")
-        )
-    return Path(path)
+        file = {"repo_id": found["repository"], "filename": WEIGHTS, "revision": found["revision"]}
+        endpoint = os.environ.get("HF_ENDPOINT")
+        try:  # hf_hub_download repeats this question for minutes if there is no answer
+            hub.get_hf_file_metadata(hub.hf_hub_url(**file, endpoint=endpoint), timeout=CONTACT)
+        except _network_errors(hub) as error:
+            if getattr(error, "response", None) is None:
+                cached = hub.try_to_load_from_cache(**file)
+                if isinstance(cached, str):
+                    return Path(cached)
+                raise
+        return Path(hub.hf_hub_download(**file, endpoint=endpoint))
 
 
 def check_repository(name: str) -> None:
@@ -127,10 +138,9 @@ def hub_errors(what: str) -> Iterator[ModuleType]:
         from huggingface_hub import errors
     except ImportError as error:
         raise ConfigError("the hub needs huggingface-hub; install it with: pip install 'advmoe[hub]'") from error
-    # The errors of its network library, which differs between versions, and OSError.
-    unreachable: tuple[Any, ...] = errors.HfHubHTTPError.__bases__
     try:
-        yield huggingface_hub
+        with _finite_waits(huggingface_hub):
+            yield huggingface_hub
     except errors.RemoteEntryNotFoundError as error:
         raise CheckpointError(f"{what} has no {WEIGHTS}: it was not uploaded by this project") from error
     except errors.RepositoryNotFoundError as error:
@@ -139,12 +149,34 @@ def hub_errors(what: str) -> Iterator[ModuleType]:
         raise CheckpointError(
             f"the hub takes {what} from a known user only, and there is no token; set $HF_TOKEN or run 'hf auth login'"
         ) from error
-    except (*unreachable, errors.HFValidationError, ValueError, RuntimeError) as error:
+    except (*_network_errors(huggingface_hub), errors.HFValidationError, ValueError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"the hub cannot give or take {what}: {reason.strip(' .')}{_remedy(error, status)}"
         ) from error
+
+
+def _network_errors(hub: ModuleType) -> tuple[Any, ...]:
+    """The errors of the hub's network library, which differs between versions, and OSError."""
+    bases: tuple[Any, ...] = hub.errors.HfHubHTTPError.__bases__
+    return bases
+
+
+@contextmanager
+def _finite_waits(hub: ModuleType) -> Iterator[None]:
+    """Let the client of the hub's library fail after `SILENCE` seconds where it would wait forever.
+
+    A client that the program has set (`huggingface_hub.set_client_factory`) keeps its own time-outs.
+    """
+    client = hub.get_session()
+    before = client.timeout
+    if before.read is None:
+        client.timeout = SILENCE
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _remedy(error: Exception, status: int | None) -> str:

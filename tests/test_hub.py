@@ -5,8 +5,9 @@ import dataclasses
 import hashlib
 import json
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from advmoe.cli.app import main
 from advmoe.config import ModelConfig, TrainConfig, to_dict
 from advmoe.data.digits import DIGITS
 from advmoe.errors import CheckpointError, ConfigError
-from advmoe.hub import fetch, is_address
+from advmoe.hub import SILENCE, fetch, hub_errors, is_address
 from advmoe.models.registry import build_model
 from advmoe.reports.model_card import model_card
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -307,6 +308,46 @@ def test_a_hub_that_cannot_be_reached_gives_one_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="the hub cannot give or take hf://owner/name") as caught:
         fetch("hf://owner/name")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent_hub(hub: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Replaces the hub by one that takes connections and never answers."""
+    monkeypatch.setattr("advmoe.hub.CONTACT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system takes the connections
+        yield lambda: monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_a_hub_that_never_answers_gives_one_line(
+    silent_hub: Callable[[], None], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent_hub()
+    monkeypatch.setattr("advmoe.hub.SILENCE", 0.1)
+    for command in (["push", str(run), "owner/digits", "--no-onnx"], ["info", "hf://owner/digits"]):
+        assert main(command) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search("the hub cannot give or take .*owner/digits: timed out; check the network and .HF_ENDP", line)
+
+
+def test_a_model_in_the_cache_is_used_if_the_hub_does_not_answer(
+    hub: dict[str, dict[str, bytes]], silent_hub: Callable[[], None]
+) -> None:
+    hub["owner/digits"] = {"model.safetensors": b"weights"}
+    cached = fetch("hf://owner/digits")
+    silent_hub()
+    assert fetch("hf://owner/digits") == cached
+
+
+@pytest.mark.parametrize(("own", "during"), [(None, SILENCE), (7.0, 7.0)])
+def test_the_client_of_a_program_keeps_its_time_outs(own: float | None, during: float) -> None:
+    client = pytest.importorskip("huggingface_hub").get_session()
+    try:
+        client.timeout = own
+        with hub_errors("owner/name"):
+            assert (client.timeout.connect, client.timeout.read, client.timeout.write) == (during,) * 3
+        assert client.timeout.read == own
+    finally:
+        client.timeout = None
 
 
 @pytest.mark.parametrize(
