@@ -7,6 +7,8 @@ numbers, such as the noise of an attack, are drawn outside the graph.
 A compiler may have defects that show in some networks only. The first pass of each compiled form is
 therefore compared with the same pass uncompiled. If its numbers are not finite, the next one is.
 With CUDA graphs the pass is repeated until a graph is replayed, and the replay is compared.
+
+Shape suffixes: B batch, L MoE layers.
 """
 
 from __future__ import annotations
