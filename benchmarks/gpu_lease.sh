@@ -6,14 +6,13 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-results/gpu}
 epochs=${2:-0}
-lease() { "${PYTHON:-python3}" benchmarks/gpu_lease.py --out "$out" --epochs "$epochs" "$@"; }
-processes=$(lease --list) || { echo "the steps cannot be listed" >&2; exit 1; }
+set -- "${PYTHON:-python3}" benchmarks/gpu_lease.py --out "$out" --epochs "$epochs"
+processes=$("$@" --list) || { echo "the steps cannot be listed" >&2; exit 1; }
 failed=0
 while read -r steps; do
     [ -n "$steps" ] || continue
     # shellcheck disable=SC2086  # the names of several steps
-    timeout --signal=INT --kill-after=20 570 "${PYTHON:-python3}" benchmarks/gpu_lease.py --out "$out" \
-        --epochs "$epochs" --only $steps --json > /dev/null < /dev/null \
+    timeout --signal=INT --kill-after=20 570 "$@" --only $steps --json > /dev/null < /dev/null \
         || { echo "not done: some of $steps; run this again" >&2; failed=1; }
 done <<END
 $processes
