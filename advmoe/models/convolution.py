@@ -70,6 +70,23 @@ def gradients(
     return (found[0] if of_x is None else of_x), found[1], found[2]
 
 
+def gradients_of_filters(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Gradient of the filters by each image alone, [B, C', C, kh, kw]; arguments as for `gradients`.
+
+    The images are the groups of one convolution.
+    """
+    number = len(x)
+    images, slopes = (each.reshape(1, -1, *each.shape[2:]) for each in (x, gradient))
+    filters = weight.new_empty(1).expand(number * len(weight), *weight.shape[1:])  # only their form is looked at
+    found = torch.ops.aten.convolution_backward(
+        slopes, images, filters, None, stride, padding, [1, 1], False, [0, 0], number, [False, True, False]
+    )
+    of_filters: Tensor = found[1].unflatten(0, (number, -1))
+    return of_filters
+
+
 class _NarrowConvolution(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:

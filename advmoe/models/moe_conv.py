@@ -67,10 +67,10 @@ def split_rows(rows: Sequence[int], size: int) -> Rows:
     return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
-ROOM = 2**23
-"""Bytes of patches and of gradients of filters that are held at a time."""
-MANY, LARGE = 4, 64
-"""Experts and places from which on a CPU gradients of filters are cheaper than all experts' outputs (docs/log.md)."""
+ROOM = 2**26
+"""Bytes of gradients of filters that are held at a time."""
+ENOUGH = 128
+"""Experts times places from which on a CPU gradients of filters are cheaper than all outputs (docs/log.md)."""
 
 
 class Form(NamedTuple):
@@ -106,23 +106,22 @@ class Convolution(NamedTuple):
         """Compute <gradient_b, y_e> for each image b and each expert e, [B, N].
 
         It equals <dL/dW_b, W_e>, where dL/dW_b is the gradient of the filters by image b alone.
-        Where feature maps are large, this costs about as much as three or four convolutions, for
-        all N experts together.
+        Where feature maps are large, this costs about as much as one or two convolutions, for all N
+        experts together.
         """
         places = gradient.shape[2] * gradient.shape[3]
-        if not x.is_cpu or not len(x) or self.num_experts < MANY or places < LARGE:
+        if not x.is_cpu or not len(x) or places * self.num_experts < ENOUGH:
             outputs = (self.output(expert, x) for expert in range(self.num_experts))
             return torch.stack([row_products(gradient, output) for output in outputs], dim=1)
         banks = [self.of(expert) for expert in range(self.num_experts)]
         filters = banks[0][0]
         all_filters = torch.stack([own.flatten() for own, _ in banks])
-        bytes_per_image = x.element_size() * filters[0].numel() * (places + len(filters))
+        at_a_time = max(1, ROOM // (x.element_size() * filters.numel()))
         values = []
-        for part, slopes in zip(*(each.split(max(1, ROOM // bytes_per_image)) for each in (x, gradient)), strict=True):
-            patches = F.unfold(part, filters.shape[2:], padding=self.form.padding[0], stride=self.form.stride[0])
-            own = torch.bmm(slopes.flatten(2), patches.transpose(1, 2)).flatten(1)
-            values.append(own @ all_filters.T)
-        value_BN = torch.cat(values)
+        for part, slopes in zip(x.split(at_a_time), gradient.split(at_a_time), strict=True):
+            own = convolution.gradients_of_filters(slopes, part, filters, self.form.stride, self.form.padding)
+            values.append(all_filters @ own.flatten(1).T)  # twice as fast as its transpose
+        value_BN = torch.cat(values, dim=1).T
         biases = [bias for _, bias in banks if bias is not None]
         return value_BN + gradient.sum(dim=(2, 3)) @ torch.stack(biases).T if biases else value_BN
 
