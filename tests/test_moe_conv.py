@@ -94,13 +94,19 @@ def signals(outputs_NB: Tensor, toward_B: Tensor, chosen_B: Tensor, other_B: Ten
     }
 
 
-@pytest.mark.parametrize("way", ["sorted", "all computed"])
+@pytest.mark.parametrize("way", ["sorted", "all computed", "by image"])
 @pytest.mark.parametrize("signal", ["own", "mean", "all", "sampled"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_gate_learns_what_its_signal_names(
     monkeypatch: pytest.MonkeyPatch, name: str, signal: Signal, way: str
 ) -> None:
     monkeypatch.setattr("advmoe.models.moe_conv.computes_all", lambda *_: way == "all computed")
+    if way == "by image":
+        monkeypatch.setattr(moe_conv, "ENOUGH", 1)
+        monkeypatch.setattr(moe_conv, "LARGE", 1)
+        monkeypatch.setattr(moe_conv, "ROOM", 1)  # one image at a time
+        if signal != "own" and LAYOUTS[name].num_experts > 1:
+            monkeypatch.setattr("advmoe.models.moe_conv.router_signal", None)  # not asked for
     torch.manual_seed(0)
     layer = MoEConv2d(5, LAYOUTS[name], 3, padding=1).double()
     experts = LAYOUTS[name].num_experts
@@ -134,7 +140,31 @@ def test_products_with_all_experts_are_those_with_their_outputs(
     monkeypatch.setattr(moe_conv, "ROOM", 8 * 27 * 4 * 3)  # 3 images at a time
     expected_BN = torch.stack([(experts.output(e, x_BCHW) * gradient_BSHW).sum(dim=(1, 2, 3)) for e in range(5)], dim=1)
     monkeypatch.setattr(Convolution, "output", None)  # not asked for
-    torch.testing.assert_close(experts.along_all(x_BCHW, gradient_BSHW), expected_BN)
+    found_BN = experts.along_all(x_BCHW, gradient_BSHW)
+    torch.testing.assert_close(found_BN - found_BN[:, :1], expected_BN - expected_BN[:, :1])
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_gradients_by_image_sum_to_those_of_the_filters_and_biases(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    torch.manual_seed(0)
+    layout = ExpertLayout(num_channels=8, num_experts=number, model_scale=0.5, separate=True)
+    layer = MoEConv2d(3, layout, 3, stride=2, padding=1, affine=True).double()
+    assert layer.affine is not None
+    nn.init.normal_(layer.affine.shift)
+    x_BCHW = torch.randn(11, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    chosen_B = torch.randint(number - 1, (11,))  # one expert has no image
+    gate = torch.rand(11, number, dtype=torch.float64, requires_grad=True)
+    inputs = [gate, x_BCHW, *layer.parameters()]
+    toward = torch.randn(11, 4, 16, 16, dtype=torch.float64)
+
+    def gradients(large: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(moe_conv, "LARGE", large)
+        monkeypatch.setattr(moe_conv, "ENOUGH", large)
+        return torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None, gate, "all")), inputs, toward)
+
+    torch.testing.assert_close(gradients(256), gradients(10**9))
 
 
 def test_a_compiled_layer_is_one_graph() -> None:

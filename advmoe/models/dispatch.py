@@ -41,7 +41,7 @@ class Experts(Protocol):
         """Output of one expert for rows [b, ...]."""
 
     def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Compute <gradient_b, y_e> for each row b and each expert e, [B, N]."""
+        """Compute <gradient_b, y_e> for each row b and each expert e, [B, N], but for a constant of each row."""
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """<gradient_b, y_c - mean of all y_e> for each row b of a sorted batch, c being its own expert; [B]."""
@@ -70,6 +70,11 @@ class Order:
         present = tuple(expert for expert, count in enumerate(counts) if count) or (0,)
         order_B = expert_index_B if len(present) == 1 else expert_index_B.argsort(stable=True)
         return cls(expert_index_B, order_B, present, tuple(counts[expert] for expert in present))
+
+    def members(self, like: Tensor) -> Tensor:
+        """Which images of the sorted batch each present expert has, 1 or 0, [present, B], of a tensor's type."""
+        ones: Tensor = torch.block_diag(*[like.new_ones(1, count) for count in self.counts])
+        return ones
 
     @property
     def alone(self) -> bool:
@@ -176,7 +181,7 @@ def router_signal(
         x: The layer's input [B, ...], sorted.
         y_B: Inner products of the layer's output and its gradient, in batch order, where
             `uses_output`.
-        gradient: Gradient of the loss by the layer's output, sorted.
+        gradient: Gradient of the loss by the layer's output [B, ...], sorted.
 
     Returns:
         [B] for `own` and `mean`, [B, N] for `all` and `sampled`, in batch order.
@@ -197,10 +202,9 @@ def router_signal(
             assert decision.other_B is not None
             of_other_B1 = torch.where(decision.other_B[:, None] == chosen_B1, 0.0, of_other_B1)
         return of_other_B1.expand(-1, 2).scatter(1, chosen_B1, 0.0)
-    assert y_B is not None
     if decision.signal == "all":
-        value_BN = order.combine(order.split(experts.along_all(x, gradient)))
-        return (value_BN - y_B[:, None]).scatter(1, chosen_B1, 0.0)
+        return signal_of_values(decision, order.combine(order.split(experts.along_all(x, gradient))))
+    assert y_B is not None
     assert decision.other_B is not None
     others = Order.of(order.sort(decision.other_B), number)
     parts = zip(others.present, others.split(others.sort(x)), others.split(others.sort(gradient)), strict=True)
@@ -210,9 +214,21 @@ def router_signal(
     return signal_BN.scatter(1, chosen_B1, 0.0)
 
 
+def signal_of_values(decision: Decision, value_BN: Tensor) -> Tensor:
+    """`router_signal` but for `own`, from <gradient_b, y_e> for all experts, but for a constant of each row."""
+    more_BN = value_BN - value_BN.gather(1, decision.expert_index_B[:, None])
+    if decision.signal == "mean":
+        return -more_BN.mean(dim=1)
+    if decision.signal == "all":
+        return more_BN
+    assert decision.other_B is not None
+    other_B1 = decision.other_B[:, None]
+    return torch.zeros_like(more_BN).scatter(1, other_B1, more_BN.gather(1, other_B1))
+
+
 def uses_output(signal: Signal, num_experts: int) -> bool:
     """Whether `router_signal` needs the products of the layer's output and its gradient."""
-    return signal == "own" or (signal != "mean" and num_experts > 2)
+    return signal == "own" or (signal == "sampled" and num_experts > 2)
 
 
 class _Gate(torch.autograd.Function):

@@ -29,12 +29,13 @@ from advmoe.models.dispatch import (
     router_signal,
     row_products,
     select,
+    signal_of_values,
     uses_output,
     uses_tiles,
 )
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.first_order import first_order
-from advmoe.models.routing import Decision
+from advmoe.models.routing import Decision, Signal
 
 Rows = tuple[tuple[int, ...], ...]
 """Rows of a weight bank that belong to each expert, in the order of its output slots. All experts have equally many."""
@@ -70,7 +71,10 @@ def split_rows(rows: Sequence[int], size: int) -> Rows:
 ROOM = 2**26
 """Bytes of gradients of filters that are held at a time."""
 ENOUGH = 128
-"""Experts times places from which on a CPU gradients of filters are cheaper than all outputs (docs/log.md)."""
+"""Experts times places from which on a CPU gradients of filters by each image are cheaper than all outputs."""
+LARGE = 256
+"""Places from which on a CPU they are also cheaper than the gradient of each expert's filters and one more
+convolution (docs/log.md)."""
 
 
 class Form(NamedTuple):
@@ -103,27 +107,59 @@ class Convolution(NamedTuple):
         return self._convolve(part, *self.of(expert))
 
     def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Compute <gradient_b, y_e> for each image b and each expert e, [B, N].
-
-        It equals <dL/dW_b, W_e>, where dL/dW_b is the gradient of the filters by image b alone.
-        Where feature maps are large, this costs about as much as one or two convolutions, for all N
-        experts together.
-        """
-        places = gradient.shape[2] * gradient.shape[3]
-        if not x.is_cpu or not len(x) or places * self.num_experts < ENOUGH:
+        """Compute <gradient_b, y_e> for each image b and each expert e, [B, N], but for a constant of each image."""
+        if not self.by_image_pays(gradient):
             outputs = (self.output(expert, x) for expert in range(self.num_experts))
             return torch.stack([row_products(gradient, output) for output in outputs], dim=1)
+        return self.by_image(x, gradient, x.new_empty(0, len(x)))[0]
+
+    def by_image_pays(self, y: Tensor) -> bool:
+        """Whether `by_image` is cheaper than all experts' outputs, for outputs or gradients like y."""
+        return y.is_cpu and len(y) > 0 and y.shape[2] * y.shape[3] * self.num_experts >= ENOUGH
+
+    def joint_pays(self, y: Tensor, signal: Signal) -> bool:
+        """Whether one call of `by_image` is cheaper than a router's signal and the gradients of the filters apart.
+
+        Not in half precision, in which the gradients of single images would be rounded before they
+        are summed.
+        """
+        if signal == "own" or self.num_experts == 1 or y.dtype in (torch.bfloat16, torch.float16):
+            return False
+        compares_all = signal == "all" and self.num_experts > 2
+        return self.by_image_pays(y) and (compares_all or y.shape[2] * y.shape[3] >= LARGE)
+
+    def by_image(self, x: Tensor, gradient: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what follows from dL/dW_b, the gradient of the filters by image b alone.
+
+        <gradient_b, y_e> equals <dL/dW_b, W_e>. Where feature maps are large, this costs about as
+        much as one or two convolutions, for all N experts together.
+
+        Args:
+            x: Inputs, [B, C, H, W].
+            gradient: Gradient of the loss by the outputs, [B, S, H', W'].
+            members: Which images belong together, 1 or 0, [G, B].
+
+        Returns:
+            <gradient_b, y_e - mean of all experts' outputs>, [B, N], and the sum of dL/dW_b over the
+            images of each row of `members`, [G, S, C, kh, kw].
+        """
         banks = [self.of(expert) for expert in range(self.num_experts)]
         filters = banks[0][0]
-        all_filters = torch.stack([own.flatten() for own, _ in banks])
+        all_filters = _centered([own.flatten() for own, _ in banks])
         at_a_time = max(1, ROOM // (x.element_size() * filters.numel()))
-        values = []
-        for part, slopes in zip(x.split(at_a_time), gradient.split(at_a_time), strict=True):
-            own = convolution.gradients_of_filters(slopes, part, filters, self.form.stride, self.form.padding)
-            values.append(all_filters @ own.flatten(1).T)  # twice as fast as its transpose
+        values, sums = [], x.new_zeros(len(members), filters.numel())
+        for start in range(0, len(x), at_a_time):
+            chunk = slice(start, start + at_a_time)
+            own = convolution.gradients_of_filters(
+                gradient[chunk], x[chunk], filters, self.form.stride, self.form.padding
+            ).flatten(1)
+            values.append(all_filters @ own.T)  # twice as fast as its transpose
+            sums.addmm_(members[:, chunk], own)
         value_BN = torch.cat(values, dim=1).T
         biases = [bias for _, bias in banks if bias is not None]
-        return value_BN + gradient.sum(dim=(2, 3)) @ torch.stack(biases).T if biases else value_BN
+        if biases:
+            value_BN = value_BN + gradient.sum(dim=(2, 3)) @ _centered(biases).T
+        return value_BN, sums.unflatten(1, filters.shape)
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """Computed by convolutions with differences of filters. Two experts need one convolution,
@@ -155,6 +191,11 @@ class Convolution(NamedTuple):
     def _convolve(self, part: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
         form = self.form
         return F.conv2d(part, filters, bias, form.stride, form.padding)
+
+
+def _centered(values: Sequence[Tensor]) -> Tensor:
+    """Values of all experts less their mean, one row for each. Differences of similar experts keep their digits."""
+    return torch.stack(list(values)) - _average(values)
 
 
 def _mean(banks: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -191,7 +232,8 @@ class _RoutedConvolution(torch.autograd.Function):
         ctx.order, ctx.decision, ctx.form = order, decision._replace(logits_BN=None, gate=None), form
         _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
         needs_x = of_weight or (of_gate and decision.signal != "own")
-        needs_y = of_gate and uses_output(decision.signal, experts.num_experts)
+        ctx.joint = of_weight and of_gate and experts.joint_pays(y, decision.signal)
+        needs_y = of_gate and not ctx.joint and uses_output(decision.signal, experts.num_experts)
         # if the values of x are not needed, any tensor of its form will do, and x costs no memory
         ctx.save_for_backward(sorted_x if needs_x else x, weight, bias, y if needs_y else None)
         ctx.layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
@@ -209,21 +251,31 @@ class _RoutedConvolution(torch.autograd.Function):
         of_x: list[Tensor] = []
         of_weight: dict[int, Tensor] = {}
         of_bias: dict[int, Tensor] = {}
-        if needs_x or needs_weight or needs_bias:
+        of_gate = None
+        joint = ctx.joint and (needs_weight or needs_gate)
+        if joint:
+            members = order.members(x)
+            value_BN, sums = experts.by_image(x, sorted_gradient, members)
+            of_gate = signal_of_values(ctx.decision, order.combine(order.split(value_BN)))
+            of_weight = dict(zip(order.present, sums, strict=True))
+            if needs_bias:
+                of_bias = dict(zip(order.present, members @ sorted_gradient.sum(dim=(2, 3)), strict=True))
+        elif needs_gate:
+            products_B = None if y is None else row_products(gradient, y)
+            of_gate = router_signal(ctx.decision, experts, order, x, products_B, sorted_gradient)
+        wanted = (needs_x, needs_weight and not joint, needs_bias and not joint)
+        if any(wanted):
             parts = zip(order.present, order.split(x), order.split(sorted_gradient), strict=True)
             for expert, part, part_gradient in parts:
-                gradients = experts.gradients(expert, part, part_gradient, (needs_x, needs_weight, needs_bias))
+                gradients = experts.gradients(expert, part, part_gradient, wanted)
                 of_x.append(gradients[0])
-                of_weight[expert], of_bias[expert] = gradients[1:]
-        of_gate = None
-        if needs_gate:
-            products_B = None if y is None else row_products(gradient, y)
-            of_gate = router_signal(ctx.decision, experts, order, x, products_B, sorted_gradient).to(ctx.gate_dtype)
+                if not joint:
+                    of_weight[expert], of_bias[expert] = gradients[1:]
         return (
             order.combine(of_x) if needs_x else None,
             _bank_gradient(weight, ctx.form.rows, of_weight) if needs_weight else None,
             _bank_gradient(bias, ctx.form.rows, of_bias) if needs_bias else None,
-            of_gate,
+            None if of_gate is None else of_gate.to(ctx.gate_dtype),
             None,
             None,
         )
