@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advmoe.errors import ConfigError
+from advmoe.world import ranks_here
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -29,9 +30,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device") from None
     if device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"unknown device '{name}', expected auto, cpu, cuda or cuda:N", "device")
-    if device.type == "cuda" and device.index is not None and _processes_here() > 1:
+    if device.type == "cuda" and device.index is not None and ranks_here() > 1:
         raise ConfigError(
-            f"device '{name}' would be that of all {_processes_here()} processes of this machine; use cuda, which "
+            f"device '{name}' would be that of all {ranks_here()} processes of this machine; use cuda, which "
             "gives each its own",
             "device",
         )
@@ -45,11 +46,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _processes_here() -> int:
-    """Number of processes of this machine that torchrun started to work together."""
-    return min(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def convolves_in_tf32() -> bool:

@@ -1,4 +1,4 @@
-"""The rank of this process among those that `torchrun` started, known before torch is imported."""
+"""The processes that `torchrun` started, and the rank of this one, known before torch is imported."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def launched() -> World:
             "start the command with torchrun, or unset WORLD_SIZE"
         ) from None
     return described
+
+
+def processes_here() -> int:
+    """Number of processes that torchrun started on this machine. They share its memory and its processors."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def ranks_here() -> int:
+    """Number of processes on this machine that work together, this one among them.
+
+    They are those of torchrun, or 1 for a command that one of them has started for itself alone.
+    """
+    return min(int(os.environ.get("WORLD_SIZE") or 1), processes_here())
 
 
 def restarts() -> int:

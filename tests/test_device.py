@@ -5,6 +5,7 @@ import torch
 
 from advmoe.device import resolve_device
 from advmoe.errors import ConfigError
+from advmoe.world import processes_here, ranks_here
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,14 @@ def test_processes_of_one_machine_do_not_share_a_numbered_gpu(monkeypatch: pytes
         resolve_device("cuda:0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # of a command that one of them started for itself alone
     assert str(resolve_device("cuda:0")) == "cuda:0"
+
+
+def test_a_command_that_works_alone_shares_the_machine_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # on two machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (processes_here(), ranks_here()) == (2, 2)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # of a command that one of the four started for itself alone
+    assert (processes_here(), ranks_here()) == (2, 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert (processes_here(), ranks_here()) == (1, 1)

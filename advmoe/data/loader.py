@@ -26,6 +26,7 @@ from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
 from advmoe.distributed import Place
 from advmoe.errors import ConfigError, DataError
+from advmoe.world import processes_here
 
 __all__ = ["Batch", "BatchLoader", "CropFlip", "LabeledImages"]
 
@@ -49,7 +50,7 @@ def default_threads(images: object) -> int:
             raise ConfigError(f"expected RAYON_NUM_THREADS from 1 to {MAX_THREADS}, got {chosen!r}")
         return int(chosen)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, processors // processes_here())
     return min(MAX_THREADS if isinstance(images, EncodedSet) else FAST_THREADS, share)
 
 

@@ -9,7 +9,6 @@ backbone, engine and precision.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from advmoe.distributed import world
 from advmoe.errors import ConfigError
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
+from advmoe.world import processes_here
 
 MEASURED = 2
 """Images of the first measurement. The second one has twice as many."""
@@ -107,10 +107,9 @@ def available(device: torch.device) -> int | None:
     """Free bytes of a device, or of this process's share of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, which share this machine's memory
     limits = [_free_of_machine(Path("/proc/meminfo")), _free_of_group(Path("/sys/fs/cgroup"))]
     known = [limit for limit in limits if limit is not None]
-    return min(known) // ranks if known else None
+    return min(known) // processes_here() if known else None
 
 
 def _free_of_machine(path: Path) -> int | None:
