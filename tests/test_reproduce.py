@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from advmoe.cli import reproduce
 from advmoe.cli.app import app, main
+from advmoe.cli.called import CALLS
 from advmoe.experiments import EXPERIMENTS, SCALES, independent, selected
 
 
@@ -201,6 +202,21 @@ def test_commands_side_by_side_share_out_the_gpus_and_a_failure_is_told(
     assert (tmp_path / "fine").is_file()
 
 
+def test_a_command_that_was_stopped_by_itself_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "python"
+    # 143, the status after SIGTERM, of a command that was told to leave the last line to its caller
+    program.write_text(
+        f"#!{reproduce.sys.executable}\nimport os, sys\nsys.exit(143 if 'ADVMOE_CALLED' in os.environ else 0)"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(reproduce.sys, "executable", str(program))
+    with pytest.raises(reproduce.AdvMoEError, match="1 of 1 commands failed"):
+        reproduce.side_by_side([["reproduce", "fig3"]], [None])
+    assert "terminated: advmoe reproduce fig3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -233,6 +249,7 @@ def test_torchruns_processes_do_each_training_together_and_reports_alone(monkeyp
     # A meeting place of its own for each command, and for those that reproduce itself has.
     assert len({environment.get("ADVMOE_GROUP", "") for environment in seen[:2]} | {""}) == 3
     assert [environment["WORLD_SIZE"] for environment in seen] == ["2", "2", "1"]
+    assert all(CALLS.items() <= environment.items() for environment in seen)
     assert main(["reproduce", "table1", "--jobs", "2"]) == 1
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(reproduce, "run_to_its_end", lambda *_: (0, ""))

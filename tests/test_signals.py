@@ -16,6 +16,7 @@ from runs import MODEL
 
 from advmoe.cli import app, reproduce
 from advmoe.cli.app import main
+from advmoe.cli.called import CALLS
 from advmoe.cli.progress import TrainingProgress
 from advmoe.cli.signals import NAMES, Terminated, handling, terminate
 from advmoe.evaluation import suite
@@ -55,10 +56,41 @@ def test_training_finishes_its_step_and_saves(
     run = tmp_path / "run"
     assert main([*TRAIN, "--out", str(run)]) == code
     assert load_checkpoint(run / "last.pt").progress["step"] == 2
-    assert f"go on with the same command and --resume --out {run}" in capsys.readouterr().err.replace("\n", " ")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"{NAMES[signum]}; go on with the same command and --resume --out {run}"
     monkeypatch.undo()
     assert main([*TRAIN, "--out", str(run), "--resume"]) == 0
     assert load_checkpoint(run / "last.pt").progress["step"] == 3
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_training_of_another_command_leaves_the_last_line_to_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    code: int,
+) -> None:
+    # its own advice, --resume, would not go on with the rest of what the other command does
+    monkeypatch.setattr(TrainingProgress, "stepped", lambda *_: os.kill(os.getpid(), signum))
+    for name, value in CALLS.items():
+        monkeypatch.setenv(name, value)
+    assert main([*TRAIN, "--out", str(tmp_path / "run")]) == code
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 1
+    said = capsys.readouterr().err
+    assert "stopping after this step and saving" in said
+    assert "go on" not in said
+    assert f"{NAMES[signum]};" not in said
+
+
+def test_a_command_that_is_stopped_before_it_begins_leaves_the_last_line_to_its_caller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in CALLS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("advmoe.data.sources.dataset_info", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(TRAIN) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_a_second_interrupt_ends_training_at_once(

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from advmoe.cli.called import called
 from advmoe.errors import ConfigError
 
 WIDE = 1000
@@ -45,7 +46,9 @@ def fail(message: str) -> None:
 
 
 def stopped(message: str) -> None:
-    """The last line of a command that was asked to stop."""
+    """The last line of a command that was asked to stop, unless the command that started it prints one."""
+    if called():
+        return
     err.quiet = False
     err.print(escape(message), highlight=False)
 

@@ -18,9 +18,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from advmoe.cli import console
+from advmoe.cli.called import CALLS
 from advmoe.cli.options import DataDir, Device, Json, LimitEval
 from advmoe.cli.seeds import parse_seeds
-from advmoe.cli.signals import INTERRUPTED, TERMINATED, Terminated, resumable, terminal_interrupts_children
+from advmoe.cli.signals import INTERRUPTED, NAMES, TERMINATED, Terminated, resumable, terminal_interrupts_children
 from advmoe.config import check, one_of
 from advmoe.errors import AdvMoEError
 from advmoe.experiments import EXPERIMENTS, ROUTING, SCALES, SIZES, Experiment, independent, selected
@@ -330,22 +331,27 @@ def side_by_side(commands: Sequence[Sequence[str]], workers: Sequence[str | None
         KeyboardInterrupt, Terminated: The processes were asked to stop, and have ended.
     """
     waiting, failed = list(commands), 0
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
             for slot, worker in enumerate(workers):
-                if slot in running and running[slot].poll() is not None:
-                    failed += running.pop(slot).returncode != 0
+                if slot in running and (status := running[slot][1].poll()) is not None:
+                    line, _ = running.pop(slot)
+                    failed += status != 0
+                    if status in (INTERRUPTED, TERMINATED):  # it alone was stopped, and leaves it to us to say so
+                        console.warn(f"{NAMES[status - 128]}: {line}")
                 if slot not in running and waiting:
-                    line = waiting.pop(0)
-                    console.note(shlex.join(["advmoe", *line]) + ("" if worker is None else f"  (GPU {worker})"))
-                    environment = os.environ | ({} if worker is None else {"CUDA_VISIBLE_DEVICES": worker})
-                    running[slot] = subprocess.Popen([sys.executable, "-m", "advmoe", *line], env=environment)
+                    arguments = waiting.pop(0)
+                    line = shlex.join(["advmoe", *arguments])
+                    console.note(line + ("" if worker is None else f"  (GPU {worker})"))
+                    environment = os.environ | CALLS | ({} if worker is None else {"CUDA_VISIBLE_DEVICES": worker})
+                    started = subprocess.Popen([sys.executable, "-m", "advmoe", *arguments], env=environment)
+                    running[slot] = line, started
             time.sleep(0.2)
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.send_signal(signal.SIGTERM)
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
     if failed:
         raise AdvMoEError(f"{failed} of {len(commands)} commands failed (see above); mend them and give the same again")
@@ -370,7 +376,7 @@ def run(command: str, *arguments: str, json: bool = True, group: str | None = No
     line = ["advmoe", command, *arguments]
     console.note(shlex.join(line))
     process = [sys.executable, "-m", "advmoe", command, *arguments, *(["--json"] if json else [])]
-    environment = dict(os.environ)
+    environment = os.environ | CALLS
     if launched().size > 1:
         environment |= {GROUP: f"{environment.get(GROUP, '')}/{group}"} if group else {"WORLD_SIZE": "1"}
     status, output = run_to_its_end(process, environment)

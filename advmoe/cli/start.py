@@ -1,8 +1,10 @@
-"""The entry of the command `advmoe`. It imports nothing before it handles Ctrl-C."""
+"""The entry of the command `advmoe`. It handles Ctrl-C before it imports anything that takes time."""
 
 from __future__ import annotations
 
 import sys
+
+from advmoe.cli.called import called
 
 
 def start() -> int:
@@ -12,5 +14,6 @@ def start() -> int:
 
         return main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not called():
+            print("interrupted", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from advmoe.cli.models import remember_data
 from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
-from advmoe.cli.signals import resumable, stopping
+from advmoe.cli.signals import NAMES, resumable, stopping
 from advmoe.config import CHECKPOINT_MINUTES, ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
@@ -288,7 +289,7 @@ def train_run(
         typer.Exit: The run was interrupted, and its state is saved.
     """
     from advmoe.data.sources import load_dataset
-    from advmoe.distributed import from_leader, leader_first, world
+    from advmoe.distributed import from_leader, gather, leader_first, world
     from advmoe.training.checkpoint import load_checkpoint
     from advmoe.training.loop import Trainer
     from advmoe.training.run_folder import RunFolder
@@ -321,8 +322,10 @@ def train_run(
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:
-        console.note(f"interrupted; {how_to_go_on(out or path)}")
-        raise typer.Exit(128 + (signals or [signal.SIGINT])[0])  # another rank may have received the signal
+        signum = next(chain.from_iterable(gather(signals)), signal.SIGINT)  # any rank may have received it
+        if world().leads:
+            console.stopped(f"{NAMES[signum]}; {how_to_go_on(out or path)}")
+        raise typer.Exit(128 + signum)
     best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
 
