@@ -64,6 +64,17 @@ def test_images_that_are_skipped_count_on_no_rank(folder: Path, two: list[dict[s
     assert record["train_skipped"] == 3, "of the 16 training images"
 
 
+@pytest.mark.parametrize(("case", "left"), [("one left", 1), ("none left", 0)])
+def test_a_batch_with_too_few_images_left_is_skipped_by_all_ranks(
+    case: str, left: int, folder: Path, two: list[dict[str, Any]]
+) -> None:
+    run = folder / "two" / case
+    (record,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert (record["train_steps_skipped"], record["train_skipped"]) == (1, 8 - left)
+    (update,) = (json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines())
+    assert (update["step"], update["level"], len(update["images"])) == (1, "all", left)
+
+
 def test_an_image_that_one_rank_cannot_read_stops_all_with_one_message(two: list[dict[str, Any]]) -> None:
     first, second = (found["damaged"] for found in two)
     assert first == second

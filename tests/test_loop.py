@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advmoe.attacks.pgd import starting_point
-from advmoe.config import AttackConfig, TrainConfig
+from advmoe.config import AttackConfig, ModelConfig, TrainConfig
 from advmoe.data.sets import EncodedSet
 from advmoe.data.sources import Dataset, ImageSet, load_dataset
 from advmoe.data.transforms import CropFlip
@@ -544,24 +545,38 @@ def test_validation_needs_an_image_that_can_be_decoded(digits: Dataset, monkeypa
         split_dataset(digits, dataclasses.replace(TRAIN, val_limit=10, skip_bad_images=True))
 
 
-def test_a_run_that_a_bad_image_stopped_keeps_its_steps_and_goes_on_without_the_image(tmp_path: Path) -> None:
-    model = dataclasses.replace(MODEL, num_classes=2)
-    config = dataclasses.replace(TRAIN, dataset="folder", val_fraction=0.2)
-    skipping = dataclasses.replace(config, skip_bad_images=True)
+OF_PETS = dataclasses.replace(TRAIN, dataset="folder", val_fraction=0.2)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Dataset:
+    """30 training images in files that a test may damage."""
     generator = np.random.default_rng(0)
     for number in range(40):
         file = tmp_path / "pets" / ("train" if number < 30 else "val") / "ab"[number % 2] / f"{number:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
-    pets = load_dataset("folder", tmp_path / "pets")
-    assert isinstance(pets.train, EncodedSet)
+    return load_dataset("folder", tmp_path / "pets")
+
+
+def damage(images: object, rows: Iterable[int]) -> None:
+    assert isinstance(images, EncodedSet)
+    for row in rows:
+        Path(images.files[row]).write_bytes(b"no image")
+
+
+def test_a_run_that_a_bad_image_stopped_keeps_its_steps_and_goes_on_without_the_image(
+    pets: Dataset, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(MODEL, num_classes=2)
+    config, skipping = OF_PETS, dataclasses.replace(OF_PETS, skip_bad_images=True)
     observer = Observer(stop_after=1)
     assert not train(pets, tmp_path / "look", config, model=model, observer=observer)
     assert observer.trainer is not None
     of_routers, of_experts = (set(next(each.epoch(0)).indices.tolist()) for each in observer.trainer.streams.loaders)
     rows = observer.trainer.split.train_indices
     later = [row for row in rows.tolist() if row not in of_routers | of_experts]
-    Path(pets.train.files[later[0]]).write_bytes(b"no image")
+    damage(pets.train, later[:1])
 
     with pytest.raises(DataError, match="mend the file or skip bad images, then resume the run") as caught:
         train(pets, tmp_path / "run", config, model=model)
@@ -578,6 +593,49 @@ def test_a_run_that_a_bad_image_stopped_keeps_its_steps_and_goes_on_without_the_
     assert observer.warnings[-1].startswith(f"epoch 2: skipped images: 2; image {later[0]} ")
     with pytest.raises(CheckpointError, match=r"skip_bad_images = True \(not False\)"):
         resumed(pets, tmp_path / "run", config, model=model)
+
+
+@pytest.mark.parametrize(
+    ("left", "changes"),
+    [
+        (0, {}),
+        (1, {}),  # features of 1 x 1 of one image have no variance
+        (1, {"router_step": "reuse", "router_every": 2}),
+        (3, {"accumulate": 2}),  # parts of two images and of one
+    ],
+)
+def test_an_update_with_too_few_images_left_is_left_out(
+    pets: Dataset, tmp_path: Path, left: int, changes: dict[str, Any]
+) -> None:
+    model = ModelConfig(arch="resnet18", kind="moe", width=0.0625, num_classes=2, image_size=8)
+    config = dataclasses.replace(OF_PETS, skip_bad_images=True, **changes)
+
+    def spoil(trainer: Trainer) -> None:
+        damage(pets.train, next(trainer.streams.loaders[-1].epoch(0)).indices.tolist()[left:])
+
+    observer = Observer()
+    assert train(pets, tmp_path / "run", config, model=model, observer=observer, before=spoil)
+    record = observer.records[0]
+    assert (record["train_steps_skipped"], record["train_skipped"]) == (1, 8 - left)
+    updates = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    (images,) = (update["images"] for update in updates if (update["step"], update["level"]) == (1, "experts"))
+    assert len(images) == left
+    said = (
+        f"step 1: the update of the experts had {left} images that can be read, too few for BatchNorm, and was left out"
+    )
+    assert any(warning.startswith(said) for warning in observer.warnings)
+    # batches keep their numbers, so a run that stops at this one goes on with the same bits
+    assert not train(pets, tmp_path / "again", config, model=model, observer=Observer(stop_after=1))
+    assert resumed(pets, tmp_path / "again", config, model=model)
+    assert_identical(contents(tmp_path / "again"), contents(tmp_path / "run"))
+
+
+def test_a_run_whose_images_are_gone_ends(pets: Dataset, tmp_path: Path) -> None:
+    model, config = dataclasses.replace(MODEL, num_classes=2), dataclasses.replace(OF_PETS, skip_bad_images=True)
+    with pytest.raises(TrainingError, match=r"too few images can be read for 2 updates .* in a row") as caught:
+        train(pets, tmp_path / "run", config, model=model, before=lambda _: damage(pets.train, range(30)))
+    assert caught.value.options == ("resume",)
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
 
 
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:

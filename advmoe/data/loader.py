@@ -113,8 +113,8 @@ class BatchLoader:
         channels_last: Images in torch.channels_last memory format.
         pin_memory: Page-locked images, for asynchronous copies to a GPU; as are the labels.
         on_bad_image: "raise" an error that names the file and row, or "skip" the image and note it
-            in `skipped`. A batch without any image left is left out, but for that of a rank among
-            several.
+            in `skipped`. A batch without any image left is empty, so that batches keep their numbers,
+            and ranks stay in step.
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -245,10 +245,7 @@ class BatchLoader:
         )
         try:
             for _ in batches:
-                made = ahead.next()
-                # All images of the batch may have been skipped. Ranks have to stay in step.
-                if len(made.indices) or self._world_size > 1:
-                    yield made
+                yield ahead.next()
         finally:
             ahead.close()
 

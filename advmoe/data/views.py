@@ -75,23 +75,20 @@ def in_memory(
         on_bad_image="skip" if skip_bad_images else "raise",
     )
     pixels, labels = np.empty((len(images), size, size, 3), np.uint8), np.empty(len(images), np.int64)
-    done = seen = 0
+    done = 0
     try:
         for batch in loader.epoch(0):
             part = slice(done, done + len(batch.labels))
             pixels[part], labels[part] = batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy()
             done = part.stop
-            seen = done + len(loader.skipped)
             if progress is not None:
-                progress("decoding images", seen, len(images))
+                progress("decoding images", done + len(loader.skipped), len(images))
     except DataError as error:
         if skip_bad_images:
             raise
         raise DataError(f"{error}; mend or remove the file, or skip bad images", "skip_bad_images") from error
     if skipped is not None:
         skipped |= sorted(loader.skipped.items())
-    if progress is not None and seen < len(images):  # the last batch may have been skipped as a whole
-        progress("decoding images", len(images), len(images))
     return ImageSet(images=pixels[:done], labels=labels[:done], class_names=images.class_names)
 
 

@@ -40,8 +40,9 @@ class EpochSums:
         sums["images"] += taken * result.images
         sums["loss"] += torch.where(taken, result.loss * result.images, 0.0)
         sums["clean_correct"] += taken * result.clean_correct
-        if result.adversarial_correct is not None and result.adversarial_routing is not None:
-            clean_BL, adversarial_BL = result.routing.expert_index_BL, result.adversarial_routing.expert_index_BL
+        clean, adversarial = result.routing, result.adversarial_routing
+        if result.adversarial_correct is not None and clean is not None and adversarial is not None:
+            clean_BL, adversarial_BL = clean.expert_index_BL, adversarial.expert_index_BL
             sums["attacked"] += taken * result.images
             sums["adversarial_correct"] += taken * result.adversarial_correct
             sums["fooled"] += taken * (clean_BL != adversarial_BL).any(dim=1).sum()

@@ -1,4 +1,4 @@
-"""Skips a step whose loss or gradients are not finite, without a trace. A row of such steps ends the run.
+"""Skips a step whose loss or gradients are not finite, without a trace. A row of skipped steps ends the run.
 
 The host does not wait for a GPU: whether a step counts is a tensor on the device, read every
 `READ_EVERY` steps.
@@ -137,7 +137,9 @@ class Untaken(NamedTuple):
     level: str
     loss: float
     images: list[int]
-    """Rows of the images of all ranks' batches in the training set."""
+    """Rows of the images of all ranks' batches in the training set. Only rank 0 knows them."""
+    too_few: bool
+    """Whether there were too few of them. Otherwise something was not finite."""
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -150,22 +152,24 @@ class Watch:
     def __init__(self) -> None:
         self.in_a_row: dict[str, int] = {}
         """Updates of each level up to the last one read that were not made, without one in between that was."""
-        self._waiting: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, str, Tensor, Tensor, Tensor, bool]] = []
 
-    def add(self, step: int, level: str, images: Tensor, loss: Tensor, finite: Tensor) -> None:
-        """Note an update: its images' rows, its loss and whether it was made."""
-        self._waiting.append((step, level, images, loss, finite))
+    def add(
+        self, step: int, level: str, images: Tensor, loss: Tensor, finite: Tensor, *, too_few: bool = False
+    ) -> None:
+        """Note an update: its images' rows, its loss, whether it was made, and whether its images were too few."""
+        self._waiting.append((step, level, images, loss, finite, too_few))
 
     def read(self) -> list[Untaken]:
         """The skipped ones among the updates since the last call. All ranks call this at the same step."""
         if not self._waiting:
             return []
         waiting, self._waiting = self._waiting, []
-        taken = torch.stack([finite for *_, finite in waiting]).tolist()
+        taken = torch.stack([finite for *_, finite, _ in waiting]).tolist()
         found = []
-        for (step, level, images, loss, _), good in zip(waiting, taken, strict=True):
+        for (step, level, images, loss, _, too_few), good in zip(waiting, taken, strict=True):
             self.in_a_row[level] = 0 if good else self.in_a_row.get(level, 0) + 1
             if not good:
                 rows = [row for own in collect(images.tolist()) for row in own]
-                found.append(Untaken(step, level, float(loss), rows))
+                found.append(Untaken(step, level, float(loss), rows, too_few))
         return found

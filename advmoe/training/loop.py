@@ -213,7 +213,9 @@ class Trainer:
                 sums.note_missing(self.config.batch_size - size_of_union(batch))
             if result is not None:
                 sums.add(result)
-                self.watch.add(self.step, level.name, result.indices, result.loss, result.finite)
+                self.watch.add(
+                    self.step, level.name, result.indices, result.loss, result.finite, too_few=result.too_few
+                )
         if _reads_at_once(self.device) or self.step % READ_EVERY == 0 or self.step % self.steps_per_epoch == 0:
             self._read()
         if world().leads:
@@ -236,12 +238,22 @@ class Trainer:
         if found:
             from_leader(lambda: self.folder.note_skipped([update.as_dict() for update in found]))
             for update in found:
+                why = f"was not finite (loss {update.loss:g})"
+                if update.too_few:
+                    why = f"had {len(update.images)} images that can be read, too few for BatchNorm,"
                 self.observer.warned(
-                    f"step {update.step}: the update of the {IN_WORDS[update.level]} was not finite (loss "
-                    f"{update.loss:g}) and was left out; {self.folder.skipped} lists its images"
+                    f"step {update.step}: the update of the {IN_WORDS[update.level]} {why} and was left out; "
+                    f"{self.folder.skipped} lists its images"
                 )
         for name, failed in self.watch.in_a_row.items():
             if failed >= min(MOST_IN_A_ROW, self.steps_per_epoch):
+                if any(update.too_few for update in found if update.level == name):
+                    raise TrainingError(
+                        f"too few images can be read for {failed} updates of the {IN_WORDS[name]} in a row, up to step "
+                        f"{self.step}, and none of them was made; {self.folder.last} is from before or in between: "
+                        "restore the images, then resume the run",
+                        "resume",
+                    )
                 raise TrainingError(
                     f"the loss or its gradients were not finite in {failed} updates of the {IN_WORDS[name]} in a row, "
                     f"up to step {self.step}, and none of them was made; {self.folder.last} is from before or in "

@@ -27,7 +27,7 @@ from advmoe.training.awp import perturbed_weights
 from advmoe.training.guard import Kept, statistics, take_step
 from advmoe.training.levels import Level
 from advmoe.training.losses import load_balance, trades
-from advmoe.training.union import micro_batches, part_of_union, sum_gradients
+from advmoe.training.union import micro_batches, part_of_union, size_of_union, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,13 @@ class StepResult:
     clean_correct: Tensor
     adversarial_correct: Tensor | None
     """None if the method makes no adversarial images."""
-    routing: Routing
+    routing: Routing | None
+    """None if there were too few images."""
     adversarial_routing: Routing | None
     finite: Tensor
     """Whether the update was made, bool []: its loss and its gradients were finite. The same on all ranks."""
+    too_few: bool = False
+    """Whether it was not made because there were too few images. The same on all ranks."""
 
     @property
     def images(self) -> int:
@@ -146,9 +149,18 @@ def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generato
     return robust_update(level, batch, attacked(level.model, batch, config, generator), config)
 
 
+def too_few(batch: Batch, config: TrainConfig) -> bool:
+    """Whether a batch has not the two images for each of its parts that BatchNorm needs. This happens only where
+    images that cannot be decoded are left out.
+    """
+    return size_of_union(batch) < 2 * config.accumulate
+
+
 def attacked(model: RoutedNetwork, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Attacked:
-    """The training attack on a batch."""
+    """The training attack on a batch. Too few images to learn from are not attacked."""
     sound = torch.ones((), dtype=torch.bool, device=batch.images.device)
+    if too_few(batch, config):
+        return Attacked(batch.images, sound)
     images = training_attack(model, batch.images, batch.labels, config, generator, batch.place, sound=sound)
     return Attacked(images, sound)
 
@@ -176,6 +188,8 @@ def descend(
         config: says how many micro-batches there are, and the size of weight perturbations.
         sound: bool []; false where the step must not be taken. None: nothing is known against it.
     """
+    if too_few(batch, config):
+        return _not_made(batch)
     before = Kept(statistics(submodules(level.model)))
     losses, results = [], []
     with level.training():
@@ -192,6 +206,13 @@ def descend(
         total = sum_gradients((parameter.grad for parameter in level.parameters), own)
         finite = take_step(level, total, before)
     return replace(_whole(len(batch.labels), results), finite=finite)
+
+
+def _not_made(batch: Batch) -> StepResult:
+    """The result of an update for which a batch has too few images."""
+    device = batch.images.device
+    none, no_loss = torch.zeros((), dtype=torch.int64, device=device), torch.full((), torch.nan, device=device)
+    return StepResult(no_loss, batch.indices, none, None, None, None, none.bool(), too_few=True)
 
 
 def _perturbed(level: Level, part: Batch, rows: slice, passes: Passes, gamma: float) -> AbstractContextManager[None]:
@@ -225,7 +246,7 @@ def _whole(images: int, parts: Sequence[tuple[slice, StepResult]]) -> StepResult
         whole([result.indices for result in seen]),
         torch.stack([result.clean_correct for result in seen]).sum(),
         torch.stack(correct).sum() if correct else None,
-        joined([result.routing for result in seen]),
+        joined([result.routing for result in seen if result.routing is not None]),
         joined(adversarial) if adversarial else None,
         first.finite,
     )

@@ -93,11 +93,8 @@ class Streams:
 
     def _step(self, streams: Sequence[Iterator[Batch]], due: Sequence[bool]) -> list[Batch | None]:
         """The next batches of some streams, at the places that are due."""
-        own = together(lambda: [batch for stream in streams if (batch := next(stream, None)) is not None])
-        made = placed(own, self._config.batch_size, counted=self._config.skip_bad_images)
-        if len(made) < len(streams) or any(batch.place is not None and not batch.place.total for batch in made):
-            raise DataError(f"no image of a whole batch can be read, and {self._config.batch_size} make a batch")
-        batches = iter(made)
+        own = together(lambda: [next(stream) for stream in streams])
+        batches = iter(placed(own, self._config.batch_size, counted=self._config.skip_bad_images))
         return [on_device(next(batches), self._device) if is_due else None for is_due in due]
 
     @property
