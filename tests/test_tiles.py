@@ -16,9 +16,11 @@ from claimed_gpu import claimed_gpu
 from tiles import CASES, compared
 from torch import Tensor
 
+from advmoe.cli.app import main
 from advmoe.config import ModelConfig, TrainConfig, check_together
 from advmoe.errors import ConfigError
 from advmoe.evaluation.precision import full_precision
+from advmoe.models.moe_conv import check_tiles
 
 triton = pytest.importorskip("triton")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -95,6 +97,42 @@ def test_tiles_are_started_on_the_gpu_that_holds_the_images(monkeypatch: pytest.
     launches = launch_all(monkeypatch, torch.float32)  # while another GPU is the current one
     assert launches.devices == 3 * [torch.device("cuda", 0)]
     assert launches.current == torch.device("cuda", 7)
+
+
+class Failing:
+    """Stands for a kernel that Triton cannot compile."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: object) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+        return launch
+
+
+@pytest.mark.parametrize("kernel", ["_convolve_tile", "_filter_gradient_tile"])
+def test_kernels_that_cannot_be_compiled_are_one_line_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernel: str
+) -> None:
+    for name in ("_convolve_tile", "_filter_gradient_tile"):
+        monkeypatch.setattr(tiles, name, Failing() if name == kernel else Launches())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    command = ["train", "digits", "--arch", "vgg16", "--width", "0.0625", "--num-experts", "4", "--limit-train", "128"]
+    command += ["--device", "cuda", "--dispatch", "tiles", "--out", str(tmp_path / "run")]
+    with claimed_gpu():
+        assert main(command) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: dispatch tiles needs Triton, and a C compiler for its kernels, but they do not run here: Failed to "
+        "find C compiler; mend that, or use dispatch auto (--dispatch)"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_tiles_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "advmoe.models.tiles")
+    with pytest.raises(ConfigError, match=r"they do not run here: import of triton halted") as caught:
+        check_tiles(torch.device("cpu"))
+    assert caught.value.options == ("dispatch",)
 
 
 @pytest.mark.parametrize(("precision", "tensor_cores"), [("tf32", True), ("ieee", False)])

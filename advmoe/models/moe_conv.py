@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advmoe.errors import ConfigError
 from advmoe.models import convolution
 from advmoe.models.dispatch import (
     Order,
@@ -323,6 +324,29 @@ def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, decision: Decision, f
         decision,
         Geometry(form.stride[0], form.padding[0]),
     )
+
+
+def check_tiles(device: torch.device) -> None:
+    """Convolve one number by tiles, forward and backward, because Triton compiles its kernels only when they start.
+
+    Raises:
+        ConfigError: Triton is not installed, or its kernels do not compile or start on this machine.
+    """
+    try:
+        from advmoe.models.tiles import Geometry, convolve, filter_gradient, input_gradient
+
+        x, bank = torch.ones(1, 1, 1, 1, device=device), torch.ones(1, 1, 1, 1, 1, device=device)
+        expert_B, geometry = torch.zeros(1, dtype=torch.int64, device=device), Geometry(1, 0)
+        y = convolve(x, bank, expert_B, geometry)
+        input_gradient(y, bank, expert_B, x, geometry)
+        filter_gradient(y, x, expert_B, bank, geometry)
+    except Exception as error:  # Triton reports what a machine lacks by exceptions of many kinds
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"dispatch tiles needs Triton, and a C compiler for its kernels, but they do not run here: {reason}; mend "
+            "that, or use dispatch auto",
+            "dispatch",
+        ) from error
 
 
 # An exporter sees this operator as one node. Its kernel is the function above. In eager mode,

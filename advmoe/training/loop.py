@@ -32,6 +32,7 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
 from advmoe.models.dispatch import computing
+from advmoe.models.moe_conv import check_tiles
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
 from advmoe.seeding import generator_for, seeded
@@ -115,6 +116,7 @@ class Trainer:
             start_from(model, initial, upcycling=config.upcycling, reinitialize=config.reinitialize, seed=config.seed)
         self.model: RoutedNetwork = model.to(device)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)
+        self._check_dispatch()
         self._compiled = self._new_compiled()
         self.average = None if config.ema == 0 else WeightAverage(self.model, config.ema)
         self.streams = Streams(self.split, model_config, config, periods=self.method.periods(config), device=device)
@@ -352,13 +354,14 @@ class Trainer:
     def _new_sums(self) -> list[EpochSums]:
         return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]
 
+    def _check_dispatch(self) -> None:
+        if self.config.dispatch == "auto":
+            return
+        check(self.device.type == "cuda", f"dispatch {self.config.dispatch} needs a GPU; leave it out", "dispatch")
+        together(lambda: check_tiles(self.device))
+
     def _new_compiled(self) -> CompiledNetwork | None:
         way = self.config.compile
-        check(
-            self.config.dispatch == "auto" or self.device.type == "cuda",
-            f"dispatch {self.config.dispatch} needs a GPU; leave it out",
-            "dispatch",
-        )
         if way == "off":
             return None
         check(
