@@ -155,6 +155,31 @@ def test_a_command_that_is_stopped_before_it_begins_says_so_once(
     assert capsys.readouterr().err == f"{NAMES[signum]}\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "there", "kept"),
+    [
+        ([], "last.pt", True),
+        ([], "other/last.pt", False),  # another run in a folder below
+        (["--seeds", "0,1"], "seed-1/last.pt", True),
+        (["--seeds", "0,1"], "last.pt", False),
+    ],
+)
+def test_a_training_that_is_stopped_tells_how_to_go_on_if_a_run_of_its_own_is_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    there: str,
+    kept: bool,
+) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    monkeypatch.setattr("advmoe.data.sources.load_dataset", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    assert main([*TRAIN, "--out", str(tmp_path), *options]) == 130
+    said = f"interrupted; go on with the same command and --resume --out {tmp_path}" if kept else "interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_not_lost_in_an_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, code: int

@@ -131,13 +131,17 @@ def train(
     saving = Saving(keep, checkpoint_minutes)
     name = recipe or f"{plan.train.dataset}-{plan.model.arch}-{plan.model.kind}-{plan.train.method}"
     path = out or Path("runs") / name
-    with joined(place), resumable(lambda: how_to_go_on(path) if begun(path) else ""):
+    folders = {seed: seed_folder(path, seed) for seed in chosen_seeds or ()}
+
+    def how() -> str:
+        return how_to_go_on(path) if any((folder / LAST).exists() for folder in folders.values() or [path]) else ""
+
+    with joined(place), resumable(how):
         if chosen_seeds is None:
             show(plan.train, train_run(plan, path, place, resume=resume, saving=saving), json=json)
             return
         runs = {}
-        for seed in chosen_seeds:
-            folder = seed_folder(path, seed)
+        for seed, folder in folders.items():
             console.note(f"seed {seed}: {folder}")
             of_seed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=seed))
             there = resume and (folder / LAST).exists()
@@ -333,11 +337,6 @@ def train_run(
 def how_to_go_on(out: Path) -> str:
     """The end of the last line of a run that was stopped."""
     return f"go on with the same command and --resume --out {shlex.quote(str(out))}"
-
-
-def begun(out: Path) -> bool:
-    """Whether a run of these seeds, or of the only one, can be resumed."""
-    return (out / LAST).exists() or any(out.glob(f"*/{LAST}"))
 
 
 def _to_go_on_from(folder: RunFolder, *, resume: bool) -> Checkpoint | None:
