@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -249,6 +251,21 @@ def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> Non
     write(tmp_path, {"test/dog/a.png": b""})
     told = dataset_info("folder", tmp_path).notes[1]
     assert told == f"{there}2 .webp, 1 .txt; the test images are those of val, and test is not read"
+
+
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a million files on a network drive take minutes
+    write(tmp_path, PETS)
+    walked: list[Path] = []
+    walk = os.walk
+
+    def noted(top: Path, **how: Any) -> Any:
+        walked.append(top)
+        return walk(top, **how)
+
+    monkeypatch.setattr(os, "walk", noted)
+    load_dataset("folder", tmp_path)
+    assert walked == [tmp_path / "train", tmp_path / "val"]
 
 
 def test_images_of_ones_own_need_their_folder() -> None:

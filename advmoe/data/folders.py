@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def load_folder(data_dir: Path) -> Dataset:
     names = class_folders(find_split(data_dir, ("train",)))
     if len(names) < 2:
         raise DataError(f"{data_dir / 'train'} has the class folder {names[0]} only; expected at least 2 classes")
-    train, test = read_splits(data_dir, names)
+    train, test, others = read_splits(data_dir, names)
     size, reason = suggest_size(train)
     info = replace(
         FOLDER,
@@ -73,7 +74,7 @@ def load_folder(data_dir: Path) -> Dataset:
         train_size=len(train),
         test_size=len(test),
         image_size=size,
-        notes=(reason, what_is_there(data_dir, train, test), *warnings_of(train, test)),
+        notes=(reason, what_is_there(data_dir, train, test, others), *warnings_of(train, test)),
     )
     return Dataset(info=info, train=train, test=test)
 
@@ -100,11 +101,8 @@ def suggest_size(images: EncodedSet) -> tuple[int, str]:
     )
 
 
-def what_is_there(root: Path, train: EncodedSet, test: EncodedSet) -> str:
+def what_is_there(root: Path, train: EncodedSet, test: EncodedSet, others: Counter[str]) -> str:
     """The numbers of images and classes of a folder, and of files that are not read, by their ending."""
-    others: Counter[str] = Counter()
-    for split in (("train",), VALIDATION_NAMES):
-        others += unread(find_split(root, split))
     told = f"{len(train)} training and {len(test)} test images of {len(train.class_names)} classes"
     if others:
         told = f"{told}; not read, since they are not JPEG or PNG: {listed(others)}"
@@ -112,19 +110,6 @@ def what_is_there(root: Path, train: EncodedSet, test: EncodedSet) -> str:
     if unused:
         told = f"{told}; the test images are those of {used}, and {' and '.join(unused)} is not read"
     return told
-
-
-def unread(folder: Path) -> Counter[str]:
-    """Number of files below `folder` that are no JPEG or PNG by their names, by ending. Hidden ones do not count."""
-    found: Counter[str] = Counter()
-    for _, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found.update(
-            Path(name).suffix.lower() or "without ending"
-            for name in files
-            if not name.startswith(".") and not is_image(name)
-        )
-    return found
 
 
 def listed(endings: Counter[str]) -> str:
@@ -158,16 +143,17 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
     return tuple(found)
 
 
-def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet]:
-    """The training and test images of the image folder at ``root``, labeled by the position of their class.
+def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet, Counter[str]]:
+    """The training and test images of the image folder at ``root``, labeled by the position of their class, and the
+    number of other files by ending.
 
     Raises:
         DataError: A split is missing or empty, a class has no training images, images lie outside
             the class folders, or links lead to one folder twice.
     """
     folder, test_folder = find_split(root, ("train",)), find_split(root, VALIDATION_NAMES)
-    names, test_names = list_splits(folder, test_folder)
-    train = image_folder(folder, names, class_names)
+    listed, listed_test = list_splits(folder, test_folder)
+    train = image_folder(folder, listed.images, class_names)
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if empty.size:
         others = f" (as do {empty.size - 1} other class folders)" if empty.size > 1 else ""
@@ -175,12 +161,13 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
             f"{folder / class_names[empty[0]]} holds no JPEG or PNG images{others}; add some, or delete the folder"
             f"{there(folder / class_names[empty[0]])}"
         )
-    return train, image_folder(test_folder, test_names, class_names)
+    test = image_folder(test_folder, listed_test.images, class_names)
+    return train, test, listed.others + listed_test.others
 
 
 def there(folder: Path) -> str:
     """What lies in a folder without images, as the end of a message."""
-    others = unread(folder)
+    others = _list(folder, IMAGE_SUFFIXES, reached={}).others
     return f"; the files there are {listed(others)}, and only JPEG and PNG are read" if others else ""
 
 
@@ -215,6 +202,15 @@ def class_folders(split: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+class Listing(NamedTuple):
+    """The files below a folder, without hidden ones."""
+
+    images: list[str]
+    """Paths of image files, by their names, relative to the folder."""
+    others: Counter[str]
+    """Number of other files by ending."""
+
+
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Paths of the image files below `folder`, relative to it and with `/`, in a fixed order.
 
@@ -224,22 +220,22 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
         DataError: Links lead to one folder on two ways, so its images would count twice or belong
             to two classes.
     """
-    return _list_images(folder, suffixes, reached={})
+    return _list(folder, suffixes, reached={}).images
 
 
-def list_splits(train: Path, test: Path) -> tuple[list[str], list[str]]:
-    """The image files below each of two folders, as `list_images` lists them.
+def list_splits(train: Path, test: Path) -> tuple[Listing, Listing]:
+    """The files below each of two folders, as `list_images` lists them.
 
     Raises:
         DataError: Links lead to one folder on two ways, within a split or from one to the other.
     """
     reached: dict[tuple[int, int], str] = {}
-    return _list_images(train, IMAGE_SUFFIXES, reached), _list_images(test, IMAGE_SUFFIXES, reached)
+    return _list(train, IMAGE_SUFFIXES, reached), _list(test, IMAGE_SUFFIXES, reached)
 
 
-def _list_images(folder: Path, suffixes: tuple[str, ...], reached: dict[tuple[int, int], str]) -> list[str]:
+def _list(folder: Path, suffixes: tuple[str, ...], reached: dict[tuple[int, int], str]) -> Listing:
     """`list_images`, with the device, inode and path of all folders that were `reached` so far."""
-    names: list[str] = []
+    found = Listing([], Counter())
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
@@ -254,8 +250,12 @@ def _list_images(folder: Path, suffixes: tuple[str, ...], reached: dict[tuple[in
             )
         below = Path(place).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        names += [prefix + file for file in sorted(files) if is_image(file, suffixes)]
-    return names
+        for file in sorted(files):
+            if is_image(file, suffixes):
+                found.images.append(prefix + file)
+            elif not file.startswith("."):
+                found.others[Path(file).suffix.lower() or "without ending"] += 1
+    return found
 
 
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:

@@ -88,7 +88,7 @@ def _from_folder(tiny: TinyImageNet, folder: Path, progress: Progress | None) ->
         raise DataError(f"{folder} is incomplete: expected {folder}/train and {folder}/val")
     info = _with_classes(tiny.info, class_folders(folder / "train"), folder)
     listed = zip(("train", "val"), list_splits(folder / "train", folder / "val"), strict=True)
-    train, val = ([f"{split}/{name}" for name in names] for split, names in listed)
+    train, val = ([f"{split}/{name}" for name in files.images] for split, files in listed)
     annotations = read(ANNOTATIONS) if (folder / ANNOTATIONS).is_file() else None
     return _from_files(info, train, val, annotations, read, folder, progress)
 
