@@ -413,6 +413,19 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert "got images 20 for run/best and 10 others for other/best" in capsys.readouterr().err
 
 
+def test_pixels_are_digested_once_for_all_models_and_all_they_are_needed_for(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested, of_pixels = [], hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda *data, **how: (digested.append(data), of_pixels(*data, **how))[1])
+    out = ["--diagnose", "0", "--out", str(tmp_path / "evaluation")]
+    assert evaluate(checkpoint, "--control", "unchanged", *out) == 0  # the identities and outcomes of two models
+    assert len(digested) == 20
+    small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
+    assert main(["compare", str(checkpoint), str(checkpoint), *small]) == 0
+    assert len(digested) == 40
+
+
 def test_options_that_no_compared_model_would_obey_are_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,6 @@ from advmoe.evaluation.paired import (
     comparable,
     load_outcomes,
     paired_difference,
-    pixel_digests,
 )
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -123,7 +122,7 @@ def test_the_digest_of_an_image_depends_on_its_pixels_and_its_size() -> None:
     gray = black.copy()
     gray[1, 3, 3, 2] = 1
     sets = (black, gray, black.reshape(2, 2, 8, 3))
-    plain, one_pixel, wide = (pixel_digests(ImageSet(pixels, labels, names)) for pixels in sets)
+    plain, one_pixel, wide = (ImageSet(pixels, labels, names).digests for pixels in sets)
     assert plain[0] == plain[1] == one_pixel[0]
     assert len({plain[0], one_pixel[1], wide[0]}) == 3
 

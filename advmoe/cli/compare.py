@@ -151,8 +151,6 @@ class Planned:
         """What is known of its card and its outcomes before it is measured: all that `check_same_images` reads."""
         import numpy as np
 
-        from advmoe.evaluation.paired import pixel_digests
-
         tested = self.measuring.tested
         card = {
             "name": self.subject.name,
@@ -163,7 +161,7 @@ class Planned:
             },
         }
         numbers = np.arange(len(tested.images)) if tested.numbers is None else tested.numbers
-        return card, {"index": numbers, "label": tested.images.labels, "pixels": pixel_digests(tested.images)}
+        return card, {"index": numbers, "label": tested.images.labels, "pixels": tested.images.digests}
 
     def measure(self) -> tuple[dict[str, Any], Arrays]:
         """Its card and its outcomes."""

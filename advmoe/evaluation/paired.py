@@ -12,7 +12,6 @@ Shape suffixes: I images of a set.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.config import ModelConfig, from_dict
-from advmoe.data.sets import ImageSet
 from advmoe.errors import ConfigError, DataError
 from advmoe.evaluation.results import PGD, WORST, SuiteResult
 from advmoe.evaluation.state import Arrays
@@ -53,13 +51,6 @@ def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Dif
     net = only_ours - only_theirs
     error = math.sqrt(only_ours + only_theirs - net**2 / images) / images
     return Difference(points=100 * net / images, error=100 * error)
-
-
-def pixel_digests(images: ImageSet) -> NDArray[np.int64]:
-    """A number for each image that depends on its size and all its pixels, [I]."""
-    size = str(images.images.shape[1:]).encode()
-    found = [hashlib.blake2b(image.tobytes(), digest_size=8, key=size).digest() for image in images.images]
-    return np.frombuffer(b"".join(found), dtype="<i8").astype(np.int64)
 
 
 def outcomes(result: SuiteResult) -> Arrays:

@@ -38,7 +38,6 @@ from advmoe.evaluation.diagnostics import (
     routing_seen,
 )
 from advmoe.evaluation.machine import this_machine
-from advmoe.evaluation.paired import pixel_digests
 from advmoe.evaluation.precision import full_precision
 from advmoe.evaluation.results import PGD, ROUTE, SuiteConfig, SuiteResult, planned
 from advmoe.evaluation.stages import OBSERVED, begin, predict, stages
@@ -127,7 +126,7 @@ def run_suite(
             config=config,
             seed=seed,
             attacks=planned(config, model),
-            arrays=state.arrays | {"pixels": pixel_digests(images)},
+            arrays=state.arrays | {"pixels": images.digests},
             diagnostics=(),
             all_routes_tried=is_routed(model) and all_pathways(model, config.route.exhaustive) is not None,
             pathways_used=len(counts),
@@ -181,7 +180,7 @@ def identity(
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    pixels = hashlib.sha256(pixel_digests(images).tobytes())
+    pixels = hashlib.sha256(images.digests.tobytes())
     pixels.update(images.labels.tobytes())
     if numbers is not None:
         pixels.update(numbers.tobytes())
