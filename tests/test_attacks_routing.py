@@ -249,6 +249,26 @@ def test_a_flip_that_leads_back_to_the_own_pathway_is_no_target(mixed: Callable[
         assert (first == second) == bool(own[image] != there[image])
 
 
+def test_flips_are_computed_for_images_that_are_left_and_are_those_of_the_whole_batch(
+    mixed: Callable[..., RoutedNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = mixed(), torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    labels = model(images).argmax(dim=1)
+    attack = AttackConfig(eps=0.1 / 255, steps=4, step_size=0.04 / 255)
+    everyone, computed = victims_of(model, images, labels, attack), []
+
+    def of_all(victims: Victims, nearby: Tensor, number: int) -> tuple[Tensor, ...]:
+        computed.append(victims.indices)
+        return tuple(each[victims.indices] for each in flips_to_try(everyone, images, number))
+
+    first = route(model, images, labels, attack, sampled=2, greedy=0)[1]
+    found, robust = route(model, images, labels, attack, sampled=2, greedy=3)
+    monkeypatch.setattr("advmoe.attacks.pathways.flips_to_try", of_all)
+    assert torch.equal(found, route(model, images, labels, attack, sampled=2, greedy=3)[0])
+    assert [rows.tolist() for rows in computed] == [first.nonzero().squeeze(1).tolist()]
+    assert 0 < int(robust.sum()) < int(first.sum()) < 16
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

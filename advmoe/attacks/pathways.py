@@ -147,6 +147,10 @@ def steered_and_wrong(labels_B: Tensor, num_classes: int) -> Won:
 def steer(victims: Victims, pathways_BL: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Attack each image along one target pathway.
 
+    The attack stops where the steered pass is wrong and all routers agree with the pathway. The
+    model itself then judges the image, because it may round differently. An image that it gets
+    right after all was not broken, and is left to the next attempt.
+
     Returns:
         The images at the last step, or at the step where they won, and a mask [B] of images that
             the model still classifies correctly.
@@ -203,13 +207,15 @@ def route_attack(
         if alive.any():
             attempt(targets_BML[alive, number], victims.take(alive).starts([number]))
     if everything is None and config.greedy and alive.any():
-        targets_BML, again_BM = flips_to_try(victims, nearby, config.greedy)
+        left = alive.nonzero().squeeze(1)  # the attempts above broke the others
+        targets_BML, again_BM = flips_to_try(victims.take(left), nearby[left], config.greedy)
         for number in range(config.greedy):
-            if alive.any():
-                start = nearby.clone()
-                again = alive & again_BM[:, number]  # the first time, the flip was tried from nearby
-                start[again] = victims.take(again).starts([config.sampled + number])
-                attempt(targets_BML[alive, number], start[alive])
+            still = alive[left]
+            if still.any():
+                rows, again = left[still], again_BM[still, number]  # the first time, the flip was tried from nearby
+                start = nearby[rows]
+                start[again] = victims.take(rows[again]).starts([config.sampled + number])
+                attempt(targets_BML[still, number], start)
     return adversarial, alive
 
 
