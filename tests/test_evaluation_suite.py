@@ -79,6 +79,31 @@ def test_each_attack_says_what_it_can_and_cannot_break(result: SuiteResult) -> N
     assert numbers["routers_flipped_within"] == {"4/255": 25.0}
 
 
+@pytest.mark.parametrize(
+    ("seen", "robust"),
+    [
+        # A view that is right everywhere drives red over the threshold, where the model is wrong.
+        (lambda red: torch.stack((1 + 0 * red, red / 2), dim=1), [False, True]),
+        # A view that is wrong everywhere stops at the start, where the model is right.
+        (lambda red: torch.stack((0 * red, 1 + red), dim=1), [True, True]),
+    ],
+)
+def test_the_model_itself_judges_what_a_view_has_found(
+    seen: Callable[[Tensor], Tensor], robust: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def view(images: Tensor, rows: Tensor) -> Tensor:
+        return seen(images[:, 0].mean(dim=(1, 2)))
+
+    monkeypatch.setattr("advmoe.evaluation.stages.routing_views", lambda *_: {"softmax": view})
+    victims = Victims.of(TwoRooms(), next(BatchLoader(rooms(124, 110), batch_size=2).epoch(0)), ATTACK, seed=0)
+    with evaluating(victims.model):
+        run = begin(victims, ROUTING)
+        (stage,) = (each for each in stages(run, torch.tensor([[0]])) if each.gives == "robust/view/softmax")
+        stage.work()
+    assert run.arrays[stage.gives].tolist() == robust
+    assert (victims.model(run.worst).argmax(dim=1) == 0).tolist() == robust
+
+
 def test_the_worst_case_holds_on_the_model_and_its_pathways_are_logged(result: SuiteResult) -> None:
     assert result.arrays["prediction/clean"].tolist() == [0, 0, 0, 1]
     assert result.arrays["prediction/worst"].tolist() == [1, 0, 0, 1]

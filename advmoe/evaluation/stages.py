@@ -208,10 +208,17 @@ def _pgd(run: BatchRun) -> None:
 
 
 def _view(run: BatchRun, attack: Attack) -> None:
+    """PGD through a view of the routing. The model itself judges the images that it ends with.
+
+    A view computes the same decisions in another way, so rounding may let it disagree with the
+    model. Its outputs tell the attack where to stop, and say nothing about the model. That is why
+    they are judged here for the first time, unlike the iterates of PGD on the model itself (see
+    `untargeted`). An image that the model gets right after all counts as one that this view did not
+    break.
+    """
     forward = routing_views(run.batch.model, run.config.temperatures)[attack.detail]
-    found, robust = untargeted(run.victims, forward)
-    robust |= run.victims.right(found)  # a view rounds differently, so the model itself decides
-    run.record(attack, robust, found)
+    found = untargeted(run.victims, forward)[0]
+    run.record(attack, run.victims.right(found), found)
 
 
 def _route(run: BatchRun, common_ML: Tensor) -> None:
