@@ -21,6 +21,8 @@ WEIGHTS = "model.safetensors"
 """Name of the model in a repository."""
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>.+))?")
 """`Path` turns two slashes into one."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A revision that never changes."""
 CONTACT = 10.0
 """Longest wait in seconds for the hub's first answer about a file."""
 SILENCE = 120.0
@@ -47,14 +49,18 @@ def fetch(place: Path | str) -> Path:
     with hub_errors(f"hf://{found['repository']}") as hub:
         file = {"repo_id": found["repository"], "filename": WEIGHTS, "revision": found["revision"]}
         endpoint = os.environ.get("HF_ENDPOINT")
+        cached = hub.try_to_load_from_cache(**file)
+        if isinstance(cached, str) and COMMIT.fullmatch(found["revision"] or ""):
+            return Path(cached)
         try:  # hf_hub_download repeats this question for minutes if there is no answer
-            hub.get_hf_file_metadata(hub.hf_hub_url(**file, endpoint=endpoint), timeout=CONTACT)
+            answer = hub.get_hf_file_metadata(hub.hf_hub_url(**file, endpoint=endpoint), timeout=CONTACT)
         except _network_errors(hub) as error:
-            if getattr(error, "response", None) is None:
-                cached = hub.try_to_load_from_cache(**file)
-                if isinstance(cached, str):
-                    return Path(cached)
-                raise
+            if isinstance(cached, str) and getattr(error, "response", None) is None:
+                return Path(cached)
+            raise
+        latest = hub.try_to_load_from_cache(**file | {"revision": answer.commit_hash})
+        if isinstance(cached, str) and cached == latest:  # else hf_hub_download asks again, which keeps it up to date
+            return Path(cached)
         return Path(hub.hf_hub_download(**file, endpoint=endpoint))
 
 
@@ -165,18 +171,31 @@ def _network_errors(hub: ModuleType) -> tuple[Any, ...]:
 
 @contextmanager
 def _finite_waits(hub: ModuleType) -> Iterator[None]:
-    """Let the client of the hub's library fail after `SILENCE` seconds where it would wait forever.
+    """Let the clients of the hub's library fail after `SILENCE` seconds where they would wait forever.
 
-    A client that the program has set (`huggingface_hub.set_client_factory`) keeps its own time-outs.
+    Clients that the program makes (`huggingface_hub.set_client_factory`) keep their own time-outs.
+    The library makes another client after a failed connection. Its factory has no public name, and
+    `set_client_factory` would close the client that other threads may use.
     """
-    client = hub.get_session()
-    before = client.timeout
-    if before.read is None:
-        client.timeout = SILENCE
+    from huggingface_hub.utils import _http as http
+
+    factory = http._GLOBAL_CLIENT_FACTORY
+    before: list[tuple[Any, Any]] = []
+
+    def finite(client: Any) -> Any:
+        before.append((client, client.timeout))
+        if client.timeout.read is None:
+            client.timeout = SILENCE
+        return client
+
+    http._GLOBAL_CLIENT_FACTORY = lambda: finite(factory())
     try:
+        finite(hub.get_session())
         yield
     finally:
-        client.timeout = before
+        http._GLOBAL_CLIENT_FACTORY = factory
+        for client, timeout in before:
+            client.timeout = timeout
 
 
 def _remedy(error: Exception, status: int | None) -> str:

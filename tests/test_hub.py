@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -20,7 +21,7 @@ from advmoe.cli.app import main
 from advmoe.config import ModelConfig, TrainConfig, to_dict
 from advmoe.data.digits import DIGITS
 from advmoe.errors import CheckpointError, ConfigError
-from advmoe.hub import SILENCE, fetch, hub_errors, is_address
+from advmoe.hub import SILENCE, _network_errors, fetch, hub_errors, is_address
 from advmoe.models.registry import build_model
 from advmoe.reports.model_card import model_card
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -338,6 +339,25 @@ def test_a_model_in_the_cache_is_used_if_the_hub_does_not_answer(
     assert fetch("hf://owner/digits") == cached
 
 
+def test_a_hub_that_falls_silent_after_a_lost_connection_gives_one_line(
+    silent_hub: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import http_backoff
+
+    def upload() -> None:
+        with hub_errors("owner/name") as library:
+            with pytest.raises(_network_errors(library), match="refused"):
+                http_backoff("PUT", "http://127.0.0.1:9", max_retries=0)
+            assert library.get_session().timeout.read == 0.1  # else the next line waits forever
+            http_backoff("PUT", os.environ["HF_ENDPOINT"], max_retries=0)
+
+    silent_hub()
+    monkeypatch.setattr("advmoe.hub.SILENCE", 0.1)
+    with pytest.raises(CheckpointError, match="cannot give or take owner/name: timed out"):
+        upload()
+    assert pytest.importorskip("huggingface_hub").get_session().timeout.read is None
+
+
 @pytest.mark.parametrize(("own", "during"), [(None, SILENCE), (7.0, 7.0)])
 def test_the_client_of_a_program_keeps_its_time_outs(own: float | None, during: float) -> None:
     client = pytest.importorskip("huggingface_hub").get_session()
@@ -449,10 +469,36 @@ def test_a_model_card_says_what_the_model_is(run: Path) -> None:
         assert ("`model.onnx` computes the chosen experts of each image only and needs neither" in text) == of_experts
 
 
-def test_a_revision_is_asked_for(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions about files that the hub gets, such as "HEAD owner/name main"."""
+    found: list[str] = []
     answer = Hub.do_GET
-    monkeypatch.setattr(Hub, "do_GET", lambda self: (asked.append(self.path), answer(self))[1])
+
+    def noted(self: Hub) -> None:
+        if place := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/model.safetensors", self.path):
+            found.append(f"{self.command} {place[1]} {place[2]}")
+        answer(self)
+
+    monkeypatch.setattr(Hub, "do_GET", noted)
+    return found
+
+
+def test_a_revision_is_asked_for_until_it_is_in_the_cache(hub: Any, asked: list[str]) -> None:
     hub["owner/digits"] = {"model.safetensors": b"weights"}
-    assert fetch(f"hf://owner/digits@{REVISION}").read_bytes() == b"weights"
-    assert {path.split("/resolve/")[1] for path in asked if "/resolve/" in path} == {f"{REVISION}/model.safetensors"}
+    for _ in range(2):
+        assert fetch(f"hf://owner/digits@{REVISION}").read_bytes() == b"weights"
+    assert asked == [f"{method} owner/digits {REVISION}" for method in ("HEAD", "HEAD", "GET")]
+
+
+def test_a_model_in_the_cache_costs_one_question_and_is_replaced_by_a_newer_one(
+    hub: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub["owner/digits"] = {"model.safetensors": b"weights"}
+    first = fetch("hf://owner/digits")
+    asked.clear()
+    assert fetch("hf://owner/digits") == first
+    assert asked == ["HEAD owner/digits main"]
+    hub["owner/digits"] = {"model.safetensors": b"newer"}
+    monkeypatch.setitem(globals(), "REVISION", "2" * 40)
+    assert fetch("hf://owner/digits").read_bytes() == b"newer"
