@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from advmoe.cli.app import main
 from advmoe.cli.predict import read_image
 from advmoe.data.folders import image_folder
+from advmoe.data.loader import BatchLoader
 from advmoe.data.pictures import SUFFIXES
 from advmoe.data.sources import shorter_side
+from advmoe.data.transforms import RandomResizedCrop
 from advmoe.data.views import in_memory
 from advmoe.errors import AdvMoEError, DataError
 from advmoe.models.network import RoutedNetwork
@@ -69,6 +71,39 @@ def test_prediction_and_evaluation_show_a_model_the_same_pixels(pictures: Path, 
     with torch.no_grad():
         logits = model(torch.from_numpy(evaluated.transpose(0, 3, 1, 2) / np.float32(255)))
     np.testing.assert_allclose(session.run(predicted).logits, logits, atol=1e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_training_prediction_and_serving_ignore_the_orientation_that_a_camera_noted(
+    kind: str, model_file: tuple[Any, Path], tmp_path: Path
+) -> None:
+    note = Image.Exif()
+    note[0x0112] = 6  # "turn by 90 degrees to the right"
+    coarse = Image.fromarray(np.random.default_rng(3).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    photo = coarse.resize((40, 30), Image.Resampling.BICUBIC)
+    plain, turned = (tmp_path / name / "class" / "photo.jpg" for name in ("plain", "turned"))
+    for file, options in ((plain, {}), (turned, {"exif": note})):
+        file.parent.mkdir(parents=True)
+        photo.save(file, kind, **options)
+    metadata = export.Session(model_file[1]).metadata
+
+    def trained_on(file: Path) -> torch.Tensor:
+        crop = RandomResizedCrop(size=SIZE)
+        (batch,) = BatchLoader(image_folder(file.parent.parent), batch_size=1, augment=crop).epoch(0)
+        return batch.images
+
+    ways: list[Callable[[Path], Any]] = [
+        trained_on,
+        lambda file: in_memory(image_folder(file.parent.parent), SIZE).images,
+        lambda file: read_image(file, metadata),
+        lambda file: export.prepare(file, metadata),
+        lambda file: export.prepare(Image.open(file), metadata),
+    ]
+    for way in ways:
+        np.testing.assert_array_equal(way(plain), way(turned))
+    with Image.open(turned) as opened:  # the note is there, and matters to a program that follows it
+        upright = export.prepare(ImageOps.exif_transpose(opened), metadata)
+    assert (upright != export.prepare(turned, metadata)).any()
 
 
 def test_the_metadata_alone_tell_how_to_prepare_an_image(pictures: Path, model_file: tuple[Any, Path]) -> None:

@@ -64,10 +64,12 @@ def session(path: Path) -> Session:
     return Session(path, threads=1)
 
 
-def saved(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
+def saved(name: str, size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
     """An image file in a format of Pillow's."""
     content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).save(content, name)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        content, name, **options
+    )
     return content.getvalue()
 
 
@@ -396,6 +398,18 @@ def test_drift_forgets_images_that_left_the_window(session: Session) -> None:
     assert pathway is not None
     assert load["images"] == 4
     assert all(layer["served"][e] == 1.0 for layer, e in zip(load["layers"], pathway[0], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_orientation_that_a_camera_noted_is_ignored_as_in_training(session: Session, kind: str) -> None:
+    note = Image.Exif()
+    note[0x0112] = 6  # "turn by 90 degrees to the right"
+    plain, turned = (
+        ask(session, "POST", "/classify", content=saved(kind, **more)).json() for more in ({}, {"exif": note})
+    )
+    assert plain["top"] == turned["top"]
+    assert plain["pathway"] == turned["pathway"]
+    assert "image-orientation: none" in ask(session, "GET", "/").text  # the page shows what the model sees
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(session: Session) -> None:
