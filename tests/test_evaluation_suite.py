@@ -431,18 +431,45 @@ def test_a_state_of_a_model_with_the_same_weights_that_computes_something_else_i
 ) -> None:
     images, path, config = rooms(124, 110), tmp_path / "state.npz", SuiteConfig(attack=ATTACK, diagnosed=0)
     first = run_suite(Scaled(TwoRooms(), 1.0), images, config, state_path=path)
-    for other in (Scaled(TwoRooms(), -1.0), Scaled(TwoRooms(), 1.0, levels=5)):
+    inverted, coarse, elsewhere = (Scaled(TwoRooms(), 1.0) for _ in range(3))
+    inverted.register_forward_hook(lambda module, images, logits: -logits)
+    coarse.register_forward_pre_hook(lambda module, images: ((5 * images[0]).round() / 5,))
+    for other in (inverted, coarse):
         with pytest.raises(CheckpointError, match="it is of a model with these weights that computes something else;"):
             run_suite(other, images, config, state_path=path)
     with pytest.raises(CheckpointError, match="it is of other weights"):  # the names differ
         run_suite(TwoRooms(), images, config, state_path=path)
-    nearly = run_suite(Scaled(TwoRooms(), 1.0 + 1e-5), images, config, state_path=path)  # another machine's rounding
+    for other in (Scaled(TwoRooms(), 1.0 + 1e-4), Scaled(TwoRooms(), 1.0, levels=2e6)):  # within a machine's rounding
+        with pytest.raises(CheckpointError, match="it is of another kind of network, or of one with other numbers"):
+            run_suite(other, images, config, state_path=path)
+    elsewhere.register_forward_hook(lambda module, images, logits: logits * (1.0 + 1e-5))  # another machine's rounding
+    nearly = run_suite(elsewhere, images, config, state_path=path)
     np.testing.assert_array_equal(nearly.robust([WORST]), first.robust([WORST]))
     learned, scaled = (tiny_vgg(seed=3, router_gradient=kind) for kind in ("dense", "value"))
     scaled.load_state_dict(learned.state_dict())
     few = ImageSet(images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.zeros(2, np.int64), class_names=tuple("abc"))
     forms = [identity(model, few, config, 0)["form"] for model in (learned, scaled)]
     assert forms[0] != forms[1]
+
+
+class Counting(nn.Module):
+    """Counts its passes, and notes that it has made one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.passes, self.ready = TwoRooms(), 0, False
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        self.ready = True
+        logits: Tensor = self.inner(images)
+        return logits
+
+
+def test_a_model_that_counts_is_the_same_after_any_number_of_passes(tmp_path: Path) -> None:
+    images, config, model = rooms(124, 110), SuiteConfig(attack=ATTACK, routing=False, diagnosed=0), Counting()
+    for each in (model, model, Counting()):
+        assert run_suite(each, images, config, state_path=tmp_path / "state.npz").sa == 1.0
 
 
 class Noisy(nn.Module):

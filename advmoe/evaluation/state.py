@@ -31,7 +31,7 @@ INDIFFERENT = {NUMBER, "batch size"}
 IN_WORDS = {
     "layout": "another version of this program wrote it",
     "model": "it is of other weights: another checkpoint, or a control of one",
-    "form": "it is of another kind of network",
+    "form": "it is of another kind of network, or of one with other numbers as attributes",
     LOGITS: "it is of a model with these weights that computes something else",
     IMAGES: "it is of other images",
 }

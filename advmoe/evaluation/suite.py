@@ -174,7 +174,9 @@ def identity(
     """The settings that an interrupted evaluation and its continuation must share.
 
     Two models may have the same weights and compute something else with them. They are told apart
-    by their classes and configuration, and by the logits of some images.
+    by their classes and configuration, by the logits of some images, and by the numbers that modules
+    of other packages hold as attributes. The logits alone do not tell apart what differs less than
+    the rounding of two machines, or in the gradient only.
     """
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -187,6 +189,9 @@ def identity(
     form = hashlib.sha256(repr([(name, type(module).__qualname__) for name, module in model.named_modules()]).encode())
     if isinstance(model, RoutedNetwork):
         form.update(json.dumps(to_dict(model.config)).encode())
+    logits, numbers_held = _behavior(model, images)
+    if numbers_held:
+        form.update(json.dumps(numbers_held).encode())
     settings = to_dict(config)
     for diagnostic_only in ("diagnosed", "square_queries"):
         del settings[diagnostic_only]
@@ -196,24 +201,41 @@ def identity(
         "form": form.hexdigest()[:16],
         IMAGES: pixels.hexdigest()[:16],
         NUMBER: len(images),
-        LOGITS: _logits(model, images),
+        LOGITS: logits,
         "seed": seed,
     } | settings
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, images: ImageSet) -> list[list[float]]:
-    """Logits [I, K] of some images, to six digits; none if the model does not repeat them.
+def _behavior(model: nn.Module, images: ImageSet) -> tuple[list[list[float]], dict[str, float]]:
+    """Logits [I, K] of some images, to six digits, and the numbers that modules hold as attributes.
 
     The images are a little darker than they are, so that their pixels lie between the 256 levels of
-    a file, where a model that rounds its input differs from one that does not.
+    a file, where a model that rounds its input differs from one that does not. What changes from one
+    pass to the next is left out: logits of a random model, and numbers such as a counter of passes.
     """
     (batch,) = BatchLoader(images, batch_size=RECOGNIZED, indices=_spread_out(len(images), RECOGNIZED)).epoch(0)
     parameter = next(model.parameters(), None)
     darker = 0.99 * (batch.images if parameter is None else batch.images.to(parameter.device))
     with evaluating(model), full_precision(model):
-        found_IK, again_IK = (model(darker).double().cpu().numpy() for _ in range(2))
-    return [[float(f"{logit:.6g}") for logit in row] for row in found_IK] if alike(found_IK, again_IK) else []
+        (found_IK, held), (again_IK, later) = ((model(darker).double().cpu().numpy(), _held(model)) for _ in range(2))
+    logits = [[float(f"{logit:.6g}") for logit in row] for row in found_IK] if alike(found_IK, again_IK) else []
+    return logits, {name: value for name, value in held.items() if later.get(name) == value}
+
+
+def _held(model: nn.Module) -> dict[str, float]:
+    """The numbers and truth values that modules of other packages hold as attributes, by their names.
+
+    Torch's modules and ours are known by their classes, weights and configuration, and a new version
+    may give them other attributes. Text may name a device or a folder, which may change.
+    """
+    return {
+        f"{place}.{name}": value
+        for place, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] not in ("torch", "advmoe")
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, int | float)
+    }
 
 
 def _spread_out(total: int, number: int) -> NDArray[np.int64]:
