@@ -394,7 +394,7 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert "Left out: RA; RA, worst. Reason: the routing of run/best was not attacked" in shown.err
     assert "(advmoe evaluate --routing)." in shown.err
     assert "RA, PGD" in shown.out
-    assert "per cent; PGD-2, eps 8/255, step 2/255, 1 restart(s), start uniform" in shown.out
+    assert "per cent; PGD-2, eps 8/255, step 2/255, 1 restart(s), start uniform, seed 0" in shown.out
     assert evaluate(other, "--diagnose", "0", "--eps", "4/255", "--out", str(tmp_path / "third")) == 0
     capsys.readouterr()
     page = tmp_path / "report.html"
@@ -424,6 +424,26 @@ def test_pixels_are_digested_once_for_all_models_and_all_they_are_needed_for(
     small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
     assert main(["compare", str(checkpoint), str(checkpoint), *small]) == 0
     assert len(digested) == 40
+
+
+def test_seeds_of_compared_evaluations_are_shown_and_may_differ(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, seed in enumerate((0, 1, 0)):
+        out = str(tmp_path / str(number))
+        assert evaluate(checkpoint, "--diagnose", "0", "--seed", str(seed), "--out", out) == 0
+    folders = [str(tmp_path / str(number)) for number in range(3)]
+    capsys.readouterr()
+    assert main(["compare", *folders, "--json"]) == 0
+    assert [row["seed"] for row in json.loads(capsys.readouterr().out)["models"]] == [0, 1, 0]
+    assert main(["compare", *folders]) == 0
+    shown = capsys.readouterr()
+    expected = f"The attacks began at other random points (seed 0: run/best, {folders[2]}; seed 1: {folders[1]})."
+    assert expected.replace(" ", "") in re.sub(r"\s", "", shown.err)
+    assert "start uniform, seed" not in shown.out
+    assert main(["compare", folders[0], folders[2]]) == 0
+    shown = capsys.readouterr()
+    assert "other random points" not in shown.err
 
 
 def test_options_that_no_compared_model_would_obey_are_refused(

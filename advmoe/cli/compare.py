@@ -95,7 +95,7 @@ def compare(
     rows = []
     for card, right in zip(cards, found, strict=True):
         row: dict[str, Any] = {"name": card["name"], "verdict": card["advmoe"]["verdict"]}
-        row["attacks"] = attacks_met(card["advmoe"])
+        row |= {"seed": card["advmoe"]["seed"], "attacks": attacks_met(card["advmoe"])}
         row |= {name: card["advmoe"][name] for name in ("gflops", "parameters", "training_seconds")}
         for figure in kept:
             share = 100 * float(right[figure.key].mean())
@@ -117,7 +117,9 @@ def compare(
         shares = (with_error(100 * float(right[figure.key].mean()), len(right["index"])) for figure in kept)
         attacks = ", ".join(row["attacks"])
         table.append((row["name"], *shares, attacks, f"{row['gflops']:.4g}", minutes, row["verdict"]))
+    seeds = {row["seed"]: ", ".join(other["name"] for other in rows if other["seed"] == row["seed"]) for row in rows}
     title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent; {pgd_in_words(attack)}"
+    title += f", seed {rows[0]['seed']}" if len(seeds) == 1 else ""
     columns = ("", *(figure.short for figure in kept), "attacks", "GFLOPs", "training, min", "verdict")
     console.show_table(title, columns, table)
     differences = [
@@ -129,6 +131,12 @@ def compare(
     ]
     title = f"Difference from {rows[0]['name']} on the same images, points ± one paired standard error"
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)
+    if len(seeds) > 1:
+        listed = "; ".join(f"seed {seed}: {names}" for seed, names in seeds.items())
+        console.note(
+            f"The attacks began at other random points ({listed}). They were equally strong, but the differences also "
+            "contain the chance of these points, about which the errors say nothing."
+        )
     for reason in dict.fromkeys(left_out.values()):
         labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
         option = " (advmoe evaluate --routing)" if reason == left_out.get(RA.key) else ""
