@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from advmoe_export import PROFILES, ExportReport, Session, UnsupportedModelError, VerificationError, export_model
 from advmoe_export.bank import Bank
 from advmoe_export.coverage import Coverage, least, warn_of_gaps
-from advmoe_export.reference import Reference, run_reference
+from advmoe_export.reference import Reference, probe_images, run_reference
 from advmoe_export.trace import Traced, trace
 from advmoe_export.verify import compare_on, verify
 from conftest import SmallMoE
@@ -231,6 +232,17 @@ def test_a_warning_names_few_layers_and_the_tokens_of_a_layer_count_together(exp
     assert least([coverage, Coverage(tokens)]) == {"mlp": (0, 0, 0)}
 
 
+class Times(nn.Module):
+    """A product by two factors, so that each fits into float16."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 100 * (self.factor / 100)
+
+
 class Large(nn.Module):
     """A network with activations of about 100 * `size`, and logits of ordinary size."""
 
@@ -238,11 +250,12 @@ class Large(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.size = size
+        self.larger = Times(100 * size)
         self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 1, bias=False)
         self.second.weight.data *= weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(torch.relu(self.first(x)) * 100 * self.size).mean((2, 3))
+        y: Tensor = self.second(self.larger(torch.relu(self.first(x)))).mean((2, 3))
         return y / 100 / self.size
 
 
@@ -252,9 +265,15 @@ def test_an_overflow_of_float16_is_found_on_a_cpu(tmp_path: Path) -> None:
     report = export_model(Large(1e1), path, **options)
     assert {check.optimization for check in report.verification.checks} >= {"all", "rounded"}
     # Each factor is within float16, their product is not.
-    with pytest.raises(VerificationError, match=r"infinite or NaN .*'rounded'; float16 ends at 65504"):
+    message = r"infinite or NaN .*'rounded'; float16 ends at 65504 and the values after 'larger' reach (.*), so"
+    with pytest.raises(VerificationError, match=message) as caught:
         export_model(Large(6e4), tmp_path / "large.onnx", **options)
-    with pytest.raises(UnsupportedModelError, match=r"float16 ends at 65504, but '.*' has a value of size .*; export"):
+    large, images = Large(6e4), torch.from_numpy(probe_images((16, 16), "float32"))
+    largest = float(large.larger(torch.relu(large.first(images))).detach().max())
+    found = re.search(message, str(caught.value))
+    assert found is not None
+    assert found[1] == f"{largest:.4g}"
+    with pytest.raises(UnsupportedModelError, match=r"at 65504, but 'second.weight' has a value of size .*; export"):
         export_model(Large(1e1, weight=1e6), tmp_path / "weight.onnx", **options)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 

@@ -97,6 +97,38 @@ def _run_module(network: Any, decisions: Sequence[Any], images: npt.NDArray[Any]
     }
 
 
+def first_beyond(program: Any, images: npt.NDArray[Any], limit: float) -> tuple[str, float] | None:
+    """The first value that the module computes beyond a limit: the layer or operator, and the largest magnitude.
+
+    The input of a BatchNorm does not count, because a file has it only together with the BatchNorm.
+
+    Args:
+        program: as in `run_reference`.
+        images: likewise.
+        limit: largest magnitude that is accepted.
+    """
+    import torch
+
+    network = program.module()
+    largest: dict[Any, float] = {}
+
+    class Measure(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            result = super().run_node(n)
+            if n.op == "call_function" and isinstance(result, torch.Tensor) and result.is_floating_point():
+                largest[n] = max(largest.get(n, 0.0), float(result.abs().max()))
+            return result
+
+    with torch.no_grad():
+        for start in range(0, len(images), IMAGES_AT_A_TIME):
+            Measure(network).run(as_float_tensor(images[start : start + IMAGES_AT_A_TIME]))
+    for node, size in largest.items():
+        if size > limit and not all("batch_norm" in str(user.target) for user in node.users):
+            layer = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
+            return (layer[0] if layer and layer[0] else str(node.name)), size
+    return None
+
+
 def as_float_tensor(images: npt.NDArray[Any]) -> Any:
     """Images as a float tensor [B, 3, H, W] in [0, 1], the input of the module."""
     import torch

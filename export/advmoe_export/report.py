@@ -95,6 +95,8 @@ class VerificationReport:
 
     An image counts in each of its batches, unless its decisions differ there.
     """
+    overflow: str = ""
+    """The first layer of the module whose values are beyond float16, if that made logits infinite."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -151,7 +153,10 @@ class VerificationReport:
             return self._too_few() or f"logits agree within {self.difference:.1e}"
         infinite = max(failed, key=lambda check: check.not_finite)
         if infinite.not_finite:
-            hint = "; float16 ends at 65504, so export with fp32" if infinite.optimization == ROUNDED else ""
+            hint = ""
+            if infinite.optimization == ROUNDED:
+                place = f" and {self.overflow}" if self.overflow else ""
+                hint = f"; float16 ends at 65504{place}, so export with fp32"
             return (
                 f"logits of {infinite.not_finite} of {infinite.size} images are infinite or NaN "
                 f"in batch '{infinite.batch}', optimization '{infinite.optimization}'{hint}"

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from advmoe_export.coverage import Coverage, least
 from advmoe_export.errors import InputError
-from advmoe_export.reference import PROBES, Reference, probe_images, run_reference
+from advmoe_export.reference import PROBES, Reference, first_beyond, probe_images, run_reference
 from advmoe_export.report import ROUNDED, TOLERANCES, Agreement, Check, Tolerance, VerificationReport
 from advmoe_export.session import OPTIMIZATION_LEVELS, Session
 
@@ -69,9 +69,22 @@ def verify(
                     check, compared = _compare(source, name, batch, session, level, tolerance)
                     checks.append(check)
                     coverage[level].add(compared.expert_index)
+    overflowed = next((check.source for check in checks if check.not_finite and check.optimization == ROUNDED), None)
     return VerificationReport(
-        path=str(Path(path)), tolerance=tolerance, checks=tuple(checks), compared=least(coverage.values())
+        path=str(Path(path)),
+        tolerance=tolerance,
+        checks=tuple(checks),
+        compared=least(coverage.values()),
+        overflow="" if overflowed is None else _overflow(program, sources[overflowed].images),
     )
+
+
+def _overflow(program: Any, images: npt.NDArray[Any]) -> str:
+    """What is beyond float16 while the module computes these images, in words; empty if nothing is."""
+    from advmoe_export.passes.half import LARGEST_HALF
+
+    found = first_beyond(program, images, LARGEST_HALF)
+    return "" if found is None else f"the values after '{found[0]}' reach {found[1]:.4g}"
 
 
 def compare_on(path: str | os.PathLike[str], reference: Reference, targets: npt.NDArray[Any] | None) -> Agreement:
