@@ -167,6 +167,17 @@ def test_streams_are_independent() -> None:
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(23))
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(("start", "numbers"), [(0, [0, 3, 6, 9]), (4, [4, 7, 10])])
+def test_every_third_batch_is_made_and_no_other(prefetch: int, start: int, numbers: list[int]) -> None:
+    loader = augmented(some_images(), batch_size=2, num_threads=2, prefetch=prefetch)  # 23 images: batches 0 to 11
+    whole = list(loader.epoch(0))
+    made = list(loader.epoch(0, start, every=3))
+    assert len(made) == len(numbers)
+    for got, number in zip(made, numbers, strict=True):
+        assert same(got, whole[number])
+
+
 def test_channels_last_and_normalized_batches_hold_the_same_images() -> None:
     source = some_images()
     mean, std = (0.5, 0.25, 0.125), (0.5, 0.75, 2.0)
@@ -205,10 +216,11 @@ def _send_rest(batches: object, pipe: object) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_goes_on_with_threads_of_its_own() -> None:
-    loader = augmented(some_images(), num_threads=2)
-    expected = [b.indices.tolist() for b in loader.epoch(0)]
-    batches = loader.epoch(0)
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_forked_child_goes_on_with_threads_of_its_own(every: int) -> None:
+    loader = augmented(some_images(), batch_size=2, num_threads=2)
+    expected = [b.indices.tolist() for b in loader.epoch(0)][::every]
+    batches = loader.epoch(0, every=every)
     next(batches)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()

@@ -51,7 +51,8 @@ class Ahead(Generic[T]):
             return self._make(number)
         if not self._threads or self._process != os.getpid():
             # A forked child inherits this object, but not its threads and their unfinished things.
-            self._numbers = range(self._numbers.start - len(self._made), self._numbers.stop)
+            numbers = self._numbers
+            self._numbers = range(numbers.start - numbers.step * len(self._made), numbers.stop, numbers.step)
             self._made.clear()
             self._process = os.getpid()
             self._start()
