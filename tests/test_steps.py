@@ -458,6 +458,18 @@ def test_pgd_at_takes_statistics_of_adversarial_images_only(tiny_vgg: Any) -> No
     assert {int(value) for name, value in model.state_dict().items() if "num_batches" in name} == {1}
 
 
+@pytest.mark.parametrize("method", ["at", "router_at", "expert_at"])
+def test_an_image_that_no_attack_changes_counts_alike_clean_and_attacked(model: RoutedNetwork, method: str) -> None:
+    unchanged = AttackConfig(eps=0.0, steps=1)
+    config = dataclasses.replace(CONFIG, loss="pgd_at", attack=unchanged)
+    (result,) = run(method, model, batch(1), config=config)
+    assert result is not None
+    assert result.adversarial_routing is not None
+    assert result.adversarial_correct is not None
+    assert torch.equal(result.routing.expert_index_BL, result.adversarial_routing.expert_index_BL)
+    assert int(result.clean_correct) == int(result.adversarial_correct)
+
+
 def test_a_step_of_pgd_at_is_sgd_on_the_cross_entropy_of_attacked_images(tiny_vgg: Any) -> None:
     config = dataclasses.replace(CONFIG, loss="pgd_at")
     model = tiny_vgg(kind="dense", warm=True)

@@ -122,14 +122,14 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
     With several ranks it is this rank's part of the objective on the union of their batches.
     """
     with arithmetic(adversarial, half=config.precision == "bf16"):
+        if config.loss == "pgd_at":
+            clean_logits, routing = _seen(level.model, batch.images)
         adversarial_logits, adversarial_routing = level.model.forward_with_routing(adversarial)
         if config.loss == "trades":
             clean_logits, routing = level.model.forward_with_routing(batch.images)
     if config.loss == "trades":
         loss = trades(clean_logits, adversarial_logits, batch.labels, config.trades_beta)
     else:
-        with torch.no_grad(), evaluating(level.model):
-            clean_logits, routing = level.model.forward_with_routing(batch.images)
         loss = F.cross_entropy(adversarial_logits, batch.labels)
     if config.balance and adversarial_routing.logits_BRN is not None:
         loss = loss + config.balance * load_balance(adversarial_routing, batch.place)
@@ -142,6 +142,17 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
         adversarial_routing,
         loss.isfinite(),
     )
+
+
+@torch.no_grad()
+def _seen(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, Routing]:
+    """Logits and routing of images that the loss does not see, in the modes of the training: in others an unchanged
+    image would take other pathways. The statistics forget the pass.
+    """
+    unmoved = Kept(statistics(submodules(model)))
+    logits, routing = model.forward_with_routing(images)
+    unmoved.restore()
+    return logits, routing
 
 
 def adversarial_update(level: Level, batch: Batch, config: TrainConfig, generator: torch.Generator) -> StepResult:
