@@ -57,7 +57,7 @@ def read_run_file(path: Path) -> RunFile:
         contents = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "config") from error
-    except ValueError as error:  # no UTF-8, or no TOML
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested too deep
         raise ConfigError(f"{path} is not a TOML file: {error}", "config") from error
     known = [each.name for each in dataclasses.fields(RunFile)]
     unknown = sorted(set(contents) - set(known))

@@ -39,6 +39,7 @@ from advmoe.evaluation.vocabulary import READINGS, Attack
 from advmoe.models.masked import mask_pathway
 from advmoe.reports.figures import analysis_figures, changed_layers, expert_load, pathways_flow, scale_curves
 from advmoe.reports.html import render
+from advmoe.reports.training import read_log
 from advmoe.routing_log import RouteLog
 from advmoe.schema import fields_of
 
@@ -96,7 +97,14 @@ def test_the_card_speaks_robustbench_and_says_whether_to_trust_it(result: SuiteR
     path = tmp_path / "card.json"
     save_card(path, card)
     assert load_card(path) == json.loads(json.dumps(card))
-    for text, reason in (("{}", "it has no 'advmoe'"), ("[]", ""), ('{"advmoe": 3}', ""), ("not JSON", "")):
+    nested = 100_000 * "["
+    for text, reason in (
+        ("{}", "it has no 'advmoe'"),
+        ("[]", ""),
+        ('{"advmoe": 3}', ""),
+        ("not JSON", ""),
+        (nested, ""),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=f"is not a result card: .*{reason}"):
             load_card(path)
@@ -441,3 +449,16 @@ def test_layers_are_numbered_by_whole_numbers() -> None:
         labels = re.findall(r"<text[^>]*>([^<]+)</text>", axis)
         assert len(labels) > 4
         assert all(label.isdigit() for label in labels if label != "MoE layer"), labels
+
+
+def test_a_log_that_cannot_be_read_has_no_records(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == []
+    record = '{"epoch": 1}\n'
+    for text, records in (
+        (record, [{"epoch": 1}]),
+        (f"{record}[]\n", [{"epoch": 1}]),
+        (100_000 * "[", []),
+        ('{"epo', []),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert read_log(tmp_path) == records

@@ -77,6 +77,7 @@ def test_settings_of_earlier_files_keep_their_names(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[model", "run.toml is not a TOML file"),
+        ("model = " + 10_000 * "[", "run.toml is not a TOML file"),
         ("seed = 1", "unknown entry seed; expected model, train, attack, data_dir, init"),
         ("model = 5", r"\[model\] must be a mapping"),
         ("[model]\ndepht = 5", r"run.toml: \[model\] has no setting depht"),

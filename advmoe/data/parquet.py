@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -66,11 +67,12 @@ def _find_shards(folder: Path, split: str) -> Shards:
         if match := re.fullmatch(rf"{re.escape(split)}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name):
             numbers[int(match[1])] = path
             expected = max(expected, int(match[2]))
-    missing = [number for number in range(expected) if number not in numbers]
+    missing = expected - sum(number < expected for number in numbers)
     if missing:
+        first = next(number for number in itertools.count() if number not in numbers)
         raise DataError(
-            f"{folder} lacks shard {missing[0]:05d} of {expected} of the {split} split"
-            f" ({len(missing)} missing); download the missing parquet files"
+            f"{folder} lacks shard {first:05d} of {expected} of the {split} split"
+            f" ({missing} missing); download the missing parquet files"
         )
     return tuple(numbers[number] for number in sorted(numbers))
 

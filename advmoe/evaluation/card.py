@@ -311,7 +311,7 @@ def load_card(path: Path) -> dict[str, Any]:
         if not isinstance(value, int | float):
             raise ConfigError(f"RA under PGD must be a number, got {shown(value)}")
         from_dict(CardFile, card | {"advmoe": numbers})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not a result card: {reason}; expected the card of an evaluation") from error
     return dict(card)

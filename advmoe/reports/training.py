@@ -16,7 +16,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = (folder / LOG).read_text().splitlines()
         return [record for line in lines if isinstance(record := json.loads(line), dict) and "epoch" in record]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
 
 
