@@ -72,10 +72,14 @@ def read_run_file(path: Path) -> RunFile:
 
 
 def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, init: Path | None) -> str:
-    """The text of a file that repeats this run. It contains the seed and all defaults."""
+    """The text of a file that repeats this run. It contains the seed and all defaults.
+
+    Raises:
+        ConfigError: A path is not UTF-8, as TOML has to be.
+    """
     attack = train.attack
     contents = {
-        name: str(path if str(path).startswith("hf:") else path.resolve())
+        name: _in_utf8(str(path if str(path).startswith("hf:") else path.resolve()), name)
         for name, path in (("data_dir", data_dir), ("init", init))
         if path is not None
     }
@@ -89,6 +93,12 @@ def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, i
     for section, values in sections.items():
         sections[section] = {name: NONE if value is None else value for name, value in values.items()}
     return tomli_w.dumps(contents | sections)
+
+
+def _in_utf8(path: str, setting: str) -> str:
+    """A path, unless it has bytes that are not UTF-8. Python reads such bytes from a file system as surrogates."""
+    check(path.encode(errors="ignore").decode() == path, f"expected a path in UTF-8, got {path!r}; rename it", setting)
+    return path
 
 
 def _checked(path: Path, section: str, owner: type[Settings], name: str, value: Any) -> Any:

@@ -113,6 +113,21 @@ def test_the_file_of_a_run_repeats_it_and_options_override_it(
     capsys.readouterr()
 
 
+def test_a_path_that_no_run_file_can_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos-\udcff"  # a byte that is not UTF-8, as Python reads it from a file system
+    for folder in (root / split / name for split in ("train", "val") for name in "ab"):
+        folder.mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
+    assert main(["train", "folder", "--data-dir", str(root), *TINY, "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "expected a path in UTF-8, got '/" in message
+    assert "photos-\\udcff'; rename it (--data-dir)" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_several_seeds_are_runs_of_their_own(repeated: Path) -> None:
     seeds = {path.name: json.loads((path / "config.json").read_text())["train"]["seed"] for path in repeated.iterdir()}
     assert seeds == {"seed-3": 3, "seed-4": 4}

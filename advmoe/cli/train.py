@@ -306,6 +306,7 @@ def train_run(
         if checkpoint is not None and not plan.size_chosen and checkpoint.model.image_size != model.image_size:
             model = dataclasses.replace(model, image_size=checkpoint.model.image_size)  # another machine may suggest
             console.note(f"going on with the run's image size, {model.image_size}")
+        text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
         with data_progress() as progress:
             data = leader_first(
                 lambda: load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)
@@ -314,7 +315,6 @@ def train_run(
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
             )
-            text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
             from_leader(lambda: remember_data(path, config.dataset, plan.data_dir))
             from_leader(lambda: write_text_atomically(path / RUN_FILE, text))
             if trainer.step == trainer.schedule.steps:
