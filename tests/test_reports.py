@@ -37,7 +37,15 @@ from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
 from advmoe.evaluation.vocabulary import READINGS, Attack
 from advmoe.models.masked import mask_pathway
-from advmoe.reports.figures import analysis_figures, changed_layers, expert_load, pathways_flow, scale_curves
+from advmoe.reports.figures import (
+    accuracies,
+    analysis_figures,
+    changed_layers,
+    expert_load,
+    pathways_flow,
+    radius_curve,
+    scale_curves,
+)
 from advmoe.reports.html import render
 from advmoe.reports.training import read_log
 from advmoe.routing_log import RouteLog
@@ -336,6 +344,17 @@ def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> 
         assert number in page
     numbers = figures(result)
     assert numbers["standard_error"] == 27.22  # sqrt(1/3 * 2/3 / 3)
+
+
+@pytest.mark.parametrize("name", ["costs $5_a_$6", "_hidden", "50% \\alpha^2"])
+def test_figures_show_names_as_they_are(result: SuiteResult, name: str) -> None:
+    cards = [card_of(result, name), card_of(result, "second")]
+    swept = {**cards[0]["advmoe"], "ra_by_eps": {"2/255": 80.0}}
+    cards[0]["advmoe"] = swept
+    for drawn in (accuracies(cards), radius_curve(cards)):
+        assert drawn is not None
+        texts = {text.text.strip() for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")}
+        assert {name, "second"} <= texts
 
 
 def test_shares_carry_their_standard_error(result: SuiteResult) -> None:

@@ -53,6 +53,7 @@ def _grid(height: float, rows: int, columns: int) -> Iterator[tuple[Any, list[st
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "advmoe",
+        "text.parse_math": False,  # a name may hold dollars
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.spines.top": False,
@@ -104,10 +105,16 @@ def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequen
             error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
             height=0.92 * thickness,
             color=COLORS[model % len(COLORS)],
-            label=card["name"],
+            label=_labeled(card),
         )
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [row.short for row in rows])
+
+
+def _labeled(card: Card) -> str:
+    """The name of a card for a legend, which leaves out what begins with an underscore."""
+    name: str = card["name"]
+    return f" {name}" if name.startswith("_") else name
 
 
 def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequence[Figure]) -> None:
@@ -202,7 +209,7 @@ def radius_curve(cards: Sequence[Card]) -> str | None:
                 markersize=5,
                 capsize=2,
                 color=COLORS[model % len(COLORS)],
-                label=card["name"],
+                label=_labeled(card),
             )
         axes.set_xlabel("radius eps of the attack, in 1/255")
         axes.set_ylabel(f"RA under PGD, per cent of {cards[0]['advmoe']['images']} images")
