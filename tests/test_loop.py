@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +439,24 @@ def test_a_moving_average_counts_all_batches(digits: Dataset, tmp_path: Path) ->
 def test_a_run_is_not_resumed_from_its_best_checkpoint(digits: Dataset, whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no training state; resume needs the last.pt"):
         train(digits, tmp_path / "run", resume=load_checkpoint(whole_run / "best.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 5}, "it is at step 5 of 4"),
+        ({"failed_in_a_row": [0, 0, 0]}, "it has another number of levels"),
+        ({"sums": []}, "it has another number of levels"),
+    ],
+)
+def test_a_run_does_not_go_on_from_a_place_that_it_does_not_have(
+    digits: Dataset, whole_run: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    last = load_checkpoint(whole_run / "last.pt")
+    changed = dataclasses.replace(last, progress=last.progress | change)
+    with pytest.raises(CheckpointError, match=f"last.pt does not fit the run it belongs to: {message}"):
+        train(digits, tmp_path / "run", resume=changed)
 
 
 @pytest.mark.parametrize(

@@ -427,8 +427,11 @@ class Trainer:
                 "started; restore them, or begin a new run from its weights",
                 "init",
             )
+        failed = progress.failed_in_a_row or [progress.skipped_in_a_row] * len(self.levels)
         try:
-            check(len(checkpoint.optimizers) == len(self.levels), "it has another number of optimizers")
+            check(progress.step <= self.schedule.steps, f"it is at step {progress.step} of {self.schedule.steps}")
+            for of_levels in (checkpoint.optimizers, progress.sums, failed):
+                check(len(of_levels) == len(self.levels), "it has another number of levels")
             self._restore_weights(checkpoint, progress)
             for sums, state in zip(self.sums, progress.sums, strict=True):
                 sums.load_state_dict(state)
@@ -438,7 +441,6 @@ class Trainer:
         for level, state in zip(self.levels, checkpoint.optimizers, strict=True):
             load_optimizer(level.optimizer, state)
         self.step = progress.step
-        failed = progress.failed_in_a_row or [progress.skipped_in_a_row] * len(self.levels)
         self.watch.in_a_row = {level.name: number for level, number in zip(self.levels, failed, strict=True)}
         self._metrics = dict(checkpoint.metrics)
         if not world().leads:
