@@ -93,7 +93,7 @@ class FolderLock:
         except Timeout:
             owner = "another process"
             with contextlib.suppress(OSError):  # it may just have ended, or not have written its name yet
-                owner = self._owner.read_text().strip() or owner
+                owner = self._owner.read_text(encoding="utf-8").strip() or owner
             raise ConfigError(
                 f"{owner} is writing to {self._folder}; wait until it has ended, or choose another folder", "out"
             ) from None

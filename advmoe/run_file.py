@@ -54,7 +54,7 @@ def read_run_file(path: Path) -> RunFile:
         ConfigError: The file is missing or no TOML, or it has a key or a value that no run has.
     """
     try:
-        contents = tomllib.loads(path.read_text())
+        contents = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "config") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested too deep

@@ -78,6 +78,17 @@ def test_load_balance_is_one_at_balance_and_n_at_collapse() -> None:
     assert load_balance(routing_of(torch.cat((balanced, collapsed), dim=1))).item() == pytest.approx(1.5)
 
 
+def test_load_balance_counts_all_tokens_of_a_router_together() -> None:
+    # Two positions that prefer different experts: balanced together, collapsed each for itself.
+    preferred = torch.tensor([[[50.0, -50.0], [-50.0, 50.0]]] * 2)
+    assert load_balance(routing_of(preferred), rows_per_image=2).item() == pytest.approx(1.0)
+    assert load_balance(routing_of(preferred)).item() == pytest.approx(2.0)
+    # Two routers of two tokens each, layer by layer: the second one collapsed.
+    collapsed = torch.tensor([[[50.0, -50.0]] * 2] * 2)
+    both = torch.cat((preferred, collapsed), dim=1)
+    assert load_balance(routing_of(both), rows_per_image=2).item() == pytest.approx(1.5)
+
+
 def test_load_balance_pushes_probability_away_from_the_busy_expert() -> None:
     logits_BRN = torch.tensor([[[1.0, 0.0]], [[2.0, 0.0]], [[-1.0, 0.0]]], requires_grad=True)
     load_balance(routing_of(logits_BRN)).backward()

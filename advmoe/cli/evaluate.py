@@ -398,7 +398,7 @@ def _save(out: Path, card: dict[str, Any], result: SuiteResult, subject: Subject
 
     log = subject.path.parent / LOG
     if log.is_file():
-        write_text_atomically(out / LOG, log.read_text())
+        write_text_atomically(out / LOG, log.read_text(encoding="utf-8"))
     save_examples(out / EXAMPLES, subject.model, images, result)
     save_outcomes(out / OUTCOMES, result)
     route_log(result, subject.model).save(out / ROUTES)
@@ -453,8 +453,8 @@ def _recipe_of(run: str) -> str | None:
 def _training_seconds(run: Path) -> float | None:
     """Seconds of a run's training steps, computed from the speed of each epoch in the log; None without a log."""
     try:
-        config = json_text.loads((run / "config.json").read_text())["train"]
-        records = [json_text.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        config = json_text.loads((run / "config.json").read_text(encoding="utf-8"))["train"]
+        records = [json_text.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps = [0, *(record["step"] for record in records)]
         images = [config["batch_size"] * (after - before) for before, after in itertools.pairwise(steps)]
         speeds = [record["images_per_second"] for record in records]

@@ -27,7 +27,7 @@ def data_dir_of(checkpoint: Path, dataset: str, given: Path | None) -> Path | No
     if given is not None or is_packaged(dataset):  # earlier versions recorded a folder for any data set
         return given
     try:
-        stored = json.loads((checkpoint.parent / DATA).read_text())
+        stored = json.loads((checkpoint.parent / DATA).read_text(encoding="utf-8"))
         remembered = stored["data_dir"] if stored["dataset"] == dataset else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

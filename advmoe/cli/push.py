@@ -128,11 +128,11 @@ def write_repository(
 
     save_checkpoint(folder / WEIGHTS, contents)
     config = {"model": to_dict(contents.model), "train": contents.train, "class_names": list(contents.class_names)}
-    (folder / "config.json").write_text(jsonlib.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(jsonlib.dumps(config, indent=2) + "\n", encoding="utf-8")
     if card is not None:
-        (folder / CARD).write_text(jsonlib.dumps(card, indent=2) + "\n")
+        (folder / CARD).write_text(jsonlib.dumps(card, indent=2) + "\n", encoding="utf-8")
     if onnx:
         export_onnx(contents, checkpoint, folder / ONNX)
     text = model_card(contents, repository, license=license, evaluation=card, onnx=onnx)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return sorted(path.name for path in folder.iterdir())

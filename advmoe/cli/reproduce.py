@@ -278,7 +278,7 @@ def once(
 
     def before() -> dict[str, Any] | None:
         try:
-            done = jsonlib.loads((folder / DONE).read_text())
+            done = jsonlib.loads((folder / DONE).read_text(encoding="utf-8"))
             result = dict(done["result"]) if done["arguments"] == [command, *arguments] else None
             return None if result is None or _of_another(evaluated, result) else result
         except (OSError, ValueError, KeyError, TypeError):

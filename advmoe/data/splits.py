@@ -42,7 +42,8 @@ def split_validation(
     if not 1 <= size <= most:
         raise ConfigError(
             f"cannot hold {size} of {total} images out for validation: the size must be 1..{most},"
-            f" so that each of the {len(class_sizes)} classes keeps a training image"
+            f" so that each of the {len(class_sizes)} classes keeps a training image",
+            *(() if fraction is None else ("val_fraction",)),
         )
 
     # The smallest draws of each class are held out, so rows sorted by (class, draw) hold them at

@@ -305,7 +305,7 @@ def load_card(path: Path) -> dict[str, Any]:
             f"there is no result card {path}; expected the output folder of 'advmoe evaluate', which writes one"
         )
     try:
-        card = json.loads(path.read_text())
+        card = json.loads(path.read_text(encoding="utf-8"))
         numbers = dict(card["advmoe"])
         value = numbers.pop(pgd_key(numbers))
         if not isinstance(value, int | float):

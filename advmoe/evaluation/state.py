@@ -175,7 +175,7 @@ class EvaluationState:
 def read_note(path: Path, identity: dict[str, Any]) -> Any:
     """The note stored for this identity; None if there is none, or only for another identity."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         same = _first_difference(stored[IDENTITY], json.loads(json.dumps(identity))) is None
         return stored["content"] if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

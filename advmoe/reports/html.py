@@ -49,7 +49,7 @@ def render(
     except ImportError:
         raise ConfigError("reports need jinja2; pip install 'advmoe[reports]'") from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text())
+    template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text(encoding="utf-8"))
     # matplotlib makes the SVG, and escapes the names in it.
     drawn = {
         "accuracies": figures.accuracies(cards),

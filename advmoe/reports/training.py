@@ -14,7 +14,7 @@ LOG = "metrics.jsonl"
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a log, one per epoch; empty if the log is missing or cannot be read."""
     try:
-        lines = (folder / LOG).read_text().splitlines()
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
         return [record for line in lines if isinstance(record := json.loads(line), dict) and "epoch" in record]
     except (OSError, ValueError, RecursionError):
         return []

@@ -30,17 +30,19 @@ def trades(clean_logits_BK: Tensor, adversarial_logits_BK: Tensor, labels_B: Ten
     return natural + beta * robust
 
 
-def load_balance(routing: Routing, place: Place | None = None) -> Tensor:
+def load_balance(routing: Routing, place: Place | None = None, rows_per_image: int = 1) -> Tensor:
     """N * sum_e f_e * p_e, averaged over routers (Fedus et al., 2022, eq. 4): 1 at perfect balance.
 
     It is above 1 where the experts that are chosen most also have the largest probabilities, as usual.
     f_e is the share of images that router sends to expert e (constant), p_e the mean of its
-    softmax. With several ranks both are means over the union of their batches, in which the batch
-    has its `place`.
+    softmax. Of a router of tokens, both are means over all tokens of all images, `rows_per_image`
+    of each: a position of tokens may prefer an expert. With several ranks both are means over the
+    union of their batches, in which the batch has its `place`.
     """
     logits_BRN = routing.logits_BRN
     assert logits_BRN is not None
     num_experts = logits_BRN.shape[2]
     share_RN = mean_over_union(F.one_hot(logits_BRN.argmax(dim=2), num_experts).to(logits_BRN.dtype), place)
     probability_RN = mean_over_union(logits_BRN.softmax(dim=2), place)
-    return num_experts * torch.sum(share_RN * probability_RN, dim=1).mean()
+    of_routers = [means.unflatten(0, (-1, rows_per_image)).mean(dim=1) for means in (share_RN, probability_RN)]
+    return num_experts * torch.sum(of_routers[0] * of_routers[1], dim=1).mean()

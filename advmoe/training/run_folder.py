@@ -119,12 +119,12 @@ class RunFolder:
         self._lock.acquire()
         self._remove_leftovers()
         self._events = EventLog(self.path, first_step=steps_done + 1, settings=config)
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
         kept = [line for line in lines if line.endswith("\n")][:epochs_done]
         if kept != lines:
             write_text_atomically(self.metrics, "".join(kept))
         if self.skipped.exists():
-            lines = self.skipped.read_text().splitlines(keepends=True)
+            lines = self.skipped.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
             write_text_atomically(self.skipped, "".join(kept))
 
@@ -214,7 +214,7 @@ class RunFolder:
 def _is_of_run(config: Path) -> bool:
     """Whether a file is the `config.json` of a run."""
     try:
-        stored = json.loads(config.read_text())
+        stored = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(stored, dict) and set(stored) == {"model", "train"}

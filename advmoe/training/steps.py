@@ -132,7 +132,7 @@ def robust_loss(level: Level, batch: Batch, adversarial: Tensor, config: TrainCo
     else:
         loss = F.cross_entropy(adversarial_logits, batch.labels)
     if config.balance and adversarial_routing.logits_BRN is not None:
-        loss = loss + config.balance * load_balance(adversarial_routing, batch.place)
+        loss = loss + config.balance * load_balance(adversarial_routing, batch.place, level.model.rows_per_image)
     return part_of_union(loss, batch), StepResult(
         loss.detach(),
         batch.indices,

@@ -77,8 +77,12 @@ def write_triton_repository(
                     if entry.key == "location":
                         entry.value = data_file(Path(MODEL)).name
             (version / MODEL).write_bytes(model.SerializeToString())
-            (version.parent / "labels.txt").write_text("".join(f"{label}\n" for label in metadata.labels))
-            (version.parent / "config.pbtxt").write_text(config(model, metadata, name, max_batch_size, queue_delay_us))
+            (version.parent / "labels.txt").write_text(
+                "".join(f"{label}\n" for label in metadata.labels), encoding="utf-8"
+            )
+            (version.parent / "config.pbtxt").write_text(
+                config(model, metadata, name, max_batch_size, queue_delay_us), encoding="utf-8"
+            )
             version.parent.replace(target)
     except OSError as error:
         raise ModelFileError(f"cannot write '{target}': {error.strerror or error}") from error
