@@ -98,6 +98,7 @@ RATIOS = {
     "advmoe_vs_at_moe": ("advmoe", "at_moe"),
     "advmoe_vs_reference": ("reference", "advmoe"),
     "cheap_vs_at_moe": ("cheap", "at_moe"),
+    "cheap_vs_reference": ("reference", "cheap"),
     "cost_n8_vs_n2": ("at_moe_n8", "at_moe"),
     "cost_n8_vs_n2_sampled": ("at_moe_n8_sampled", "at_moe"),
     **{f"{name}_fp32_vs_bf16": (name, f"{name}_bf16") for name in ("s_dense", "dense", "at_moe", "advmoe")},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe.models import moe_conv
+from advmoe.models import convolution, moe_conv
 from advmoe.models.channels import Channels
 from advmoe.models.dispatch import row_products
 from advmoe.models.experts import ExpertLayout
@@ -94,17 +94,20 @@ def signals(outputs_NB: Tensor, toward_B: Tensor, chosen_B: Tensor, other_B: Ten
     }
 
 
-@pytest.mark.parametrize("way", ["sorted", "all computed", "by image"])
+@pytest.mark.parametrize("way", ["sorted", "all computed", "by groups", "by products"])
 @pytest.mark.parametrize("signal", ["own", "mean", "all", "sampled"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_gate_learns_what_its_signal_names(
     monkeypatch: pytest.MonkeyPatch, name: str, signal: Signal, way: str
 ) -> None:
     monkeypatch.setattr("advmoe.models.moe_conv.computes_all", lambda *_: way == "all computed")
-    if way == "by image":
+    if way.startswith("by"):
         monkeypatch.setattr(moe_conv, "ENOUGH", 1)
         monkeypatch.setattr(moe_conv, "LARGE", 1)
-        monkeypatch.setattr(moe_conv, "ROOM", 1)  # one image at a time
+        monkeypatch.setattr(convolution, "PLACES", 1 if way == "by groups" else 1000)
+        monkeypatch.setattr(convolution, "ROOM", 1)  # one image at a time
+        monkeypatch.setattr(convolution, "IMAGES", 5)
+        monkeypatch.setattr(convolution, "CACHED", 8 * 5 * 45 * 2)  # two filters at a time
         if signal != "own" and LAYOUTS[name].num_experts > 1:
             monkeypatch.setattr("advmoe.models.moe_conv.router_signal", None)  # not asked for
     torch.manual_seed(0)
@@ -126,18 +129,20 @@ def test_a_gate_learns_what_its_signal_names(
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "size"), [(1, 16), (2, 16), (1, 6), (2, 12)])
 def test_products_with_all_experts_are_those_with_their_outputs(
-    monkeypatch: pytest.MonkeyPatch, stride: int, biased: bool
+    monkeypatch: pytest.MonkeyPatch, stride: int, size: int, biased: bool
 ) -> None:
     torch.manual_seed(0)
     rows = split_rows(range(20), 4)
     bias = torch.randn(20, dtype=torch.float64) if biased else None
     experts = Convolution(torch.randn(20, 3, 3, 3, dtype=torch.float64), bias, Form(rows, [stride] * 2, [1, 1]))
-    x_BCHW = torch.randn(7, 3, 16, 16, dtype=torch.float64)
-    gradient_BSHW = torch.randn(7, 4, 16 // stride, 16 // stride, dtype=torch.float64)
+    x_BCHW = torch.randn(7, 3, size, size, dtype=torch.float64)
+    gradient_BSHW = torch.randn(7, 4, size // stride, size // stride, dtype=torch.float64)
     assert len(rows) * gradient_BSHW[0, 0].numel() >= moe_conv.ENOUGH
-    monkeypatch.setattr(moe_conv, "ROOM", 8 * 27 * 4 * 3)  # 3 images at a time
+    monkeypatch.setattr(convolution, "ROOM", 8 * 27 * 4 * 3)  # 3 images at a time
+    monkeypatch.setattr(convolution, "IMAGES", 3)
+    monkeypatch.setattr(convolution, "CACHED", 8 * 27 * 3 * 3)  # 3 filters at a time
     expected_BN = torch.stack([(experts.output(e, x_BCHW) * gradient_BSHW).sum(dim=(1, 2, 3)) for e in range(5)], dim=1)
     monkeypatch.setattr(Convolution, "output", None)  # not asked for
     found_BN = experts.along_all(x_BCHW, gradient_BSHW)

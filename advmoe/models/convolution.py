@@ -10,8 +10,8 @@ Shape suffixes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,14 @@ from torch import Tensor
 
 FILTERS, VECTOR = 8, 16
 """The detour pays with at most so many filters, and fewer input channels than a vector has numbers."""
+
+PLACES = 64
+"""Places of an output from which on the gradients of filters by single images are cheaper by a convolution with groups
+than by products of matrices (docs/log.md)."""
+ROOM = 2**26
+"""Bytes of such gradients that a convolution with groups computes at a time."""
+IMAGES, CACHED = 16, 2**21
+"""Images, and bytes of such gradients, that products of matrices compute at a time."""
 
 
 def is_narrow(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
@@ -70,21 +78,58 @@ def gradients(
     return (found[0] if of_x is None else of_x), found[1], found[2]
 
 
+class Piece(NamedTuple):
+    """A part of the gradients of filters by single images."""
+
+    images: slice
+    """Which of the B images."""
+    columns: slice
+    """Which of the C' C kh kw numbers of all filters, in their order."""
+    values: Tensor
+    """The gradients, [images, columns]."""
+
+
 def gradients_of_filters(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """Gradient of the filters by each image alone, [B, C', C, kh, kw]; arguments as for `gradients`.
+) -> Iterator[Piece]:
+    """Gradient of the filters by each image alone, piece by piece; arguments as for `gradients`.
 
-    The images are the groups of one convolution.
+    All pieces together are as large as B times the filters, which may be much more than the images.
     """
-    number = len(x)
-    images, slopes = (each.reshape(1, -1, *each.shape[2:]) for each in (x, gradient))
-    filters = weight.new_empty(1).expand(number * len(weight), *weight.shape[1:])  # only their form is looked at
-    found = torch.ops.aten.convolution_backward(
-        slopes, images, filters, None, stride, padding, [1, 1], False, [0, 0], number, [False, True, False]
-    )
-    of_filters: Tensor = found[1].unflatten(0, (number, -1))
-    return of_filters
+    if gradient.shape[2] * gradient.shape[3] < PLACES:
+        return _by_products(gradient, x, weight, stride, padding)
+    return _by_groups(gradient, x, weight, stride, padding)
+
+
+def _by_groups(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Iterator[Piece]:
+    """The images are the groups of one convolution."""
+    at_a_time = max(1, ROOM // (x.element_size() * weight.numel()))
+    for start in range(0, len(x), at_a_time):
+        images = slice(start, min(start + at_a_time, len(x)))
+        number = images.stop - start
+        inputs, slopes = (each[images].reshape(1, -1, *each.shape[2:]) for each in (x, gradient))
+        filters = weight.new_empty(1).expand(number * len(weight), *weight.shape[1:])  # only their form is looked at
+        found = torch.ops.aten.convolution_backward(
+            slopes, inputs, filters, None, stride, padding, [1, 1], False, [0, 0], number, [False, True, False]
+        )
+        yield Piece(images, slice(0, weight.numel()), found[1].reshape(number, -1))
+
+
+def _by_products(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Iterator[Piece]:
+    """Products of matrices, for some filters and some images at a time, so that a cache holds them."""
+    unfolded = F.unfold(x, weight.shape[2:], padding=tuple(padding), stride=tuple(stride))  # [B, C kh kw, H' W']
+    places, slopes, length = unfolded.transpose(1, 2), gradient.flatten(2), unfolded.shape[1]
+    rows = max(1, CACHED // (x.element_size() * IMAGES * length))
+    for start in range(0, len(x), IMAGES):
+        images = slice(start, min(start + IMAGES, len(x)))
+        for row in range(0, len(weight), rows):
+            last = min(row + rows, len(weight))
+            values = torch.bmm(slopes[images, row:last], places[images])
+            yield Piece(images, slice(row * length, last * length), values.flatten(1))
 
 
 class _NarrowConvolution(torch.autograd.Function):

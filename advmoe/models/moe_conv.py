@@ -69,8 +69,6 @@ def split_rows(rows: Sequence[int], size: int) -> Rows:
     return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
-ROOM = 2**26
-"""Bytes of gradients of filters that are held at a time."""
 ENOUGH = 128
 """Experts times places from which on a CPU gradients of filters by each image are cheaper than all outputs."""
 LARGE = 256
@@ -147,16 +145,15 @@ class Convolution(NamedTuple):
         banks = [self.of(expert) for expert in range(self.num_experts)]
         filters = banks[0][0]
         all_filters = _centered([own.flatten() for own, _ in banks])
-        at_a_time = max(1, ROOM // (x.element_size() * filters.numel()))
-        values, sums = [], x.new_zeros(len(members), filters.numel())
-        for start in range(0, len(x), at_a_time):
-            chunk = slice(start, start + at_a_time)
-            own = convolution.gradients_of_filters(
-                gradient[chunk], x[chunk], filters, self.form.stride, self.form.padding
-            ).flatten(1)
-            values.append(all_filters @ own.T)  # twice as fast as its transpose
-            sums.addmm_(members[:, chunk], own)
-        value_BN = torch.cat(values, dim=1).T
+        precise = torch.promote_types(x.dtype, torch.float32)  # the pieces are summed one by one
+        value_NB = x.new_zeros(len(banks), len(x), dtype=precise)
+        sums = x.new_zeros(len(members), filters.numel())
+        for images, columns, values in convolution.gradients_of_filters(
+            gradient, x, filters, self.form.stride, self.form.padding
+        ):
+            value_NB[:, images] += all_filters[:, columns] @ values.T  # twice as fast as its transpose
+            sums[:, columns].addmm_(members[:, images], values)
+        value_BN = value_NB.T
         biases = [bias for _, bias in banks if bias is not None]
         if biases:
             value_BN = value_BN + gradient.sum(dim=(2, 3)) @ _centered(biases).T
