@@ -71,6 +71,19 @@ def test_changes_are_counted_for_the_images_of_both_epochs() -> None:
     assert found["train_pathways_changed"] == 100.0
 
 
+def test_epochs_without_a_common_image_have_no_changes() -> None:
+    log = history()
+    add(log, 1, [4, 7], [[0, 1], [0, 0]])
+    add(log, 2, [0, 5], [[1, 1], [0, 0]])
+    assert log.figures(2) == {"router_load": [0.5, 0.5], "router_entropy": [1.0, 1.0]}
+
+
+def test_an_epoch_without_a_step_has_no_figures() -> None:
+    log = history()
+    add(log, 1, [4, 7], [[0, 1], [0, 0]], taken=False)
+    assert log.figures(1) == {}
+
+
 def test_tokens_of_a_layer_count_together() -> None:
     log = history(num_layers=2, tokens=2)
     add(log, 1, [0], [[0, 0, 0, 1]])

@@ -101,17 +101,18 @@ class RoutingHistory:
             of the load, divided by log N: 0 is a collapsed router, 1 perfect balance. After the
             first epoch also `router_changed`, the share of decisions that differ from those for the
             same image in the epoch before, and `train_pathways_changed`, the share of images with
-            any such decision in per cent. Empty without MoE layers.
+            any such decision in per cent, unless the epochs have no image in common. Empty without
+            MoE layers, and where no image was logged because all steps were skipped.
         """
-        if not self._num_layers:
-            return {}
         self._take_all()
+        if (CLEAN, epoch) not in self._log.conditions:
+            return {}
         load = self._log.expert_load((CLEAN, epoch)).merged(self._num_layers)
         found: dict[str, Any] = {
             "router_load": load.share.max(axis=(1, 2)).round(4).tolist(),
             "router_entropy": load.evenness[:, 0].round(4).tolist(),
         }
-        if (CLEAN, epoch - 1) in self._log.conditions:
+        if self._have_images_in_common(epoch - 1, epoch):
             change = self._log.compare((CLEAN, epoch - 1), (CLEAN, epoch))
             changed_LT = change.changed_by_layer.reshape(self._num_layers, -1)
             found["router_changed"] = np.mean(changed_LT, axis=1).round(4).tolist()
@@ -152,6 +153,12 @@ class RoutingHistory:
         if routing is not None:
             experts_BL = routing.expert_index_BL.to(torch.uint8)  # the log's own form
             self._waiting.append(_Waiting((condition, epoch), batch.indices, experts_BL, batch.labels, result.finite))
+
+    def _have_images_in_common(self, *epochs: int) -> bool:
+        if not all((CLEAN, epoch) in self._log.conditions for epoch in epochs):
+            return False
+        before, after = (self._log.routes((CLEAN, epoch)).indices for epoch in epochs)
+        return bool(np.isin(before, after).any())
 
     def _take_all(self) -> None:
         self.take(read(self.waiting))
