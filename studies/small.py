@@ -181,7 +181,7 @@ class Watch:
         shown = ("epoch", "train_loss", "val_sa", "val_ra_pgd10", "images_per_second")
         tell("  " + ", ".join(f"{name} {record[name]}" for name in shown))
 
-    def warned(self, message: str) -> None:
+    def warned(self, message: str, **advice: Any) -> None:
         tell(f"  {message}")
 
 

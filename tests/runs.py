@@ -42,6 +42,7 @@ class Observer:
         self.steps: list[int] = []
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.advice: list[dict[str, object]] = []
 
     def started(self, epochs: int, steps_per_epoch: int, step: int) -> None:
         assert (epochs, steps_per_epoch) == (2, 2)
@@ -57,8 +58,9 @@ class Observer:
     def validated(self, record: dict[str, Any]) -> None:
         self.records.append(record)
 
-    def warned(self, message: str) -> None:
+    def warned(self, message: str, **advice: object) -> None:
         self.warnings.append(message)
+        self.advice.append(advice)
 
 
 def train(

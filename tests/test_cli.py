@@ -306,6 +306,29 @@ def test_train_and_evaluate_print_one_json_object(
     assert facts["moe_layers"] == 12
 
 
+def test_every_warning_begins_in_the_same_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(9):
+            Image.new("RGB", (32, 32)).save(tmp_path / place / f"{number}.png")
+    line = ["train", "folder", "--data-dir", str(tmp_path), "--method", "standard", "--steps", "3", "--device", "tpu"]
+    assert main(line) == 1
+    *told, _ = capsys.readouterr().err.splitlines()
+    about = {word: next(line for line in told if word in line) for word in ("classes", "hundreds", "error", "attack")}
+    warnings = [word for word, line in about.items() if line.startswith("warning: ")]
+    assert warnings == ["hundreds", "error", "attack"]  # the number of classes is a fact
+
+
+def test_the_command_line_names_the_options_that_a_warning_advises(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress()
+    progress.warned("routers have collapsed; balance their load", balance=0.01, router_lr=None)
+    progress.warned("[few] images")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: routers have collapsed; balance their load (--balance 0.01, --router-lr)",
+        "warning: [few] images",
+    ]
+
+
 def test_results_go_to_stdout_and_progress_to_stderr(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["evaluate", str(run_folder / "best.pt"), "--steps", "1", "--limit-eval", "8"]) == 0

@@ -231,7 +231,7 @@ def test_few_and_unequal_images_are_pointed_out(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path, ignore_errors=True)
         counts = {"train/cat": cats, "train/dog": dogs, "val/cat": tested - 1, "val/dog": 1}
         write(tmp_path, {f"{place}/{n}.png": image for place, count in counts.items() for n in range(count)})
-        return dataset_info("folder", tmp_path).notes[2:]
+        return dataset_info("folder", tmp_path).warnings
 
     few, unequal, tested = notes(9, 90, 25)
     assert few.startswith("class cat has 9 training images")
@@ -239,7 +239,7 @@ def test_few_and_unequal_images_are_pointed_out(tmp_path: Path) -> None:
     assert tested == "accuracy on 25 test images has a standard error of up to 10.0 points"  # sqrt(0.5 * 0.5 / 25)
     assert notes(100, 101, 200) == ()
     shutil.rmtree(tmp_path / "val/dog")
-    assert dataset_info("folder", tmp_path).notes[2] == "no test images of dog: accuracies leave these classes out"
+    assert dataset_info("folder", tmp_path).warnings[0] == "no test images of dog: accuracies leave these classes out"
 
 
 def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> None:

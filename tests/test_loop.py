@@ -322,6 +322,18 @@ def test_a_collapsed_router_is_pointed_out_once_with_its_layer_and_load(
     for warning in found:
         shown = ", ".join(f"{layer} ({100 * load:.1f} %)" for layer, load in enumerate(loads))
         assert f"epoch 1: routers send nearly every image to one expert, in MoE layer {shown};" in warning
+        assert observer.advice[observer.warnings.index(warning)] == {"balance": 0.01}
+
+
+def test_the_remedy_for_collapsed_routers_is_told_once(digits: Dataset, tmp_path: Path) -> None:
+    observer = Observer()
+    train(digits, tmp_path / "run", STANDARD, observer=observer)
+    assert observer.trainer is not None
+    before, few = len(observer.warnings), len(observer.trainer.model.expert_layouts)
+    for epoch, loads in enumerate(([1.0, 0.5], [1.0, 0.5], [1.0, 1.0]), start=3):
+        observer.trainer._warn_of_collapse(epoch, [*loads, *[0.5] * (few - 2)])
+    assert observer.advice[before:] == [{"balance": 0.01}, {}]
+    assert observer.warnings[-1] == "epoch 5: routers send nearly every image to one expert, in MoE layer 1 (100.0 %)"
 
 
 class Spoiling(Observer):
@@ -469,7 +481,7 @@ def test_a_decision_that_no_attack_in_training_sees_is_pointed_out(
     observer = Observer(stop_after=1)
     config = dataclasses.replace(TRAIN, attack_routing=attack_routing)
     train(digits, tmp_path, config, model=dataclasses.replace(MODEL, granularity=granularity), observer=observer)
-    assert any("attack_routing mixture" in warning for warning in observer.warnings) == warned
+    assert ({"attack_routing": "mixture"} in observer.advice) == warned
 
 
 @pytest.mark.parametrize(

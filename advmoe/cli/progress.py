@@ -14,6 +14,7 @@ from rich.progress import Task as ProgressTask
 from rich.text import Text
 
 from advmoe.cli import console
+from advmoe.cli.options import flag
 from advmoe.reports.training import robust_accuracy
 
 
@@ -101,9 +102,10 @@ class TrainingProgress:
             line += f", router entropy {min(entropies):.2f}..{max(entropies):.2f}"
         self._progress.console.print(line, highlight=False)
 
-    def warned(self, message: str) -> None:
-        """Print a warning."""
-        self._progress.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
+    def warned(self, message: str, **advice: Any) -> None:
+        """Print a warning, and the options that give the settings it advises."""
+        options = ", ".join(flag(name) if value is None else f"{flag(name)} {value}" for name, value in advice.items())
+        console.warn(f"{message} ({options})" if options else message)
 
 
 @contextmanager

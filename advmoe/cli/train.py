@@ -124,6 +124,8 @@ def train(
     plan = make_plan(dataset, recipe, config_file, init, data_dir, settings)
     for sentence in plan.notes:
         console.note(sentence)
+    for sentence in plan.warnings:
+        console.warn(sentence)
     build_model(plan.model)  # refuses impossible settings before any image is read
     place = resolve_device(device)
     if deterministic:
@@ -161,6 +163,8 @@ class Plan:
     """Whether the user chose the image size. Otherwise it was chosen to suit this machine."""
     notes: Sequence[str]
     """Remarks to print before the run begins."""
+    warnings: Sequence[str]
+    """Warnings to print before the run begins."""
 
 
 def make_plan(
@@ -232,16 +236,17 @@ def make_plan(
         f"{model.kind} with N = {model.num_experts} trains none; leave it out",
         "specialization",
     )
-    notes = [*info.notes]
+    warnings = [*info.warnings]
     if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):
-        notes.append("standard training does not attack: --steps, --step-size and --start have no effect")
+        warnings.append("standard training does not attack: --steps, --step-size and --start have no effect")
     return Plan(
         model=model,
         train=config,
         data_dir=data_dir,
         init=init,
         size_chosen=not info.resized or "image_size" in {**base.model, **given_model},
-        notes=notes,
+        notes=info.notes,
+        warnings=warnings,
     )
 
 

@@ -74,7 +74,8 @@ def load_folder(data_dir: Path) -> Dataset:
         train_size=len(train),
         test_size=len(test),
         image_size=size,
-        notes=(reason, what_is_there(data_dir, train, test, others), *warnings_of(train, test)),
+        notes=(reason, what_is_there(data_dir, train, test, others)),
+        warnings=warnings_of(train, test),
     )
     return Dataset(info=info, train=train, test=test)
 

@@ -163,7 +163,9 @@ class DatasetInfo:
     test_size: int | None = None
     """Number of images in the complete test set; ``None`` if only the files tell it."""
     notes: tuple[str, ...] = ()
-    """Remarks for the user who trains on the data set: how the size was chosen, and the limits of few images."""
+    """Remarks for the user who trains on the data set, such as how the size was chosen."""
+    warnings: tuple[str, ...] = ()
+    """What may make a training or its figures worse than the user expects, such as few images."""
 
     def check_image_size(self, size: int) -> None:
         """Check that the images are, or can be made, ``size`` pixels wide.

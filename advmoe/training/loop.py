@@ -55,6 +55,8 @@ from advmoe.training.union import size_of_union
 
 COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
+BALANCE = 0.01
+"""Weight of the load-balance loss that is advised where routers collapse."""
 PICTURES = 4
 """Validation images that TensorBoard shows, clean and attacked."""
 
@@ -141,8 +143,10 @@ class Trainer:
         # One seed gives the same weights on the same kind of processor only.
         for model in dict.fromkeys((self.model, self._validated())):
             equalize(list(model.state_dict().values()))
-        for warning in ([doubt] if doubt else []) + doubts(self.model, config):
-            observer.warned(warning)
+        if doubt is not None:
+            observer.warned(doubt, batch_size=None, accumulate=None)
+        for warning, advice in doubts(self.model, config).items():
+            observer.warned(warning, **advice)
         if (images := len(self.split.validation)) < FEW_IMAGES:
             observer.warned(
                 f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "
@@ -338,18 +342,24 @@ class Trainer:
         return {"examples/clean": shown.clean, "examples/attacked": shown.attacked, "examples/difference": difference}
 
     def _warn_of_collapse(self, epoch: int, load_L: list[float]) -> None:
-        """Warn, once for each layer, of a router that uses only one expert."""
+        """Warn, once for each layer, of a router that uses only one expert. The advice is given once."""
         if not self.model_config.several_experts:
             return
+        first = not self._collapsed
         new = {layer: load for layer, load in enumerate(load_L) if load >= COLLAPSED_LOAD}
         new = {layer: load for layer, load in new.items() if layer not in self._collapsed}
         self._collapsed |= set(new)
         if new:
             shown = ", ".join(f"{layer} ({100 * load:.1f} %)" for layer, load in new.items())
-            self.observer.warned(
-                f"epoch {epoch}: routers send nearly every image to one expert, in MoE layer {shown}; "
-                "such a layer is as good as one expert; if they stay like this, use balance 0.01 in a new run"
-            )
+            message = f"epoch {epoch}: routers send nearly every image to one expert, in MoE layer {shown}"
+            if first:
+                self.observer.warned(
+                    f"{message}; such a layer is as good as one expert; if they stay like this, balance their load in "
+                    "a new run",
+                    balance=BALANCE,
+                )
+            else:
+                self.observer.warned(message)
 
     def _new_sums(self) -> list[EpochSums]:
         return [EpochSums(routed=bool(self.model.expert_layouts), device=self.device) for _ in self.levels]

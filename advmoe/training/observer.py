@@ -21,8 +21,11 @@ class Observer(Protocol):
     def validated(self, record: dict[str, Any]) -> None:
         """An epoch ended; `record` is its entry in the log."""
 
-    def warned(self, message: str) -> None:
-        """A problem occurred that does not stop the run."""
+    def warned(self, message: str, **advice: Any) -> None:
+        """A problem occurred that does not stop the run.
+
+        `advice` are settings that would help, by name, with the value to try, or None if there is no one value.
+        """
 
 
 class Unwatched:
@@ -37,5 +40,5 @@ class Unwatched:
     def validated(self, record: dict[str, Any]) -> None:
         """See `Observer`."""
 
-    def warned(self, message: str) -> None:
+    def warned(self, message: str, **advice: Any) -> None:
         """See `Observer`."""
