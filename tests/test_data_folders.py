@@ -234,12 +234,25 @@ def test_few_and_unequal_images_are_pointed_out(tmp_path: Path) -> None:
         return dataset_info("folder", tmp_path).warnings
 
     few, unequal, tested = notes(9, 90, 25)
-    assert few.startswith("class cat has 9 training images")
-    assert unequal.startswith("class dog has 90 training images, class cat 9;")
+    assert few.startswith("fewer than 100 training images of cat (9), dog (90); ")
+    assert unequal.startswith("class dog has 90 training images, 10 times as many as cat (9) or more; ")
+    assert unequal.endswith("about the small class")
     assert tested == "accuracy on 25 test images has a standard error of up to 10.0 points"  # sqrt(0.5 * 0.5 / 25)
     assert notes(100, 101, 200) == ()
     shutil.rmtree(tmp_path / "val/dog")
-    assert dataset_info("folder", tmp_path).warnings[0] == "no test images of dog: accuracies leave these classes out"
+    assert dataset_info("folder", tmp_path).warnings[0] == "no test images of dog: accuracies leave this class out"
+
+
+def test_all_classes_that_a_warning_is_about_are_told(tmp_path: Path) -> None:
+    image = encoded(8)
+    write(tmp_path, {f"train/big/{number}.png": image for number in range(100)})
+    write(tmp_path, {f"train/{name}/0.png": image for name in "abcdefg"} | {"val/big/0.png": image})
+    few, unequal, missing, _ = dataset_info("folder", tmp_path).warnings
+    small = "a (1), b (1), c (1), d (1), e (1) and 2 more"
+    assert few.startswith(f"fewer than 100 training images of {small}; ")
+    assert unequal.startswith(f"class big has 100 training images, 10 times as many as {small} or more; ")
+    assert unequal.endswith("about the small classes")
+    assert missing == "no test images of a, b, c, d, e and 2 more: accuracies leave these classes out"
 
 
 def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> None:
@@ -251,6 +264,14 @@ def test_what_a_folder_holds_is_told_and_what_is_not_read(tmp_path: Path) -> Non
     write(tmp_path, {"test/dog/a.png": b""})
     told = dataset_info("folder", tmp_path).notes[1]
     assert told == f"{there}2 .webp, 1 .txt; the test images are those of val, and test is not read"
+
+
+def test_no_file_that_is_not_read_is_left_out_of_the_count(tmp_path: Path) -> None:
+    write(tmp_path, PETS | {f"train/cat/{n}.{kind}": b"" for kind in ("gif", "bmp", "tif", "heic") for n in range(3)})
+    write(tmp_path, {f"train/dog/{n}.webp": b"" for n in range(2)} | {"train/dog/a.svg": b"", "val/cat/b.psd": b""})
+    told = dataset_info("folder", tmp_path).notes[1]
+    # one text is there from the start, so that three files have the three rarest endings
+    assert told.endswith("are not JPEG or PNG: 3 .bmp, 3 .gif, 3 .heic, 3 .tif, 2 .webp, 3 with 3 other endings")
 
 
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,11 @@ CPU_SIZE = 64
 SAMPLED = 200
 """Number of image headers that are read to choose a size."""
 FEW_PER_CLASS = 100
+UNEQUAL = 10
+"""A class that has so many times the images of another makes the other one small."""
 FEW_TESTED = 200
+LISTED = 5
+"""Classes or endings of files that a message lists."""
 
 
 def folder_info(data_dir: Path) -> DatasetInfo:
@@ -114,30 +118,43 @@ def what_is_there(root: Path, train: EncodedSet, test: EncodedSet, others: Count
 
 
 def listed(endings: Counter[str]) -> str:
-    """E.g. `6 .webp, 1 .gif`, the most frequent first."""
-    return ", ".join(f"{number} {ending}" for ending, number in endings.most_common(5))
+    """E.g. `6 .webp, 1 .gif`, the most frequent first, and the number of files with endings that are not listed."""
+    shown = [f"{number} {ending}" for ending, number in endings.most_common(LISTED)]
+    if len(endings) > LISTED:
+        others = [number for _, number in endings.most_common()[LISTED:]]
+        shown.append(f"{sum(others)} with {len(others)} other ending{'s' * (len(others) > 1)}")
+    return ", ".join(shown)
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """E.g. `a, b and 7 more`."""
+    shown, more = names[:LISTED], len(names) - LISTED
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
     """Warnings about few images, or about classes of very different sizes."""
     found = []
     counts = np.bincount(train.labels, minlength=len(train.class_names))
-    least, most = int(counts.argmin()), int(counts.argmax())
-    if counts[least] < FEW_PER_CLASS:
+    sizes = {train.class_names[label]: int(counts[label]) for label in np.argsort(counts, kind="stable").tolist()}
+    few = [f"{name} ({size})" for name, size in sizes.items() if size < FEW_PER_CLASS]
+    if few:
         found.append(
-            f"class {train.class_names[least]} has {counts[least]} training images; adversarial training usually needs "
+            f"fewer than {FEW_PER_CLASS} training images of {enumerated(few)}; adversarial training usually needs "
             "hundreds per class, so expect low robust accuracy"
         )
-    if counts[most] >= 10 * counts[least]:
+    largest, most = list(sizes.items())[-1]
+    small = [f"{name} ({size})" for name, size in sizes.items() if most >= UNEQUAL * size]
+    if small:
         found.append(
-            f"class {train.class_names[most]} has {counts[most]} training images, class {train.class_names[least]} "
-            f"{counts[least]}; accuracy over all images says little about the small class"
+            f"class {largest} has {most} training images, {UNEQUAL} times as many as {enumerated(small)} or more; "
+            f"accuracy over all images says little about the small class{'es' * (len(small) > 1)}"
         )
-    missing = np.flatnonzero(np.bincount(test.labels, minlength=len(train.class_names)) == 0)
-    if missing.size:
-        names = ", ".join(train.class_names[label] for label in missing[:5].tolist())
-        more = f" and {missing.size - 5} more" if missing.size > 5 else ""
-        found.append(f"no test images of {names}{more}: accuracies leave these classes out")
+    tested = np.bincount(test.labels, minlength=len(train.class_names))
+    missing = [name for name, number in zip(train.class_names, tested.tolist(), strict=True) if not number]
+    if missing:
+        which = "these classes" if len(missing) > 1 else "this class"
+        found.append(f"no test images of {enumerated(missing)}: accuracies leave {which} out")
     if len(test) < FEW_TESTED:
         error = 50 / len(test) ** 0.5  # the standard error is largest for a share of one half
         found.append(f"accuracy on {len(test)} test images has a standard error of up to {error:.1f} points")
