@@ -17,6 +17,7 @@ eps = 0.01
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import tomli_w
 from advmoe.config import ModelConfig, TrainConfig, TrainingAttack, to_dict
 from advmoe.earlier import renamed_settings
 from advmoe.errors import ConfigError
+from advmoe.run_paths import RUN_FILE
 from advmoe.schema import Settings, check, closest, conform, fields_of, shown
 
 NONE = "none"
@@ -58,7 +60,7 @@ def read_run_file(path: Path) -> RunFile:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "config") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested too deep
-        raise ConfigError(f"{path} is not a TOML file: {error}", "config") from error
+        raise ConfigError(f"{path} is not a TOML file: {error}{_hint(path)}", "config") from error
     known = [each.name for each in dataclasses.fields(RunFile)]
     unknown = sorted(set(contents) - set(known))
     check(
@@ -69,6 +71,17 @@ def read_run_file(path: Path) -> RunFile:
         values = renamed_settings(conform(contents.get(section, {}), dict[str, Any], f"[{section}]"))
         found[section] = {name: _checked(path, section, owner, name, value) for name, value in values.items()}
     return RunFile(**found)
+
+
+def _hint(path: Path) -> str:
+    """What is probably wrong with a file that is no TOML, as the end of a message."""
+    text, beside = path.read_text(encoding="utf-8", errors="replace"), path.with_name(RUN_FILE)
+    if text.lstrip().startswith("{"):  # such as the config.json of a run
+        example = beside if beside != path and beside.is_file() else RUN_FILE
+        return f"; it looks like JSON, expected a file such as {example}"
+    if re.search(r'^[^#\'"]*"[^"]*\\', text, flags=re.M):
+        return "; a backslash in double quotes begins a special character: put a path with backslashes in single quotes"
+    return ""
 
 
 def run_file(model: ModelConfig, train: TrainConfig, *, data_dir: Path | None, init: Path | None) -> str:

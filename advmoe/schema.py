@@ -14,7 +14,7 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
@@ -280,18 +280,17 @@ def _meant(unknown: Iterable[str], fields: Mapping[str, Any]) -> str:
     return next(filter(None, hints), "; was this written by a newer version?")
 
 
-def difference(given: Any, wanted: Any) -> str:
-    """The first field in which two configs differ, as `name = given (not wanted)`."""
-    return _first_difference(to_dict(given), to_dict(wanted)) or "nothing"
+def differences(given: Any, wanted: Any) -> dict[str, str]:
+    """The fields in which two configs differ, by name, as `name = given (not wanted)`. The name of an inner field
+    follows that of the outer one, as in `attack.eps`.
+    """
+    return dict(_differences(to_dict(given), to_dict(wanted)))
 
 
-def _first_difference(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+def _differences(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in given.items():
         other = wanted[name]
         if isinstance(value, Mapping) and isinstance(other, Mapping):
-            inner = _first_difference(value, other, f"{prefix}{name}.")
-            if inner is not None:
-                return inner
+            yield from _differences(value, other, f"{prefix}{name}.")
         elif value != other:
-            return f"{prefix}{name} = {value} (not {other})"
-    return None
+            yield f"{prefix}{name}", f"{prefix}{name} = {value} (not {other})"

@@ -254,6 +254,14 @@ def test_training_again_with_resume_and_other_options_is_refused(
     capsys.readouterr()
     message = refused(["train", "digits", *QUICK, "--lr", "0.5", "--out", "copy", "--resume"], capsys)
     assert "started with lr = 0.1" in message
+    message = refused(
+        ["train", "digits", *QUICK, "--lr", "0.5", "--width", "0.125", "--seed", "1", "--out", "copy", "--resume"],
+        capsys,
+    )
+    assert message.endswith(
+        "cannot resume copy: it was started with width = 0.0625 (not 0.125), lr = 0.1 (not 0.5), seed = 0 (not 1); "
+        "repeat the original options, or begin a new run in another folder from copy/last.pt (--init, --out)"
+    )
     message = refused(["train", "--kind", "s_dense", "--method", "at", "--out", "copy", "--resume"], capsys)
     assert "started with kind = moe (not s_dense)" in message
     message = refused(["train", "--method", "at", "--out", "copy", "--resume"], capsys)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pyarrow as pa
@@ -275,6 +276,24 @@ def test_a_download_that_is_not_there_is_named(tmp_path: Path, site: tuple[Path,
     cifar = replace(SMALL, python=with_archive(CIFAR10.python, "0" * 32, f"{site[1]}/nowhere.tar.gz"))
     with pytest.raises(DataError, match=r"downloading http://.*nowhere\.tar\.gz into .* failed: .*404"):
         load_cifar(cifar, tmp_path)
+
+
+def test_a_download_that_fails_is_told_once_with_the_way_to_do_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object) -> None:
+        raise URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(archives, "download_url", no_network)
+    said: list[str] = []
+    with pytest.raises(DataError) as caught:
+        load_cifar(CIFAR10, tmp_path, announce=said.append)
+    assert "cifar10 was not found in" in said[0]
+    assert str(caught.value) == (
+        f"downloading {CIFAR10.python.archive.url} into {tmp_path} failed: [Errno -2] Name or service not known; "
+        "if you have the data set, name the folder that holds it"
+    )
+    assert caught.value.options == ("data_dir",)
 
 
 def test_a_folder_that_does_not_exist_is_refused_and_not_made(tmp_path: Path) -> None:

@@ -437,7 +437,7 @@ def test_a_run_is_not_resumed_with_other_images(digits: Dataset, tmp_path: Path)
     fewer = dataclasses.replace(digits, train=digits.train.take(np.arange(len(digits.train) - 1)))
     with pytest.raises(CheckpointError, match=r"the data set has other images or labels .*; restore them") as caught:
         resumed(fewer, tmp_path / "run", STANDARD)
-    assert caught.value.options == ("init",)
+    assert caught.value.options == ("init", "out")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == records
     assert resumed(digits, tmp_path / "run", STANDARD)
 

@@ -78,6 +78,9 @@ def test_settings_of_earlier_files_keep_their_names(tmp_path: Path) -> None:
     [
         ("[model", "run.toml is not a TOML file"),
         ("model = " + 10_000 * "[", "run.toml is not a TOML file"),
+        ('{"model": {}}', r"not a TOML file: .*; it looks like JSON, expected a file such as run\.toml"),
+        (r'data_dir = "C:\Users\me"', "not a TOML file: .*; a backslash in double quotes .* in single quotes"),
+        (r'init = "D:\runs\cat"', "not a TOML file: .*; a backslash in double quotes .* in single quotes"),
         ("seed = 1", "unknown entry seed; expected model, train, attack, data_dir, init"),
         ("model = 5", r"\[model\] must be a mapping"),
         ("[model]\ndepht = 5", r"run.toml: \[model\] has no setting depht"),

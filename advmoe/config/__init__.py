@@ -41,7 +41,7 @@ from advmoe.config.training import (
     Upcycling,
     check_together,
 )
-from advmoe.schema import check, difference, from_dict, one_of, to_dict
+from advmoe.schema import check, differences, from_dict, one_of, to_dict
 
 __all__ = [
     "CHECKPOINT_MINUTES",
@@ -77,7 +77,7 @@ __all__ = [
     "check",
     "check_eps",
     "check_together",
-    "difference",
+    "differences",
     "from_dict",
     "model_config",
     "one_of",

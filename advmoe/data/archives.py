@@ -82,7 +82,8 @@ def fetch_archive(
     """Download ``archive`` if downloads are allowed.
 
     Raises:
-        DataError: Downloads are not allowed; the message begins with ``not_found``.
+        DataError: Downloads are not allowed, or the download fails. The message begins with
+            ``not_found``, unless ``announce`` has been called with it.
     """
     if not download:
         raise DataError(f"{not_found}; point the data folder at one of them or allow the download")
@@ -91,7 +92,10 @@ def fetch_archive(
     try:
         return download_archive(archive, folder, progress=progress)
     except DataError as error:
-        raise DataError(f"{not_found}, and {error}") from error
+        missing = f"{not_found}, and " if announce is None else ""
+        raise DataError(
+            f"{missing}{error}; if you have the data set, name the folder that holds it", "data_dir"
+        ) from error
 
 
 def download_archive(archive: Archive, folder: Path, *, progress: Progress | None = None) -> Path:
@@ -125,10 +129,16 @@ def download_archive(archive: Archive, folder: Path, *, progress: Progress | Non
                 f"downloading {archive.url} into {folder} stalled: the server sent nothing for {STALLED:g} s; try again"
                 " later, or put the file there yourself"
             ) from error
-        raise DataError(f"downloading {archive.url} into {folder} failed: {error}") from error
+        raise DataError(f"downloading {archive.url} into {folder} failed: {_reason(error)}") from error
     if progress is not None:
         progress(f"downloading {archive.url}", 1, 1)
     return target
+
+
+def _reason(error: Exception) -> str:
+    """Why a download has failed. An URLError has an error of the system, which it prints in angle brackets."""
+    cause = getattr(error, "reason", None)
+    return str(cause if isinstance(cause, OSError) else error)
 
 
 @contextlib.contextmanager

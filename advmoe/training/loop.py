@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advmoe.config import ModelConfig, TrainConfig, check, difference, from_dict, to_dict
+from advmoe.config import ModelConfig, TrainConfig, check, differences, from_dict, to_dict
 from advmoe.data.loader import Batch
 from advmoe.data.sets import Dataset
 from advmoe.data.views import named
@@ -423,19 +423,22 @@ class Trainer:
         begun_with = from_dict(TrainConfig, checkpoint.train)
         if self.config.skip_bad_images:  # a run that such an image has stopped can go on without it
             begun_with = dataclasses.replace(begun_with, skip_bad_images=True)
-        for stored, wanted in ((checkpoint.model, self.model_config), (begun_with, self.config)):
-            if stored != wanted:
-                raise CheckpointError(
-                    f"cannot resume {self.folder.path}: it was started with {difference(stored, wanted)}; "
-                    "repeat the original options, or begin a new run from its weights",
-                    "init",
-                )
+        changed = differences(checkpoint.model, self.model_config) | differences(begun_with, self.config)
+        instead = f"or begin a new run in another folder from {self.folder.last}"
+        if changed:
+            raise CheckpointError(
+                f"cannot resume {self.folder.path}: it was started with {', '.join(changed.values())}; "
+                f"repeat the original options, {instead}",
+                "init",
+                "out",
+            )
         progress = from_dict(Progress, checkpoint.progress)
         if progress.images not in {"", self.split.digest}:
             raise CheckpointError(
                 f"cannot resume {self.folder.path}: the data set has other images or labels than when the run was "
-                "started; restore them, or begin a new run from its weights",
+                f"started; restore them, {instead}",
                 "init",
+                "out",
             )
         failed = progress.failed_in_a_row or [progress.skipped_in_a_row] * len(self.levels)
         try:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, Upcycling, difference
+from advmoe.config import ExpertsConfig, ModelConfig, RoutersConfig, Upcycling, differences
 from advmoe.errors import ConfigError
 from advmoe.models.channels import ChannelMask
 from advmoe.models.masked import close_masks, compact, masks_open
@@ -76,10 +76,11 @@ def start_from(
     # effect
     if upcycled:
         wanted, held = _without_experts(wanted), _without_experts(held)
-    if held != wanted:
+    if different := differences(held, wanted):
         raise ConfigError(
-            f"the checkpoint to start from holds another model: {difference(held, wanted)}; repeat its options",
+            f"the checkpoint to start from holds another model: {', '.join(different.values())}; repeat its options",
             "init",
+            *different,
         )
     if upcycled:
         _copy_into_experts(model, initial, windows=upcycling == "windows")
