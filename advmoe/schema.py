@@ -87,11 +87,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields_of(type(self)):
-            try:
-                value = conform(getattr(self, field.name), field.kind, field.setting.noun or field.name, field.setting)
-            except ConfigError as error:
-                raise ConfigError(str(error), *(error.options or (field.name,))) from None
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, value_of(field, getattr(self, field.name)))
+
+
+def value_of(field: Field, value: Any) -> Any:
+    """A value as the field's type requires it.
+
+    Raises:
+        ConfigError: It is of another type or out of bounds. The error names the field.
+    """
+    try:
+        return conform(value, field.kind, field.setting.noun or field.name, field.setting)
+    except ConfigError as error:
+        raise ConfigError(str(error), *(error.options or (field.name,))) from None
 
 
 def fields_of(cls: type[Any]) -> tuple[Field, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from advmoe.config import Kind, MethodName, ModelConfig, TrainConfig, TrainingAttack, check_together, model_config
 from advmoe.errors import ConfigError
-from advmoe.schema import check, closest, fields_of, from_dict
+from advmoe.schema import check, closest, fields_of, from_dict, value_of
 
 if TYPE_CHECKING:
     from advmoe.data.sources import DatasetInfo
@@ -28,14 +28,16 @@ def sort_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """Split settings by name into those of the model, of the training and of the attack in training.
 
     Raises:
-        ConfigError: No configuration has a setting of this name.
+        ConfigError: No configuration has a setting of this name, or a value is of another type or out of bounds.
     """
-    names = [{field.name for field in fields_of(owner)} for owner in OWNERS]
-    known = set[str]().union(*names)
+    owned = [{field.name: field for field in fields_of(owner)} for owner in OWNERS]
+    known = {name: field for fields in owned for name, field in fields.items()}
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{closest(name, known)}")
-    model, train, attack = ({name: settings[name] for name in settings if name in own} for own in names)
+    model, train, attack = (
+        {name: value_of(known[name], value) for name, value in settings.items() if name in fields} for fields in owned
+    )
     return model, train, attack
 
 

@@ -103,6 +103,12 @@ for command in {list(OPTIONS)}:
     assert main([command, "--help"]) == 0
     assert main([command, "--bogus"]) == 1
 assert main(["recipes", "fig5"]) == 0
+for mistake in (
+    ["tarin"], ["train", "digit"], ["train", "digits", "--arch", "vgg"], ["train", "digits", "--kind", "mo"],
+    ["train", "digits", "--lr", "-1"], ["train", "--recipe", "fig5"], ["train", "--config", "nosuch.toml"],
+    ["reproduce", "tabel1"], ["reproduce", "table1", "--scale", "tiny"],
+):
+    assert main(mistake) == 1
 sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modules)))
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0

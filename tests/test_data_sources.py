@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from advmoe.data import sources
 from advmoe.data.digits import ORIGINALS, load_digits
 from advmoe.data.sources import ImageSet, dataset_info, dataset_names, load_dataset
 from advmoe.data.splits import split_validation
@@ -14,6 +15,10 @@ from advmoe.errors import ConfigError, DataError
 def tiny_set(n: int = 6) -> ImageSet:
     images = np.arange(n * 2 * 2 * 3, dtype=np.uint8).reshape(n, 2, 2, 3)
     return ImageSet(images=images, labels=np.arange(n) % 2, class_names=("a", "b"))
+
+
+def test_all_data_sets_are_known_by_name() -> None:
+    assert dataset_names() == tuple(sources._SOURCES)
 
 
 def test_every_name_has_consistent_facts() -> None:

@@ -64,6 +64,7 @@ def test_names_of_settings_are_unique() -> None:
 
 def test_every_architecture_is_named_in_the_help_and_every_method_is_a_choice() -> None:
     (arch,) = (field for field in OFFERED if field.name == "arch")
+    assert set(arch.kind.__args__) == set(ARCHITECTURES)
     assert all(name in arch.setting.help for name in ARCHITECTURES)
     (method,) = (field for field in OFFERED if field.name == "method")
     assert set(method.kind.__args__) == set(METHODS)

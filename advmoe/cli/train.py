@@ -21,6 +21,7 @@ from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
 from advmoe.cli.signals import NAMES, resumable, stopping
 from advmoe.config import CHECKPOINT_MINUTES, ModelConfig, TrainConfig, TrainingAttack, check, to_dict
+from advmoe.data.names import DATASETS, check_name
 from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
@@ -105,10 +106,6 @@ def train(
     code 130, 143); the same command with --resume goes on. On several GPUs or machines: torchrun -m
     advmoe train ...
     """
-    from advmoe.device import resolve_device
-    from advmoe.distributed import joined
-    from advmoe.models.registry import build_model
-
     check(recipe is None or config_file is None, "give --recipe or --config, not both")
     if config_file is not None and config_file.is_dir():
         config_file /= RUN_FILE
@@ -122,6 +119,11 @@ def train(
     check(seeds is None or "seed" not in settings, "give --seed or --seeds, not both")
     chosen_seeds = None if seeds is None else parse_seeds(seeds)
     plan = make_plan(dataset, recipe, config_file, init, data_dir, settings)
+
+    from advmoe.device import resolve_device
+    from advmoe.distributed import joined
+    from advmoe.models.registry import build_model
+
     for sentence in plan.notes:
         console.note(sentence)
     for sentence in plan.warnings:
@@ -180,10 +182,6 @@ def make_plan(
     Raises:
         ConfigError: A setting is invalid, or two settings contradict each other.
     """
-    from advmoe.data.sources import dataset_info, dataset_names, is_packaged
-    from advmoe.training.checkpoint import file_digest
-    from advmoe.training.methods import resolve_method
-
     base = RunFile() if config_file is None else read_run_file(config_file)
     if recipe is not None:
         named = find_recipe(recipe)
@@ -197,10 +195,18 @@ def make_plan(
     if chosen is None:
         raise ConfigError("train needs a data set or --recipe, e.g. 'advmoe train cifar10' or 'advmoe train digits'")
     check(
-        not Path(chosen).is_dir() or chosen in dataset_names(),
+        not Path(chosen).is_dir() or chosen in DATASETS,
         f"'{chosen}' is a folder and no data set; for images of your own: advmoe train folder --data-dir "
         f"{shlex.quote(chosen)}",
     )
+    check_name(chosen)
+    given_model, given_train, given_attack = sort_settings(settings)
+
+    # Only here, because torch takes seconds and a mistyped name or value should not wait for it.
+    from advmoe.data.sources import dataset_info, is_packaged
+    from advmoe.training.checkpoint import file_digest
+    from advmoe.training.methods import resolve_method
+
     if config_file is not None and base.train.get("dataset") not in {None, chosen}:
         base = without_data(base)
     elif chosen == "folder" and data_dir is not None:  # another folder may have other classes
@@ -211,7 +217,6 @@ def make_plan(
     data_dir = data_dir or (None if base.data_dir is None else Path(base.data_dir))
     init = init or (None if base.init is None else Path(base.init))
     init = None if init is None else checkpoint_of(init)
-    given_model, given_train, given_attack = sort_settings(settings)
     info = dataset_info(chosen, data_dir)
     default_model, default_train = defaults_of(info)
     stored = dict(base.train)

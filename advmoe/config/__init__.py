@@ -10,6 +10,7 @@ from advmoe.config.attack import AttackConfig, AttackStart, TrainingAttack, chec
 from advmoe.config.model import (
     KINDS,
     ROUTER_GRADIENTS,
+    Arch,
     BackboneConfig,
     ExpertFilters,
     ExpertsConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "CHECKPOINT_MINUTES",
     "KINDS",
     "ROUTER_GRADIENTS",
+    "Arch",
     "AttackConfig",
     "AttackRouting",
     "AttackStart",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 from advmoe.errors import ConfigError
 from advmoe.schema import Setting, Settings, check, check_unused, closest, fields_of, from_dict
 
+Arch = Literal["densenet", "resnet18", "vgg16", "vit", "wrn28_10"]
 Kind = Literal["dense", "s_dense", "sparse_cnn", "moe"]
 Granularity = Literal["layer", "block", "stage", "image", "token"]
 RouterGradient = Literal["advantage", "softmax", "straight_through", "dense", "sampled", "relative", "value"]
@@ -42,7 +43,7 @@ class BackboneConfig(Settings):
     panel: ClassVar[str] = "Model"
 
     arch: Annotated[
-        str,
+        Arch,
         Setting(
             "Backbone: vgg16, resnet18, wrn28_10, densenet or vit.",
             noun="architecture",

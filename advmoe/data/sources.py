@@ -11,11 +11,11 @@ from advmoe.data.digits import DIGITS, load_digits
 from advmoe.data.folders import FOLDER, folder_info, load_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
 from advmoe.data.locate import default_data_dir
+from advmoe.data.names import DATASETS, check_name
 from advmoe.data.sets import Announce, Dataset, DatasetInfo, EncodedSet, Images, ImageSet, Progress
 from advmoe.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from advmoe.data.views import evaluation_view
 from advmoe.errors import ConfigError, DataError
-from advmoe.schema import closest
 
 __all__ = [
     "Dataset",
@@ -73,7 +73,7 @@ _SOURCES = {
 
 def dataset_names() -> tuple[str, ...]:
     """Names that `dataset_info` and `load_dataset` know."""
-    return tuple(_SOURCES)
+    return DATASETS
 
 
 def dataset_info(name: str, data_dir: Path | str | None = None) -> DatasetInfo:
@@ -154,8 +154,5 @@ def _place(name: str, data_dir: Path | str | None) -> Path:
 
 
 def _source(name: str) -> _Source:
-    try:
-        return _SOURCES[name]
-    except KeyError:
-        hint = closest(name.lower().replace("-", "").replace("_", ""), _SOURCES)
-        raise ConfigError(f"unknown data set {name!r}: known are {', '.join(_SOURCES)}{hint}") from None
+    check_name(name)
+    return _SOURCES[name]

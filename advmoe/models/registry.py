@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Unpack
 
-from advmoe.config import ModelConfig, ModelSettings, model_config, one_of
+from advmoe.config import Arch, ModelConfig, ModelSettings, model_config
 from advmoe.models.densenet import DenseNet
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.resnet import ResNet18
@@ -15,7 +15,7 @@ from advmoe.models.vit import ViT
 from advmoe.models.wide_resnet import WRN28x10
 from advmoe.schema import fields_of
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig], RoutedNetwork]] = {
+ARCHITECTURES: dict[Arch, Callable[[ModelConfig], RoutedNetwork]] = {
     "densenet": DenseNet,
     "resnet18": ResNet18,
     "vgg16": VGG16,
@@ -28,9 +28,8 @@ def build_model(config: ModelConfig) -> RoutedNetwork:
     """The network a config describes, with fresh weights from torch's current random state.
 
     Raises:
-        ConfigError: The architecture is unknown or cannot be built with these settings.
+        ConfigError: The architecture cannot be built with these settings.
     """
-    one_of("architecture", config.arch, ARCHITECTURES)
     return ARCHITECTURES[config.arch](config)
 
 
