@@ -114,6 +114,34 @@ sys.exit(len({{"torch", "torchvision", "pyarrow", "onnxruntime"}} & set(sys.modu
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
+def test_a_shell_completes_values_without_waiting_for_torch() -> None:
+    expected = {
+        "train di": ["digits"],
+        "train digits --arch v": ["vgg16", "vit"],
+        "train digits --kind s": ["s_dense", "sparse_cnn"],
+        "train digits --method a": ["advmoe", "at", "at_sparse"],
+        "train --recipe fig5": ["fig5-expert-at"],
+        "reproduce app": ["appc"],
+        "reproduce fig2 --scale s": ["smoke", "small"],
+    }
+    script = """
+import contextlib, io, json, os, sys
+from advmoe.cli.app import main
+sys.argv, found = ["advmoe"], {}
+for line in json.loads(sys.stdin.read()):
+    os.environ |= {"_ADVMOE_COMPLETE": "complete_bash", "COMP_WORDS": f"advmoe {line}"}
+    os.environ["COMP_CWORD"] = str(len(line.split()))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main([])
+    found[line] = out.getvalue().split()
+print(json.dumps([found, "torch" in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(list(expected)), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [expected, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

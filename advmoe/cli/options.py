@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,13 @@ from advmoe.cli.console import number
 from advmoe.errors import ConfigError
 from advmoe.run_file import NONE
 from advmoe.schema import Field, Settings, fields_of
+
+
+def one_of_these(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A completion for the shell: the names that begin with what has been typed, which typer gives as `incomplete`."""
+    known = list(names)
+    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
 
 DataDir = Annotated[
     Path | None,
@@ -40,7 +47,10 @@ SkipBadImages = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", autocompletion=one_of_these(("auto", "cpu", "cuda"))),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images attacked at a time; changes nothing but memory.")]
 LimitEval = Annotated[
@@ -59,9 +69,10 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def option(panel: str, text: str, *names: str) -> Any:
-    """An option that is unset by default."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+def option(panel: str, text: str, *names: str, known: Iterable[str] | None = None) -> Any:
+    """An option that is unset by default. The shell completes the `known` values."""
+    completion = None if known is None else one_of_these(known)
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, autocompletion=completion)
 
 
 def takes_settings_of(*configs: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -97,6 +108,8 @@ def _parameter(field: Field) -> inspect.Parameter:
     details: dict[str, Any] = {}
     if kind is float:
         details = {"parser": functools.partial(_number, optional=_can_be_none(field)), "metavar": "<float>"}
+    if choices := _choices(field):
+        details = {"autocompletion": one_of_these(choices)}
     flags = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
     information = typer.Option(
         flags, help=" ".join(_help(field)), rich_help_panel=field.panel, show_default=False, **details
@@ -110,6 +123,11 @@ def _plain(kind: Any) -> Any:
     if typing.get_origin(kind) in {typing.Union, types.UnionType}:
         (kind,) = (argument for argument in typing.get_args(kind) if argument is not types.NoneType)
     return str if typing.get_origin(kind) is Literal else kind
+
+
+def _choices(field: Field) -> tuple[str, ...]:
+    """The values of a setting that has a fixed number of them, and otherwise nothing."""
+    return typing.get_args(field.kind) if typing.get_origin(field.kind) is Literal else ()
 
 
 def _can_be_none(field: Field) -> bool:
@@ -129,8 +147,8 @@ def _number(text: str, *, optional: bool) -> Any:
 def _help(field: Field) -> Iterator[str]:
     """Help of a setting: what it is, its choices, its default."""
     yield field.setting.help
-    choices = typing.get_args(field.kind)
-    if typing.get_origin(field.kind) is Literal and not all(choice in field.setting.help for choice in choices):
+    choices = _choices(field)
+    if not all(choice in field.setting.help for choice in choices):
         yield f"One of {', '.join(choices)}."
     if field.setting.default:
         yield f"Default: {field.setting.default}."

@@ -19,7 +19,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.called import CALLS
-from advmoe.cli.options import DataDir, Device, Json, LimitEval
+from advmoe.cli.options import DataDir, Device, Json, LimitEval, one_of_these
 from advmoe.cli.seeds import parse_seeds
 from advmoe.cli.signals import INTERRUPTED, NAMES, TERMINATED, Terminated, resumable, terminal_interrupts_children
 from advmoe.config import check, one_of
@@ -37,10 +37,15 @@ DONE = "done.json"
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    name: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.", autocompletion=one_of_these(EXPERIMENTS))
+    ],
     scale: Annotated[
         str,
-        typer.Option(help="paper; small (two cores, hours, a figure with meaning); smoke (digits, minutes, a try)."),
+        typer.Option(
+            help="paper; small (two cores, hours, a figure with meaning); smoke (digits, minutes, a try).",
+            autocompletion=one_of_these(SCALES),
+        ),
     ] = "paper",
     only: Annotated[
         str | None,

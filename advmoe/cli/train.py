@@ -16,7 +16,7 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.models import remember_data
-from advmoe.cli.options import DataDir, Device, Json, option, takes_settings_of
+from advmoe.cli.options import DataDir, Device, Json, one_of_these, option, takes_settings_of
 from advmoe.cli.progress import TrainingProgress, data_progress
 from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
 from advmoe.cli.signals import NAMES, resumable, stopping
@@ -26,6 +26,7 @@ from advmoe.errors import ConfigError
 from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
+from advmoe.recipes import recipes as all_recipes
 from advmoe.run_file import RunFile, read_run_file, run_file
 from advmoe.run_paths import LAST, RUN_FILE, checkpoint_of
 from advmoe.settings import defaults_of, resolve, sort_settings
@@ -43,10 +44,17 @@ RUN = "Run"
 @takes_settings_of(ModelConfig, TrainConfig, TrainingAttack)
 def train(
     dataset: Annotated[
-        str | None, typer.Argument(help="Name of the data set, e.g. cifar10, or digits (needs no download).")
+        str | None,
+        typer.Argument(
+            help="Name of the data set, e.g. cifar10, or digits (needs no download).",
+            autocompletion=one_of_these(DATASETS),
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, option(RUN, "A run of the paper by name (see 'advmoe recipes'); other options override it.")
+        str | None,
+        option(
+            RUN, "A run of the paper by name (see 'advmoe recipes'); other options override it.", known=all_recipes()
+        ),
     ] = None,
     config_file: Annotated[
         Path | None,
