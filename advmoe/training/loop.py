@@ -295,7 +295,7 @@ class Trainer:
                 f"{self.folder.last} is from before; lower the learning rate in a new run",
                 "lr",
             ) from error
-        skipped = collect(self.streams.skipped) if self.config.skip_bad_images else []
+        skipped = collect(self.streams.take_skipped()) if self.config.skip_bad_images else []
         if not world().leads:
             self.sums = self._new_sums()
             self._save(best=False)
@@ -315,9 +315,9 @@ class Trainer:
                 record[f"{prefix}_steps_skipped"] = sums.skipped
             if self.config.skip_bad_images and period:  # a level without batches of its own shares another's images
                 record[f"{prefix}_skipped"] = sums.missing
-        if missing := sum(sums.missing for sums in self.sums):
-            reasons = sorted(set(chain.from_iterable(skipped)))
-            self.observer.warned(f"epoch {epoch}: skipped images: {missing}{named(reasons)}")
+        why = dict(sorted(chain.from_iterable(each.items() for each in skipped)))
+        if missing := max(len(why), *(sums.missing for sums in self.sums)):  # a resumed run lacks reasons from before
+            self.observer.warned(f"epoch {epoch}: skipped images: {missing}{named(list(why.values()))}")
         record |= {f"val_{name}": value for name, value in figures.items() if name not in {"attack", "seed", "images"}}
         record |= self.routing.figures(epoch)
         self._warn_of_collapse(epoch, record.get("router_load", []))

@@ -97,10 +97,16 @@ class Streams:
         batches = iter(placed(own, self._config.batch_size, counted=self._config.skip_bad_images))
         return [on_device(next(batches), self._device) if is_due else None for is_due in due]
 
-    @property
-    def skipped(self) -> list[str]:
-        """Why each image that this process has skipped since it started could not be decoded."""
-        return sorted({message for loader in self.loaders for message in loader.skipped.values()})
+    def take_skipped(self) -> dict[int, str]:
+        """The row of each image that this process has skipped since the last call, and why it could not be decoded.
+
+        An image counts once, also if several orders had it.
+        """
+        found: dict[int, str] = {}
+        for loader in self.loaders:
+            found |= loader.skipped
+            loader.skipped.clear()
+        return found
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
