@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -314,6 +315,31 @@ def spans(tmp_path: Path, **changed: object) -> EncodedSet:
         class_names=("even", "odd"),
         **{name: np.asarray(values) for name, values in arrays.items()},
     )
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "got WebP; convert it to JPEG or PNG"),
+        (b"\x00\x00\x00\x18ftypheic", "got HEIC; convert it"),
+        (b"\x00\x00\x00\x1cftypavif", "got AVIF; convert it"),
+        (b"GIF89a", "got GIF; convert it"),
+        (b"BM\x36\x00", "got BMP; convert it"),
+        (b"II*\x00", "got TIFF; convert it"),
+        (b"\x00\x00\x00\x0cJXL \x0d\x0a", "got JPEG XL; convert it"),
+        (b"%PDF-1.7", "got PDF; convert it"),
+        (b"\n <!DOCTYPE html>", "got an HTML page, perhaps a failed download; download the image again"),
+        (b"RIFF\x10\x00\x00\x00WAVE", r"got bytes that begin with \[52, 49, 46, 46\]"),
+    ],
+)
+def test_the_format_of_a_file_that_is_no_image_is_told(tmp_path: Path, start: bytes, told: str) -> None:
+    write(tmp_path, {"a/0.png": encoded(8), "a/1.jpg": start + bytes(30)})
+    images = image_folder(tmp_path)
+    with pytest.raises(DataError, match=rf"image 1 \(.*/a/1\.jpg .*: expected JPEG or PNG, {told}"):
+        in_memory(images, 8)
+    reasons: dict[int, str] = {}
+    in_memory(images, 8, skip_bad_images=True, skipped=reasons)
+    assert re.search(rf"expected JPEG or PNG, {told}", reasons[1])
 
 
 def test_an_encoded_set_comes_into_memory_at_the_size_asked_for(tmp_path: Path) -> None:
