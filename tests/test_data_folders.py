@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from advmoe import rust_router
+from advmoe.cli.train import Plan, make_plan
 from advmoe.data.cache import packed
 from advmoe.data.folders import image_folder
 from advmoe.data.imagenet import IMAGENET, load_imagenet
@@ -106,9 +107,9 @@ def test_the_validation_folder_may_have_other_names(tmp_path: Path, name: str) -
     [
         (
             {"val/cat/1.png": None},
-            r"has no folder val or validation or valid or test; expected an image folder with train",
+            r"has no folder val \(validation or valid or test\); there are train; expected train/<class>/\*.jpg",
         ),
-        ({name: None for name in PETS if name.startswith("train")}, "has no folder train"),
+        ({name: None for name in PETS if name.startswith("train")}, "has no folder train; there are val; expected"),
         ({"train/stray.png": b"x"}, r"train/stray\.png lies outside the class folders; move it to"),
         ({"val/cow/1.png": b"x"}, "val/cow is a class that the training images do not have"),
         (
@@ -174,6 +175,38 @@ def test_splits_may_be_links_to_different_folders(tmp_path: Path) -> None:
         (tmp_path / split).symlink_to(f"the-{split}")
     dataset = load_dataset("folder", tmp_path)
     assert (len(dataset.train), len(dataset.test)) == (3, 1)
+
+
+def test_splits_may_be_written_in_capitals_if_only_one_folder_is_meant(tmp_path: Path) -> None:
+    write(tmp_path, PETS)
+    (tmp_path / "train").rename(tmp_path / "Train")
+    (tmp_path / "val").rename(tmp_path / "Valid")
+    dataset = load_dataset("folder", tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (3, 1)
+    assert "not read" not in dataset.info.notes[1].split("PNG: ")[1]
+    (tmp_path / "TEST").mkdir()
+    with pytest.raises(DataError, match=r"has no folder val .*; several may be meant: TEST, Valid; expected"):
+        load_dataset("folder", tmp_path)
+
+
+def test_links_to_images_that_are_gone_are_found_when_the_folder_is_listed(tmp_path: Path) -> None:
+    write(tmp_path, PETS)
+    (tmp_path / "train/dog/0.png").symlink_to("nowhere.png")
+    (tmp_path / "train/dog/4.png").symlink_to("2.png")
+    (tmp_path / "val/cat/old").symlink_to("nowhere")  # not an image
+    info = dataset_info("folder", tmp_path)
+    assert info.gone == (str(tmp_path / "train/dog/0.png"),)
+    (tmp_path / "val/cat/2.jpg").symlink_to("nowhere.jpg")
+
+    def planned(**settings: Any) -> Plan:
+        return make_plan("folder", None, None, None, tmp_path, settings)
+
+    with pytest.raises(
+        DataError, match=r"dog/0.png is a link to a file that does not exist \(one of 2 such links\)"
+    ) as no:
+        planned()
+    assert no.value.options == ("skip_bad_images",)
+    planned(skip_bad_images=True)
 
 
 def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
@@ -278,16 +311,18 @@ def test_no_file_that_is_not_read_is_left_out_of_the_count(tmp_path: Path) -> No
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a million files on a network drive take minutes
     write(tmp_path, PETS)
-    walked: list[Path] = []
-    walk = os.walk
+    seen: list[str] = []
+    scan = os.scandir
 
-    def noted(top: Path, **how: Any) -> Any:
-        walked.append(top)
-        return walk(top, **how)
+    def noted(place: Path | str) -> Any:
+        seen.append(str(place))
+        return scan(place)
 
-    monkeypatch.setattr(os, "walk", noted)
+    monkeypatch.setattr(os, "scandir", noted)
     load_dataset("folder", tmp_path)
-    assert walked == [tmp_path / "train", tmp_path / "val"]
+    classes = [f"{tmp_path}/{name}" for name in ("train/cat", "train/cat/deep", "train/cat/deep/er", "train/dog")]
+    # the names of the classes are read first
+    assert seen == [f"{tmp_path}/train", f"{tmp_path}/train", *classes, f"{tmp_path}/val", f"{tmp_path}/val/cat"]
 
 
 def test_images_of_ones_own_need_their_folder() -> None:

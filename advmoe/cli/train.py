@@ -22,7 +22,7 @@ from advmoe.cli.seeds import Seeds, parse_seeds, seed_folder, summary
 from advmoe.cli.signals import NAMES, resumable, stopping
 from advmoe.config import CHECKPOINT_MINUTES, ModelConfig, TrainConfig, TrainingAttack, check, to_dict
 from advmoe.data.names import DATASETS, check_name
-from advmoe.errors import ConfigError
+from advmoe.errors import ConfigError, DataError
 from advmoe.files import write_text_atomically
 from advmoe.host import compute_deterministically
 from advmoe.recipes import recipe as find_recipe
@@ -242,6 +242,12 @@ def make_plan(
         default_train | stored | {"dataset": chosen} | given_train | {"init": digest},
         **dict(base.attack) | given_attack,
     )
+    if info.gone and not config.skip_bad_images:
+        more = f" (one of {len(info.gone)} such links)" if len(info.gone) > 1 else ""
+        raise DataError(
+            f"{info.gone[0]} is a link to a file that does not exist{more}; restore or remove it, or skip bad images",
+            "skip_bad_images",
+        )
     trained_by = resolve_method(config.method, model, has_init=init is not None)
     check(
         settings.get("specialization") is None or (model.several_experts and trained_by.moves_experts),

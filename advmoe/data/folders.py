@@ -66,10 +66,11 @@ def load_folder(data_dir: Path) -> Dataset:
             folder is linked into itself.
     """
     check_data_dir(data_dir)
-    names = class_folders(find_split(data_dir, ("train",)))
+    train_folder = find_split(data_dir, ("train",))
+    names = class_folders(train_folder)
     if len(names) < 2:
-        raise DataError(f"{data_dir / 'train'} has the class folder {names[0]} only; expected at least 2 classes")
-    train, test, others = read_splits(data_dir, names)
+        raise DataError(f"{train_folder} has the class folder {names[0]} only; expected at least 2 classes")
+    train, test, others, gone = read_splits(data_dir, names)
     size, reason = suggest_size(train)
     info = replace(
         FOLDER,
@@ -80,6 +81,7 @@ def load_folder(data_dir: Path) -> Dataset:
         image_size=size,
         notes=(reason, what_is_there(data_dir, train, test, others)),
         warnings=warnings_of(train, test),
+        gone=gone,
     )
     return Dataset(info=info, train=train, test=test)
 
@@ -111,7 +113,11 @@ def what_is_there(root: Path, train: EncodedSet, test: EncodedSet, others: Count
     told = f"{len(train)} training and {len(test)} test images of {len(train.class_names)} classes"
     if others:
         told = f"{told}; not read, since they are not JPEG or PNG: {listed(others)}"
-    used, *unused = [name for name in VALIDATION_NAMES if (root / name).is_dir()]
+    test_folder = find_split(root, VALIDATION_NAMES)
+    used, unused = (
+        test_folder.name,
+        [name for name in VALIDATION_NAMES if (root / name).is_dir() and not (root / name).samefile(test_folder)],
+    )
     if unused:
         told = f"{told}; the test images are those of {used}, and {' and '.join(unused)} is not read"
     return told
@@ -161,9 +167,11 @@ def warnings_of(train: EncodedSet, test: EncodedSet) -> tuple[str, ...]:
     return tuple(found)
 
 
-def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, EncodedSet, Counter[str]]:
-    """The training and test images of the image folder at ``root``, labeled by the position of their class, and the
-    number of other files by ending.
+def read_splits(
+    root: Path, class_names: tuple[str, ...]
+) -> tuple[EncodedSet, EncodedSet, Counter[str], tuple[str, ...]]:
+    """The training and test images of the image folder at ``root``, labeled by the position of their class, the
+    number of other files by ending, and the images that are links to nothing.
 
     Raises:
         DataError: A split is missing or empty, a class has no training images, images lie outside
@@ -180,7 +188,7 @@ def read_splits(root: Path, class_names: tuple[str, ...]) -> tuple[EncodedSet, E
             f"{there(folder / class_names[empty[0]])}"
         )
     test = image_folder(test_folder, listed_test.images, class_names)
-    return train, test, listed.others + listed_test.others
+    return train, test, listed.others + listed_test.others, (*listed.gone, *listed_test.gone)
 
 
 def there(folder: Path) -> str:
@@ -190,17 +198,23 @@ def there(folder: Path) -> str:
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:
-    """The first existing folder of ``names`` in ``root``.
+    """The first existing folder of ``names`` in ``root``, or the only one that has such a name but for its case.
 
     Raises:
-        DataError: None of them exists.
+        DataError: None of them exists, or several that differ in case.
     """
     for name in names:
         if (root / name).is_dir():
             return root / name
+    there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    alike = [name for name in there if name.lower() in names]
+    if len(alike) == 1:
+        return root / alike[0]
+    wanted = f"{names[0]} ({' or '.join(names[1:])})" if names[1:] else names[0]
+    found = f"several may be meant: {', '.join(alike)}" if alike else f"there are {enumerated(there) or 'no folders'}"
     raise DataError(
-        f"{root} has no folder {' or '.join(names)}; expected an image folder with train/<class>/* and val/<class>/* "
-        "(docs/tutorial.md divides one folder per class)",
+        f"{root} has no folder {wanted}; {found}; expected train/<class>/*.jpg and val/<class>/*.jpg, with one "
+        "folder for each class (docs/tutorial.md divides one folder per class)",
         "data_dir",
     )
 
@@ -227,6 +241,8 @@ class Listing(NamedTuple):
     """Paths of image files, by their names, relative to the folder."""
     others: Counter[str]
     """Number of other files by ending."""
+    gone: list[str]
+    """Paths of links to images that do not exist. They are among the images."""
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
@@ -253,26 +269,31 @@ def list_splits(train: Path, test: Path) -> tuple[Listing, Listing]:
 
 def _list(folder: Path, suffixes: tuple[str, ...], reached: dict[tuple[int, int], str]) -> Listing:
     """`list_images`, with the device, inode and path of all folders that were `reached` so far."""
-    found = Listing([], Counter())
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        state = Path(place).stat()
+    found, waiting = Listing([], Counter(), []), [(str(folder), "")]
+    while waiting:
+        place, prefix = waiting.pop()
+        try:
+            state = Path(place).stat()
+            with os.scandir(place) as opened:
+                entries = sorted((each for each in opened if not each.name.startswith(".")), key=lambda each: each.name)
+            folders = [entry for entry in entries if entry.is_dir()]
+        except OSError as error:
+            raise DataError(f"the folder {place} cannot be read: {error.strerror}") from error
         other = reached.setdefault((state.st_dev, state.st_ino), place)
         if other != place:
             raise DataError(
                 f"{place} and {other} are one folder, by a link; remove the link, so that images count once"
             )
-        below = Path(place).relative_to(folder).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        for file in sorted(files):
-            if is_image(file, suffixes):
-                found.images.append(prefix + file)
-            elif not file.startswith("."):
-                found.others[Path(file).suffix.lower() or "without ending"] += 1
+        waiting += [(entry.path, f"{prefix}{entry.name}/") for entry in reversed(folders)]
+        for file in entries:
+            if file.is_dir():
+                continue
+            if is_image(file.name, suffixes):
+                found.images.append(prefix + file.name)
+                if file.is_symlink() and not Path(file.path).exists():  # of other files, this would ask the disk
+                    found.gone.append(file.path)
+            else:
+                found.others[Path(file.name).suffix.lower() or "without ending"] += 1
     return found
 
 

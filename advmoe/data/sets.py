@@ -175,6 +175,8 @@ class DatasetInfo:
     """Remarks for the user who trains on the data set, such as how the size was chosen."""
     warnings: tuple[str, ...] = ()
     """What may make a training or its figures worse than the user expects, such as few images."""
+    gone: tuple[str, ...] = ()
+    """Paths of images that cannot be read, because they are links to files that do not exist."""
 
     def check_image_size(self, size: int) -> None:
         """Check that the images are, or can be made, ``size`` pixels wide.
