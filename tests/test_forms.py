@@ -37,7 +37,7 @@ from advmoe.training.checkpoint import Checkpoint, load, save_checkpoint
 from advmoe.training.coupling import expert_banks, start_equal
 from advmoe.training.levels import make_levels
 from advmoe.training.methods import METHODS
-from advmoe.training.start import _draw_anew, start_from
+from advmoe.training.start import _draw_anew, has_other_classes, start_from, with_new_classifier
 
 MakeNetwork = Callable[..., RoutedNetwork]
 
@@ -170,7 +170,7 @@ def test_scales_and_shifts_of_experts_add_nothing_to_the_exported_network(
     made = {}
     for affine in (True, False):
         path = tmp_path / f"{affine}.onnx"
-        export_model(tiny_vgg(warm=True, expert_affine=affine).eval(), path, image_size=32, labels=tuple("abcdefghij"))
+        export_model(tiny_vgg(warm=True, expert_affine=affine).eval(), path, image_size=32, labels=tuple("abcde"))
         graph = onnx.load(path).graph
         made[affine] = [node.op_type for node in graph.node], [list(value.dims) for value in graph.initializer]
     assert made[True] == made[False]
@@ -282,6 +282,25 @@ def test_experts_start_from_a_network_without_experts(arch: str, kind: str) -> N
             )
         return
     torch.testing.assert_close(model(images), initial.build()(images))
+
+
+@pytest.mark.parametrize("arch", ["densenet", "resnet18", "vgg16", "vit", "wrn28_10"])
+@pytest.mark.parametrize(("of", "to"), [("moe", "moe"), ("s_dense", "moe"), ("dense", "moe"), ("dense", "sparse_cnn")])
+def test_every_network_may_start_with_a_classifier_for_other_classes(arch: str, of: str, to: str) -> None:
+    if (arch, to) == ("vit", "sparse_cnn"):
+        return
+    source = Cell(arch, of, 32).build()
+    given = Checkpoint(model=source.config, weights=source.state_dict(), class_names=tuple("abcde"))
+    assert has_other_classes(given, 3, ())
+    assert has_other_classes(given, 5, tuple("ABCDE"))
+    assert not has_other_classes(given, 5, ())
+    initial = with_new_classifier(given, 3, tuple("xyz"))
+    assert initial.class_names == ("x", "y", "z")
+    shared = {name for name, value in initial.weights.items() if value is given.weights[name]}
+    assert set(given.weights) - shared == {"classifier.weight", "classifier.bias"}
+    model = Cell(arch, to, 32).build(num_classes=3)
+    start_from(model, initial)
+    assert model.eval()(Cell(arch, to, 32).images(2)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet18", "densenet"])

@@ -37,6 +37,7 @@ from advmoe.training.loop import Trainer
 from advmoe.training.methods import METHODS, doubts
 from advmoe.training.run_folder import RunFolder
 from advmoe.training.split import Split, split_dataset
+from advmoe.training.start import with_new_classifier
 from advmoe.training.steps import StepResult
 
 
@@ -184,6 +185,31 @@ def test_a_run_starts_from_the_weights_it_is_given(digits: Dataset, whole_run: P
     with RunFolder(tmp_path / "run") as folder:
         trainer = Trainer(MODEL, TRAIN, digits, folder, device=cpu, observer=Observer(), initial=given)
     assert_identical(dict(trainer.model.state_dict()), given.weights)
+
+
+@pytest.mark.parametrize("changed", ["names", "number"])
+def test_a_run_with_other_classes_keeps_the_features_of_its_start_and_gets_a_new_classifier(
+    digits: Dataset, whole_run: Path, tmp_path: Path, changed: str
+) -> None:
+    given, cpu = load_checkpoint(whole_run / "best.pt"), torch.device("cpu")
+    if changed == "names":
+        given = dataclasses.replace(given, class_names=given.class_names[::-1])
+    else:
+        given = with_new_classifier(given, 7, seed=1)
+    before = given.weights
+    with RunFolder(tmp_path / "run") as folder:
+        trainer = Trainer(MODEL, TRAIN, digits, folder, device=cpu, observer=Observer(), initial=given)
+    assert trainer.new_classifier
+    after = trainer.model.state_dict()
+    differ = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert differ == {"classifier.weight", "classifier.bias"}
+    assert len(after["classifier.bias"]) == 10
+    fixed = dataclasses.replace(TRAIN, method="router_at", init="0" * 64)
+    with (
+        pytest.raises(ConfigError, match="so its classifier has to be trained anew, and method router_at trains none"),
+        RunFolder(tmp_path / "other") as folder,
+    ):
+        Trainer(MODEL, fixed, digits, folder, device=cpu, observer=Observer(), initial=given)
 
 
 def test_resuming_a_complete_run_does_nothing(digits: Dataset, whole_run: Path) -> None:

@@ -131,6 +131,28 @@ def test_a_path_that_no_run_file_can_hold_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_from_a_checkpoint_normalizes_images_as_the_checkpoint_does(repeated: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / split / name for split in ("train", "val") for name in "ab"):
+        folder.mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
+    digits = dataset_info("digits")
+
+    def planned(init: Path | None, config_file: Path | None = None) -> Plan:
+        settings = {} if config_file else {"arch": "vgg16", "width": 0.0625}
+        return make_plan("folder", None, config_file, init, tmp_path, settings)
+
+    said = "the images are normalized as those of the checkpoint were, not as usual for folder"
+    fresh, fine = planned(None), planned(repeated / "seed-3")
+    assert (fine.model.mean, fine.model.std) == (digits.mean, digits.std) != (fresh.model.mean, fresh.model.std)
+    assert fine.model.num_classes == 2
+    assert said in fine.notes
+    assert said not in fresh.notes
+    stored = tmp_path / "run.toml"
+    stored.write_text(run_file(fine.model, fine.train, data_dir=tmp_path, init=fine.init))
+    assert planned(None, stored).model == fine.model
+
+
 def test_several_seeds_are_runs_of_their_own(repeated: Path) -> None:
     seeds = {path.name: json.loads((path / "config.json").read_text())["train"]["seed"] for path in repeated.iterdir()}
     assert seeds == {"seed-3": 3, "seed-4": 4}

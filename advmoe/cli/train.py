@@ -169,6 +169,8 @@ class Plan:
     train: TrainConfig
     data_dir: Path | None
     init: Path | None
+    initial: Checkpoint | None
+    """Content of `init`."""
     size_chosen: bool
     """Whether the user chose the image size. Otherwise it was chosen to suit this machine."""
     notes: Sequence[str]
@@ -212,7 +214,7 @@ def make_plan(
 
     # Only here, because torch takes seconds and a mistyped name or value should not wait for it.
     from advmoe.data.sources import dataset_info, is_packaged
-    from advmoe.training.checkpoint import file_digest
+    from advmoe.training.checkpoint import file_digest, load_checkpoint
     from advmoe.training.methods import resolve_method
 
     if config_file is not None and base.train.get("dataset") not in {None, chosen}:
@@ -230,6 +232,8 @@ def make_plan(
     stored = dict(base.train)
     stored_digest = stored.pop("init", None)
     digest = None if init is None else file_digest(init)
+    initial = None if init is None else load_checkpoint(init)
+    expected = {} if initial is None else {"mean": initial.model.mean, "std": initial.model.std}
     check(stored_digest is None or digest is not None, f"the run in {config_file} starts from a checkpoint", "init")
     check(
         stored_digest is None or digest == stored_digest or str(init) != base.init,
@@ -238,7 +242,7 @@ def make_plan(
     )
     model, config = resolve(
         info,
-        default_model | dict(base.model) | given_model,
+        default_model | dict(base.model) | given_model | expected,
         default_train | stored | {"dataset": chosen} | given_train | {"init": digest},
         **dict(base.attack) | given_attack,
     )
@@ -255,7 +259,9 @@ def make_plan(
         f"{model.kind} with N = {model.num_experts} trains none; leave it out",
         "specialization",
     )
-    warnings = [*info.warnings]
+    notes, warnings = [*info.notes], [*info.warnings]
+    if (model.mean, model.std) != (info.mean, info.std):
+        notes.append(f"the images are normalized as those of the checkpoint were, not as usual for {info.name}")
     if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):
         warnings.append("standard training does not attack: --steps, --step-size and --start have no effect")
     return Plan(
@@ -263,8 +269,9 @@ def make_plan(
         train=config,
         data_dir=data_dir,
         init=init,
+        initial=initial,
         size_chosen=not info.resized or "image_size" in {**base.model, **given_model},
-        notes=info.notes,
+        notes=notes,
         warnings=warnings,
     )
 
@@ -323,7 +330,6 @@ def train_run(
     from advmoe.training.run_folder import RunFolder
 
     model, config = plan.model, plan.train
-    initial = None if plan.init is None else load_checkpoint(plan.init)
     folder = RunFolder(path, keep=saving.keep, minutes=saving.minutes)
     with folder if world().leads else nullcontext():
         checkpoint = from_leader(lambda: _to_go_on_from(folder, resume=resume))
@@ -337,10 +343,15 @@ def train_run(
             )
         with TrainingProgress() as observer:
             trainer = Trainer(
-                model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=initial
+                model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=plan.initial
             )
             from_leader(lambda: remember_data(path, config.dataset, plan.data_dir))
             from_leader(lambda: write_text_atomically(path / RUN_FILE, text))
+            if trainer.new_classifier and checkpoint is None:
+                console.note(
+                    f"the checkpoint has other classes: its features are kept, and a classifier of {model.num_classes} "
+                    "classes starts anew"
+                )
             if trainer.step == trainer.schedule.steps:
                 console.note(
                     f"{path} is finished, all {trainer.schedule.epochs} epochs; to train on, begin a new run from it"

@@ -49,7 +49,7 @@ from advmoe.training.run_folder import RunFolder
 from advmoe.training.schedule import Schedule
 from advmoe.training.selection import FEW_IMAGES, Selection, standard_error_at_half
 from advmoe.training.split import split_dataset
-from advmoe.training.start import start_from
+from advmoe.training.start import has_other_classes, start_from, with_new_classifier
 from advmoe.training.streams import Streams
 from advmoe.training.union import size_of_union
 
@@ -82,10 +82,12 @@ class Trainer:
         device: Device of the training.
         observer: Observer of the run.
         resume: Contents of the folder's `last.pt` to go on from, or None for a new run.
-        initial: Checkpoint whose weights a new run starts from, or None for fresh ones.
+        initial: Checkpoint whose weights a new run starts from, or None for fresh ones. If its classes are
+            others, the classifier is fresh.
 
     Raises:
-        ConfigError: Settings that do not go together, or a folder that holds another run.
+        ConfigError: Settings that do not go together, a folder that holds another run, or a checkpoint of
+            other classes for a method that trains no classifier.
         CheckpointError: The run to resume was started with other settings.
     """
 
@@ -114,7 +116,20 @@ class Trainer:
             observer.warned(f"skipped validation images: {len(self.split.skipped)}{named(self.split.skipped)}")
         with seeded(config.seed):
             model = build_model(model_config)
+        self.new_classifier = initial is not None and has_other_classes(
+            initial, model_config.num_classes, self.class_names
+        )
+        """Whether the run starts from a checkpoint of other classes, so that its classifier starts anew."""
         if initial is not None:  # on the CPU, as the checkpoint and the random numbers are
+            if self.new_classifier:
+                check(
+                    self.method.moves_experts,
+                    f"the checkpoint has other classes than {dataset.info.name}, so its classifier has to be trained "
+                    f"anew, and method {config.method} trains none; train on {dataset.info.name} first, for example "
+                    "with method standard",
+                    "init",
+                )
+                initial = with_new_classifier(initial, model_config.num_classes, self.class_names, seed=config.seed)
             start_from(model, initial, upcycling=config.upcycling, reinitialize=config.reinitialize, seed=config.seed)
         self.model: RoutedNetwork = model.to(device)
         self.levels = make_levels(self.method.levels, self.model, config, fresh=initial is None)

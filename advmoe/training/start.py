@@ -21,6 +21,32 @@ from advmoe.training.checkpoint import Checkpoint, load_weights
 from advmoe.training.coupling import expert_layers, rows_of_some, slot_of_row
 
 
+def has_other_classes(initial: Checkpoint, num_classes: int, class_names: tuple[str, ...]) -> bool:
+    """Whether a checkpoint's outputs stand for other classes than those of a run. Names may be unknown, and empty."""
+    names = initial.class_names
+    return initial.model.num_classes != num_classes or bool(names and class_names and names != class_names)
+
+
+def with_new_classifier(
+    initial: Checkpoint, num_classes: int, class_names: tuple[str, ...] = (), *, seed: int = 0
+) -> Checkpoint:
+    """A checkpoint with the same features and a fresh classifier for other classes.
+
+    Args:
+        initial: The checkpoint.
+        num_classes: Number of outputs of the new classifier.
+        class_names: Name of each output; may be empty.
+        seed: Seed of its weights.
+    """
+    described = dataclasses.replace(initial.model, num_classes=num_classes)
+    with seeded(seed):
+        fresh = build_model(described).state_dict()
+    own = {name: value for name, value in fresh.items() if name.startswith("classifier.")}
+    return dataclasses.replace(
+        initial, model=described, weights={**initial.weights, **own}, class_names=class_names, training_weights=None
+    )
+
+
 def start_from(
     model: RoutedNetwork,
     initial: Checkpoint,
