@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from advmoe.config import Kind, MethodName, ModelConfig, TrainConfig, TrainingAttack, check_together, model_config
@@ -45,6 +46,10 @@ DEFAULT_ARCH = "vgg16"
 """The default backbone, as in the paper's first table."""
 
 
+USUAL_BATCH = 64
+"""Batch size for a folder with many images. The default learning rate belongs to it."""
+
+
 def defaults_of(info: DatasetInfo) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the model and of the training that suit a data set.
 
@@ -55,7 +60,7 @@ def defaults_of(info: DatasetInfo) -> tuple[dict[str, Any], dict[str, Any]]:
     if info.name != "folder":
         return {"arch": DEFAULT_ARCH}, {}
     held_in = round(0.9 * (info.train_size or 0))
-    fitting = [size for size in (4, 8, 16, 32, 64) if 8 * size <= held_in]
+    fitting = [size for size in (4, 8, 16, 32, USUAL_BATCH) if 8 * size <= held_in]
     return {"arch": "resnet18", "width": 0.25}, {"batch_size": max(fitting, default=4)}
 
 
@@ -67,7 +72,8 @@ def resolve(
     Args:
         info: Gives classes, image size, normalization and the usual radius.
         model: Fields of `ModelConfig`.
-        train: Fields of `TrainConfig`.
+        train: Fields of `TrainConfig`. For a folder, the learning rate is by default smaller in
+            proportion to a batch size below `USUAL_BATCH` (Goyal et al., 2017).
         **attack: Fields of `TrainingAttack`; the radius is the data set's by default.
 
     Raises:
@@ -93,5 +99,7 @@ def resolve(
             **train,
         },
     )
+    if info.name == "folder" and "lr" not in train:
+        config = replace(config, lr=config.lr * min(1.0, config.batch_size / USUAL_BATCH))
     check_together(described, config)
     return described, config

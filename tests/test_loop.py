@@ -697,6 +697,27 @@ def test_a_run_whose_images_are_gone_ends(pets: Dataset, tmp_path: Path) -> None
     assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
 
 
+@pytest.mark.parametrize(
+    ("images", "size", "told", "better"),
+    [
+        (44, 24, "each epoch leaves out 20 of 44 training images, others every time, because they fill no batch", 22),
+        (40, 35, "each epoch leaves out 5 of 40", None),  # an eighth
+        (47, 25, "each epoch leaves out 22 of 47", 23),  # twice 23 leave out 1, less than a sixteenth
+        (44, 22, "", None),
+    ],
+)
+def test_many_images_that_fill_no_batch_are_pointed_out(
+    digits: Dataset, tmp_path: Path, images: int, size: int, told: str, better: int | None
+) -> None:
+    config = dataclasses.replace(STANDARD, batch_size=size, limit_train=images)
+    observer = Observer()
+    with RunFolder(tmp_path / "run") as folder:
+        Trainer(MODEL, config, digits, folder, device=torch.device("cpu"), observer=observer)
+    found = [advice for text, advice in zip(observer.warnings, observer.advice, strict=True) if "leaves out" in text]
+    assert found == ([] if better is None else [{"batch_size": better}])
+    assert better is None or any(text.startswith(told) for text in observer.warnings)
+
+
 def test_too_few_images_for_a_batch_are_refused_before_anything_is_written(digits: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(TRAIN, batch_size=190, limit_train=None)
     with pytest.raises(ConfigError, match="180 training images do not fill one batch of 190; use a smaller batch size"):

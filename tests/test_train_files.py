@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,6 +217,24 @@ def test_a_folder_gets_defaults_for_few_images(tmp_path: Path) -> None:
     assert (model, train) == ({"arch": "resnet18", "width": 0.25}, {"batch_size": 16})
     described, config = resolve(info, model, train)
     assert (described.image_size, described.num_classes, config.batch_size) == (32, 2, 16)
+    assert config.lr == 0.1 * 16 / 64
+
+    def planned(config_file: Path | None = None, **settings: Any) -> Plan:
+        return make_plan("folder", None, config_file, None, tmp_path, settings)
+
+    def told(plan: Plan) -> list[str]:
+        return [note for note in plan.notes if note.startswith("batches of")]
+
+    few = "batches of 16 images in place of 64, so that few images make several batches an epoch"
+    slower = "; the learning rate is 0.025, smaller in the same proportion"
+    assert told(planned()) == [few + slower]
+    assert (told(planned(lr=0.1)), planned(lr=0.1).train.lr) == ([few], 0.1)
+    assert told(planned(batch_size=8)) == ["batches of 8 images in place of 64" + slower.replace("0.025", "0.0125")]
+    assert (told(planned(batch_size=128)), planned(batch_size=128).train.lr) == ([], 0.1)
+    stored = tmp_path / "run.toml"
+    stored.write_text(run_file(planned().model, planned().train, data_dir=tmp_path, init=None))
+    assert (planned(stored).train.lr, told(planned(stored))) == (0.025, [])
+    assert planned(stored, batch_size=64).train.lr == 0.025
     assert defaults_of(dataset_info("digits")) == ({"arch": "vgg16"}, {})
     with pytest.raises(ConfigError, match="the model tells 10 classes apart, but folder has 2"):
         resolve(info, model | {"num_classes": 10}, train)

@@ -29,7 +29,7 @@ from advmoe.recipes import recipe as find_recipe
 from advmoe.recipes import recipes as all_recipes
 from advmoe.run_file import RunFile, read_run_file, run_file
 from advmoe.run_paths import LAST, RUN_FILE, checkpoint_of
-from advmoe.settings import defaults_of, resolve, sort_settings
+from advmoe.settings import USUAL_BATCH, defaults_of, resolve, sort_settings
 from advmoe.world import restarts
 
 if TYPE_CHECKING:
@@ -240,10 +240,11 @@ def make_plan(
         f"{init} is not the checkpoint any more that the run in {config_file} started from",
         "init",
     )
+    chosen_train = stored | {"dataset": chosen} | given_train | {"init": digest}
     model, config = resolve(
         info,
         default_model | dict(base.model) | given_model | expected,
-        default_train | stored | {"dataset": chosen} | given_train | {"init": digest},
+        default_train | chosen_train,
         **dict(base.attack) | given_attack,
     )
     if info.gone and not config.skip_bad_images:
@@ -260,6 +261,10 @@ def make_plan(
         "specialization",
     )
     notes, warnings = [*info.notes], [*info.warnings]
+    if info.name == "folder" and config.batch_size < USUAL_BATCH and not {"batch_size", "lr"} <= set(chosen_train):
+        why = "" if "batch_size" in chosen_train else ", so that few images make several batches an epoch"
+        rate = "" if "lr" in chosen_train else f"; the learning rate is {config.lr:g}, smaller in the same proportion"
+        notes.append(f"batches of {config.batch_size} images in place of {USUAL_BATCH}{why}{rate}")
     if (model.mean, model.std) != (info.mean, info.std):
         notes.append(f"the images are normalized as those of the checkpoint were, not as usual for {info.name}")
     if config.method == "standard" and {"steps", "step_size", "start"} & set(given_attack):

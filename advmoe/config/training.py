@@ -74,6 +74,7 @@ class ScheduleConfig(Settings):
             "Peak learning rate of SGD, shared by routers and experts; follows a cosine to zero.",
             noun="the learning rate",
             above=0.0,
+            default="0.1; for folder smaller in proportion to a batch size below 64",
         ),
     ] = 0.1
     precision: Annotated[

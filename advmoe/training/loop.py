@@ -57,6 +57,8 @@ COLLAPSED_LOAD = 0.99
 """A router counts as collapsed if one of its experts has this load."""
 BALANCE = 0.01
 """Weight of the load-balance loss that is advised where routers collapse."""
+LEFT_OUT = 1 / 8
+"""A warning follows if a larger share of the training images fills no batch. Eight batches or more leave out less."""
 PICTURES = 4
 """Validation images that TensorBoard shows, clean and attacked."""
 
@@ -138,6 +140,7 @@ class Trainer:
         self.average = None if config.ema == 0 else WeightAverage(self.model, config.ema)
         self.streams = Streams(self.split, model_config, config, periods=self.method.periods(config), device=device)
         self.steps_per_epoch = self.streams.steps_per_epoch
+        self._warn_of_rest()
         self.memory, doubt = together(lambda: check_memory(self.model, config, model_config.image_size))
         self.step = 0
         self.schedule = Schedule(self.method.phases, config.epochs, self.steps_per_epoch)
@@ -355,6 +358,17 @@ class Trainer:
         reach = max(255 * self.config.val_attack.eps, 1e-6)
         difference = (127.5 + 127.5 * shown.difference / reach).clip(0, 255).astype(np.uint8)
         return {"examples/clean": shown.clean, "examples/attacked": shown.attacked, "examples/difference": difference}
+
+    def _warn_of_rest(self) -> None:
+        """Warn of many images that fill no batch."""
+        images, size = len(self.split.train_indices), self.config.batch_size
+        if images % size > LEFT_OUT * images:
+            better = next(fewer for fewer in range(size, 0, -1) if images % fewer <= LEFT_OUT * images / 2)
+            self.observer.warned(
+                f"each epoch leaves out {images % size} of {images} training images, others every time, because they "
+                f"fill no batch of {size}; smaller batches leave out fewer",
+                batch_size=better,
+            )
 
     def _warn_of_collapse(self, epoch: int, load_L: list[float]) -> None:
         """Warn, once for each layer, of a router that uses only one expert. The advice is given once."""
