@@ -440,6 +440,11 @@ def test_an_export_is_verified_and_calibrated_with_images_of_the_folder_that_the
     capsys.readouterr()
     assert main(["export", "run", "model.onnx", *real, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreement"]["images"] == 5
+    for options, expected in ((real, "test images compared +│ 5 "), (real[:-2], "calibration images compared +│ 8 ")):
+        assert main(["export", "run", "model.onnx", *options]) == 0
+        out = capsys.readouterr().out
+        assert re.search(expected, out)
+        assert ("accuracy (PyTorch, file)" in out) == (options == real), "calibration images come without classes"
 
 
 @pytest.mark.filterwarnings("default:.*not comparable")

@@ -126,12 +126,12 @@ def export(
     for warning in report.warnings:
         console.note(warning)
     verification, agreement = report.verification, report.agreement
-    facts: dict[str, Any] = {} if agreement is None else {"test images compared": agreement.images}
+    facts: dict[str, Any] = {}
     if agreement is not None:
-        facts |= {
-            "same label, same pathway": f"{agreement.same_label:.2%}, {agreement.same_pathway:.2%}",
-            "accuracy (PyTorch, file)": f"{agreement.module_accuracy:.2%}, {agreement.file_accuracy:.2%}",
-        }
+        facts["calibration images compared" if images is None else "test images compared"] = agreement.images
+        facts["same label, same pathway"] = f"{agreement.same_label:.2%}, {agreement.same_pathway:.2%}"
+        if agreement.module_accuracy is not None and agreement.file_accuracy is not None:
+            facts["accuracy (PyTorch, file)"] = f"{agreement.module_accuracy:.2%}, {agreement.file_accuracy:.2%}"
     if repository is not None:
         facts["Triton"] = str(repository)
     console.show_facts(
