@@ -108,6 +108,20 @@ def test_a_file_holds_standard_operators_only_and_every_weight_once(
     assert not any(node.op_type == "BatchNormalization" for node in nodes)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_constant_of_a_file_is_read(profile: str, small_moe: Make, tmp_path: Path) -> None:
+    # Routers per block, so that steps of one image, and of several, need different constants.
+    model = small_moe(decisions=(0, 1, 1, 2))
+    report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile=profile)
+    graphs = [onnx.load(report.path, load_external_data=False).graph]
+    graphs += [
+        attribute.g for node in operators(report.path) for attribute in node.attribute if attribute.HasField("g")
+    ]
+    read = {name for graph in graphs for node in graph.node for name in node.input}
+    # onnxruntime prints a warning for each constant that is not.
+    assert [value.name for graph in graphs for value in graph.initializer if value.name not in read] == []
+
+
 def test_a_single_image_meets_one_branch_per_layer(small_moe: Make, tmp_path: Path) -> None:
     model = small_moe(num_experts=3, model_scale=0.4)
     report = export_model(model, tmp_path / "model.onnx", image_size=16, labels=LABELS, profile="latency")

@@ -50,9 +50,13 @@ def write_step(state: Lowering, step: ir.Node | Region, *, select: bool = False)
 
 
 def finish(scope: Scope, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Model:
-    """The model of a scope, without unused nodes."""
+    """The model of a scope, without unused nodes and constants."""
     graph = scope.graph(inputs, outputs, "advmoe")
     graph.opset_imports[""] = opset
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="advmoe-export")
     common.RemoveUnusedNodesPass()(model)
+    for branch in model.graph.subgraphs():  # the pass removes constants of the outermost graph only
+        for value in list(branch.initializers.values()):
+            if not value.uses() and not value.is_graph_output():
+                del branch.initializers[str(value.name)]
     return model
