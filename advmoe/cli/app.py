@@ -146,7 +146,12 @@ def run(arguments: Sequence[str] | None) -> int:
         return 1
     except OSError as error:  # a full disk, a folder that is a file or may not be written to
         forget_output()
-        fail(f"cannot use {error.filename}: {error.strerror}; give another place" if error.filename else str(error))
+        reason = error.strerror or str(error)
+        fail(
+            f"cannot use {error.filename}: {reason}; give another place"
+            if error.filename
+            else f"{reason}; the output is incomplete"  # stdout's, or that of an open file
+        )
         return 1
     except typer.TyperException as error:
         message = error.format_message() or str(error)
