@@ -93,7 +93,12 @@ def test_names_without_images_are_refused(tmp_path: Path) -> None:
     [
         (["photos/9.png", "model.onnx"], "photos/9.png is not an ONNX file; give the model first, then the images"),
         (["photos", "model.onnx"], "photos is not an ONNX file; give the model first, then the images"),
-        (["best.pt", "photos"], "'best.pt' is no exported model; export it to an ONNX file first"),
+        (
+            ["best.pt", "photos"],
+            "'best.pt' is no exported model; export it first, and give the ONNX file: advmoe export",
+        ),
+        (["model.onnx", "best.pt"], "best.pt is a model, not an image; give one model, then the images"),
+        (["model.onnx", "photos", "four.onnx"], "four.onnx is a model, not an image; give one model"),
     ],
 )
 def test_what_is_no_model_is_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,8 +214,19 @@ def test_an_image_on_stdin_is_classified_like_its_file(
     assert of_stdin == of_file | {"image": "-"}
 
 
-def test_nothing_on_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO()))
+@pytest.mark.parametrize(("content", "reason"), [(b"", "it is empty"), (b"text", "it is in none of the formats")])
+def test_no_image_on_stdin_is_one_line(
+    content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert main(["predict", "model.onnx", "-"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be decoded as an image" in line
+    assert line.startswith(f"error: stdin cannot be decoded as an image ({reason}); expected")
+
+
+def test_streams_that_are_closed_are_empty() -> None:
+    command = f"{sys.executable} -m advmoe predict model.onnx photos/9.png - <&- >&-"
+    found = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1] == "error: 1 of 2 images could not be read and were skipped"
+    assert "stdin cannot be decoded as an image (it is empty)" in found.stderr

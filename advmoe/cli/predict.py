@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 STDIN = Path("-")
 """The image on stdin, in place of a file."""
+CHECKPOINTS = {".pt", ".safetensors"}
+"""Endings of files for PyTorch, which are not exported yet."""
 
 
 def predict(
@@ -75,11 +77,13 @@ def predict(
         table is None or not (csv or json),
         f"{table} would be an image to classify; --csv and --json print to stdout, so write the result by > {table}",
     )
-    trained = model.is_dir() or model.suffix in {".pt", ".safetensors"}  # the session says how to export these
+    trained = model.is_dir() or model.suffix in CHECKPOINTS  # the session says how to export these
     check(
         model.suffix == ".onnx" or (trained and not any(name.endswith(".onnx") for name in images)),
         f"{model} is not an ONNX file; give the model first, then the images",
     )
+    other = next((name for name in images if Path(name).suffix in {".onnx", *CHECKPOINTS}), None)
+    check(other is None, f"{other} is a model, not an image; give one model, then the images")
     session = open_session(model, provider or ["cpu"])
     paths = [path for name in images for path in ([STDIN] if name == str(STDIN) else find_pictures([name]))]
     paths = list(dict.fromkeys(paths))
@@ -200,19 +204,21 @@ def read_image(path: Path, metadata: ModelMetadata) -> NDArray[np.uint8]:
 
     if path != STDIN and not path.is_file():
         raise DataError(f"no image file {path}")
-    package = exporter()
+    package, name = exporter(), "stdin" if path == STDIN else str(path)
     try:
         content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        if not content:
+            raise DataError("it is empty")
         if content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
             pixels = rust_router.decode_image(content)
         else:
             pixels = np.asarray(package.read_image(io.BytesIO(content) if path == STDIN else path))
     except package.InputError as error:
-        raise DataError(str(error)) from error
+        raise DataError(str(error).replace("the upload", name, 1)) from error
     except (DataError, OSError) as error:
-        raise DataError(f"{path} cannot be decoded as an image ({error}); expected a JPEG, PNG or the like") from error
+        raise DataError(f"{name} cannot be decoded as an image ({error}); expected a JPEG, PNG or the like") from error
     try:
         return shown(pixels, ResizeCenterCrop(size=metadata.image_size, resize=metadata.resize))
     except ConfigError as error:
         reason = str(error).removeprefix("image 0: ")  # the only one of its batch
-        raise DataError(f"{path} cannot be resized as an image of the model: {reason}") from error
+        raise DataError(f"{name} cannot be resized as an image of the model: {reason}") from error

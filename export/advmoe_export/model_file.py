@@ -6,6 +6,7 @@ The metadata are read from the graph without the package onnx, so serving needs 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def read_metadata(path: Path) -> ModelMetadata:
         ModelFileError: the file is missing, is not ONNX, or was not written by this package.
     """
     if path.is_dir() or path.suffix in {".pt", ".safetensors"}:
-        raise ModelFileError(f"'{path}' is no exported model; export it to an ONNX file first, and give that file")
+        command = f"advmoe export {shlex.quote(str(path))} {shlex.quote(path.resolve().stem)}.onnx"
+        raise ModelFileError(f"'{path}' is no exported model; export it first, and give the ONNX file: {command}")
     if not path.is_file():
         raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
     try:
