@@ -70,8 +70,8 @@ def check_repository(name: str) -> None:
     Raises:
         ConfigError: The name is malformed.
     """
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
-        raise ConfigError(f"expected a repository such as owner/name, got '{name}'")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        raise ConfigError(f"expected a repository on the hub such as owner/name, got '{name}'")
 
 
 def check_access(repository: str, *, private: bool) -> None:

@@ -201,6 +201,23 @@ def test_a_second_push_leaves_no_file_of_the_model_before(hub: dict[str, dict[st
     assert set(hub["owner/digits"]) == {"README.md", "config.json", "model.safetensors", "notes.txt"}
 
 
+def test_a_dry_run_writes_what_would_be_uploaded_and_contacts_nobody(
+    hub: dict[str, dict[str, bytes]], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(run), "owner/digits", "--no-onnx"]) == 0
+    out = run.parent / "look"
+    monkeypatch.setattr("advmoe.hub.hub_errors", None)
+    capsys.readouterr()
+    command = ["push", str(run), "owner/digits", "--no-onnx", "--out", str(out), "--json"]
+    assert main(command) == 0
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert json.loads(capsys.readouterr().out) == {"address": str(out), "files": sorted(files)}
+    assert files == hub["owner/digits"]
+    assert advmoe.load(out / "model.safetensors").class_names[0] == "digit 0"
+    assert main(command) == 1
+    assert "look exists; give a new folder (--out)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_onnx_file_lies_beside_the_weights(hub: dict[str, dict[str, bytes]], run: Path) -> None:
     pytest.importorskip("onnx_ir")
@@ -423,7 +440,7 @@ def test_a_malformed_address_is_refused(address: str) -> None:
 
 def test_a_repository_needs_an_owner(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(run), "digits", "--no-onnx"]) == 1
-    assert "expected a repository such as owner/name, got 'digits'" in capsys.readouterr().err
+    assert "expected a repository on the hub such as owner/name, got 'digits'" in capsys.readouterr().err
 
 
 def test_a_model_card_tells_the_attack_the_verdict_and_how_to_use_the_model(run: Path) -> None:

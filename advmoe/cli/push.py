@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,13 @@ def push(
     license: Annotated[str, typer.Option(help="License of the weights, as the hub names it.")] = "mit",
     onnx: Annotated[bool, typer.Option(help="Put an ONNX file beside the weights.")] = True,
     private: Annotated[bool, typer.Option("--private", help="Only you can see the repository.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Dry run: write the files to this new or empty folder, to look at them. Upload nothing, and contact "
+            "no hub."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Upload a model to the hub: weights as safetensors, configuration, ONNX file and a model card.
@@ -44,7 +52,7 @@ def push(
     Others load it with advmoe.load("hf://owner/name"). $HF_TOKEN or 'hf auth login' gives the right
     to upload.
     """
-    from advmoe.hub import check_access, check_repository
+    from advmoe.hub import WEIGHTS, check_access, check_repository
     from advmoe.hub import push as upload
     from advmoe.training.checkpoint import load_checkpoint
 
@@ -52,15 +60,22 @@ def push(
     checkpoint = checkpoint_of(run)
     contents = load_checkpoint(checkpoint)
     card = find_card(run, evaluation, checkpoint, contents)
-    with console.err.status("contacting the hub"):
-        check_access(repository, private=private)
+    if out is None:
+        with console.err.status("contacting the hub"):
+            check_access(repository, private=private)
+    else:
+        console.existing_folder(out)
+        check(not out.exists() or (out.is_dir() and not any(out.iterdir())), f"{out} exists; give a new folder", "out")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_repository(contents, checkpoint, repository, folder, card=card, license=license, onnx=onnx)
-        with console.err.status(f"uploading {len(files)} files"):
-            address = upload(
-                folder, repository, replaces=OPTIONAL, private=private, message=f"Upload {checkpoint.parent.name}"
-            )
+        if out is None:
+            with console.err.status(f"uploading {len(files)} files"):
+                message = f"Upload {checkpoint.parent.name}"
+                address = upload(folder, repository, replaces=OPTIONAL, private=private, message=message)
+        else:
+            shutil.copytree(folder, out, dirs_exist_ok=True)
+            address = str(out)
     if card is None:
         console.note(
             "the model card says that the model was not evaluated; 'advmoe evaluate RUN --out FOLDER' does that"
@@ -68,7 +83,8 @@ def push(
     if json:
         console.emit_json({"address": address, "files": files})
     else:
-        console.show_facts(address, {"files": ", ".join(files), "load": f'advmoe.load("hf://{repository}")'})
+        place = f"hf://{repository}" if out is None else out / WEIGHTS
+        console.show_facts(address, {"files": ", ".join(files), "load": f'advmoe.load("{place}")'})
 
 
 def find_card(run: Path, evaluation: Path | None, checkpoint: Path, contents: Checkpoint) -> dict[str, Any] | None:
