@@ -7,6 +7,7 @@ import torch
 
 from advmoe.errors import DataError
 from advmoe.models.network import RoutedNetwork
+from advmoe.models.routing import Routing
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,7 @@ def model(tiny_vgg: Callable[..., RoutedNetwork]) -> RoutedNetwork:
         (torch.rand(2, 3, 32, 64), r"got \[2, 3, 32, 64\]"),
         (torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "floating-point numbers in .*, got torch.uint8"),
         (torch.ones(2, 3, 32, 32, dtype=torch.int64), "got torch.int64"),
+        (torch.rand(2, 3, 32, 32).numpy(), r"expected images as a tensor \[B, 3, 32, 32\], got ndarray"),
     ],
     ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else "",
 )
@@ -63,6 +65,8 @@ def test_images_that_are_not_finite_or_of_another_range_are_refused(
         (torch.zeros(3, 12), r"got float32 \[3, 12\]"),
         (torch.full((3, 12), 2), "experts 0 to 1, got experts 2 to 2"),
         (torch.full((3, 12), -1), "experts 0 to 1, got experts -1 to -1"),
+        (torch.zeros(3, 12, dtype=torch.int64).numpy(), "as a tensor or a Routing, got ndarray"),
+        (Routing(torch.zeros(2, 12, dtype=torch.int64), None), r"got int64 \[2, 12\]"),
     ],
 )
 def test_pathways_of_other_images_or_networks_are_refused(
@@ -70,6 +74,19 @@ def test_pathways_of_other_images_or_networks_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         model(torch.rand(3, 3, 32, 32), pathways)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "image"])
+def test_the_routing_of_a_pass_forces_the_pathways_of_another(
+    granularity: str, tiny_vgg: Callable[..., RoutedNetwork]
+) -> None:
+    model = tiny_vgg(warm=True, granularity=granularity).eval()
+    images, others = torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32)
+    logits, routing = model.forward_with_routing(images)
+    assert torch.equal(model(images, routing), logits)
+    _, forced = model.forward_with_routing(others, routing)
+    assert torch.equal(forced.expert_index_BL, routing.expert_index_BL)
+    assert torch.equal(model(others, routing), model(others, routing.expert_index_BL))
 
 
 def test_an_exported_graph_has_no_check_of_values(tiny_vgg: Callable[..., RoutedNetwork]) -> None:

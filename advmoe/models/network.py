@@ -34,6 +34,8 @@ def check_images(images: Tensor, size: int, *, in_training: bool) -> None:
     Raises:
         DataError: A wrong shape or type, values that are not finite, or pixels of 0..255.
     """
+    if not isinstance(images, Tensor):
+        raise DataError(f"expected images as a tensor [B, 3, {size}, {size}], got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise DataError(f"expected images [B, 3, {size}, {size}], got {list(images.shape)}")
     if not images.is_floating_point():
@@ -81,12 +83,12 @@ class RoutedNetwork(nn.Module):
         """Logits of normalized images; each MoE layer asks the tape for its decision."""
         raise TypeError(f"{type(self).__name__} does not say how it runs")
 
-    def forward(self, images: Tensor, pathways: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, pathways: Tensor | Routing | None = None) -> Tensor:
         """Logits [B, classes] of images [B, 3, H, W] in [0, 1]; see `forward_with_routing`."""
         return self.forward_with_routing(images, pathways)[0]
 
     def forward_with_routing(
-        self, images: Tensor, pathways: Tensor | None = None, *, tape_type: TapeType = RoutingTape
+        self, images: Tensor, pathways: Tensor | Routing | None = None, *, tape_type: TapeType = RoutingTape
     ) -> tuple[Tensor, Routing]:
         """Logits and the pathways taken.
 
@@ -94,10 +96,20 @@ class RoutedNetwork(nn.Module):
             images: [B, 3, H, W] in [0, 1].
             pathways: int64 [B, L] in [0, N), experts to use instead of the routers' choice (frozen
                 routing). Where tokens are routed, L counts the decisions of all MoE layers and
-                tokens, layer by layer.
+                tokens, layer by layer. A `Routing` that this method returned stands for its
+                `expert_index_BL`.
             tape_type: Makes the pass's tape; attacks pass one that relaxes the routing
                 (`advmoe.attacks.relaxations`).
+
+        Returns:
+            Logits [B, classes], and the `Routing` of the images.
+
+        Raises:
+            DataError: `check_images` refuses the images, or the pathways are not those of these
+                images and this network.
         """
+        if isinstance(pathways, Routing):
+            pathways = pathways.expert_index_BL
         check_images(images, self.config.image_size, in_training=self.training)
         if pathways is not None:
             self._check_pathways(pathways, len(images), lowest=0 if tape_type is RoutingTape else -1)
@@ -125,6 +137,10 @@ class RoutedNetwork(nn.Module):
     def _check_pathways(self, pathways_BL: Tensor, images: int, *, lowest: int) -> None:
         """Refuse pathways of other images or another network. On a GPU, reading them would be a wait."""
         shape = (images, len(self.expert_layouts) * self.rows_per_image)
+        if not isinstance(pathways_BL, Tensor):
+            raise DataError(
+                f"expected pathways int64 {list(shape)} as a tensor or a Routing, got {type(pathways_BL).__name__}"
+            )
         if pathways_BL.shape != shape or pathways_BL.dtype != torch.int64:
             raise DataError(
                 f"expected pathways int64 {list(shape)}, one expert for each image and decision, got "
