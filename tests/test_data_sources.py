@@ -4,9 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from advmoe.data import sources
 from advmoe.data.digits import ORIGINALS, load_digits
+from advmoe.data.loader import BatchLoader
 from advmoe.data.sources import ImageSet, dataset_info, dataset_names, load_dataset
 from advmoe.data.splits import split_validation
 from advmoe.errors import ConfigError, DataError
@@ -65,6 +68,21 @@ def test_take_copies_rows_in_the_order_asked_for() -> None:
     assert part.labels.tolist() == [0, 1]
     assert len(part) == 2
     assert not np.shares_memory(part.images, whole.images)
+
+
+def test_torchs_loader_makes_the_same_batches_of_a_set_as_ours() -> None:
+    images = load_digits().test
+    for (pixels, labels), batch in zip(
+        DataLoader(images, batch_size=100),
+        BatchLoader(images, batch_size=100).epoch(0),
+        strict=True,
+    ):
+        assert (pixels.dtype, labels.dtype) == (torch.float32, torch.int64)
+        assert torch.equal(pixels, batch.images)
+        assert torch.equal(labels, batch.labels)
+    assert len(list(images)) == len(images), "iteration ends"
+    with pytest.raises(TypeError, match="slice"):
+        images[1:3]
 
 
 @pytest.mark.parametrize(

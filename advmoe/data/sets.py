@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,6 +50,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], int]:
+        """The image at ``index`` as a network takes it, float32 ``[3, H, W]`` in [0, 1], and its label.
+
+        With these a set is a map-style data set for ``torch.utils.data.DataLoader``. `BatchLoader`
+        makes the same batches faster. `take` makes a set of several images.
+        """
+        row = operator.index(index)
+        return self.images[row].transpose(2, 0, 1) / np.float32(255), int(self.labels[row])
 
     @cached_property
     def digests(self) -> NDArray[np.int64]:
