@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -98,7 +99,14 @@ def test_pillow_images_and_paths_are_prepared_like_the_images_of_the_evaluation(
         (np.full((1, 3, 16, 16), 255, np.float32), "got values from 255 to 255; divide 8-bit images by 255"),
         (np.full((1, 3, 16, 16), -1.5, np.float32), "got values from -1.5 to -1.5; do not normalize them"),
         (np.full((1, 3, 16, 16), np.inf, np.float32), "got values from inf to inf; do not normalize them"),
-        (np.zeros((1, 3, 16, 16), np.int64), r"got int64 \[1, 3, 16, 16\]"),
+        (
+            np.zeros((1, 3, 16, 16), np.int64),
+            r"got int64 \[1, 3, 16, 16\]; convert levels of 0 to 255 by images.astype",
+        ),
+        (PIXELS / np.float32(255), r"got float32 \[5, 16, 16, 3\]; put .* first: images.transpose\(0, 3, 1, 2\)"),
+        (PIXELS.transpose(0, 3, 1, 2), r"got uint8 \[5, 3, 16, 16\]; put .* last: images.transpose\(0, 2, 3, 1\)"),
+        (PIXELS[:, :8], r"got uint8 \[5, 8, 16, 3\]; convert the images to RGB of this size"),
+        (PIXELS[..., :1], r"got uint8 \[5, 16, 16, 1\]; convert the images to RGB of this size"),
         (torch.zeros(1, 3, 16, 16, device="meta"), "Tensor is no array for NumPy: .*meta"),
         ([torch.zeros(3, 16, 16, requires_grad=True)], "Tensor is no array for NumPy: .*requires grad"),
     ],
@@ -107,6 +115,23 @@ def test_what_is_no_image_is_one_line(session: Session, images: Any, message: st
     with pytest.raises(InputError, match=message) as raised:
         session.run(images)
     assert "\n" not in str(raised.value)
+
+
+def test_a_list_is_no_array_for_what_takes_arrays(session: Session) -> None:
+    with pytest.raises(InputError, match="expected a batch as one array of NumPy, got list"):
+        session.run_raw(PIXELS.tolist())
+
+
+def test_a_session_goes_to_another_process_by_its_path_and_arguments(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    content = pickle.dumps(Session(path.name, threads=1, optimization="basic"))
+    monkeypatch.chdir(tmp_path)
+    again = pickle.loads(content)
+    kept = {"providers": ("cpu",), "threads": 1, "optimization": "basic", "check_data": True}
+    assert again._again.keywords == kept
+    np.testing.assert_array_equal(again.run(PIXELS).pathway, Session(path).run(PIXELS).pathway)
 
 
 def test_a_file_with_a_fixed_batch_size_takes_smaller_batches_only(session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -69,6 +70,9 @@ class Prediction:
 class Session:
     """An exported model, ready to run.
 
+    Several threads may use one session. A pickle of it holds the absolute path and the arguments
+    only, so another process reads the file again.
+
     Args:
         path: the `.onnx` file. Its data file must be in the same folder.
         providers: one provider, or several in order of preference: `cpu`, `cuda`, `tensorrt`, or
@@ -93,6 +97,11 @@ class Session:
         check_data: bool = True,
     ) -> None:
         self._ort = _onnxruntime()
+        asked = (providers,) if isinstance(providers, str) else tuple(providers)
+        self._again = functools.partial(
+            type(self), providers=asked, threads=threads, optimization=optimization, check_data=check_data
+        )
+        """Opens a file as this session was opened."""
         self.path = Path(path)
         self.metadata = read_metadata(self.path)
         if check_data:
@@ -102,7 +111,7 @@ class Session:
         options.graph_optimization_level = _level(self._ort, optimization)
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = self._start([providers] if isinstance(providers, str) else providers, options)
+        self._session = self._start(asked, options)
         taken = [entry.name for entry in self._session.get_inputs()]
         if taken != ["images"]:
             raise ModelFileError(
@@ -111,6 +120,9 @@ class Session:
         self.provider: str = self._session.get_providers()[0]
         """Full name of the provider that runs the model."""
         self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again, (self.path.absolute(),)
 
     def run(self, images: Picture | Sequence[Picture]) -> Prediction:
         """Classify images.
@@ -206,6 +218,8 @@ class Session:
             InputError: wrong shape, type, size or range.
         """
         meta = self.metadata
+        if not isinstance(images, np.ndarray):
+            raise InputError(f"expected a batch as one array of NumPy, got {type(images).__name__}; see `batch`")
         given = f"got {images.dtype} {list(images.shape)}"
         if images.ndim != 4 or len(images) == 0:
             raise InputError(f"{self._expectation()}, {given}")
@@ -317,6 +331,7 @@ def check_images(images: npt.NDArray[Any], image_size: tuple[int, int], input_ty
     if expected is None or images.shape[1:] != expected or (images.dtype.kind == "u" and images.dtype != np.uint8):
         raise InputError(
             f"expected float32 [B, 3, {height}, {width}] in [0, 1] or uint8 [B, {height}, {width}, 3], {given}"
+            f"{_remedy(images, nchw, nhwc)}"
         )
     if images.dtype.kind == "f":
         _check_range(images)
@@ -329,6 +344,18 @@ def check_images(images: npt.NDArray[Any], image_size: tuple[int, int], input_ty
     if images.dtype == np.uint8:
         images = images.transpose(0, 3, 1, 2) / np.float32(255)
     return np.ascontiguousarray(images, dtype=np.float32)
+
+
+def _remedy(images: npt.NDArray[Any], nchw: tuple[int, ...], nhwc: tuple[int, ...]) -> str:
+    """What to do about a batch of the wrong type or shape, as the end of a message."""
+    kind, shape = images.dtype.kind, images.shape[1:]
+    if kind == "f" and shape == nhwc:
+        return "; put the channels first: images.transpose(0, 3, 1, 2)"
+    if images.dtype == np.uint8 and shape == nchw:
+        return "; put the channels last: images.transpose(0, 2, 3, 1)"
+    if shape not in (nchw, nhwc):
+        return "; convert the images to RGB of this size, or give their files, which are converted"
+    return "; convert levels of 0 to 255 by images.astype('uint8')" if kind in "iu" else ""
 
 
 def _check_range(images: npt.NDArray[Any]) -> None:
