@@ -544,6 +544,7 @@ def test_an_export_that_cannot_be_is_refused_before_any_work(
     (tmp_path / "models" / "model").mkdir(parents=True)
     for options, message in (
         (["--profile", "fast"], "unknown profile 'fast'"),
+        (["--profile", "Hybird"], "expected one of: hybrid, latency, throughput, static; did you mean 'hybrid'?"),
         (["--calibration-images", "8"], "--calibration-images is for --dtype int8, this is fp32"),
         (["--data-dir", "data"], "--data-dir is about real images, and none are used"),
         (["--skip-bad-images"], "--skip-bad-images is about real images, and none are used"),

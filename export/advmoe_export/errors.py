@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ExportError(Exception):
     """Base class of the errors of this package."""
@@ -29,3 +32,9 @@ class TooManyPixelsError(InputError):
 
 class MissingPackageError(ExportError, ImportError):
     """A package that this part of `advmoe_export` needs is not installed."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known name that is most like it, or nothing."""
+    found = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from advmoe_export.errors import ModelFileError, UnsupportedModelError
+from advmoe_export.errors import ModelFileError, UnsupportedModelError, closest
 from advmoe_export.metadata import DTYPES, INPUT_TYPES, PROFILES
 
 OPSETS = range(18, 26)
@@ -55,4 +55,6 @@ def check_options(
 
 def _one_of(what: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UnsupportedModelError(f"unknown {what} '{value}', expected one of: {', '.join(choices)}")
+        raise UnsupportedModelError(
+            f"unknown {what} '{value}', expected one of: {', '.join(choices)}{closest(value, choices)}"
+        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_export.errors import InputError, MissingPackageError, ModelFileError, ProviderError
+from advmoe_export.errors import InputError, MissingPackageError, ModelFileError, ProviderError, closest
 from advmoe_export.model_file import check_data_file, read_metadata
 from advmoe_export.preparation import prepare
 
@@ -398,7 +398,10 @@ def _silence(ort: Any, *, quiet: bool) -> Iterator[io.StringIO]:
 
 def _level(ort: Any, name: str) -> Any:
     if name not in OPTIMIZATION_LEVELS:
-        raise InputError(f"unknown optimization level '{name}', expected one of: {', '.join(OPTIMIZATION_LEVELS)}")
+        levels = ", ".join(OPTIMIZATION_LEVELS)
+        raise InputError(
+            f"unknown optimization level '{name}', expected one of: {levels}{closest(name, OPTIMIZATION_LEVELS)}"
+        )
     levels = ort.GraphOptimizationLevel
     return {
         "disable": levels.ORT_DISABLE_ALL,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from advmoe_export.errors import ExportError, InputError, MissingPackageError
-from advmoe_export.serve.config import ServeConfig
+from advmoe_export.errors import ExportError, InputError, MissingPackageError, closest
+from advmoe_export.serve.config import Option, ServeConfig, option_of
 
 DESCRIPTION = (
     "Serve an exported model over HTTP: the Open Inference Protocol (/v2), image files (POST /classify), a page to try "
@@ -32,20 +32,31 @@ def parse(arguments: Sequence[str], program: str) -> ServeConfig:
     """
     parser = _Parser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="An exported model (.onnx).")
-    for field in dataclasses.fields(ServeConfig):
-        if field.name == "model":
-            continue
-        default: Any = field.default
+    names = []
+    for field in dataclasses.fields(ServeConfig)[1:]:
+        default, facts = field.default, option_of(field)
         many = isinstance(default, tuple)
         options: dict[str, Any] = {"action": "append"} if many else {"type": type(default)}
-        shown = ", ".join(default) if many else default
-        text = field.metadata["help"] + ("" if "Default" in field.metadata["help"] else f" Default: {shown}.")
-        metavar = field.name.upper() if isinstance(default, str) or many else "NUMBER"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, metavar=metavar, **options)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+        metavar = facts.unit.upper() or (field.name.upper() if isinstance(default, str) or many else "NUMBER")
+        names.append(f"--{field.name.replace('_', '-')}")
+        parser.add_argument(names[-1], help=_help(facts, default), metavar=metavar, **options)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hint = closest(unknown[0].partition("=")[0], names)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
     if "provider" in given:
         given["provider"] = tuple(given["provider"])
     return ServeConfig(**given)
+
+
+def _help(facts: Option, default: Any) -> str:
+    """The help of an option: what it is, its bounds, its default."""
+    shown = (
+        ", ".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else default
+    )
+    bounds = [f"{facts.bounds.capitalize()}."] if facts.bounds else []
+    return " ".join([facts.help, *bounds, *([] if "Default" in facts.help else [f"Default: {shown}."])])
 
 
 def run(arguments: Sequence[str], *, program: str) -> None:
