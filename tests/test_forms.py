@@ -170,7 +170,7 @@ def test_scales_and_shifts_of_experts_add_nothing_to_the_exported_network(
     made = {}
     for affine in (True, False):
         path = tmp_path / f"{affine}.onnx"
-        export_model(tiny_vgg(warm=True, expert_affine=affine).eval(), path, image_size=32, labels=tuple("abcde"))
+        export_model(tiny_vgg(warm=True, expert_affine=affine).eval(), path, image_size=32, labels=tuple("abcdefghij"))
         graph = onnx.load(path).graph
         made[affine] = [node.op_type for node in graph.node], [list(value.dims) for value in graph.initializer]
     assert made[True] == made[False]
