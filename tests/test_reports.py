@@ -35,7 +35,7 @@ from advmoe.evaluation.diagnostics import Diagnostic
 from advmoe.evaluation.dissection import route_log
 from advmoe.evaluation.results import SuiteConfig, SuiteResult
 from advmoe.evaluation.suite import run_suite
-from advmoe.evaluation.vocabulary import READINGS, Attack
+from advmoe.evaluation.vocabulary import RA, READINGS, Attack
 from advmoe.models.masked import mask_pathway
 from advmoe.reports.figures import (
     accuracies,
@@ -346,6 +346,10 @@ def test_the_report_is_self_contained_and_escapes_names(result: SuiteResult) -> 
     assert numbers["standard_error"] == 27.22  # sqrt(1/3 * 2/3 / 3)
 
 
+def texts_of(svg: str) -> set[str]:
+    return {str(text.text).strip() for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+
+
 @pytest.mark.parametrize("name", ["costs $5_a_$6", "_hidden", "50% \\alpha^2"])
 def test_figures_show_names_as_they_are(result: SuiteResult, name: str) -> None:
     cards = [card_of(result, name), card_of(result, "second")]
@@ -353,8 +357,7 @@ def test_figures_show_names_as_they_are(result: SuiteResult, name: str) -> None:
     cards[0]["advmoe"] = swept
     for drawn in (accuracies(cards), radius_curve(cards)):
         assert drawn is not None
-        texts = {text.text.strip() for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")}
-        assert {name, "second"} <= texts
+        assert {name, "second"} <= texts_of(drawn)
 
 
 def test_shares_carry_their_standard_error(result: SuiteResult) -> None:
@@ -371,6 +374,16 @@ def test_shares_carry_their_standard_error(result: SuiteResult) -> None:
     assert "66.67\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page
     assert "33.33\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2" in page
     assert "3 rooms test images, seed 0" in page
+
+
+def test_a_report_shows_the_ra_of_a_table_where_it_is_more_than_that_under_pgd(result: SuiteResult) -> None:
+    card = card_of(result, "one")
+    share = "33.33\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}27.2"
+    assert f"<tr><td>{RA.long}</td><td>{share}</td></tr>" in render([card], {})
+    assert "RA" in texts_of(accuracies([card]))
+    del card["advmoe"]["ra_route"]
+    assert RA.long not in render([card], {})
+    assert "RA" not in texts_of(accuracies([card]))
 
 
 def sweep(result: SuiteResult) -> list[dict[str, Any]]:

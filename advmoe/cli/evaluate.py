@@ -470,18 +470,7 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
     """
     from advmoe.evaluation.card import latencies, with_error
     from advmoe.evaluation.diagnostics import NEEDED
-    from advmoe.evaluation.vocabulary import (
-        FIGURES,
-        FOOLED,
-        RA,
-        RA_FURTHER,
-        RA_PGD,
-        RA_ROUTE,
-        RA_WORST,
-        SA,
-        failed_readings,
-        measured,
-    )
+    from advmoe.evaluation.vocabulary import FOOLED, RA, RA_PGD, RA_WORST, SA, failed_readings, measured
 
     numbers = card["advmoe"]
     attack = numbers["attack"]
@@ -490,9 +479,7 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
         return f"{with_error(per_cent, numbers['images'])} %"
 
     rows: dict[str, Any] = {}
-    for figure in measured([numbers], FIGURES):
-        if figure is RA_WORST and any(key in numbers for key in (RA_ROUTE.key, RA_FURTHER.key)):
-            rows[RA.label(numbers)] = share(numbers[RA.key])
+    for figure in measured([numbers]):
         rows[figure.label(numbers)] = share(figure.of(numbers) or 0.0)
         if figure is RA_PGD:
             views = numbers.get("ra_views", {})

@@ -91,6 +91,7 @@ FIGURES = (
     RA_ROUTE,
     RA_FURTHER,
     RA_AA,
+    RA,
     RA_WORST,
     Figure(key="ra_experts", short="RA-E, experts", long="RA-E: experts attacked, routing frozen"),
     Figure(key="ra_routers", short="RA-R, routers", long="RA-R: only routers attacked"),
@@ -102,9 +103,14 @@ FOOLED = Figure(key="routers_fooled", short="pathways changed", long="images who
 
 
 def measured(numbers: Iterable[Mapping[str, Any]], figures: Iterable[Figure] = FIGURES) -> list[Figure]:
-    """The figures that at least one card has."""
+    """The figures that at least one card has; RA only if it is more than RA under PGD on one of them."""
     cards = list(numbers)
-    return [figure for figure in figures if any(figure.of(card) is not None for card in cards)]
+    further = any(key in card for card in cards for key in (RA_ROUTE.key, RA_FURTHER.key))
+    return [
+        figure
+        for figure in figures
+        if (figure is not RA or further) and any(figure.of(card) is not None for card in cards)
+    ]
 
 
 def attacks_met(numbers: Mapping[str, Any]) -> list[str]:
