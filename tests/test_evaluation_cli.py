@@ -401,6 +401,12 @@ def test_models_are_compared_on_the_same_images_with_paired_errors(
     assert main(["report", str(tmp_path / "second"), str(tmp_path / "third"), "--out", str(page)]) == 1
     assert "got attack" in capsys.readouterr().err
     assert not page.exists()
+    assert main(["report", str(tmp_path / "spared"), str(tmp_path / "second"), "--out", str(page)]) == 0
+    assert "Left out: RA; RA, worst. Reason: the routing of run/best was not attacked" in page.read_text()
+    assert RA_WORST.long not in page.read_text()
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    assert "Left out" not in page.read_text()
+    assert RA_WORST.long in page.read_text()
     small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
     assert main(["compare", str(checkpoint.parent), str(other.parent), *small]) == 0
     shown = capsys.readouterr()
@@ -441,6 +447,10 @@ def test_seeds_of_compared_evaluations_are_shown_and_may_differ(
     expected = f"The attacks began at other random points (seed 0: run/best, {folders[2]}; seed 1: {folders[1]})."
     assert expected.replace(" ", "") in re.sub(r"\s", "", shown.err)
     assert "start uniform, seed" not in shown.out
+    page = tmp_path / "report.html"
+    assert main(["report", *folders, "--out", str(page)]) == 0
+    assert "20 digits test images, several seeds," in page.read_text()
+    assert expected.replace(" ", "") in re.sub(r"\s", "", page.read_text())
     assert main(["compare", folders[0], folders[2]]) == 0
     shown = capsys.readouterr()
     assert "other random points" not in shown.err

@@ -48,7 +48,14 @@ def compare(
     """
     from advmoe.attacks.autoattack import check_classes
     from advmoe.evaluation.card import load_card, standard_error, with_error
-    from advmoe.evaluation.paired import COMPARED, check_same_images, comparable, load_outcomes, paired_difference
+    from advmoe.evaluation.paired import (
+        check_same_images,
+        comparable,
+        load_outcomes,
+        omissions,
+        other_starts,
+        paired_difference,
+    )
     from advmoe.evaluation.results import SuiteConfig
     from advmoe.evaluation.vocabulary import RA, attacks_met, pgd_in_words
 
@@ -117,9 +124,9 @@ def compare(
         shares = (with_error(100 * float(right[figure.key].mean()), len(right["index"])) for figure in kept)
         attacks = ", ".join(row["attacks"])
         table.append((row["name"], *shares, attacks, f"{row['gflops']:.4g}", minutes, row["verdict"]))
-    seeds = {row["seed"]: ", ".join(other["name"] for other in rows if other["seed"] == row["seed"]) for row in rows}
+    chance = other_starts(cards)
     title = f"{len(found[0]['index'])} test images of {cards[0]['dataset']}, per cent; {pgd_in_words(attack)}"
-    title += f", seed {rows[0]['seed']}" if len(seeds) == 1 else ""
+    title += "" if chance else f", seed {rows[0]['seed']}"
     columns = ("", *(figure.short for figure in kept), "attacks", "GFLOPs", "training, min", "verdict")
     console.show_table(title, columns, table)
     differences = [
@@ -131,16 +138,11 @@ def compare(
     ]
     title = f"Difference from {rows[0]['name']} on the same images, points ± one paired standard error"
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)
-    if len(seeds) > 1:
-        listed = "; ".join(f"seed {seed}: {names}" for seed, names in seeds.items())
-        console.note(
-            f"The attacks began at other random points ({listed}). They were equally strong, but the differences also "
-            "contain the chance of these points, about which the errors say nothing."
-        )
-    for reason in dict.fromkeys(left_out.values()):
-        labels = (figure.short for figure in COMPARED if left_out.get(figure.key) == reason)
+    if chance:
+        console.note(chance)
+    for labels, reason in omissions(left_out):
         option = " (advmoe evaluate --routing)" if reason == left_out.get(RA.key) else ""
-        console.note(f"Left out: {'; '.join(labels)}. Reason: {reason}{option}.")
+        console.note(f"Left out: {labels}. Reason: {reason}{option}.")
 
 
 def _evaluated(path: Path) -> bool:

@@ -28,7 +28,7 @@ def report(
     from advmoe.evaluation.analysis import analyze
     from advmoe.evaluation.card import load_card
     from advmoe.evaluation.examples import load_examples
-    from advmoe.evaluation.paired import check_same_images, load_outcomes
+    from advmoe.evaluation.paired import check_same_images, comparable, load_outcomes
     from advmoe.files import write_text_atomically
     from advmoe.reports.html import render
     from advmoe.reports.training import read_log
@@ -51,8 +51,11 @@ def report(
         model = model_of(card["advmoe"]["model"])
         if model.expert_layouts:
             analyses[card["name"]] = analyze(RouteLog.load(folder / ROUTES), model, sparse=sparse)
+    left_out: dict[str, str] = {}
     if len(cards) > 1:
-        check_same_images(cards, [load_outcomes(folder / OUTCOMES) for folder in evaluations])
-    html = render(cards, analyses, logs=logs, examples=examples)
+        found = [load_outcomes(folder / OUTCOMES) for folder in evaluations]
+        check_same_images(cards, found)
+        left_out = comparable(cards, found)[1]
+    html = render(cards, analyses, logs=logs, examples=examples, left_out=left_out)
     write_text_atomically(out, html)
     console.note(f"written to {out}")

@@ -164,6 +164,28 @@ def comparable(cards: Sequence[Mapping[str, Any]], found: Sequence[Arrays]) -> t
     return [figure for figure in everywhere if figure.key not in reasons], reasons
 
 
+def omissions(left_out: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The labels of the figures that `comparable` left out, and the reason, once for each reason."""
+    return [
+        ("; ".join(figure.short for figure in COMPARED if left_out.get(figure.key) == reason), reason)
+        for reason in dict.fromkeys(left_out.values())
+    ]
+
+
+def other_starts(cards: Sequence[Mapping[str, Any]]) -> str:
+    """What a comparison of evaluations with several seeds says about them; empty if all have the same seed."""
+    names: dict[int, list[str]] = {}
+    for card in cards:
+        names.setdefault(card["advmoe"]["seed"], []).append(card["name"])
+    if len(names) == 1:
+        return ""
+    listed = "; ".join(f"seed {seed}: {', '.join(of)}" for seed, of in names.items())
+    return (
+        f"The attacks began at other random points ({listed}). They were equally strong, but the differences also "
+        "contain the chance of these points, about which the errors say nothing."
+    )
+
+
 def _routed(card: Mapping[str, Any]) -> bool:
     """Whether the model of a card has a choice of experts."""
     model = from_dict(ModelConfig, card["advmoe"]["model"])

@@ -12,13 +12,14 @@ Shape suffixes: L MoE layers, N experts.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import standard_error
-from advmoe.evaluation.vocabulary import FATES, Figure, measured, pgd_key
+from advmoe.evaluation.vocabulary import FATES, Figure, pgd_key
 from advmoe.reports.training import robust_accuracy
 
 COLORS = ("#0072b2", "#e69f00", "#8c2d6b", "#56b4e9", "#d55e00", "#555555")
@@ -28,6 +29,8 @@ MANY = len(COLORS)
 """With more models than this, a color for each would not help."""
 WIDTH = 4.6
 """Inches."""
+LONGEST_LINE = 32
+"""Characters of a name in one line."""
 FATE_STYLES = (("#1b6ca8", ""), ("#8fc1e3", "//"), ("#f0a6a0", ".."), ("#a4343a", "xx"))
 """Color and hatch of each of `FATES`."""
 
@@ -72,10 +75,9 @@ def _grid(height: float, rows: int, columns: int) -> Iterator[tuple[Any, list[st
     finished.append(text[text.index("<svg") :])
 
 
-def accuracies(cards: Sequence[Card]) -> str:
-    """SA, RA under each attack that was run: bars for a few models, a line of marks for each of many."""
+def accuracies(cards: Sequence[Card], rows: Sequence[Figure]) -> str:
+    """SA and RA as the rows say: bars for a few models, a line of marks for each of many."""
     values = [card["advmoe"] for card in cards]
-    rows = measured(values)
     few = len(cards) <= MANY
     height = 0.3 * len(rows) * max(1.0, 0.6 * len(cards)) + 0.2 * len(cards) if few else 0.2 * (len(cards) + len(rows))
     with _axes(0.8 + height) as (axes, finished):
@@ -113,8 +115,13 @@ def _bars(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequen
 
 def _labeled(card: Card) -> str:
     """The name of a card for a legend, which leaves out what begins with an underscore."""
-    name: str = card["name"]
+    name = _in_lines(card["name"])
     return f" {name}" if name.startswith("_") else name
+
+
+def _in_lines(name: str) -> str:
+    """A name, such as a long path, in lines that leave space for the axes beside it."""
+    return "\n".join(textwrap.wrap(name, LONGEST_LINE)) or name
 
 
 def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Sequence[Figure]) -> None:
@@ -130,7 +137,7 @@ def _marks(axes: Any, cards: Sequence[Card], values: Sequence[Card], rows: Seque
             color=COLORS[number % len(COLORS)],
             label=row.short,
         )
-    axes.set_yticks(range(len(cards)), [card["name"] for card in cards], fontsize=7)
+    axes.set_yticks(range(len(cards)), [_in_lines(card["name"]) for card in cards], fontsize=7)
     axes.set_ylim(-0.7, len(cards) - 0.3)
     axes.grid(axis="y", alpha=0.3)
 
@@ -250,7 +257,7 @@ def dissections(analyses: Mapping[str, Analysis]) -> str:
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
             left = [start + length for start, length in zip(left, lengths, strict=True)]
-        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+        axes.set_yticks(range(len(bars)), [_in_lines(name) for name, _ in bars])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel(f"per cent of {next(iter(analyses.values()))['images']} attacked images")

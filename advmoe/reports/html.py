@@ -8,7 +8,8 @@ from typing import Any
 
 from advmoe.errors import ConfigError
 from advmoe.evaluation.card import latencies, with_error
-from advmoe.evaluation.vocabulary import FIGURES, FOOLED, Figure, failed_readings, measured
+from advmoe.evaluation.paired import omissions, other_starts
+from advmoe.evaluation.vocabulary import FOOLED, Figure, failed_readings, measured
 from advmoe.reports import figures
 from advmoe.reports.figures import Analysis, Card
 
@@ -31,6 +32,7 @@ def render(
     *,
     logs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     examples: Mapping[str, Mapping[str, Any]] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> str:
     """The report as one HTML text.
 
@@ -39,6 +41,8 @@ def render(
         analyses: Name of a card -> analysis of its routing; absent for models without routing.
         logs: Name of a card -> the log of its training, epoch by epoch, if there is one.
         examples: Name of a card -> some of its images, clean and attacked, if there are any.
+        left_out: Key of a figure that rests on unequal attacks -> the reason to leave it out
+            (`advmoe.evaluation.paired.comparable`).
 
     Raises:
         ConfigError: jinja2 or matplotlib is not installed.
@@ -50,9 +54,11 @@ def render(
         raise ConfigError("reports need jinja2; pip install 'advmoe[reports]'") from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(files("advmoe.reports").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    left_out = left_out or {}
+    rows = [figure for figure in measured(card["advmoe"] for card in cards) if figure.key not in left_out]
     # matplotlib makes the SVG, and escapes the names in it.
     drawn = {
-        "accuracies": figures.accuracies(cards),
+        "accuracies": figures.accuracies(cards, rows),
         "radius": figures.radius_curve(cards),
         "scale": figures.scale_curves(cards),
     }
@@ -63,13 +69,15 @@ def render(
         cards=cards,
         many=figures.MANY,
         rows=[
-            *(_row(figure, cards) for figure in measured([card["advmoe"] for card in cards], (*FIGURES, FOOLED))),
+            *(_row(figure, cards) for figure in (*rows, *measured((card["advmoe"] for card in cards), [FOOLED]))),
             {
                 "name": "verdict of the diagnostics",
                 "verdict": True,
                 "cells": [card["advmoe"]["verdict"] for card in cards],
             },
         ],
+        left_out=omissions(left_out),
+        chance=other_starts(cards),
         passed=_passed(cards),
         settings=_settings(cards),
         figures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
