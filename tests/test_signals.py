@@ -19,7 +19,7 @@ from advmoe.cli.app import main
 from advmoe.cli.called import CALLS
 from advmoe.cli.progress import TrainingProgress
 from advmoe.cli.signals import NAMES, Terminated, handling, terminate
-from advmoe.evaluation import suite
+from advmoe.evaluation import stages, suite
 from advmoe.models.registry import build_model
 from advmoe.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -107,21 +107,27 @@ def test_a_second_interrupt_ends_training_at_once(
     assert load_checkpoint(tmp_path / "my run" / "last.pt").progress["step"] == 0
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    signum: signal.Signals,
-    code: int,
-) -> None:
+@pytest.fixture
+def evaluation(tmp_path: Path) -> list[str]:
+    """An evaluation of a network on two batches of four digits, into the folder `card`."""
     torch.manual_seed(0)
     config = {"dataset": "digits", "attack": {"eps": 0.1}}
     names = tuple("0123456789")
     contents = Checkpoint(model=MODEL, weights=build_model(MODEL).state_dict(), class_names=names, train=config)
     save_checkpoint(tmp_path / "model.pt", contents)
     command = ["evaluate", str(tmp_path / "model.pt"), "--limit-eval", "8", "--batch-size", "4", "--steps", "1"]
-    command += ["--diagnose", "0", "--no-latency", "--out", str(tmp_path / "card")]
+    return [*command, "--diagnose", "0", "--no-latency", "--out", str(tmp_path / "card")]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
+    evaluation: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    code: int,
+) -> None:
     begun: list[Any] = []
     begin = suite.begin
 
@@ -132,11 +138,26 @@ def test_an_evaluation_ends_with_the_signals_code_and_goes_on(
         return begin(*arguments)
 
     monkeypatch.setattr(suite, "begin", signaled)
-    assert main(command) == code
+    assert main(evaluation) == code
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"{NAMES[signum]}; {tmp_path / 'card'} holds what is finished; the same command goes on"
-    assert main(command) == 0
+    assert said == f"{NAMES[signum]}; {tmp_path / 'card'} holds the finished attacks; the same command goes on"
+    assert main(evaluation) == 0
     assert len(begun) == 3, "the first of two batches is not done again"
+
+
+def test_an_evaluation_that_is_stopped_in_its_first_batch_tells_how_to_go_on(
+    evaluation: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stages, "_radius", stopped)  # after PGD on the first batch
+    assert main([*evaluation, "--eps-sweep", "0.05"]) == 130
+    assert sorted(path.name for path in (tmp_path / "card").iterdir()) == ["state-batch.npz"]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"interrupted; {tmp_path / 'card'} holds the finished attacks; the same command goes on"
+    monkeypatch.setattr(stages, "_pgd", lambda _: pytest.fail("PGD on this batch is finished"))
+    assert main([*evaluation, "--eps-sweep", "0.05"]) == 130
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 CARD, STATE, ROUTES, OUTCOMES, EXAMPLES = "card.json", "state.npz", "routes.npz", "images.npz", "examples.npz"
 """What `--out` holds."""
+STATES = f"{Path(STATE).stem}*{Path(STATE).suffix}"
+"""Pattern of the files from which an evaluation goes on: the finished batches, and the batch under way."""
 SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
 """Radii of the whole suite's sweep, relative to eps."""
 CHOICE_SEED = 0
@@ -144,7 +146,8 @@ def evaluate(
     place = resolve_device(device)
 
     def how_to_go_on() -> str:
-        return f"{out} holds what is finished; the same command goes on" if out and any(out.rglob(STATE)) else ""
+        kept = out is not None and any(out.rglob(STATES))
+        return f"{out} holds the finished attacks; the same command goes on" if kept else ""
 
     with joined(place, patience=PATIENT_SECONDS), resumable(how_to_go_on):
         subject = leader_first(lambda: Subject.load(checkpoint_of(model), device=place))
