@@ -233,9 +233,16 @@ def test_an_attack_without_radius_needs_no_step(checkpoint: Path, capsys: pytest
 def test_a_log_file_gets_a_line_for_each_attack_on_each_batch(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(checkpoint, "--diagnose", "0", "--batch-size", "10") == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.endswith("PGD")] == ["0/20 images: PGD", "10/20 images: PGD"]
+    assert evaluate(checkpoint, "--diagnose", "0", "--batch-size", "10", "--control", "random") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "run/best: 0/20 images, PGD",
+        "run/best: 10/20 images, PGD",
+        "run/best, random control: 0/20 images, PGD",
+        "run/best, random control: 10/20 images, PGD",
+        "No diagnostics were run: these numbers are NOT CHECKED.",
+    ]
+    assert evaluate(checkpoint) == 0
+    assert "run/best: 20/20 images, diagnostics" in capsys.readouterr().err.splitlines()
 
 
 def test_an_evaluation_that_fails_leaves_no_folder(

@@ -86,8 +86,8 @@ def evaluate(
     diagnose: Annotated[
         int,
         typer.Option(
-            help="Images that the diagnostics look at. With fewer than 16 that are classified correctly the numbers "
-            "count as not checked."
+            help="Images that the diagnostics look at; 0: no diagnostics. With fewer than 16 that are classified "
+            "correctly the numbers count as not checked."
         ),
     ] = 64,
     mask: Annotated[
@@ -346,7 +346,7 @@ class Measuring:
 
         if self.config.autoattack:
             package()
-        with suite_progress(len(self.tested.images)) as progress:
+        with suite_progress(subject.name, len(self.tested.images)) as progress:
             result = run_suite(
                 subject.model,
                 self.tested.images,

@@ -109,12 +109,12 @@ class TrainingProgress:
 
 
 @contextmanager
-def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
-    """A progress bar over images, with the current attack and the remaining time. In a log file,
-    one line for each stage.
+def suite_progress(model: str, total: int) -> Iterator[Callable[[float, int, str], None]]:
+    """A progress bar over images, with the model, the current attack and the remaining time. In a
+    log file, one line for each stage.
     """
     with Progress(
-        TextColumn("evaluating"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[what]}"),
@@ -123,12 +123,12 @@ def suite_progress(total: int) -> Iterator[Callable[[float, int, str], None]]:
         transient=True,
         disable=not console.err.is_terminal,
     ) as progress:
-        task = progress.add_task("evaluating", total=total, what="")
+        task = progress.add_task(f"evaluating {escape(model)}", total=total, what="")
 
         def update(done: float, total: int, what: str) -> None:
             progress.update(task, completed=done, what=what)
             if what and not console.err.is_terminal:
-                console.note(f"{done:.0f}/{total} images: {what}")
+                console.note(f"{model}: {done:.0f}/{total} images, {what}")
 
         yield update
 

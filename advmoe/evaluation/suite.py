@@ -140,7 +140,8 @@ def run_suite(
         }
         found = _diagnosed_before(notes, asked)
         if found is None:
-            tell(total, total, "diagnostics")
+            if config.diagnosed:
+                tell(total, total, "diagnostics")
             found = _diagnose(model, images, result, common_ML[:OBSERVED], device)
             if notes is not None and config.diagnosed:
                 write_note(notes, asked, [dataclasses.asdict(check) for check in found])
