@@ -224,7 +224,8 @@ def test_a_few_images_show_nothing_of_an_attack(sound: Digits, data: tuple[Tenso
     shown = torch.cat((data[0][right[:images]], data[0][:8])), torch.cat((data[1][right[:images]], wrong))
     diagnostics = checked(sound, shown)
     assert all(diagnostics[name].status == "not run" for name in ATTACKED), diagnostics
-    assert diagnostics["large_eps"].value == f"{images} images are classified correctly, the check needs 16"
+    found = f"{images} image is" if images == 1 else f"{images} images are"
+    assert diagnostics["large_eps"].value == f"{found} classified correctly, the check needs 16"
     assert verdict(diagnostics) == "not checked"
     # A mask may be seen on a few images, but is never called sound because of them.
     assert verdict(checked(defended(sound, Quantized), shown)) == ("not to be trusted" if images else "not checked")

@@ -128,7 +128,15 @@ def test_advice_about_too_few_diagnosed_images_can_be_followed(
     assert evaluate(checkpoint, "--limit-eval", "13", "--diagnose", "12", "--out", str(tmp_path / "card")) == 0
     card = json.loads((tmp_path / "card" / "card.json").read_text())
     card["advmoe"]["verdict"] = "not checked"
-    for diagnosed, advice in ((12, "give --diagnose more images"), (13, "evaluate more, or train it")):
+    for images, sa, diagnosed, advice in (
+        (13, 50.0, 12, "too few of all 13 correctly: evaluate more, or train it"),
+        (1000, 20.0, 64, "give --diagnose 160"),  # 32 of them are expected to be right
+        (1000, 20.0, 200, "give --diagnose 400"),  # of these 200, fewer than 16 were right
+        (100, 16.0, 64, "give --diagnose 100"),  # 16 are right
+        (100, 15.0, 64, "too few of all 100 correctly: evaluate more, or train it"),
+        (1000, 0.0, 64, "too few of all 1000 correctly: evaluate more, or train it"),
+    ):
+        card["advmoe"] |= {"images": images, "sa": sa}
         capsys.readouterr()
         show("a network", card, diagnosed=diagnosed)
         assert capsys.readouterr().err.rstrip().endswith(f"{advice}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json as json_text
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -466,6 +467,26 @@ def _training_seconds(run: Path) -> float | None:
         return None
 
 
+def enough_to_diagnose(images: int, sa: float, diagnosed: int) -> int | None:
+    """A number of images among which the diagnostics find enough that are classified correctly.
+
+    Args:
+        images: Images evaluated.
+        sa: Share of them that is classified correctly, in per cent.
+        diagnosed: Images among which they did not find enough.
+
+    Returns:
+        Images among which twice as many as needed are expected, because a sample may have fewer than
+        its share; at most all. None if not even all of them are enough.
+    """
+    from advmoe.evaluation.diagnostics import NEEDED
+
+    right = round(sa * images / 100)
+    if right < NEEDED or diagnosed >= images:
+        return None
+    return min(images, max(math.ceil(2 * NEEDED * images / right), 2 * diagnosed))
+
+
 def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
     """Figures and diagnostics as tables; `diagnosed` images could be looked at by the diagnostics.
 
@@ -519,9 +540,9 @@ def show(title: str, card: Mapping[str, Any], *, diagnosed: int) -> None:
         for name, reading in failed_readings(numbers["diagnostics"]):
             console.note(f"{name}: {reading.meaning} {reading.next_step}")
         if verdict == "not checked":
-            more = "give --diagnose more images"
-            if diagnosed >= numbers["images"]:
-                more = f"the model classifies too few of all {numbers['images']} correctly: evaluate more, or train it"
+            more = f"the model classifies too few of all {numbers['images']} correctly: evaluate more, or train it"
+            if enough := enough_to_diagnose(numbers["images"], numbers["sa"], diagnosed):
+                more = f"give --diagnose {enough}"
             console.note(f"The checks need {NEEDED} images that are classified correctly; {more}.")
     else:
         console.note("No diagnostics were run: these numbers are NOT CHECKED.")

@@ -110,8 +110,9 @@ def on_enough(check: Diagnostic, right: int) -> Diagnostic:
     """
     if check.status != "passed" or right >= NEEDED:
         return check
+    are = "image is" if right == 1 else "images are"
     return dataclasses.replace(
-        check, status="not run", value=f"{right} images are classified correctly, the check needs {NEEDED}"
+        check, status="not run", value=f"{right} {are} classified correctly, the check needs {NEEDED}"
     )
 
 
