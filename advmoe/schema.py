@@ -162,8 +162,13 @@ def one_of(what: str, value: str, choices: Iterable[str], *options: str) -> str:
 
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known name that is most like it, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean '{near}'?"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like an unknown one; None if none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def shown(value: Any) -> str:

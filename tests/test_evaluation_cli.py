@@ -213,11 +213,61 @@ def test_a_data_set_of_other_classes_is_refused_before_it_is_read(
 
 
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["analyze", str(tmp_path)], ["report", str(tmp_path / "nothere")]):
-        assert main(arguments) == 1
-        assert f"there is no result card {arguments[1]}/card.json" in " ".join(capsys.readouterr().err.split())
-    assert main(["report", str(tmp_path), "--out", str(tmp_path / "missing" / "r.html")]) == 1
-    assert "does not exist; create it first" in capsys.readouterr().err
+    evaluated, run, card = tmp_path / "evaluated", tmp_path / "run", tmp_path / "evaluated" / "card.json"
+    for file in (card, run / "best.pt", tmp_path / "empty" / "notes.json"):
+        file.parent.mkdir()
+        file.touch()
+    expected = "expected a folder that 'advmoe evaluate --out' wrote"
+    for path, message in (
+        (tmp_path / "empty", f"there is no result card {tmp_path}/empty/card.json; {expected}"),
+        (tmp_path, f"there is no result card {tmp_path}/card.json; {expected}, such as {evaluated}"),
+        (tmp_path / "evaluate", f"there is no folder {tmp_path}/evaluate; {expected}; did you mean '{evaluated}'?"),
+        (card, f"{card} is a file; {expected}, such as {evaluated}"),
+        (tmp_path / "empty" / "notes.json", f"{tmp_path}/empty/notes.json is a file; {expected}"),
+        (run, f"{run} holds a training run; evaluate it first, with --out {run}/evaluation"),
+    ):
+        for command in ("analyze", "report"):
+            assert main([command, str(path)]) == 1
+            assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/cifar-moe", "did you mean 'runs/cifar10-moe'?"),
+        ("run/cifar10-moe", "did you mean 'runs/cifar10-moe'?"),
+        ("rnus/cifar-moe", "did you mean 'runs'?"),
+        ("runs/cifar10-moe/bset.pt", "did you mean 'runs/cifar10-moe/best.pt'?"),
+        ("elsewhere/a", "expected a file such as runs/NAME/best.pt"),
+        ("evaluated", "evaluated holds an evaluation; expected the run or the checkpoint evaluated"),
+        ("evaluated/card.json", "is the card of an evaluation; expected the run or the checkpoint evaluated"),
+    ],
+)
+def test_a_run_that_is_not_there_is_refused_with_the_closest_name(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in (Path("runs/cifar10-moe/best.pt"), Path("evaluated/card.json")):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for command in (["evaluate", path], ["info", path]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("missing/r.html", "does not exist; create it first"),
+        ("r.pdf", "so --out must end in .html or .htm, got r.pdf"),
+        ("r", "so --out must end in .html or .htm, got r"),
+    ],
+)
+def test_a_report_is_written_to_a_web_page_in_a_folder_that_exists(
+    out: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "evaluation", "--out", out]) == 1
+    assert capsys.readouterr().err.endswith(f"{message}\n")
 
 
 def test_without_diagnostics_the_numbers_are_not_checked_anywhere(

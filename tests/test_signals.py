@@ -163,12 +163,15 @@ def test_an_evaluation_that_is_stopped_in_its_first_batch_tells_how_to_go_on(
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", [TRAIN, ["evaluate", "model.pt"], ["export", "model.pt", "model.onnx"]])
 def test_a_command_that_is_stopped_before_it_begins_says_so_once(
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: list[str],
     signum: signal.Signals,
     code: int,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.pt").touch()
     read = "advmoe.data.sources.dataset_info" if command is TRAIN else "advmoe.training.checkpoint.load_checkpoint"
     monkeypatch.setattr(read, lambda *_: os.kill(os.getpid(), signum))
     monkeypatch.setattr("advmoe.training.checkpoint.file_digest", lambda *_: "")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.evaluate import CARD, ROUTES
+from advmoe.cli.evaluate import ROUTES
 from advmoe.cli.options import Json
 from advmoe.config import ModelConfig, from_dict
-from advmoe.run_paths import checkpoint_of
+from advmoe.errors import DataError
+from advmoe.run_paths import CARD, checkpoint_of, closest_path, run_in
 
 if TYPE_CHECKING:
     from advmoe.models.network import RoutedNetwork
@@ -42,7 +43,7 @@ def analyze(
     from advmoe.routing_log import RouteLog
     from advmoe.training.checkpoint import load_checkpoint
 
-    card = load_card(evaluation / CARD)
+    card = load_card(evaluation_in(evaluation) / CARD)
     model = model_of(card["advmoe"]["model"])
     sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
     found = analyze(RouteLog.load(evaluation / ROUTES), model, sparse=sparse)
@@ -72,6 +73,28 @@ def analyze(
         rows.append(("IoU with the mask pathway, of any pathway", f"{least:.3f} to {largest:.3f}"))
     console.show_table(f"Routing of {card['name']}, {found['images']} images", columns, rows)
     console.note(f"written to {evaluation}")
+
+
+def evaluation_in(path: Path) -> Path:
+    """The folder of an evaluation that a path means, which is itself.
+
+    Raises:
+        DataError: It holds no evaluation.
+    """
+    if (path / CARD).is_file():
+        return path
+    expected = "expected a folder that 'advmoe evaluate --out' wrote"
+    if path.is_file():
+        folder = f", such as {path.parent}" if path.name == CARD else ""
+        raise DataError(f"{path} is a file; {expected}{folder}")
+    if not path.exists():
+        raise DataError(f"there is no folder {path}; {expected}{closest_path(path)}")
+    found = sorted(path.glob(f"*/{CARD}"))
+    if found:
+        raise DataError(f"there is no result card {path / CARD}; {expected}, such as {found[0].parent}")
+    if run_in(path):
+        raise DataError(f"{path} holds a training run; evaluate it first, with --out {path / 'evaluation'}")
+    raise DataError(f"there is no result card {path / CARD}; {expected}")
 
 
 def model_of(config: dict[str, object]) -> RoutedNetwork:

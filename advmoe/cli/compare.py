@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.evaluate import CARD, OUTCOMES, Measuring, Subject, Tested, training_radius
+from advmoe.cli.evaluate import OUTCOMES, Measuring, Subject, Tested, training_radius
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages, flag, given
 from advmoe.config import AttackConfig, check, to_dict
-from advmoe.run_paths import checkpoint_of
+from advmoe.run_paths import CARD, checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe.evaluation.state import Arrays

@@ -22,7 +22,7 @@ from advmoe.cli.signals import resumable
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.hub import is_address
-from advmoe.run_paths import checkpoint_of, run_in
+from advmoe.run_paths import CARD, checkpoint_of, run_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from advmoe.routing_log import PathwayChannels
     from advmoe.training.checkpoint import Checkpoint
 
-CARD, STATE, ROUTES, OUTCOMES, EXAMPLES = "card.json", "state.npz", "routes.npz", "images.npz", "examples.npz"
-"""What `--out` holds."""
+STATE, ROUTES, OUTCOMES, EXAMPLES = "state.npz", "routes.npz", "images.npz", "examples.npz"
+"""What `--out` holds besides the card."""
 STATES = f"{Path(STATE).stem}*{Path(STATE).suffix}"
 """Pattern of the files from which an evaluation goes on: the finished batches, and the batch under way."""
 SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.evaluate import CARD
 from advmoe.cli.export import export_onnx
 from advmoe.cli.options import Json
 from advmoe.config import ModelConfig, check, from_dict, to_dict
-from advmoe.run_paths import checkpoint_of
+from advmoe.run_paths import CARD, checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe.training.checkpoint import Checkpoint

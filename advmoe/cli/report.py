@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.analyze import model_of
-from advmoe.cli.evaluate import CARD, EXAMPLES, OUTCOMES, ROUTES
-from advmoe.run_paths import checkpoint_of
+from advmoe.cli.analyze import evaluation_in, model_of
+from advmoe.cli.evaluate import EXAMPLES, OUTCOMES, ROUTES
+from advmoe.config import check
+from advmoe.run_paths import CARD, checkpoint_of
+
+ENDINGS = (".html", ".htm")
+"""Of the file to write."""
 
 
 def report(
@@ -35,6 +39,10 @@ def report(
     from advmoe.routing_log import RouteLog
     from advmoe.training.checkpoint import load_checkpoint
 
+    check(
+        out.suffix.lower() in ENDINGS,
+        f"a report is a web page, so --out must end in {' or '.join(ENDINGS)}, got {out}",
+    )
     console.existing_folder(out)
     sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
     cards: list[dict[str, Any]] = []
@@ -42,7 +50,7 @@ def report(
     logs: dict[str, Any] = {}
     examples: dict[str, Any] = {}
     for folder in evaluations:
-        card = load_card(folder / CARD)
+        card = load_card(evaluation_in(folder) / CARD)
         if card["name"] in {other["name"] for other in cards}:
             card["name"] = str(folder)
         cards.append(card)
