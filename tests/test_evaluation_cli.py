@@ -493,7 +493,8 @@ def test_pixels_are_digested_once_for_all_models_and_all_they_are_needed_for(
     assert evaluate(checkpoint, "--control", "unchanged", *out) == 0  # the identities and outcomes of two models
     assert len(digested) == 20
     small = ["--limit-eval", "20", "--steps", "2", "--diagnose", "0"]
-    assert main(["compare", str(checkpoint), str(checkpoint), *small]) == 0
+    other = shutil.copy(checkpoint, checkpoint.with_name("other.pt"))
+    assert main(["compare", str(checkpoint), str(other), *small]) == 0
     assert len(digested) == 40
 
 
@@ -509,7 +510,7 @@ def test_seeds_of_compared_evaluations_are_shown_and_may_differ(
     assert [row["seed"] for row in json.loads(capsys.readouterr().out)["models"]] == [0, 1, 0]
     assert main(["compare", *folders]) == 0
     shown = capsys.readouterr()
-    expected = f"The attacks began at other random points (seed 0: run/best, {folders[2]}; seed 1: {folders[1]})."
+    expected = "The attacks began at other random points (seed 0: 0, 2; seed 1: 1)."
     assert expected.replace(" ", "") in re.sub(r"\s", "", shown.err)
     assert "start uniform, seed" not in shown.out
     page = tmp_path / "report.html"
@@ -519,6 +520,9 @@ def test_seeds_of_compared_evaluations_are_shown_and_may_differ(
     assert main(["compare", folders[0], folders[2]]) == 0
     shown = capsys.readouterr()
     assert "other random points" not in shown.err
+    for command in ("compare", "report"):
+        assert main([command, folders[0], folders[1], f"{folders[1]}/../0"]) == 1
+        assert f"models are compared with others, got {folders[0]} twice; leave one out" in capsys.readouterr().err
 
 
 def test_options_that_no_compared_model_would_obey_are_refused(
@@ -646,7 +650,8 @@ def test_the_options_of_an_evaluation_reach_its_attacks(checkpoint: Path, monkey
     assert evaluate(checkpoint, "--restarts", "3", "--seed", "5") == 1
     assert evaluate(checkpoint, "--suite") == 1
     assert evaluate(checkpoint, "--suite", "--eps", "0") == 1
-    assert main(["compare", str(checkpoint), str(checkpoint), "--steps", "7", "--limit-eval", "20"]) == 1
+    other = shutil.copy(checkpoint, checkpoint.with_name("other.pt"))
+    assert main(["compare", str(checkpoint), str(other), "--steps", "7", "--limit-eval", "20"]) == 1
     (chosen, seed), (whole, _), (still, _), (compared, _) = asked
     # trained at 8/255; a step is a quarter of the radius
     assert (chosen.attack, seed) == (AttackConfig(eps=8 / 255, steps=2, step_size=2 / 255, restarts=3), 5)

@@ -22,6 +22,7 @@ from advmoe.evaluation.paired import (
     comparable,
     load_outcomes,
     paired_difference,
+    told_apart,
 )
 from advmoe.models.moe_conv import ExpertAffine, MoEConv2d
 from advmoe.models.network import RoutedNetwork
@@ -38,6 +39,22 @@ def test_the_error_of_a_difference_counts_the_images_on_which_models_differ() ->
     # Equal models differ by nothing, without doubt, although each share alone has an error of 15
     # points.
     assert paired_difference(ours, ours).error == 0.0
+    assert str(difference) == "+12.50 ± 21.19"  # sqrt(3 - 1/8) / 8 = 0.21194
+    # 3 in 100 images may differ although none of these does: 0.97^100 = 0.048.
+    alike = np.ones(100, bool)
+    assert str(paired_difference(alike, alike)) == "0.00 (< 3.00)"
+
+
+def test_models_of_one_name_are_told_apart_by_the_ends_of_their_paths(tmp_path: Path) -> None:
+    def told(names: str, *places: str) -> list[str]:
+        return told_apart(names.split(), [tmp_path / place for place in places])
+
+    assert told("a/best b/best", "x", "y") == ["a/best", "b/best"]
+    assert told("a/best a/best b/best", "x/1/eval", "x/2/eval", "x/3/eval") == ["1/eval", "2/eval", "b/best"]
+    assert told("a/best a/best", "x", "y") == ["x", "y"]
+    assert told("a/best a/best x", "x", "y", "z") == [f"{tmp_path.name}/x", f"{tmp_path.name}/y", "x"]
+    with pytest.raises(ConfigError, match=r"got .*/x twice; leave one out"):
+        told("a/best b/best", "x", "y/../x")
 
 
 def test_outcomes_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def compare(
         omissions,
         other_starts,
         paired_difference,
+        told_apart,
     )
     from advmoe.evaluation.results import SuiteConfig
     from advmoe.evaluation.vocabulary import RA, attacks_met, pgd_in_words
@@ -71,13 +72,15 @@ def compare(
     cards: list[dict[str, Any]] = []
     found: list[Arrays] = []
     planned: list[Planned | None] = []
+    places: list[Path] = []
     for path in models:
-        plan = None
+        plan, place = None, path
         if _evaluated(path):
             card, right = load_card(path / CARD), load_outcomes(path / OUTCOMES)
             radius = card["advmoe"]["attack"]["eps"] if radius is None else radius
         else:
-            subject = Subject.load(checkpoint_of(path), device=device)
+            place = checkpoint_of(path)
+            subject = Subject.load(place, device=device)
             radius = training_radius(subject.contents) if radius is None else radius
             attack = AttackConfig(eps=radius, steps=steps, step_size=radius / 4)
             if autoattack:
@@ -88,16 +91,17 @@ def compare(
             tested = _once(read, earlier)
             plan = Planned(subject, Measuring(config, tested, batch_size, seed, False))
             card, right = plan.known()
-        if card["name"] in {other["name"] for other in cards}:
-            card["name"] = str(path)
         cards.append(card)
         found.append(right)
         planned.append(plan)
+        places.append(place)
+    names = told_apart([card["name"] for card in cards], places)
+    cards = [card | {"name": name} for card, name in zip(cards, names, strict=True)]
     check_same_images(cards, found)  # before hours of attacks
     for number, plan in enumerate(planned):
         if plan is not None:
             measured, found[number] = plan.measure()
-            cards[number] = measured | {"name": cards[number]["name"]}
+            cards[number] = measured | {"name": names[number]}
     kept, left_out = comparable(cards, found)
     rows = []
     for card, right in zip(cards, found, strict=True):
@@ -130,11 +134,8 @@ def compare(
     columns = ("", *(figure.short for figure in kept), "attacks", "GFLOPs", "training, min", "verdict")
     console.show_table(title, columns, table)
     differences = [
-        (
-            row["name"],
-            *(f"{row[f'{f.key}_difference']:+.2f} ± {row[f'{f.key}_difference_error']:.2f}" for f in kept),
-        )
-        for row in rows[1:]
+        (row["name"], *(str(paired_difference(right[figure.key], found[0][figure.key])) for figure in kept))
+        for row, right in zip(rows[1:], found[1:], strict=True)
     ]
     title = f"Difference from {rows[0]['name']} on the same images, points ± one paired standard error"
     console.show_table(title, ("", *(figure.short for figure in kept)), differences)

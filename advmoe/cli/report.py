@@ -32,7 +32,7 @@ def report(
     from advmoe.evaluation.analysis import analyze
     from advmoe.evaluation.card import load_card
     from advmoe.evaluation.examples import load_examples
-    from advmoe.evaluation.paired import check_same_images, comparable, load_outcomes
+    from advmoe.evaluation.paired import check_same_images, comparable, load_outcomes, told_apart
     from advmoe.files import write_text_atomically
     from advmoe.reports.html import render
     from advmoe.reports.training import read_log
@@ -45,15 +45,13 @@ def report(
     )
     console.existing_folder(out)
     sparse = None if mask is None else load_checkpoint(checkpoint_of(mask)).build()
-    cards: list[dict[str, Any]] = []
     analyses: dict[str, Any] = {}
     logs: dict[str, Any] = {}
     examples: dict[str, Any] = {}
-    for folder in evaluations:
-        card = load_card(evaluation_in(folder) / CARD)
-        if card["name"] in {other["name"] for other in cards}:
-            card["name"] = str(folder)
-        cards.append(card)
+    cards = [load_card(evaluation_in(folder) / CARD) for folder in evaluations]
+    names = told_apart([card["name"] for card in cards], evaluations)
+    for card, name, folder in zip(cards, names, evaluations, strict=True):
+        card["name"] = name
         logs[card["name"]] = read_log(folder)
         examples[card["name"]] = load_examples(folder / EXAMPLES)
         model = model_of(card["advmoe"]["model"])

@@ -42,6 +42,46 @@ class Difference:
     points: float
     error: float
     """One standard error."""
+    images: int
+
+    def __str__(self) -> str:
+        """The difference with its error: "-1.50 ± 0.41".
+
+        If all images come out alike, the error is 0 and says nothing. The bound of the true
+        difference at a confidence of 95 % stands in its place, as in `with_error`: "0.00 (< 3.00)".
+        """
+        if self.error == 0.0 and self.points == 0.0:
+            return f"0.00 (< {min(300 / self.images, 100.0):.2f})"
+        return f"{self.points:+.2f} ± {self.error:.2f}"
+
+
+def told_apart(names: Sequence[str], places: Sequence[Path]) -> list[str]:
+    """Names of models, no two alike.
+
+    Args:
+        names: The models' own names.
+        places: Their different paths, in the same order.
+
+    Returns:
+        The names, and in place of those that are alike, the ends of their paths: as many parts of
+        each as tell them apart.
+
+    Raises:
+        ConfigError: Two paths lead to one place.
+    """
+    parts = [place.resolve().parts for place in places]
+    for position, each in enumerate(parts):
+        if each in parts[:position]:
+            earlier = places[parts.index(each)]
+            raise ConfigError(f"models are compared with others, got {earlier} twice; leave one out")
+    chosen = (
+        [
+            name if list(names).count(name) == 1 else "/".join(each[-length:])
+            for name, each in zip(names, parts, strict=True)
+        ]
+        for length in range(1, max(map(len, parts)) + 1)
+    )
+    return next(told for told in chosen if len(set(told)) == len(told))
 
 
 def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Difference:
@@ -50,7 +90,7 @@ def paired_difference(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Dif
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     net = only_ours - only_theirs
     error = math.sqrt(only_ours + only_theirs - net**2 / images) / images
-    return Difference(points=100 * net / images, error=100 * error)
+    return Difference(points=100 * net / images, error=100 * error, images=images)
 
 
 def outcomes(result: SuiteResult) -> Arrays:
