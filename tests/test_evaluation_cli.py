@@ -114,6 +114,26 @@ def test_the_mask_of_a_sparse_cnn_is_compared_at_once(
     assert "--mask is for an MoE-CNN, this is a sparse_cnn" in capsys.readouterr().err
 
 
+def test_the_facts_about_a_model_are_shown_as_options_take_them(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["info", str(checkpoint), "--all"]) == 0
+    shown = capsys.readouterr().out
+    for name, value in (
+        ("depth", "none"),
+        ("compact", "off"),
+        ("mean", r"[\d.]+, [\d.]+, [\d.]+"),
+        ("train.attack.eps", "8/255"),
+        ("train.dataset", "digits"),
+    ):
+        assert re.search(rf"│ {name} +│ {value} +│", shown), name
+    assert not re.search(r"None|True|False|[\[\]{}()]", shown)
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["depth"], facts["compact"], facts["train.attack"]) == (None, False, {"eps": 8 / 255})
+
+
 def test_without_diagnostics_strict_makes_no_sense(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for images in ("0", "15"):
         assert evaluate(checkpoint, "--strict", "--diagnose", images) == 1

@@ -14,11 +14,14 @@ import advmoe
 from advmoe.cli import console
 from advmoe.cli.options import Json
 from advmoe.config import KINDS, to_dict
+from advmoe.run_file import NONE
 from advmoe.run_paths import checkpoint_of
 
 if TYPE_CHECKING:
     from advmoe_export import ModelMetadata
 
+RADII = ("eps", "step_size")
+"""Facts that are shown in units of 1/255."""
 LONGEST = 50
 """Characters of a value in the summary; `--all` shows it in full."""
 SUMMARY = (
@@ -62,29 +65,48 @@ def info(
     if json:
         console.emit_json(facts)
     elif everything or file is None:
-        console.show_facts(title, {name: text_of(value) for name, value in facts.items()})
+        console.show_facts(title, texts_of(facts))
     else:
         console.show_facts(title, summary(facts))
         console.note("--all shows every setting and figure")
 
 
-def summary(facts: Mapping[str, Any]) -> dict[str, Any]:
+def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     """The most important facts; long ones are cut."""
     chosen = {
         name: value
         for name, value in facts.items()
         if name in SUMMARY or name.startswith("metrics.val_ra") or not any(known in facts for known in SUMMARY[6:9])
     }
-    texts = {name: " ".join(text_of(value).split()) for name, value in chosen.items()}
+    texts = {name: " ".join(text.split()) for name, text in texts_of(chosen).items()}
     return {name: text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for name, text in texts.items()}
 
 
-def text_of(value: Any) -> str:
-    """A fact for a person: names without brackets and quotes."""
-    if isinstance(value, Mapping) and all(isinstance(part, str) for part in value.values()):
-        return "; ".join(f"{name}: {part}" for name, part in value.items())
-    names = isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
-    return ", ".join(value) if names else str(value)
+def texts_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts for a person. The parts of a fact that has several are facts of their own: `train.attack.eps`."""
+    texts: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            texts |= texts_of({f"{name}.{part}": of for part, of in value.items()})
+        else:
+            texts[name] = text_of(value, radius=name.rpartition(".")[2] in RADII)
+    return texts
+
+
+def text_of(value: Any, *, radius: bool = False) -> str:
+    """A value as options and run files have it: no value as `none`, lists without brackets, radii as 8/255."""
+    from advmoe.evaluation.vocabulary import pixels
+
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if radius and isinstance(value, float):
+        return pixels(value)
+    if isinstance(value, list | tuple):
+        nested = any(isinstance(part, list | tuple) for part in value)
+        return ("; " if nested else ", ").join(map(text_of, value))
+    return str(value)
 
 
 def model_file_facts(metadata: ModelMetadata) -> dict[str, Any]:
