@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from advmoe.config import check
 from advmoe.evaluation.vocabulary import FATES, RA, RA_AA, SA
 from advmoe.recipes import Recipe, recipes, shown_in
+from advmoe.schema import closest
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -132,7 +133,8 @@ def selected(name: str, scale: Scale, only: Sequence[str]) -> list[Recipe]:
     for pattern in patterns:
         check(
             any(_fits(recipe, pattern) for recipe in known),
-            f"no run of {name} has a name like '{pattern}'; 'advmoe recipes {name}' lists them",
+            f"no run of {name} has a name like '{pattern}'; 'advmoe recipes {name}' lists them"
+            f"{closest(pattern, [recipe.name for recipe in known])}",
             "only",
         )
     return [recipe for recipe in known if any(_fits(recipe, pattern) for pattern in patterns)]

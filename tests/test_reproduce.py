@@ -223,6 +223,9 @@ def test_a_command_that_was_stopped_by_itself_is_named(
         (["table9"], "unknown table or figure 'table9'"),
         (["table1", "--only", "mnist"], "no run of table1 has a name like 'mnist'"),
         (["table1", "--scale", "tiny"], "unknown scale 'tiny'"),
+        (["table1", "--scale", "smal"], "did you mean 'small'? (--scale)"),
+        (["table1", "--only", "table1-cifar10-vgg16-advmoo"], "lists them; did you mean 'table1-cifar10-vgg16-advmoe'?"),
+        ([], "expected a table or figure, one of: table1, table2,"),
         (["table1", "--seeds", "0,x"], "--seeds must be a list of whole numbers"),
         (["table1", "--seeds", "0,0"], "--seeds has a seed twice: 0,0"),
     ],
@@ -230,6 +233,13 @@ def test_a_command_that_was_stopped_by_itself_is_named(
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_list_without_a_name_is_of_the_tables_and_figures() -> None:
+    lines = printed("--list").splitlines()
+    assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
+    assert lines[0] == "table1  Table 1, 80 runs"  # 4 data sets, 4 backbones, 5 methods
+    assert printed("--list", "--scale", "small").splitlines()[0] == "table1  Table 1, 5 runs"
 
 
 def test_torchruns_processes_do_each_training_together_and_reports_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from advmoe.cli.options import Json
 from advmoe.config import check, to_dict
 from advmoe.recipes import Recipe, shown_in
 from advmoe.recipes import recipes as all_recipes
+from advmoe.schema import closest
 
 
 def recipes(
@@ -25,7 +26,8 @@ def recipes(
     found = [
         recipe for recipe in known if search is None or search in shown_in(recipe) or search.lower() in recipe.name
     ]
-    check(bool(found), f"no recipe matches '{search}'; 'advmoe recipes' lists them all")
+    names = [name for recipe in known for name in (recipe.name, *shown_in(recipe))]
+    check(bool(found), f"no recipe matches '{search}'; 'advmoe recipes' lists them all{closest(str(search), names)}")
     if json:
         console.emit_json({recipe.name: to_dict(recipe) for recipe in found})
         return

@@ -38,8 +38,11 @@ DONE = "done.json"
 
 def reproduce(
     name: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.", autocompletion=one_of_these(EXPERIMENTS))
-    ],
+        str | None,
+        typer.Argument(
+            help=f"One of {', '.join(EXPERIMENTS)}.", show_default=False, autocompletion=one_of_these(EXPERIMENTS)
+        ),
+    ] = None,
     scale: Annotated[
         str,
         typer.Option(
@@ -58,7 +61,11 @@ def reproduce(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; several give mean and deviation.")] = "0",
     list_only: Annotated[
         bool,
-        typer.Option("--list", help="Print independent commands that do the work, one a line, for a scheduler."),
+        typer.Option(
+            "--list",
+            help="Print independent commands that do the work, one a line, for a scheduler; without a name, the tables "
+            "and figures there are.",
+        ),
     ] = False,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Train and evaluate only; the table is for a later call.")
@@ -87,8 +94,15 @@ def reproduce(
     At the paper's scale most tables take GPU-days; a smaller scale says what it made smaller. With
     each run on all of several GPUs or machines: torchrun -m advmoe reproduce ...
     """
-    one_of("table or figure", name, EXPERIMENTS)
     chosen_scale = one_of("scale", scale, SCALES, "scale")
+    if name is None:
+        check(list_only, f"expected a table or figure, one of: {', '.join(EXPERIMENTS)}; --list shows what they are")
+        for each, experiment in EXPERIMENTS.items():
+            count = len(selected(each, chosen_scale, []))  # type: ignore[arg-type]
+            runs_of = "1 run" if count == 1 else f"{count} runs"
+            console.out.print(f"{each:<8}{experiment.title}, {runs_of}", highlight=False, markup=False)
+        return
+    one_of("table or figure", name, EXPERIMENTS)
     plan = Plan(
         name=name,
         scale=chosen_scale,
