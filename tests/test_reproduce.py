@@ -224,7 +224,7 @@ def test_a_command_that_was_stopped_by_itself_is_named(
         (["table1", "--only", "mnist"], "no run of table1 has a name like 'mnist'"),
         (["table1", "--scale", "tiny"], "unknown scale 'tiny'"),
         (["table1", "--scale", "smal"], "did you mean 'small'? (--scale)"),
-        (["table1", "--only", "table1-cifar10-vgg16-advmoo"], "lists them; did you mean 'table1-cifar10-vgg16-advmoe'?"),
+        (["table1", "--only", "table1-cifar10-vgg16-advmoo"], "did you mean 'table1-cifar10-vgg16-advmoe'?"),
         ([], "expected a table or figure, one of: table1, table2,"),
         (["table1", "--seeds", "0,x"], "--seeds must be a list of whole numbers"),
         (["table1", "--seeds", "0,0"], "--seeds has a seed twice: 0,0"),
