@@ -194,7 +194,7 @@ def _finite_waits(hub: ModuleType) -> Iterator[None]:
         yield
     finally:
         http._GLOBAL_CLIENT_FACTORY = factory
-        for client, timeout in before:
+        for client, timeout in reversed(before):  # a client may be noted twice
             client.timeout = timeout
 
 

@@ -21,7 +21,7 @@ class TwoRooms(RoutedNetwork):
     """
 
     def __init__(self) -> None:
-        config = ModelConfig(arch="two_rooms", num_classes=2, image_size=8)
+        config = ModelConfig(arch="vgg16", num_classes=2, image_size=8)
         layers = LayerFactory(config, stages=1, blocks=1)
         super().__init__(config, layers)
         self.conv = layers.conv(layers.image, layers.channels(4), 1)

@@ -620,7 +620,7 @@ def test_images_that_cannot_be_decoded_are_left_out_on_request_and_the_others_ke
     assert len(found["limited"]) == 4
     assert found["limited"].items() <= found["few"].items() <= found["whole"].items()
     assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "few")]) == 1
-    assert "got images 6 for three/best and 5 others" in capsys.readouterr().err
+    assert "got images 6 for whole and 5 others for few" in capsys.readouterr().err
     few = [str(three_classes), str(tmp_path / "few"), "--skip-bad-images", "--steps", "1", "--diagnose", "0"]
     assert main(["compare", *few]) == 0
     picture.write_bytes(sound)  # now there are six again

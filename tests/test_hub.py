@@ -387,6 +387,14 @@ def test_the_client_of_a_program_keeps_its_time_outs(own: float | None, during: 
         client.timeout = None
 
 
+def test_a_client_that_is_made_meanwhile_waits_as_usual_afterwards() -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    hub.close_session()
+    with hub_errors("owner/name"):
+        assert hub.get_session().timeout.read == SILENCE
+    assert hub.get_session().timeout.read is None
+
+
 @pytest.mark.parametrize(
     ("refuses", "message"),
     [
