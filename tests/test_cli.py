@@ -121,6 +121,9 @@ def test_a_shell_completes_values_without_waiting_for_torch() -> None:
         "train digits --kind s": ["s_dense", "sparse_cnn"],
         "train digits --method a": ["advmoe", "at", "at_sparse"],
         "train --recipe fig5": ["fig5-expert-at"],
+        "evaluate runs/NAME --dataset cifar1": ["cifar10", "cifar100"],
+        "export runs/NAME m.onnx --profile la": ["latency"],
+        "export runs/NAME m.onnx --dtype f": ["fp32", "fp16"],
         "reproduce app": ["appc"],
         "reproduce fig2 --scale s": ["smoke", "small"],
     }

@@ -16,10 +16,11 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
-from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages
+from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages, one_of_these
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.cli.signals import resumable
 from advmoe.config import AttackConfig, check, check_eps, one_of
+from advmoe.data.names import DATASETS
 from advmoe.errors import CheckpointError, ConfigError
 from advmoe.hub import is_address
 from advmoe.run_paths import CARD, checkpoint_of, run_in
@@ -50,7 +51,10 @@ UNTRUSTED = 2
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/NAME, or a checkpoint.")],
     dataset: Annotated[
-        str | None, typer.Option(help="Data set to test on. Default: the one it was trained on.")
+        str | None,
+        typer.Option(
+            help="Data set to test on. Default: the one it was trained on.", autocompletion=one_of_these(DATASETS)
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="PGD steps.")] = 50,
     eps: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advmoe.cli import console
-from advmoe.cli.exporter import export_errors, exporter
+from advmoe.cli.exporter import export_errors, exporter, one_of_its
 from advmoe.cli.images import decoded
 from advmoe.cli.models import data_dir_of
 from advmoe.cli.options import DataDir, Json, Seed, SkipBadImages, flag, given
@@ -37,16 +37,27 @@ def export(
     context: typer.Context,
     profile: Annotated[
         str,
-        typer.Option(help="hybrid (any batch), latency (one image), throughput (batches) or static (no control flow)."),
+        typer.Option(
+            help="hybrid (any batch), latency (one image), throughput (batches) or static (no control flow).",
+            autocompletion=one_of_its("PROFILES"),
+        ),
     ] = "hybrid",
     input_type: Annotated[
-        str, typer.Option(help="float32: NCHW images in [0, 1]; uint8: NHWC images as decoded, preprocessing inside.")
+        str,
+        typer.Option(
+            help="float32: NCHW images in [0, 1]; uint8: NHWC images as decoded, preprocessing inside.",
+            autocompletion=one_of_its("INPUT_TYPES"),
+        ),
     ] = "float32",
     batch_size: Annotated[
         int | None, typer.Option(help="Batch size to fix; with --profile static only. Default: any.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="fp32, fp16 or int8 (calibrated on training images); routers stay fp32.")
+        str,
+        typer.Option(
+            help="fp32, fp16 or int8 (calibrated on training images); routers stay fp32.",
+            autocompletion=one_of_its("DTYPES"),
+        ),
     ] = "fp32",
     margins: Annotated[bool, typer.Option(help="Also output by how much each router preferred its expert.")] = False,
     opset: Annotated[int, typer.Option(help="Version of ONNX's standard operators.")] = 18,
@@ -124,7 +135,7 @@ def export(
         console.emit_json(figures | {"triton": None if repository is None else str(repository)})
         return
     for warning in report.warnings:
-        console.note(warning)
+        console.warn(warning)
     verification, agreement = report.verification, report.agreement
     facts: dict[str, Any] = {}
     if agreement is not None:

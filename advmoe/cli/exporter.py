@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from advmoe.cli.options import one_of_these
 from advmoe.errors import AdvMoEError, ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,19 @@ def exporter() -> ModuleType:
             f"this command needs advmoe-export ({error}); install it with: pip install './export[cpu,export,serve]'"
         ) from error
     return advmoe_export
+
+
+def one_of_its(names: str) -> Callable[[str], list[str]]:
+    """A completion for the shell: the choices of this name in `advmoe_export.metadata`, if the package is installed."""
+
+    def complete(incomplete: str) -> list[str]:
+        try:
+            from advmoe_export import metadata
+        except ImportError:
+            return []
+        return one_of_these(getattr(metadata, names))(incomplete)
+
+    return complete
 
 
 @contextmanager
