@@ -149,7 +149,7 @@ def test_every_cell_trains_costs_what_the_formula_says_and_survives_checkpoint_a
     assert torch.equal(loaded(images), model(images))
 
     if cell.image_size == 224 and cell.kind != "moe":
-        return  # the file would have the operators of the smaller images' one, and takes long to make
+        return  # its operators are those of the MoE network and of smaller images, and the file takes long to make
     # The exporter writes a file only if onnxruntime computes from it what the module computes.
     report = export_model(
         loaded,
