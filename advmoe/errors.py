@@ -24,6 +24,10 @@ class ConfigError(AdvMoEError, ValueError):
     """An option, or a combination of options, that cannot be carried out."""
 
 
+class CompilerError(ConfigError):
+    """A network whose passes cannot be compiled on this machine."""
+
+
 class DataError(AdvMoEError):
     """A data set, archive, image or label that is missing, truncated or of the wrong kind."""
 

@@ -12,16 +12,21 @@ import pytest
 import torch
 from runs import TRAIN, assert_identical, contents, train
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch.aot_autograd import make_boxed_func
 
 from advmoe.data.sources import Dataset
 from advmoe.distributed import Place, placing
-from advmoe.errors import ConfigError
+from advmoe.errors import CompilerError, ConfigError
 from advmoe.evaluation.precision import full_precision
 from advmoe.models.compiled import GRAPHS, LARGEST, CompiledNetwork, limits
 from advmoe.models.dispatch import select
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision
+from advmoe.training.checkpoint import load_checkpoint
+from advmoe.training.loop import Trainer
 
 
 @pytest.mark.slow
@@ -222,6 +227,42 @@ def test_a_compiler_that_fails_is_one_line_with_its_reason(
     reason = r"^the network cannot be compiled here: there is no C compiler; leave it uncompiled$"
     with CompiledNetwork(model, backend=backend).running(), pytest.raises(ConfigError, match=reason):
         model(images)
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_the_same_line(
+    tiny_vgg: Callable[..., RoutedNetwork], images: Tensor
+) -> None:
+    def forward(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    def backward(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        raise BackendCompilerFailed("inductor", RuntimeError("g++ was killed\nand more"), None)
+
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    reason = "^the network cannot be compiled here: g\\+\\+ was killed; leave it uncompiled$"
+    model = tiny_vgg(kind="s_dense")
+    with CompiledNetwork(model, backend=backend).running(), pytest.raises(CompilerError, match=reason):
+        model(images)
+
+
+@pytest.mark.parametrize("asked_to_stop", [True, False])
+def test_a_compiler_that_an_interrupt_ends_stops_the_run_as_it_was_saved(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_to_stop: bool
+) -> None:
+    # Ctrl-C reaches the processes of the compiler as well as the training.
+    trainers: list[Trainer] = []
+
+    def interrupted(*_: Any) -> None:
+        if asked_to_stop:
+            trainers[0].request_stop()
+        raise CompilerError("g++ was killed")
+
+    monkeypatch.setattr(CompiledNetwork, "_run", interrupted)
+    begun = pytest.raises(CompilerError) if not asked_to_stop else nullcontext()
+    with begun:
+        config = dataclasses.replace(TRAIN, compile="kernels")
+        assert not train(digits, tmp_path / "run", config, before=trainers.append)
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress["step"] == 0
 
 
 def test_versions_of_torch_whose_limit_is_a_setting_compile_as_many_forms(

@@ -363,6 +363,8 @@ def train_run(
                 )
             else:
                 console.note(f"starting: {trainer.memory}")
+                if plan.train.compile != "off":
+                    console.note("the first step compiles the network's passes, which takes minutes")
             with stopping(trainer.request_stop) as signals:
                 complete = trainer.fit()
     if not complete:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from advmoe.config import check
 from advmoe.device import convolves_in_tf32
-from advmoe.errors import ConfigError
+from advmoe.errors import CompilerError
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Routing
 
@@ -54,8 +54,9 @@ class CompiledNetwork:
         backend: Backend of the compiler.
 
     Raises:
-        ConfigError: The machine has no compiler, or compiled passes differ from uncompiled ones. The
-            error comes at the first pass of a form.
+        CompilerError: The compiler has failed, for example because the machine has none, or because
+            Ctrl-C has ended its processes. The error comes at the first pass of a form.
+        ConfigError: Compiled passes differ from uncompiled ones, likewise.
     """
 
     def __init__(
@@ -88,18 +89,18 @@ class CompiledNetwork:
             return self._network.compute(images, pathways)
         self._sizes.add(len(images))
         form = self._form(images, pathways)
-        if form not in self._checked and self._check(images, pathways):
-            self._checked.add(form)
-        return self._compiled(images, pathways)
-
-    def _compiled(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
-        try:
-            logits, routing = self._compute(images, pathways)
+        try:  # the check also computes a gradient, for which the backward pass is compiled
+            if form not in self._checked and self._check(images, pathways):
+                self._checked.add(form)
+            return self._compiled(images, pathways)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-            raise ConfigError(
+            raise CompilerError(
                 f"the network cannot be compiled here: {reason}; leave it uncompiled", "compile"
             ) from error
+
+    def _compiled(self, images: Tensor, pathways: Tensor | None) -> tuple[Tensor, Routing]:
+        logits, routing = self._compute(images, pathways)
         if not self._graphs:
             return logits, routing
         # the next pass through a graph writes its outputs to the same place

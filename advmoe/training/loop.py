@@ -27,7 +27,7 @@ from advmoe.data.sets import Dataset
 from advmoe.data.views import named
 from advmoe.device import read
 from advmoe.distributed import any_rank, collect, equalize, from_leader, together, world
-from advmoe.errors import CheckpointError, ConfigError, DataError, NotFiniteError, TrainingError
+from advmoe.errors import CheckpointError, CompilerError, ConfigError, DataError, NotFiniteError, TrainingError
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.examples import attack_some
 from advmoe.models.compiled import CompiledNetwork
@@ -185,12 +185,18 @@ class Trainer:
         Raises:
             TrainingError: Too many losses in a row are not finite.
             DataError: An image cannot be decoded, and the config does not say to skip such.
+            CompilerError: The compiler has failed (`compile`).
         """
         self.observer.started(self.schedule.epochs, self.steps_per_epoch, self.step)
         saved = began = time.monotonic()
         images_before = self.sums[-1].images
         for batches in self._batches():
-            self._run_step(batches)
+            try:
+                self._run_step(batches)
+            except CompilerError:
+                if self._stop:  # Ctrl-C ends a compiler's processes, too; half of the step may be done, so save nothing
+                    return False
+                raise
             epoch_done = self.step % self.steps_per_epoch == 0
             if epoch_done:
                 seconds = time.monotonic() - began
