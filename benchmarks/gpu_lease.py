@@ -333,7 +333,11 @@ def main() -> None:
     out: Path | None = options.out
     figures: dict[str, Any] = versions()
     failed = []
-    for process in processes(out or Path(), smoke=options.smoke, epochs=options.epochs):
+    groups = list(processes(out or Path(), smoke=options.smoke, epochs=options.epochs))
+    names = [name for process in groups for name, _ in process]
+    if unknown := [name for name in options.only or () if name not in names]:
+        parser.error(f"there is no step {', '.join(unknown)}; the steps are {', '.join(names)}")
+    for process in groups:
         left = []
         for name, step in process:
             path = None if out is None else out / f"{name}.json"

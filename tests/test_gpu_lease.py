@@ -58,6 +58,9 @@ def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_stops_no_other
     assert ran == ["first", "second", "third", "second", "fourth"]
     figures = json.loads(capsys.readouterr().out)
     assert figures["first"]["of"] == "first"
+    with pytest.raises(SystemExit):
+        run("--only", "fifth", "first")
+    assert "there is no step fifth; the steps are first, second, third, fourth" in capsys.readouterr().err
     assert "third" not in figures
     assert {"hardware", "torch", "cuda"} <= set(json.loads((tmp_path / "second.json").read_text()))
 
