@@ -276,8 +276,31 @@ def test_a_graph_with_other_inputs_is_one_line(path: Path, tmp_path: Path) -> No
     target = tmp_path / path.name
     onnx.save(other, target)
     Path(f"{target}.data").write_bytes(Path(f"{path}.data").read_bytes())
-    with pytest.raises(ModelFileError, match="takes x, expected 'images': another graph; export it again"):
+    with pytest.raises(ModelFileError, match=r"takes x tensor\(float\) \[1\], expected images .*: another graph"):
         Session(target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["cat"]}, r"returns logits tensor\(float\) \[B, 10\], .*expected logits tensor\(float\) \[B, 1\]"),
+        ({"labels": LABELS * 2}, r"expected logits tensor\(float\) \[B, 20\]"),
+        ({"image_size": [8, 8]}, r"takes images tensor\(float\) \[B, 3, 16, 16\], expected images .* \[B, 3, 8, 8\]"),
+        ({"input_type": "uint8"}, r"expected images tensor\(uint8\) \[B, 16, 16, 3\]"),
+        ({"batch_size": 4}, r"expected images tensor\(float\) \[4, 3, 16, 16\]"),
+        ({"num_experts": [2], "layers": ["conv"], "expert_load": None}, r"expert_index tensor\(int64\) \[B, 1\]"),
+        ({"outputs": ["logits", "pathway"]}, r"expected logits tensor\(float\) \[B, 10\], pathway by its metadata"),
+    ],
+)
+def test_metadata_that_describe_another_graph_are_one_line(
+    path: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = rewritten(path, tmp_path, lambda document: document.update(change))
+    graph = other.rename(tmp_path / path.name)  # a graph names its data file
+    Path(f"{graph}.data").write_bytes(Path(f"{path}.data").read_bytes())
+    with pytest.raises(ModelFileError, match=message) as raised:
+        Session(graph)
+    assert "\n" not in str(raised.value)
 
 
 def test_weights_that_cannot_be_read_are_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +319,11 @@ def test_weights_that_cannot_be_read_are_one_line(path: Path, monkeypatch: pytes
 # --- providers ------------------------------------------------------------------------------------
 
 
+def described(name: str, kind: str, *sizes: int) -> SimpleNamespace:
+    """An input or output as onnxruntime describes it."""
+    return SimpleNamespace(name=name, type=f"tensor({kind})", shape=["batch", *sizes])
+
+
 def fake_runtime(starting: Sequence[str], installed: Sequence[str] = ("CUDAExecutionProvider",)) -> SimpleNamespace:
     """onnxruntime in which only some providers start, and which complains as the real one does."""
 
@@ -308,8 +336,8 @@ def fake_runtime(starting: Sequence[str], installed: Sequence[str] = ("CUDAExecu
         names = [*([name] if name in starting else []), "CPUExecutionProvider"]
         return SimpleNamespace(
             get_providers=lambda: list(dict.fromkeys(names)),
-            get_outputs=list,
-            get_inputs=lambda: [SimpleNamespace(name="images")],
+            get_inputs=lambda: [described("images", "float", 3, 16, 16)],
+            get_outputs=lambda: [described("logits", "float", 10), described("expert_index", "int64", 4)],
             options=dict(providers),
         )
 

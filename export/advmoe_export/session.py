@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from advmoe_export.metadata import ModelMetadata
+
     Picture: TypeAlias = npt.NDArray[Any] | Image.Image | str | os.PathLike[str]
     """One image: an array in the input format of the file, a Pillow image, or a path."""
 
@@ -112,11 +114,7 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = self._start(asked, options)
-        taken = [entry.name for entry in self._session.get_inputs()]
-        if taken != ["images"]:
-            raise ModelFileError(
-                f"'{path}' takes {', '.join(taken) or 'nothing'}, expected 'images': another graph; export it again"
-            )
+        _check_graph(self._session, self.metadata, self.path)
         self.provider: str = self._session.get_providers()[0]
         """Full name of the provider that runs the model."""
         self.outputs = tuple(output.name for output in self._session.get_outputs())
@@ -278,6 +276,39 @@ class Session:
         self._session.run_with_iobinding(binding)
         results: list[npt.NDArray[Any]] = binding.copy_outputs_to_cpu()
         return results
+
+
+def _check_graph(session: Any, metadata: ModelMetadata, path: Path) -> None:
+    """Check that a graph has the inputs and outputs that its metadata describe.
+
+    Raises:
+        ModelFileError: a name, a type or a size differs.
+    """
+    batch, columns = metadata.batch_size, len(metadata.layers)
+    height, width = metadata.image_size
+    nchw, nhwc = ("tensor(float)", [batch, 3, height, width]), ("tensor(uint8)", [batch, height, width, 3])
+    described = {
+        "images": nhwc if metadata.input_type == "uint8" else nchw,
+        "logits": ("tensor(float)", [batch, len(metadata.labels)]),
+        "expert_index": ("tensor(int64)", [batch, columns]),
+        "router_margin": ("tensor(float)", [batch, columns]),
+    }
+    for does, names, values in (
+        ("takes", ("images",), session.get_inputs()),
+        ("returns", metadata.outputs, session.get_outputs()),
+    ):
+        found = [_signature(value.name, value.type, value.shape) for value in values]
+        expected = [_signature(name, *described[name]) if name in described else name for name in names]
+        if found != expected:
+            raise ModelFileError(
+                f"'{path}' {does} {', '.join(found) or 'nothing'}, expected {', '.join(expected)} by its metadata: "
+                "another graph; export it again"
+            )
+
+
+def _signature(name: str, kind: str, shape: Sequence[int | str | None]) -> str:
+    """An input or output in words. A dimension without a size is the batch."""
+    return f"{name} {kind} [{', '.join(str(dim) if isinstance(dim, int) else 'B' for dim in shape)}]"
 
 
 def _with_helper(name: str, installed: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
