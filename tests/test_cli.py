@@ -514,6 +514,21 @@ def test_an_export_leaves_out_images_that_cannot_be_decoded_on_request(
     assert (len(given["images"]), len(given["calibration"])) == (5, 23)
 
 
+def test_an_export_is_not_compared_on_images_of_other_classes(
+    pets: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx_ir")
+    monkeypatch.setattr("advmoe.cli.export.export_onnx", None)
+    assert main(pets) == 0
+    for split in ("train", "val"):
+        Path(f"wild/{split}").mkdir(parents=True)
+        for theirs, ours in (("cat", "dog"), ("fox", "cat")):
+            shutil.copytree(f"pets/{split}/{ours}", f"wild/{split}/{theirs}")
+    capsys.readouterr()
+    message = refused(["export", "run", "model.onnx", "--verify-images", "5", "--data-dir", "wild"], capsys)
+    assert "run/best.pt tells 2 classes apart (cat, dog, ...), folder has 2 (cat, fox, ...); give" in message
+
+
 @pytest.mark.slow
 def test_a_checkpoint_becomes_a_served_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -229,7 +229,7 @@ def test_a_data_set_of_other_classes_is_refused_before_it_is_read(
     assert evaluate(checkpoint, "--dataset", dataset) == 1
     err = " ".join(capsys.readouterr().err.split())
     assert f"tells 10 classes apart (0, 1, 2, ...), {dataset} has {classes}" in err
-    assert err.endswith("evaluate it on the data set it was trained on")
+    assert err.endswith("give the data set it was trained on")
 
 
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,13 @@ import typer
 
 from advmoe.cli import console
 from advmoe.cli.images import decoded
-from advmoe.cli.models import data_dir_of
+from advmoe.cli.models import compare_classes, data_dir_of
 from advmoe.cli.options import BatchSize, DataDir, Device, Json, LimitEval, Seed, SkipBadImages, one_of_these
 from advmoe.cli.progress import data_progress, suite_progress
 from advmoe.cli.signals import resumable
 from advmoe.config import AttackConfig, check, check_eps, one_of
 from advmoe.data.names import DATASETS
-from advmoe.errors import CheckpointError, ConfigError
+from advmoe.errors import ConfigError
 from advmoe.hub import is_address
 from advmoe.run_paths import CARD, checkpoint_of, run_in
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from advmoe.data.sets import DatasetInfo, Images, ImageSet
+    from advmoe.data.sets import Images, ImageSet
     from advmoe.evaluation.results import SuiteConfig, SuiteResult
     from advmoe.models.network import RoutedNetwork
     from advmoe.routing_log import PathwayChannels
@@ -292,10 +292,10 @@ class Subject:
         name = dataset or self.contents.train.get("dataset")
         if name is None:
             raise ConfigError("the checkpoint does not say which data set it was trained on; give --dataset")
-        self._check_classes(known_info(name))  # before a download
+        compare_classes(self.contents, self.path, known_info(name))  # before a download
         with data_progress() as reading:
             data = load_dataset(name, data_dir_of(self.path, name, data_dir), progress=reading, announce=console.note)
-        self._check_classes(data.info)
+        compare_classes(self.contents, self.path, data.info)
         size = self.contents.model.image_size
 
         def some(images: Images, number: int | None, what: str) -> tuple[ImageSet, NDArray[np.int64] | None]:
@@ -309,22 +309,6 @@ class Subject:
         tested, numbers = some(data.test, limit, "test")
         calibration = some(data.train, calibrated, "training")[0] if calibrated else None
         return Tested(data.info.name, tested, numbers, calibration)
-
-    def _check_classes(self, info: DatasetInfo) -> None:
-        """Compare the model's classes with those of a data set, as far as both are known.
-
-        Raises:
-            CheckpointError: They differ.
-        """
-        known = self.contents.class_names
-        if not known or known == info.class_names or not info.num_classes:
-            return
-        if info.class_names or len(known) != info.num_classes:
-            theirs = f" ({', '.join(info.class_names[:3])}, ...)" if info.class_names else ""
-            raise CheckpointError(
-                f"{self.path} tells {len(known)} classes apart ({', '.join(known[:3])}, ...), "
-                f"{info.name} has {info.num_classes}{theirs}; evaluate it on the data set it was trained on"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import typer
 from advmoe.cli import console
 from advmoe.cli.exporter import export_errors, exporter, one_of_its
 from advmoe.cli.images import decoded
-from advmoe.cli.models import data_dir_of
+from advmoe.cli.models import compare_classes, data_dir_of
 from advmoe.cli.options import DataDir, Json, Seed, SkipBadImages, flag, given
 from advmoe.cli.progress import data_progress
 from advmoe.config import check, to_dict
@@ -241,6 +241,7 @@ def real_images(
     place = data_dir_of(checkpoint, str(name), data_dir)
     with data_progress() as progress:
         data = load_dataset(str(name), place, progress=progress, announce=console.note)
+    compare_classes(contents, checkpoint, data.info)
     size = contents.model.image_size
     rng = np.random.default_rng(seed)
 
