@@ -1,5 +1,6 @@
 """Serving an exported file: Triton's model repository, timing, and the monitor of the experts' load."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,13 +114,26 @@ def test_the_monitor_sees_no_drift_in_the_images_of_the_export_and_much_in_other
 
 
 def test_the_monitor_refuses_what_it_cannot_compare(exported: Path) -> None:
-    import dataclasses
-
     session = Session(exported)
     with pytest.raises(InputError, match="no recorded expert load"):
         RouteMonitor(dataclasses.replace(session.metadata, expert_load=None))
     with pytest.raises(InputError, match="expected a pathway of 4 layers, got none"):
         RouteMonitor(session.metadata).record(dataclasses.replace(session.run(PIXELS), pathway=None))
+
+
+def test_a_prediction_of_a_model_of_more_experts_changes_no_count(exported: Path) -> None:
+    session = Session(exported)
+    prediction = session.run(PIXELS)
+    assert prediction.pathway is not None
+    monitor = RouteMonitor(session.metadata)
+    monitor.record(prediction)
+    before = monitor.drift()
+    other = prediction.pathway.copy()
+    other[3, 2] = 4
+    with pytest.raises(InputError, match=r"expected experts 0 to 1 in layer 'convs\.2', got expert 4; use predictions"):
+        monitor.record(dataclasses.replace(prediction, pathway=other))
+    assert monitor.drift() == before
+    assert monitor.images == len(PIXELS)
 
 
 def test_serving_needs_neither_torch_nor_the_code_of_the_model(exported: Path) -> None:

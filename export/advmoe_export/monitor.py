@@ -97,6 +97,12 @@ class RouteMonitor:
         batch = [
             np.bincount(column, minlength=len(counts)) for column, counts in zip(pathway.T, self._counts, strict=True)
         ]
+        for layer, counts, added in zip(self._layers, self._counts, batch, strict=True):
+            if len(added) > len(counts):
+                raise InputError(
+                    f"expected experts 0 to {len(counts) - 1} in layer '{layer}', got expert {len(added) - 1}; "
+                    "use predictions of this model"
+                )
         for counts, added in zip(self._counts, batch, strict=True):
             counts += added
         self.compared += len(pathway)
