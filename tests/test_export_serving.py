@@ -1,6 +1,7 @@
 """Serving an exported file: Triton's model repository, timing, and the monitor of the experts' load."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from advmoe_export import (
@@ -19,6 +21,7 @@ from advmoe_export import (
     time_session,
     write_triton_repository,
 )
+from advmoe_export.metadata import KEY
 from google.protobuf import text_format
 
 from advmoe.rust_router import RouteLog
@@ -134,6 +137,20 @@ def test_a_prediction_of_a_model_of_more_experts_changes_no_count(exported: Path
         monitor.record(dataclasses.replace(prediction, pathway=other))
     assert monitor.drift() == before
     assert monitor.images == len(PIXELS)
+
+
+@pytest.mark.parametrize("label", ["a cat\nor dog", "caf\udce9"])
+def test_a_label_that_takes_more_than_a_line_of_triton_is_refused(label: str, exported: Path, tmp_path: Path) -> None:
+    model = onnx.load(exported, load_external_data=False)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == KEY)
+    entry.value = json.dumps(json.loads(entry.value) | {"labels": [label, *LABELS[1:]]})
+    graph = tmp_path / exported.name
+    graph.write_bytes(model.SerializeToString())
+    Path(f"{graph}.data").write_bytes(Path(f"{exported}.data").read_bytes())
+    with pytest.raises(ModelFileError, match=r"one label of UTF-8 a line.* rename the class") as raised:
+        write_triton_repository(graph, tmp_path / "models")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "models").exists()
 
 
 def test_serving_needs_neither_torch_nor_the_code_of_the_model(exported: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -54,8 +54,8 @@ def write_triton_repository(
         The model's folder.
 
     Raises:
-        ModelFileError: the file is not a complete export, Triton does not allow the name, or the
-        folder cannot be written.
+        ModelFileError: the file is not a complete export, Triton does not allow the name or a label,
+            or the folder cannot be written.
     """
     source = Path(path)
     target = triton_folder(source, folder, name=name)
@@ -64,6 +64,7 @@ def write_triton_repository(
         raise ModelFileError(f"expected a batch size of at least 1, got {max_batch_size}")
     metadata = read_metadata(source)
     check_data_file(source, metadata)
+    labels = _label_lines(metadata.labels)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as draft:
@@ -77,9 +78,7 @@ def write_triton_repository(
                     if entry.key == "location":
                         entry.value = data_file(Path(MODEL)).name
             (version / MODEL).write_bytes(model.SerializeToString())
-            (version.parent / "labels.txt").write_text(
-                "".join(f"{label}\n" for label in metadata.labels), encoding="utf-8"
-            )
+            (version.parent / "labels.txt").write_bytes(labels)
             (version.parent / "config.pbtxt").write_text(
                 config(model, metadata, name, max_batch_size, queue_delay_us), encoding="utf-8"
             )
@@ -104,6 +103,20 @@ def triton_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str], 
     if any(place.is_file() for place in (Path(folder), *Path(folder).parents)):
         raise ModelFileError(f"cannot write '{target}': there is a file where a folder is expected")
     return target
+
+
+def _label_lines(labels: Sequence[str]) -> bytes:
+    """The content of `labels.txt`, which Triton reads line by line.
+
+    Raises:
+        ModelFileError: a label has a line break, or bytes that were no text.
+    """
+    for label in labels:
+        if "\n" in label or "\r" in label or any("\ud800" <= letter <= "\udfff" for letter in label):
+            raise ModelFileError(
+                f"Triton reads one label of UTF-8 a line, got {label!a}; rename the class and export again"
+            )
+    return "".join(f"{label}\n" for label in labels).encode()
 
 
 def config(model: onnx.ModelProto, metadata: ModelMetadata, name: str, max_batch_size: int, queue_delay_us: int) -> str:
