@@ -301,6 +301,26 @@ def test_targets_of_another_length_are_found_before_the_model_is_traced(
         export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
 
 
+@pytest.mark.parametrize(
+    ("images", "targets", "message"),
+    [
+        (None, np.zeros(8, np.int64), r"one target per image, \[0\], got \[8\]"),
+        (np.zeros((2, 3, 16, 16)), ["cat", "dog"], "targets as integers, the places of their logits, got <U3"),
+        (np.zeros((2, 3, 16, 16)), np.zeros(2), "targets as integers, .*, got float64"),
+        ([[1.0], [2.0, 3.0]], None, "list is no array for NumPy: .* inhomogeneous"),
+        (torch.zeros(2, 3, 8, 8), None, r"got float32 \[2, 3, 8, 8\]"),
+        (0.5, None, r"got float64 \[\]"),
+    ],
+)
+def test_images_and_targets_that_cannot_be_compared_are_one_line(
+    images: Any, targets: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("advmoe_export.exporter.trace")
+    options: dict[str, Any] = {"images": images, "targets": targets}
+    with pytest.raises(InputError, match=message):
+        export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
+
+
 def test_the_reference_is_the_modules_own_result(small_moe: Make, pictures: Tensor) -> None:
     for num_experts in (1, 3):
         model = small_moe(num_experts=num_experts, decisions=(0, 1, 1, 2))
@@ -473,7 +493,8 @@ def test_wrong_images_are_found_before_the_model_is_traced(
 def test_calibration_images_are_converted_like_those_of_a_session(small_moe: Make, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     digests = set()
-    for number, images in enumerate((pixels, pixels.transpose(0, 3, 1, 2) / 255)):  # uint8, float64
+    floats = pixels.transpose(0, 3, 1, 2) / 255  # float64
+    for number, images in enumerate((pixels, floats, torch.from_numpy(floats))):
         path = tmp_path / f"{number}.onnx"
         options = {"dtype": "int8", "profile": "latency", "calibration": images}
         digests.add(export_model(small_moe(), path, image_size=16, labels=LABELS, **options).metadata.data_sha256)

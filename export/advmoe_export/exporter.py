@@ -39,7 +39,7 @@ from advmoe_export.passes.write import IR_VERSION
 from advmoe_export.profiles import build
 from advmoe_export.reference import run_reference
 from advmoe_export.report import MIN_AGREEMENT, Agreement, Tolerance, VerificationError, VerificationReport
-from advmoe_export.session import OPTIMIZATION_LEVELS, check_images
+from advmoe_export.session import OPTIMIZATION_LEVELS, as_array, check_images
 from advmoe_export.trace import BATCH, trace
 from advmoe_export.verify import check_targets, compare_on, verify
 
@@ -117,8 +117,9 @@ def export_model(
         dtype: type of weights and activations, `fp32`, `fp16` or `int8`. Routers stay in fp32.
         input_type: `float32` for NCHW images in [0, 1], `uint8` for NHWC images in 0 ... 255.
         margins: whether the graph has the output `router_margin`.
-        images: real images in the form of `input_type`. The verification uses them in addition to
-            synthetic images, and the expert load of the file is measured on them.
+        images: real images in the form of `input_type`, as an array or a tensor on the CPU. The
+            verification uses them in addition to synthetic images, and the expert load of the file
+            is measured on them.
         targets: int64 [B], classes of `images`, for the accuracy in the report.
         calibration: real images in the form of `input_type`, for the value ranges of int8. The
             default is `images`; the reported accuracy is then measured on the calibration images.
@@ -128,8 +129,8 @@ def export_model(
     Raises:
         UnsupportedModelError: the module or an option cannot be exported, or `metadata` is no JSON
             data.
-        InputError: `images` or `calibration` have the wrong shape, type or range, or there is not
-            one target per image.
+        InputError: `images` or `calibration` have the wrong shape, type or range, or `targets` are not
+            one integer per image.
         ModelFileError: the files cannot be written.
         VerificationError: the results of graph and module differ, or an int8 file and the module
             agree on the labels of less than half of the images. No file remains at `path`.
@@ -140,13 +141,14 @@ def export_model(
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     if resize is not None and not max(size) <= resize < 2**16:
         raise UnsupportedModelError(f"resize must be in {max(size)} ... {2**16 - 1}, got {resize}")
+    images, calibration = (None if given is None else as_array(given) for given in (images, calibration))
     calibration = images if calibration is None else calibration
-    if dtype == "int8" and (calibration is None or len(calibration) == 0):
+    if dtype == "int8" and (calibration is None or not calibration.size):
         raise UnsupportedModelError("int8 needs real images to calibrate with: give calibration images")
-    if images is not None and len(images):
+    if images is not None and images.size:
         images = check_images(images, size, input_type)
-        check_targets(targets, len(images))
-    if calibration is not None and len(calibration):
+    check_targets(targets, 0 if images is None else len(images))
+    if calibration is not None and calibration.size:
         calibration = check_images(calibration, size, input_type)
     traced = trace(model, image_size=size, opset=opset)
     graph = traced.graph

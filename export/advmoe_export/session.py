@@ -177,7 +177,7 @@ class Session:
         if _is_picture(images):
             return self._one(images)[None]
         if _is_array(images):
-            array = _as_array(images)
+            array = as_array(images)
             return array[None] if array.ndim == 3 else array
         if not isinstance(images, Sequence):
             raise InputError(f"{self._expectation()}, got {type(images).__name__}")
@@ -196,7 +196,7 @@ class Session:
             return prepare(image, self.metadata)
         if not _is_array(image):
             raise InputError(f"{self._expectation()}, got a sequence with {type(image).__name__} in it")
-        array = _as_array(image)
+        array = as_array(image)
         if array.ndim != 3:
             raise InputError(
                 f"expected a sequence of single images, got an array {list(array.shape)} in it; "
@@ -337,10 +337,15 @@ def _is_array(image: object) -> bool:
     return hasattr(image, "__array__")
 
 
-def _as_array(image: Any) -> npt.NDArray[Any]:
+def as_array(image: Any) -> npt.NDArray[Any]:
+    """What NumPy can view as an array, such as a tensor on the CPU.
+
+    Raises:
+        InputError: NumPy cannot.
+    """
     try:
         return np.asarray(image)
-    except (TypeError, RuntimeError) as error:  # a tensor on another device, or with a gradient
+    except (TypeError, RuntimeError, ValueError) as error:  # a tensor on another device, or with a gradient
         raise InputError(f"{type(image).__name__} is no array for NumPy: {' '.join(str(error).split())}") from error
 
 

@@ -123,10 +123,15 @@ def check_targets(targets: npt.NDArray[Any] | None, images: int) -> None:
     """Check that there is one class for each image.
 
     Raises:
-        InputError: the shape of `targets` is not [images].
+        InputError: the shape of `targets` is not [images], or they are not integers.
     """
-    if targets is not None and np.shape(targets) != (images,):
+    if targets is None:
+        return
+    if np.shape(targets) != (images,):
         raise InputError(f"expected one target per image, [{images}], got {list(np.shape(targets))}")
+    kind = np.asarray(targets).dtype
+    if images and kind.kind not in "iu":
+        raise InputError(f"expected targets as integers, the places of their logits, got {kind}")
 
 
 @contextlib.contextmanager
