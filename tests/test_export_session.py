@@ -496,6 +496,15 @@ def test_without_onnx_exporting_says_which_extra_to_install() -> None:
     assert "pip install 'advmoe-export[export]'" in done.stdout, done
 
 
+def test_without_onnxruntime_exporting_says_that_it_is_needed_too() -> None:
+    code = (
+        "from advmoe_export import ExportError\n"
+        "try: from advmoe_export import export_model\n"
+        "except ExportError as error: print(error)"
+    )
+    assert "pip install 'advmoe-export[cpu,export]'" in blocked(code, "onnxruntime").stdout
+
+
 def test_metadata_survives_a_copy_of_itself(path: Path) -> None:
     metadata = read_metadata(path)
     assert metadata.of(**dataclasses.asdict(metadata)) == metadata

@@ -96,8 +96,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from advmoe_export.errors import MissingPackageError
 
+        extras = "cpu,export" if error.name == "onnxruntime" else "export"
         raise MissingPackageError(
             f"'{name}' needs the package '{error.name}', which is not installed; "
-            "install what exporting needs with: pip install 'advmoe-export[export]'"
+            f"install what exporting needs with: pip install 'advmoe-export[{extras}]'"
         ) from error
     return getattr(module, name)
