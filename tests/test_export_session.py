@@ -316,6 +316,11 @@ def test_weights_that_cannot_be_read_are_one_line(path: Path, monkeypatch: pytes
         Session(path)
 
 
+def test_a_path_that_no_file_can_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"cannot read '.*\.onnx': File name too long"):
+        Session(tmp_path / f"{'long' * 100}.onnx")
+
+
 # --- providers ------------------------------------------------------------------------------------
 
 

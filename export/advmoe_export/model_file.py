@@ -29,14 +29,15 @@ def read_metadata(path: Path) -> ModelMetadata:
     """The metadata of a model file.
 
     Raises:
-        ModelFileError: the file is missing, is not ONNX, or was not written by this package.
+        ModelFileError: the file is missing, cannot be read, is not ONNX, or was not written by this
+            package.
     """
-    if path.is_dir() or path.suffix in {".pt", ".safetensors"}:
-        command = f"advmoe export {shlex.quote(str(path))} {shlex.quote(path.resolve().stem)}.onnx"
-        raise ModelFileError(f"'{path}' is no exported model; export it first, and give the ONNX file: {command}")
-    if not path.is_file():
-        raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
     try:
+        if path.is_dir() or path.suffix in {".pt", ".safetensors"}:
+            command = f"advmoe export {shlex.quote(str(path))} {shlex.quote(path.resolve().stem)}.onnx"
+            raise ModelFileError(f"'{path}' is no exported model; export it first, and give the ONNX file: {command}")
+        if not path.is_file():
+            raise ModelFileError(f"no model file '{path}'; expected an ONNX file written by advmoe-export")
         properties = read_properties(path.read_bytes())
     except ValueError as error:
         raise ModelFileError(f"'{path}' is not an ONNX file, or it is damaged; export it again") from error
