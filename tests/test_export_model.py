@@ -21,7 +21,7 @@ from advmoe_export import (
     export_model,
 )
 from advmoe_export.reference import _run_module, run_reference
-from advmoe_export.trace import Traced, on_cpu, trace
+from advmoe_export.trace import Traced, _check_folded, on_cpu, trace
 from claimed_gpu import claimed_gpu
 from torch import Tensor, nn
 
@@ -283,6 +283,21 @@ def test_a_module_on_a_gpu_is_exported_from_a_copy(small_moe: Make) -> None:
         assert all(value.is_cuda for value in model.state_dict().values())
         assert not any(value.is_cuda for value in copy.state_dict().values())
     assert all(torch.equal(value, weights[name]) for name, value in copy.state_dict().items())
+
+
+def test_a_folded_module_that_is_another_network_is_refused(tiny_vgg: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vgg(warm=True, expert_affine=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "affine" in name:
+                parameter.normal_(std=0.3)
+    monkeypatch.setattr(MoEConv2d, "fold_affine", lambda conv: setattr(conv, "affine", None))  # forgets the scales
+    monkeypatch.setattr("torch.export.export", None)
+    with pytest.raises(UnsupportedModelError, match=r"`folded` .* gives other logits .* for \d+ of 16 synth"):
+        trace(model, image_size=(32, 32), opset=18)
+    assert model.training
+    monkeypatch.undo()
+    _check_folded(model, model.folded(), (32, 32))
 
 
 def test_every_part_of_a_module_keeps_its_mode(small_moe: Make) -> None:

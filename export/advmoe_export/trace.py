@@ -21,9 +21,14 @@ import onnx_ir.passes.common as common
 
 from advmoe_export import operators
 from advmoe_export.errors import UnsupportedModelError
+from advmoe_export.reference import as_float_tensor, probe_images
 
 BATCH = "batch"
 """Name of the dynamic dimension of a traced graph."""
+FOLDED_PROBES = 16
+"""Number of synthetic images on which a folded module is compared with the module."""
+FOLDED_TOLERANCE = 1e-3
+"""Largest difference of their logits, relative to the largest logit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +54,18 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
         opset: version of the standard operators, at least 18.
 
     Raises:
-        UnsupportedModelError: torch cannot trace the module for every batch size.
+        UnsupportedModelError: torch cannot trace the module for every batch size, or `folded` gives
+            another network.
     """
     import torch
 
     example = torch.linspace(0, 1, 2 * 3 * image_size[0] * image_size[1]).reshape(2, 3, *image_size)
     training = {module: module.training for module in model.modules()}
-    network = on_cpu(model.folded() if hasattr(model, "folded") else model)
+    folded = model.folded() if hasattr(model, "folded") else model
+    network = on_cpu(folded)
     try:
+        if folded is not model:
+            _check_folded(model, network, image_size)
         with _quiet(), torch.no_grad():
             program = torch.export.export(
                 network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},), strict=False
@@ -70,6 +79,8 @@ def trace(model: Any, *, image_size: tuple[int, int], opset: int) -> Traced:
                 custom_translation_table=_translations(),
                 verbose=False,
             )
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UnsupportedModelError(
@@ -103,6 +114,27 @@ def on_cpu(model: Any) -> Any:
     """The module, or a copy of it if some of its tensors are on another device."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return model if all(tensor.device.type == "cpu" for tensor in tensors) else copy.deepcopy(model).cpu()
+
+
+def _check_folded(model: Any, folded: Any, image_size: tuple[int, int]) -> None:
+    """Check that a folded module gives the logits of the module, for most of some synthetic images.
+
+    An image at a near tie of a router may take another expert.
+
+    Raises:
+        UnsupportedModelError: the logits of half of the images or more differ.
+    """
+    import torch
+
+    images = as_float_tensor(probe_images(image_size, "float32", count=FOLDED_PROBES))
+    with torch.no_grad():
+        expected, found = on_cpu(model).eval()(images), folded.eval()(images)
+    same = (found - expected).abs().amax(dim=1) <= FOLDED_TOLERANCE * expected.abs().max()
+    if 2 * int(same.sum()) <= len(images):
+        raise UnsupportedModelError(
+            f"the method `folded` of the module gives other logits than the module for {int((~same).sum())} of "
+            f"{len(images)} synthetic images; mend it, or remove it"
+        )
 
 
 def _name_batch(graph: ir.Graph, program: Any) -> None:
