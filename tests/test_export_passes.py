@@ -38,6 +38,12 @@ def traced(small_moe: Callable[..., Any]) -> ir.Graph:
     return trace(small_moe(), image_size=(16, 16), opset=18).graph
 
 
+def test_an_opset_that_onnxruntime_does_not_know_stops_a_calibration_in_one_line(traced: ir.Graph) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"could not load the graph, of opset 99, .* int8: ") as raised:
+        run(traced, FoldBatchNorm(), Quantize(PICTURES, 99))
+    assert "\n" not in str(raised.value)
+
+
 def run(graph: ir.Graph, *passes: GraphPass) -> ir.Graph:
     model = ir.Model(graph.clone(), ir_version=10)
     for step in passes:

@@ -71,7 +71,7 @@ class Quantize(GraphPass):
         """Measure ranges, then round weights and activations.
 
         Raises:
-            UnsupportedModelError: there is nothing to quantize.
+            UnsupportedModelError: there is nothing to quantize, or onnxruntime cannot load the graph.
         """
         _quantize(graph, self.images, self.opset)
 
@@ -224,7 +224,13 @@ def calibrate(
         ir.save(model, path)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises types of its own
+            reason = " ".join(str(error).split())
+            raise UnsupportedModelError(
+                f"onnxruntime {ort.__version__} could not load the graph, of opset {opset}, to calibrate int8: {reason}"
+            ) from error
         names = [str(output.name) for output in outputs]
         extremes: dict[tuple[ir.Value, ir.Value | None], Range] = {}
         pairs = {
