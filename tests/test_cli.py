@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -512,6 +513,18 @@ def test_an_export_leaves_out_images_that_cannot_be_decoded_on_request(
     assert re.search(r"skipped test images: 1; image 1 \(.*pets/val/cat/26\.png", capsys.readouterr().err)
     assert given["targets"].tolist() == [0, 0, 1, 1, 1]
     assert (len(given["images"]), len(given["calibration"])) == (5, 23)
+
+
+def test_an_export_tells_the_number_of_batches_that_were_compared(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx_ir")
+    verification = SimpleNamespace(checks=[None] * 28, batches=7, difference=1e-6)
+    sizes = {"graph_bytes": 1, "data_bytes": 1, "path": "model.onnx", "data_path": "model.onnx.data"}
+    report = SimpleNamespace(**sizes, to_json=lambda: "{}", warnings=(), agreement=None, verification=verification)
+    monkeypatch.setattr("advmoe.cli.export.export_onnx", lambda *_, **__: report)
+    assert main(["export", str(run_folder), "model.onnx"]) == 0
+    assert re.search(r"compared with PyTorch +│ 7 batches at every optimization level", capsys.readouterr().out)
 
 
 def test_an_export_is_not_compared_on_images_of_other_classes(

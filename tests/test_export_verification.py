@@ -81,6 +81,12 @@ def test_decisions_that_all_differ_are_no_agreement_even_at_near_ties(
     assert verify(exported, traced.program, optimizations=["all"]).passed
 
 
+def test_a_batch_that_is_compared_at_several_levels_counts_once(exported: Path, traced: Traced) -> None:
+    report = verify(exported, traced.program, optimizations=["disable", "all"])
+    assert len(report.checks) == 14
+    assert report.batches == 7  # 1, 2, 7 and 64 images, and three times 5 copies of one
+
+
 def test_a_different_decision_without_a_margin_is_the_worst(
     exported: Path, traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,11 @@ class VerificationReport:
         return all(check.passed for check in self.checks) and not self._too_few()
 
     @property
+    def batches(self) -> int:
+        """Number of batches. Each is compared at every optimization level."""
+        return len({check.batch for check in self.checks})
+
+    @property
     def difference(self) -> float:
         """Largest relative difference of logits, among images with equal decisions."""
         return max((check.difference for check in self.checks), default=0.0)
