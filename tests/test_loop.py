@@ -511,23 +511,39 @@ def test_a_decision_that_no_attack_in_training_sees_is_pointed_out(
 
 
 @pytest.mark.parametrize(
-    ("changes", "model", "warned"),
+    ("changes", "model", "warned", "advised"),
     [
-        ({}, {}, ""),
-        ({"attack": AttackConfig(steps=1, start="clean")}, {}, "the KL divergence of TRADES has the gradient 0"),
-        ({"attack": AttackConfig(steps=1, start="clean"), "loss": "pgd_at"}, {}, ""),
-        ({}, {"num_experts": 3, "model_scale": 0.8}, "specialization 0.25 has no effect: at N = 3 and r = 0.8"),
-        ({"specialization": None}, {"num_experts": 3, "model_scale": 0.8}, ""),
-        ({}, {"num_experts": 3, "model_scale": 0.8, "expert_filters": "separate"}, ""),
-        ({}, {"model_scale": 1.0}, ""),  # experts have the same filters, and cannot differ
+        ({}, {}, [], []),
+        (
+            {"attack": AttackConfig(steps=1, start="clean")},
+            {},
+            ["the KL divergence of TRADES has the gradient 0"],
+            [{"start": "gaussian"}],
+        ),
+        ({"attack": AttackConfig(steps=1, start="clean"), "loss": "pgd_at"}, {}, [], []),
+        (
+            {},
+            {"num_experts": 3, "model_scale": 0.8},
+            ["specialization 0.25 has no effect: at N = 3 and r = 0.8"],
+            [{"expert_filters": "separate"}],
+        ),
+        (
+            {"attack": AttackConfig(steps=1, start="clean")},
+            {"num_experts": 3, "model_scale": 0.8},
+            ["the KL divergence of TRADES", "specialization 0.25 has no effect"],
+            [{"start": "gaussian"}, {"expert_filters": "separate"}],
+        ),
+        ({"specialization": None}, {"num_experts": 3, "model_scale": 0.8}, [], []),
+        ({}, {"num_experts": 3, "model_scale": 0.8, "expert_filters": "separate"}, [], []),
+        ({}, {"model_scale": 1.0}, [], []),  # experts have the same filters, and cannot differ
     ],
 )
 def test_settings_that_do_less_than_expected_are_pointed_out(
-    changes: dict[str, Any], model: dict[str, Any], warned: str
+    changes: dict[str, Any], model: dict[str, Any], warned: list[str], advised: list[dict[str, Any]]
 ) -> None:
     found = doubts(build_model(dataclasses.replace(MODEL, **model)), dataclasses.replace(TRAIN, **changes))
-    assert len(found) == (warned != "")
-    assert warned in "".join(found)
+    assert [doubt.advice for doubt in found] == advised
+    assert all(part in doubt.warning for part, doubt in zip(warned, found, strict=True))
 
 
 @pytest.fixture

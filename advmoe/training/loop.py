@@ -163,8 +163,8 @@ class Trainer:
             equalize(list(model.state_dict().values()))
         if doubt is not None:
             observer.warned(doubt, batch_size=None, accumulate=None)
-        for warning, advice in doubts(self.model, config).items():
-            observer.warned(warning, **advice)
+        for found in doubts(self.model, config):
+            observer.warned(found.warning, **found.advice)
         if (images := len(self.split.validation)) < FEW_IMAGES:
             observer.warned(
                 f"{images} validation images tell epochs apart poorly: the standard error of RA is up to "

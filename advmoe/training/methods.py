@@ -201,27 +201,45 @@ def resolve_method(name: MethodName, model: ModelConfig, *, has_init: bool = Fal
     return method
 
 
-def doubts(model: RoutedNetwork, config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Warnings of settings that do less than one may expect, each with the settings that it advises."""
-    described, found = model.config, dict[str, dict[str, Any]]()
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """A reason why settings may do less than one expects."""
+
+    warning: str
+    advice: dict[str, Any]
+    """Settings that would help, by name, with the value to try."""
+
+
+def doubts(model: RoutedNetwork, config: TrainConfig) -> list[Doubt]:
+    """The doubts about the settings of a run."""
+    described, found = model.config, list[Doubt]()
     attacks = config.method != "standard"
     one_decision = described.several_experts and described.granularity == "image"
     if attacks and one_decision and config.attack_routing == "fixed":  # see docs/study.md
-        found[
-            "one decision chooses the whole pathway, and the attack in training does not see it: such a network lost "
-            "almost half of its RA to attacks on its routing; attack the routing in training, too"
-        ] = {"attack_routing": "mixture"}
+        found.append(
+            Doubt(
+                warning="one decision chooses the whole pathway, and the attack in training does not see it: such a "
+                "network lost almost half of its RA to attacks on its routing; attack the routing in training, too",
+                advice={"attack_routing": "mixture"},
+            )
+        )
     if attacks and config.loss == "trades" and config.attack.start == "clean":
-        found[
-            "the attack in training starts at the clean image, where the KL divergence of TRADES has the gradient 0: "
-            "its first step follows rounding errors; start beside the image"
-        ] = {"start": "gaussian"}
+        found.append(
+            Doubt(
+                warning="the attack in training starts at the clean image, where the KL divergence of TRADES has the "
+                "gradient 0: its first step follows rounding errors; start beside the image",
+                advice={"start": "gaussian"},
+            )
+        )
     couples = config.specialization is not None and METHODS[config.method].moves_experts
     differ = any(rows_of_some(layer.rows) for layer in expert_layers(model))
     if couples and differ and next(expert_banks(model), None) is None:
-        found[
-            f"specialization {config.specialization:g} has no effect: at N = {described.num_experts} and r = "
-            f"{described.model_scale:g} no two filters have one place in the outputs of different experts, so that "
-            "nothing can be coupled, and experts do not start equal; use a smaller r, or separate filters"
-        ] = {"expert_filters": "separate"}
+        found.append(
+            Doubt(
+                warning=f"specialization {config.specialization:g} has no effect: at N = {described.num_experts} and "
+                f"r = {described.model_scale:g} no two filters have one place in the outputs of different experts, so "
+                "that nothing can be coupled, and experts do not start equal; use a smaller r, or separate filters",
+                advice={"expert_filters": "separate"},
+            )
+        )
     return found
