@@ -84,8 +84,8 @@ def test_each_attack_says_what_it_can_and_cannot_break(result: SuiteResult) -> N
     [
         # A view that is right everywhere drives red over the threshold, where the model is wrong.
         (lambda red: torch.stack((1 + 0 * red, red / 2), dim=1), [False, True]),
-        # A view that is wrong everywhere stops at the start, where the model is right.
-        (lambda red: torch.stack((0 * red, 1 + red), dim=1), [True, True]),
+        # A view that is wrong everywhere does not end the attack at the start, where the model is right.
+        (lambda red: torch.stack((0 * red, 1 + red), dim=1), [False, True]),
     ],
 )
 def test_the_model_itself_judges_what_a_view_has_found(

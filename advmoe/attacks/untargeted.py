@@ -29,8 +29,8 @@ def untargeted(
 
     Args:
         victims: The images to attack.
-        forward: The view of the model that the attack follows (`advmoe.attacks.relaxations`), or
-            the model on fixed pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
+        forward: What the attack follows instead of the model, for example the model on fixed
+            pathways (`advmoe.attacks.pgd.forced`). Default: the model itself.
         count: If given, counts the gradients.
         first_restart: Number of the first start to try; the caller has tried those before it.
 
@@ -77,6 +77,36 @@ def untargeted(
     robust = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     robust[alive] = True
     return adversarial, robust
+
+
+def through_view(victims: Victims, view: Forward) -> tuple[Tensor, Tensor]:
+    """The attack through a view of the model (`advmoe.attacks.relaxations`), judged by the model itself.
+
+    A view computes the same decisions in another way, so rounding may let it disagree with the
+    model. Where the view is wrong and the model is right, the attack goes on. The images that it
+    ends with are broken if the model is wrong, whatever the view says.
+
+    Returns:
+        As `untargeted`, by the outputs of the model.
+    """
+    found, robust = untargeted(victims, _confirmed(view, victims))
+    return found, robust & victims.right(found)
+
+
+def _confirmed(view: Forward, victims: Victims) -> Forward:
+    """A view with the outputs of the model, but its own gradient, at images that it misclassifies."""
+
+    def outputs(images: Tensor, rows: Tensor) -> Tensor:
+        logits = view(images, rows)
+        wrong = logits.detach().argmax(dim=1) != victims.labels[rows]
+        if not wrong.any():
+            return logits
+        values = logits.detach().clone()
+        with torch.no_grad():
+            values[wrong] = victims.model(images[wrong])
+        return values + (logits - logits.detach())
+
+    return outputs
 
 
 def _repeated(forward: Forward, repeats: Tensor) -> Forward:

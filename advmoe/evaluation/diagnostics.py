@@ -32,7 +32,7 @@ from advmoe.attacks.pgd import (
     plain,
 )
 from advmoe.attacks.relaxations import is_routed, routing_views
-from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.untargeted import through_view, untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.config import AttackConfig
 from advmoe.errors import ConfigError
@@ -327,10 +327,8 @@ def check_routing(sample: Victims, observed_ML: Tensor) -> Diagnostic:
         victims = sample.take(sample.right()).under(dataclasses.replace(sample.attack, restarts=1))
         right, nearby = len(victims), victims.images
         left: list[int] = []
-        for forward in routing_views(sample.model).values():  # the model itself comes first
-            found, kept = untargeted(victims, forward)
-            if left:  # a view rounds differently, so the model itself decides
-                kept = victims.right(found)
+        for view in routing_views(sample.model).values():  # the model itself comes first
+            found, kept = through_view(victims, view) if left else untargeted(victims)
             nearby = nearby[kept] if left else found[kept]
             victims = victims.take(kept)
             left.append(len(victims))

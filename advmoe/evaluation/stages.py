@@ -18,7 +18,7 @@ from advmoe.attacks.autoattack import STANDARD, autoattack
 from advmoe.attacks.pathways import attack_every_pathway, attack_routers, flip_radius, route_attack
 from advmoe.attacks.pgd import cross_entropy_objective, forced, pgd, plain
 from advmoe.attacks.relaxations import is_routed, routing_views
-from advmoe.attacks.untargeted import untargeted
+from advmoe.attacks.untargeted import through_view, untargeted
 from advmoe.attacks.victims import Victims
 from advmoe.evaluation.accuracy import check_finite
 from advmoe.evaluation.results import (
@@ -208,17 +208,10 @@ def _pgd(run: BatchRun) -> None:
 
 
 def _view(run: BatchRun, attack: Attack) -> None:
-    """PGD through a view of the routing. The model itself judges the images that it ends with.
-
-    A view computes the same decisions in another way, so rounding may let it disagree with the
-    model. Its outputs tell the attack where to stop, and say nothing about the model. That is why
-    they are judged here for the first time, unlike the iterates of PGD on the model itself (see
-    `untargeted`). An image that the model gets right after all counts as one that this view did not
-    break.
-    """
-    forward = routing_views(run.batch.model, run.config.temperatures)[attack.detail]
-    found = untargeted(run.victims, forward)[0]
-    run.record(attack, run.victims.right(found), found)
+    """PGD through a view of the routing."""
+    view = routing_views(run.batch.model, run.config.temperatures)[attack.detail]
+    found, robust = through_view(run.victims, view)
+    run.record(attack, robust, found)
 
 
 def _route(run: BatchRun, common_ML: Tensor) -> None:
