@@ -161,6 +161,24 @@ def test_an_evaluation_that_is_stopped_in_its_first_batch_tells_how_to_go_on(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_without_a_folder_tells_that_nothing_is_kept_and_how_to_keep_it(
+    evaluation: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    code: int,
+) -> None:
+    at = evaluation.index("--out")
+    monkeypatch.setattr(stages, "_pgd", lambda _: os.kill(os.getpid(), signum))
+    assert main([*evaluation[:at], *evaluation[at + 2 :]]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    kept = "with --out FOLDER, the same command goes on after an interruption"
+    assert said == f"{NAMES[signum]}; nothing of this evaluation is kept; {kept}"
+    assert not (tmp_path / "card").exists()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", [TRAIN, ["evaluate", "model.pt"], ["export", "model.pt", "model.onnx"]])
 def test_a_command_that_is_stopped_before_it_begins_says_so_once(
     tmp_path: Path,

@@ -40,6 +40,7 @@ STATE, ROUTES, OUTCOMES, EXAMPLES = "state.npz", "routes.npz", "images.npz", "ex
 """What `--out` holds besides the card."""
 STATES = f"{Path(STATE).stem}*{Path(STATE).suffix}"
 """Pattern of the files from which an evaluation goes on: the finished batches, and the batch under way."""
+NOTHING_KEPT = "nothing of this evaluation is kept; with --out FOLDER, the same command goes on after an interruption"
 SWEEP_SHARES = (0.25, 0.5, 0.75, 1.5, 2.0)
 """Radii of the whole suite's sweep, relative to eps."""
 CHOICE_SEED = 0
@@ -150,8 +151,12 @@ def evaluate(
             refuse_a_run(written)
     place = resolve_device(device)
 
+    begun = False
+
     def how_to_go_on() -> str:
-        kept = out is not None and any(out.rglob(STATES))
+        if out is None:
+            return NOTHING_KEPT if begun else ""
+        kept = any(out.rglob(STATES))
         return f"{out} holds the finished attacks; the same command goes on" if kept else ""
 
     with joined(place, patience=PATIENT_SECONDS), resumable(how_to_go_on):
@@ -191,6 +196,7 @@ def evaluate(
                 if name in controls
             }
         measuring = Measuring(config, tested, batch_size, seed, latency)
+        begun = True
         card, result = measuring.card_of(subject, out, masked=masked)
         for name, other in changed.items():
             variant = dataclasses.replace(subject, model=other, control=name)
