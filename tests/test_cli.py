@@ -298,7 +298,8 @@ def test_training_again_with_resume_and_other_options_is_refused(
     )
     assert message.endswith(
         "cannot resume copy: it was started with width = 0.0625 (not 0.125), lr = 0.1 (not 0.5), seed = 0 (not 1); "
-        "repeat the original options, or begin a new run in another folder from copy/last.pt (--init, --out)"
+        "give its folder alone to go on with its own settings, repeat the original options, or begin a new run in "
+        "another folder from copy/last.pt (--resume, --out, --init)"
     )
     message = refused(["train", "--kind", "s_dense", "--method", "at", "--out", "copy", "--resume"], capsys)
     assert "started with kind = moe (not s_dense)" in message
@@ -420,6 +421,20 @@ def test_a_folder_keeps_its_image_size_where_another_machine_would_suggest_anoth
     assert "going on with the run's image size, 32" in err
     assert main([*chosen, "--resume", "--image-size", "48"]) == 1
     assert "it was started with image_size = 32 (not 48)" in capsys.readouterr().err
+
+
+def test_a_run_whose_learning_rate_was_another_default_goes_on_by_its_folder_alone(
+    pets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Earlier versions trained a folder at 0.1 with any batch size. Now it is 0.1 x 4 / 64.
+    assert main([*pets, "--lr", "0.1"]) == 0
+    assert "lr = 0.1\n" in Path("run/run.toml").read_text()
+    capsys.readouterr()
+    assert main([*pets, "--resume"]) == 1
+    message = "run: it was started with lr = 0.1 (not 0.00625); give its folder alone to go on with its own settings"
+    assert message in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["lr"] == 0.1
 
 
 def test_the_file_of_a_run_is_good_for_a_folder_of_other_classes(

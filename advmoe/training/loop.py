@@ -35,6 +35,7 @@ from advmoe.models.dispatch import computing
 from advmoe.models.moe_conv import check_tiles
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.registry import build_model
+from advmoe.run_paths import RUN_FILE
 from advmoe.seeding import generator_for, seeded
 from advmoe.training.average import WeightAverage
 from advmoe.training.checkpoint import Checkpoint, Progress, load_optimizer, load_weights, optimizer_state
@@ -461,11 +462,14 @@ class Trainer:
         changed = differences(checkpoint.model, self.model_config) | differences(begun_with, self.config)
         instead = f"or begin a new run in another folder from {self.folder.last}"
         if changed:
+            stored = (self.folder.path / RUN_FILE).is_file()
+            alone = "give its folder alone to go on with its own settings, " if stored else ""
             raise CheckpointError(
                 f"cannot resume {self.folder.path}: it was started with {', '.join(changed.values())}; "
-                f"repeat the original options, {instead}",
-                "init",
+                f"{alone}repeat the original options, {instead}",
+                *(["resume"] if stored else []),
                 "out",
+                "init",
             )
         progress = from_dict(Progress, checkpoint.progress)
         if progress.images not in {"", self.split.digest}:
