@@ -480,6 +480,20 @@ def test_a_warning_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ]
 
 
+def test_a_run_does_not_begin_with_links_to_images_that_are_gone(
+    pets: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "pets/train/dog/0.png").symlink_to("nowhere.png")
+    (tmp_path / "pets/val/cat/0.png").symlink_to("nowhere.png")
+    assert main(pets) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: pets/train/dog/0.png is a link to a file that does not exist (one of 2 such links); restore or remove "
+        "it, or skip bad images (--skip-bad-images)"
+    )
+    assert not (tmp_path / "run").exists()
+    assert main([*pets, "--skip-bad-images"]) == 0
+
+
 def test_images_that_cannot_be_decoded_stop_a_run_or_are_counted(
     pets: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ from advmoe.world import restarts
 if TYPE_CHECKING:
     import torch
 
+    from advmoe.data.sets import Dataset, Progress
     from advmoe.training.checkpoint import Checkpoint
     from advmoe.training.run_folder import RunFolder
 
@@ -247,12 +248,6 @@ def make_plan(
         default_train | chosen_train,
         **dict(base.attack) | given_attack,
     )
-    if info.gone and not config.skip_bad_images:
-        more = f" (one of {len(info.gone)} such links)" if len(info.gone) > 1 else ""
-        raise DataError(
-            f"{info.gone[0]} is a link to a file that does not exist{more}; restore or remove it, or skip bad images",
-            "skip_bad_images",
-        )
     trained_by = resolve_method(config.method, model, has_init=init is not None)
     check(
         settings.get("specialization") is None or (model.several_experts and trained_by.moves_experts),
@@ -328,7 +323,6 @@ def train_run(
     Raises:
         typer.Exit: The run was interrupted, and its state is saved.
     """
-    from advmoe.data.sources import load_dataset
     from advmoe.distributed import from_leader, gather, leader_first, world
     from advmoe.training.checkpoint import load_checkpoint
     from advmoe.training.loop import Trainer
@@ -343,9 +337,7 @@ def train_run(
             console.note(f"going on with the run's image size, {model.image_size}")
         text = run_file(model, config, data_dir=plan.data_dir, init=plan.init)
         with data_progress() as progress:
-            data = leader_first(
-                lambda: load_dataset(config.dataset, plan.data_dir, progress=progress, announce=console.note)
-            )
+            data = leader_first(lambda: _load(plan, progress))
         with TrainingProgress() as observer:
             trainer = Trainer(
                 model, config, data, folder, device=place, observer=observer, resume=checkpoint, initial=plan.initial
@@ -374,6 +366,26 @@ def train_run(
         raise typer.Exit(128 + signum)
     best, last = from_leader(lambda: [load_checkpoint(file).metrics for file in (folder.best, folder.last)])
     return Trained(path=path, checkpoint=folder.best, metrics=best, last_metrics=last)
+
+
+def _load(plan: Plan, progress: Progress) -> Dataset:
+    """The images of a run.
+
+    Raises:
+        DataError: See `load_dataset`. Or an image is a link to nothing, and the run does not skip
+            such; otherwise the run would stop where it reads the image, perhaps after hours.
+    """
+    from advmoe.data.sources import load_dataset
+
+    data = load_dataset(plan.train.dataset, plan.data_dir, progress=progress, announce=console.note)
+    gone = data.info.gone
+    if gone and not plan.train.skip_bad_images:
+        more = f" (one of {len(gone)} such links)" if len(gone) > 1 else ""
+        raise DataError(
+            f"{gone[0]} is a link to a file that does not exist{more}; restore or remove it, or skip bad images",
+            "skip_bad_images",
+        )
+    return data
 
 
 def how_to_go_on(out: Path) -> str:

@@ -57,9 +57,9 @@ def load_imagenet(
                 f"{root / 'train'} has {len(wnids)} class folders ({', '.join(wnids[:3])}, ...), where {info.name} has"
                 f" {info.num_classes} named by WordNet ids (n01440764, ...); use the data set 'folder' for other images"
             )
-        train, test, *_ = read_splits(root, wnids)
+        train, test, _, gone = read_splits(root, wnids)
         train, test = (replace(split, class_names=info.class_names) for split in (train, test))
-        return complete_dataset(info, train, test, where=root)
+        return complete_dataset(replace(info, gone=gone), train, test, where=root)
     if incomplete:
         raise DataError(f"{info.name} is incomplete: {'; '.join(incomplete)}; add what is missing")
     raise DataError(
