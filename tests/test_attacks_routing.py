@@ -231,6 +231,7 @@ def test_attempts_on_flips_differ_in_pathway_or_start(
     monkeypatch.setattr("advmoe.attacks.pathways.steer", watched)
     model, images = mixed(model_scale=0.25, **settings), torch.rand(6, 3, 32, 32)
     route(model, images, torch.zeros(6, dtype=torch.int64), exhaustive=1, sampled=2, greedy=6)
+    assert tried.keys() == set(range(6))
     for attempts in tried.values():
         assert len(set(attempts)) == len(attempts) == 8
         assert len({pathway for pathway, _ in attempts[2:]}) == distinct

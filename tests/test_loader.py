@@ -202,11 +202,19 @@ def test_an_abandoned_epoch_leaves_no_thread_behind() -> None:
     import threading
 
     others = set(threading.enumerate())
+
+    def ours() -> set[threading.Thread]:
+        return {t for t in set(threading.enumerate()) - others if t.name.startswith("batches-ahead")}
+
     loader = augmented(some_images(), prefetch=3)
+    epoch = loader.epoch(0)
+    next(epoch)
+    assert ours(), "an epoch has a thread, as long as it is not abandoned"
+    del epoch
     for _ in range(20):
         next(loader.epoch(0))
     deadline = time.monotonic() + 60
-    while any(t.name.startswith("batches-ahead") for t in set(threading.enumerate()) - others):
+    while ours():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

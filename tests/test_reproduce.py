@@ -124,7 +124,9 @@ def test_finished_work_is_not_repeated_unless_the_options_change(commands: Comma
 
 def test_a_table_gives_routed_models_the_attacks_on_their_routing(commands: Commands) -> None:
     table("table2", "--only", "cifar10-resnet18")
-    assert all({"--routing", "--autoattack"} <= set(call) for call in commands.named("evaluate"))
+    evaluated = commands.named("evaluate")
+    assert evaluated
+    assert all({"--routing", "--autoattack"} <= set(call) for call in evaluated)
 
 
 def test_models_of_different_data_sets_get_reports_of_their_own(commands: Commands) -> None:
@@ -156,7 +158,9 @@ def test_every_table_fits_80_columns_and_says_what_was_made_smaller(name: str, c
     shown = printed(name, "--scale", "smoke", "--seeds", "0,1")
     assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("2 seeds"))
     assert "Smaller than in the paper: digits instead of the data set" in shown
-    assert all("digits" in call for call in commands.named("train"))
+    trained = commands.named("train")
+    assert trained
+    assert all("digits" in call for call in trained)
 
 
 def test_independent_commands_together_do_all_the_work(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
