@@ -293,9 +293,16 @@ class RouteLog:
         """Distinct pathways [M, L] and how many samples took each [M], the most frequent first."""
         return self._log.unique(_key(condition))
 
-    def compare(self, before: Condition, after: Condition) -> RouteChange:
-        """Changes from one condition (clean) to another (an attack), or from one epoch to another."""
-        matched, by_layer, by_num, outcomes = self._log.compare(_key(before), _key(after))
+    def compare(self, before: Condition, after: Condition) -> RouteChange | None:
+        """Changes from one condition (clean) to another (an attack), or from one epoch to another.
+
+        Returns:
+            The changes, or None if the two have no sample in common.
+        """
+        found = self._log.compare(_key(before), _key(after))
+        if found is None:
+            return None
+        matched, by_layer, by_num, outcomes = found
         known = Dissection(
             survived_right=outcomes[0], fooled_right=outcomes[1], survived_wrong=outcomes[2], fooled_wrong=outcomes[3]
         )

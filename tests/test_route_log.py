@@ -10,6 +10,7 @@ import torch
 
 from advmoe import rust_router
 from advmoe.errors import ConfigError, DataError
+from advmoe.evaluation.dissection import dissection
 from advmoe.routing_log import Dissection, PathwayChannels, RouteLog
 
 
@@ -121,6 +122,7 @@ def test_a_comparison_dissects_adversarial_examples() -> None:
     log = random_log(100, [2, 3, 2])
     clean, attacked = log.routes("clean"), log.routes("pgd")
     change = log.compare("clean", "pgd")
+    assert change is not None
     moved = clean.experts_IL != attacked.experts_IL
     survives, right = ~moved.any(axis=1), attacked.predictions == clean.labels
     assert change.dissection == Dissection(
@@ -140,8 +142,17 @@ def test_routing_of_two_epochs_is_compared_without_predictions() -> None:
     log.append(("train", 1), [0, 1, 2], [[0], [0], [1]])
     log.append(("train", 2), [1, 2, 3], [[0], [0], [1]])
     change = log.compare(("train", 1), ("train", 2))
+    assert change is not None
     assert (change.num_samples, change.survival) == (2, 0.5)
     assert change.dissection is None
+
+
+def test_conditions_without_a_common_sample_have_no_comparison() -> None:
+    log = RouteLog([2])
+    log.append("clean", [0, 2], [[0], [1]], labels=[0, 0], predictions=[0, 0])
+    log.append("pgd", [1, 3], [[0], [1]], labels=[0, 0], predictions=[0, 0])
+    assert log.compare("clean", "pgd") is None
+    assert dissection(log, "pgd") == {}
 
 
 def test_similarities_are_those_of_written_out_masks() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from advmoe.evaluation.results import SuiteResult
 from advmoe.models.network import RoutedNetwork
-from advmoe.routing_log import Condition, RouteChange, RouteLog
+from advmoe.routing_log import Condition, RouteLog
 
 
 def route_log(result: SuiteResult, model: RoutedNetwork) -> RouteLog:
@@ -38,11 +38,12 @@ def dissection(
     step. Under `worst` it is `ra_worst`, up to the rounding of another batch.
     `changed_by_layer` is the share of decisions that the attack changes in each of the MoE layers;
     a layer that routes tokens makes several for an image. Default: every decision is a layer.
+    Empty if the two conditions have no image in common, or a label or prediction is unknown.
     """
-    change: RouteChange = log.compare(clean, attack)
-    parts = change.dissection
-    if parts is None:
+    change = log.compare(clean, attack)
+    if change is None or change.dissection is None:
         return {}
+    parts = change.dissection
     total = parts.num_samples
 
     changed_L = change.changed_by_layer

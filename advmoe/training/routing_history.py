@@ -112,8 +112,9 @@ class RoutingHistory:
             "router_load": load.share.max(axis=(1, 2)).round(4).tolist(),
             "router_entropy": load.evenness[:, 0].round(4).tolist(),
         }
-        if self._have_images_in_common(epoch - 1, epoch):
-            change = self._log.compare((CLEAN, epoch - 1), (CLEAN, epoch))
+        before = (CLEAN, epoch - 1)
+        change = self._log.compare(before, (CLEAN, epoch)) if before in self._log.conditions else None
+        if change is not None:
             changed_LT = change.changed_by_layer.reshape(self._num_layers, -1)
             found["router_changed"] = np.mean(changed_LT, axis=1).round(4).tolist()
             found["train_pathways_changed"] = round(100 * (1 - change.survival), 4)
@@ -153,12 +154,6 @@ class RoutingHistory:
         if routing is not None:
             experts_BL = routing.expert_index_BL.to(torch.uint8)  # the log's own form
             self._waiting.append(_Waiting((condition, epoch), batch.indices, experts_BL, batch.labels, result.finite))
-
-    def _have_images_in_common(self, *epochs: int) -> bool:
-        if not all((CLEAN, epoch) in self._log.conditions for epoch in epochs):
-            return False
-        before, after = (self._log.routes((CLEAN, epoch)).indices for epoch in epochs)
-        return bool(np.isin(before, after).any())
 
     def _take_all(self) -> None:
         self.take(read(self.waiting))

@@ -174,14 +174,20 @@ impl RouteLog {
 
     /// Number of samples that both conditions have; changed samples by layer `[L]`; samples by
     /// number of changed layers `[L + 1]`; and samples by outcome: router survived and prediction
-    /// correct, fooled and correct, survived and wrong, fooled and wrong, unknown.
-    #[expect(clippy::type_complexity, reason = "four numbers with names in the line above")]
-    fn compare(&self, py: Python<'_>, before: PyKey, after: PyKey) -> PyResult<(u64, Vec<u64>, Vec<u64>, [u64; 5])> {
+    /// correct, fooled and correct, survived and wrong, fooled and wrong, unknown. None if the
+    /// conditions have no sample in common.
+    #[expect(clippy::type_complexity, reason = "four numbers with names in the lines above")]
+    fn compare(
+        &self,
+        py: Python<'_>,
+        before: PyKey,
+        after: PyKey,
+    ) -> PyResult<Option<(u64, Vec<u64>, Vec<u64>, [u64; 5])>> {
         let found = self.with(py, |log| {
             let (before, after) = log.pair(&key(before), &key(after))?;
-            pathways::compare(before, after)
+            Ok(pathways::compare(before, after))
         })?;
-        Ok((found.matched, found.changed_by_layer, found.by_num_changed, found.outcomes))
+        Ok(found.map(|found| (found.matched, found.changed_by_layer, found.by_num_changed, found.outcomes)))
     }
 
     /// IoU `[n]` and cosine `[n]` of each sample's pathway with a mask over the channels of all

@@ -76,10 +76,9 @@ pub fn matches<'a>(a: &'a Table, b: &'a Table) -> impl Iterator<Item = (usize, u
 }
 
 /// Compares the routing under two conditions, sample by sample. Predictions are taken from `b`.
-///
-/// # Errors
-/// The tables have no common sample.
-pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
+/// `None` if the tables have no common sample.
+#[must_use]
+pub fn compare(a: &Table, b: &Table) -> Option<Comparison> {
     let num_layers = a.num_layers();
     let mut result = Comparison {
         changed_by_layer: vec![0; num_layers],
@@ -105,10 +104,7 @@ pub fn compare(a: &Table, b: &Table) -> Result<Comparison> {
         };
         result.outcomes[outcome] += 1;
     }
-    if result.matched == 0 {
-        return Err(Error::NothingInCommon);
-    }
-    Ok(result)
+    (result.matched > 0).then_some(result)
 }
 
 #[cfg(test)]
@@ -185,6 +181,16 @@ mod tests {
             by_num_changed: vec![2, 0, 1],
             outcomes: [0, 1, 2, 0, 0],
         };
-        assert_eq!(compare(clean, attacked).unwrap(), expected);
+        assert_eq!(compare(clean, attacked), Some(expected));
+    }
+
+    #[test]
+    fn samples_of_which_none_is_common_have_no_comparison() {
+        let mut log = log();
+        let rows = Rows { indices: &[4, 5], experts: &[0, 2, 0, 2], labels: &[0, 1], predictions: &[0, 1] };
+        log.append(key("apgd"), rows).unwrap();
+        let (clean, attacked) = log.pair(&key("clean"), &key("apgd")).unwrap();
+        assert_eq!(compare(clean, attacked), None);
+        assert_eq!(compare(attacked, clean), None);
     }
 }
