@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe import rust_router
-from advmoe.data.formats import HEAD, explained
 from advmoe.data.sets import DatasetInfo, Progress
 from advmoe.errors import DataError
 
@@ -32,8 +31,7 @@ def decode_all(
         try:
             image = rust_router.decode_image(content)
         except DataError as error:
-            reason = explained(str(error), content[:HEAD])
-            raise DataError(f"{name}: the image cannot be decoded ({reason})") from error
+            raise DataError(f"{name}: the image cannot be decoded ({error})") from error
         if image.shape != (size, size, 3):
             raise DataError(f"{name}: the image has {image.shape[1]}x{image.shape[0]} pixels, expected {size}x{size}")
         images[row] = image

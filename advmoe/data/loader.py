@@ -11,7 +11,6 @@ differ only in `stream` are independent; AdvMoE draws its two batches from two s
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from advmoe import rust_router
 from advmoe.data.buffers import Buffers
-from advmoe.data.formats import HEAD, explained
 from advmoe.data.prefetch import Ahead
 from advmoe.data.sets import EncodedSet
 from advmoe.data.transforms import CropFlip, Transform, compiled, output_size
@@ -184,7 +182,6 @@ class BatchLoader:
         self.skipped: dict[int, str] = {}
         """Row and error of every image that was skipped so far."""
         self._pixels = pixels
-        self._encoded = images if isinstance(images, EncodedSet) else None
         self._labels = images.labels
         self._rows = rows.astype(np.int64)
         self._batch_size = batch_size
@@ -260,25 +257,15 @@ class BatchLoader:
             images = torch.empty((len(rows), *shape), dtype=self._dtype, pin_memory=True)
         else:
             images = tools.buffers.lend((len(rows), *shape))
-        try:
-            skipped = tools.filler.fill(self._pixels, rows, epoch, images.numpy(), stop)
-        except DataError as error:
-            raise DataError(self._explained(str(error))) from error
+        skipped = tools.filler.fill(self._pixels, rows, epoch, images.numpy(), stop)
         if skipped:
-            self.skipped.update((int(rows[place]), self._explained(message)) for place, message in skipped)
+            self.skipped.update((int(rows[place]), message) for place, message in skipped)
             kept = np.delete(np.arange(len(rows)), [place for place, _ in skipped])
             rows, images = rows[kept], images[torch.from_numpy(kept)]
         if self._channels_last:
             images = images.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self._labels[rows])
         return Batch(images, labels.pin_memory() if self._pin_memory else labels, torch.from_numpy(rows.copy()))
-
-    def _explained(self, message: str) -> str:
-        """A message about an image that cannot be decoded, with the name of its format."""
-        row = re.match(r"image (\d+) \(", message)
-        if row is None or self._encoded is None:
-            return message
-        return explained(message, self._encoded.head(int(row[1]), HEAD))
 
     def _image_size(self) -> tuple[int, int]:
         """Height and width of every batch: those of the transform, or of the first readable image."""

@@ -127,15 +127,6 @@ class EncodedSet:
             labels=self.labels[indices],
         )
 
-    def head(self, row: int, length: int) -> bytes:
-        """The first bytes of an image, at most `length`; none if its file cannot be read."""
-        try:
-            with Path(self.files[self.file_index[row]]).open("rb") as file:
-                file.seek(int(self.offsets[row]))
-                return file.read(min(length, int(self.lengths[row]) or length))
-        except OSError:
-            return b""
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kept `source` out of copies and pickles. They make their own."""
         return {name: value for name, value in self.__dict__.items() if name != "source"}

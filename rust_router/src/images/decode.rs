@@ -6,6 +6,7 @@
 //! from those of libjpeg-turbo by a few of 255 levels, because the inverse cosine transform rounds
 //! differently.
 
+mod foreign;
 mod jpeg;
 mod png;
 
@@ -29,7 +30,7 @@ impl Format {
             [] => Err("it is empty".into()),
             [0xFF, 0xD8, 0xFF, ..] => Ok(Self::Jpeg),
             [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => Ok(Self::Png),
-            _ => Err(format!("expected JPEG or PNG, got bytes that begin with {:02X?}", &bytes[..bytes.len().min(4)])),
+            _ => Err(format!("expected JPEG or PNG, got {}", foreign::described(bytes))),
         }
     }
 }
@@ -121,7 +122,9 @@ mod tests {
     fn what_is_no_image_says_why() {
         let reason = |bytes: &[u8]| decode(bytes, &mut Vec::new()).unwrap_err();
         assert_eq!(reason(b""), "it is empty");
-        assert_eq!(reason(b"GIF89a"), "expected JPEG or PNG, got bytes that begin with [47, 49, 46, 38]");
+        assert_eq!(reason(b"junk"), "expected JPEG or PNG, got bytes that begin with [6A, 75, 6E, 6B]");
+        let remedy = "convert it to JPEG or PNG, for example with Pillow or ImageMagick";
+        assert_eq!(reason(b"GIF89a"), format!("expected JPEG or PNG, got GIF; {remedy}"));
         let whole = png_of(png::ColorType::Rgb, png::BitDepth::Eight, (5, 7), &[100; 105]);
         for end in 8..whole.len() - 12 {
             assert!(decode(&whole[..end], &mut Vec::new()).is_err(), "cut at {end}");
