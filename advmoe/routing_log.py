@@ -317,7 +317,8 @@ class RouteLog:
         self, condition: Condition, channels: PathwayChannels, mask: ArrayLike
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """IoU and cosine [I] of each sample's pathway with a mask pathway, [C] bool (paper, Fig. 6)."""
-        bits = np.ascontiguousarray(mask, dtype=np.bool_)
+        # A view of integers as bool may hold other bytes than 0 and 1, which Rust would count wrongly.
+        bits = np.ascontiguousarray(mask, dtype=np.bool_).view(np.uint8) != 0
         return self._log.mask_similarity(_key(condition), channels._compiled, bits)
 
     def overlap(

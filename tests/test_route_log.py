@@ -168,6 +168,9 @@ def test_similarities_are_those_of_written_out_masks() -> None:
     np.testing.assert_array_equal(iou, (masks & sparse).sum(1) / (masks | sparse).sum(1))
     np.testing.assert_allclose(cosine, (masks & sparse).sum(1) / np.sqrt(masks.sum(1) * sparse.sum()), rtol=1e-15)
 
+    bytes_of_255 = (255 * sparse.astype(np.uint8)).view(np.bool_)  # true in NumPy
+    np.testing.assert_array_equal(log.mask_similarity("clean", channels, bytes_of_255), (iou, cosine))
+
     indices, own = log.overlap("clean", "pgd", channels)
     assert indices.tolist() == list(range(40))
     np.testing.assert_array_equal(own, (masks & attacked).sum(1) / (masks | attacked).sum(1))
