@@ -6,6 +6,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::images::decode;
 use crate::images::error::{Error, Result};
@@ -100,13 +101,39 @@ pub struct Span {
 #[derive(Debug)]
 pub struct Encoded {
     files: Vec<PathBuf>,
-    /// Open files. The list is empty if there are too many files to keep them open.
-    handles: Vec<OnceLock<File>>,
+    /// Files that are kept open, as far as [`KEPT`] allows. The list is empty if there are too many
+    /// files.
+    handles: Vec<OnceLock<KeptFile>>,
     spans: Vec<Span>,
 }
 
+/// Number of files that all sources of this process keep open. Each data set has several sources,
+/// and a process may have 1024 open files by default.
+static KEPT: AtomicUsize = AtomicUsize::new(0);
+
+/// An open file that is counted in [`KEPT`].
+#[derive(Debug)]
+struct KeptFile(File);
+
+impl KeptFile {
+    /// Counts an open file, or returns it if too many are kept already.
+    fn new(file: File) -> std::result::Result<Self, File> {
+        if KEPT.fetch_add(1, Ordering::Relaxed) < Encoded::MAX_OPEN {
+            return Ok(Self(file));
+        }
+        KEPT.fetch_sub(1, Ordering::Relaxed);
+        Err(file)
+    }
+}
+
+impl Drop for KeptFile {
+    fn drop(&mut self) {
+        KEPT.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Encoded {
-    /// Highest number of files that are kept open.
+    /// Highest number of files that all sources together keep open.
     const MAX_OPEN: usize = 512;
     /// Highest number of bytes of an encoded image.
     const MAX_BYTES: u64 = 1 << 28;
@@ -145,7 +172,7 @@ impl Encoded {
         let span = *self.spans.get(row).ok_or(Error::Row { row: row as i64, len: self.spans.len() })?;
         let path = &self.files[span.file as usize];
         let read = |bytes: &mut Vec<u8>| match self.handles.get(span.file as usize) {
-            Some(handle) => read_span(keep_open(handle, path)?, span, bytes),
+            Some(handle) => read_kept(handle, path, span, bytes),
             None => read_span(&open_regular(path)?, span, bytes),
         };
         read(bytes).map_err(|e| self.sample(row, span, e.to_string()))?;
@@ -197,13 +224,14 @@ impl Source for Encoded {
     }
 }
 
-fn keep_open<'a>(handle: &'a OnceLock<File>, path: &Path) -> io::Result<&'a File> {
-    match handle.get() {
-        Some(file) => Ok(file),
-        None => {
-            let file = open_regular(path)?;
-            Ok(handle.get_or_init(|| file))
-        }
+/// Reads a span of a file, and keeps the file open unless too many are.
+fn read_kept(handle: &OnceLock<KeptFile>, path: &Path, span: Span, bytes: &mut Vec<u8>) -> io::Result<()> {
+    if let Some(KeptFile(file)) = handle.get() {
+        return read_span(file, span, bytes);
+    }
+    match KeptFile::new(open_regular(path)?) {
+        Ok(file) => read_span(&handle.get_or_init(|| file).0, span, bytes),
+        Err(file) => read_span(&file, span, bytes),
     }
 }
 
@@ -271,6 +299,32 @@ mod tests {
         let raw = Pixels::new(&[0; 180_000], 1, 60_000).unwrap();
         let message = raw.image(0, &mut Scratch::default(), &choose).unwrap_err().to_string();
         assert_eq!(message, format!("image 0: {reason}"));
+    }
+
+    #[test]
+    fn sources_share_the_number_of_files_that_are_kept_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = |name: &str| {
+            let paths: Vec<PathBuf> = (0..300).map(|i| folder.path().join(format!("{name}{i}"))).collect();
+            paths.iter().for_each(|path| std::fs::write(path, b"image").unwrap());
+            let spans = (0..300).map(|file| Span { file, offset: 0, length: 0 }).collect();
+            Encoded::new(paths, spans).unwrap()
+        };
+        let read = |source: &Encoded| {
+            let mut bytes = Vec::new();
+            for row in 0..300 {
+                source.read(row, &mut bytes).unwrap();
+                assert_eq!(bytes, b"image");
+            }
+        };
+        let kept = |source: &Encoded| source.handles.iter().filter(|handle| handle.get().is_some()).count();
+        let (first, second) = (source("first"), source("second"));
+        read(&first);
+        read(&second);
+        assert!(kept(&first) > 0 && kept(&first) + kept(&second) <= Encoded::MAX_OPEN);
+        drop(first);
+        read(&second);
+        assert!(kept(&second) > 250, "the files of a source that is gone are closed");
     }
 
     #[test]
