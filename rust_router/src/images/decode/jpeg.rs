@@ -36,6 +36,9 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     if frame.as_ref().is_some_and(|frame| frame.wider_color) {
         return Err("its color has more columns than its brightness, which is not supported".into());
     }
+    if frame.as_ref().is_some_and(|frame| frame.split) {
+        return Err("its colors are stored one after another, which is not supported; save it again".into());
+    }
     let padded = frame.is_some_and(|frame| frame.padded);
     // If a marker interrupts the scan, the decoder stops without an error. It writes rows from the
     // first to the last, so the last pixel shows whether all were written.
@@ -87,6 +90,9 @@ struct Frame {
     /// Whether rows are stored one after another: the JPEG is sequential and has all components in
     /// one scan.
     one_scan: bool,
+    /// Whether the JPEG is sequential and has its components in several scans. The decoder misplaces
+    /// the blocks of many such files.
+    split: bool,
     /// Whether a component has more columns than the first one, which is brightness. The decoder
     /// decodes such files wrongly. It decodes more rows correctly.
     wider_color: bool,
@@ -113,8 +119,9 @@ impl Frame {
                 0x00 | 0x01 | 0xD0..=0xD9 => return None, // markers without a length
                 0xDA => {
                     let (frame, num_components): (Self, u8) = frame?;
-                    let one_scan = frame.one_scan && *segment.first()? == num_components;
-                    return Some(Self { one_scan, padded, ..frame });
+                    let whole = *segment.first()? == num_components;
+                    let (one_scan, split) = (frame.one_scan && whole, frame.one_scan && !whole);
+                    return Some(Self { one_scan, split, padded, ..frame });
                 }
                 0xC4 | 0xC8 | 0xCC => {} // tables, whose numbers lie between those of frames
                 0xC0..=0xCF if frame.is_some() => return None,
@@ -129,6 +136,7 @@ impl Frame {
                         height_at: at + 4,
                         block_rows: 8 * usize::from(tallest.max(1)),
                         one_scan: marker <= 0xC1,
+                        split: false,
                         wider_color: components.iter().any(|[_, factors, _]| factors >> 4 > first >> 4),
                         padded,
                     };
@@ -210,6 +218,16 @@ mod tests {
             }
             assert_eq!(fresh, used);
         }
+    }
+
+    #[test]
+    fn components_in_several_scans_of_a_sequential_jpeg_are_refused() {
+        let scan = segment(0xDA);
+        // One scan of the first component, and the other two in a second scan.
+        let first = [&[0xFF, 0xDA, 0, 8, 1, 1, 0, 0, 0x3F, 0], &BASELINE[scan + 14..BASELINE.len() - 2]].concat();
+        let bytes = [&BASELINE[..scan], &first, &BASELINE[scan..]].concat();
+        let refused = "its colors are stored one after another, which is not supported; save it again";
+        assert_eq!(decode(&bytes, &mut Vec::new()), Err(refused.into()));
     }
 
     #[test]
