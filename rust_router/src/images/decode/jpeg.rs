@@ -39,7 +39,9 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
     if frame.as_ref().is_some_and(|frame| frame.split) {
         return Err("its colors are stored one after another, which is not supported; save it again".into());
     }
-    let padded = frame.is_some_and(|frame| frame.padded);
+    let padded = frame.as_ref().is_some_and(|frame| frame.padded);
+    let guarded = frame.and_then(|frame| with_guard(bytes, frame.scan_at));
+    let bytes = guarded.as_deref().unwrap_or(bytes);
     // If a marker interrupts the scan, the decoder stops without an error. It writes rows from the
     // first to the last, so the last pixel shows whether all were written.
     for untouched in UNTOUCHED {
@@ -58,6 +60,16 @@ pub(super) fn decode(bytes: &[u8], rgb: &mut Vec<u8>) -> Result<Size, Reason> {
         }
     }
     Err("its data end before its last row".into())
+}
+
+/// A copy with bits of one before the end of the image. No code of a JPEG consists of ones only, so
+/// a scan that ends too early becomes an error. Without them, the decoder makes up the missing
+/// blocks. `None` if no end of image follows the header of the first scan at `scan_at`.
+fn with_guard(bytes: &[u8], scan_at: usize) -> Option<Vec<u8>> {
+    /// More ones than the bits of a value and the longest code together.
+    const ONES: [[u8; 2]; 8] = [[0xFF, 0x00]; 8];
+    let end = scan_at + bytes.get(scan_at..)?.windows(2).rposition(|pair| pair == [0xFF, 0xD9])?;
+    Some([&bytes[..end], ONES.as_flattened(), &bytes[end..]].concat())
 }
 
 /// Decodes at least `rows` rows. It writes a lower height into the header, and the decoder stops at
@@ -85,6 +97,8 @@ struct Frame {
     width: usize,
     /// Position of the two bytes of the height.
     height_at: usize,
+    /// Position of the header of the first scan.
+    scan_at: usize,
     /// Rows of pixels per row of blocks.
     block_rows: usize,
     /// Whether rows are stored one after another: the JPEG is sequential and has all components in
@@ -121,7 +135,7 @@ impl Frame {
                     let (frame, num_components): (Self, u8) = frame?;
                     let whole = *segment.first()? == num_components;
                     let (one_scan, split) = (frame.one_scan && whole, frame.one_scan && !whole);
-                    return Some(Self { one_scan, split, padded, ..frame });
+                    return Some(Self { scan_at: at, one_scan, split, padded, ..frame });
                 }
                 0xC4 | 0xC8 | 0xCC => {} // tables, whose numbers lie between those of frames
                 0xC0..=0xCF if frame.is_some() => return None,
@@ -134,6 +148,7 @@ impl Frame {
                         height: usize::from(u16::from_be_bytes([h1, h0])),
                         width: usize::from(u16::from_be_bytes([w1, w0])),
                         height_at: at + 4,
+                        scan_at: 0,
                         block_rows: 8 * usize::from(tallest.max(1)),
                         one_scan: marker <= 0xC1,
                         split: false,
@@ -218,6 +233,21 @@ mod tests {
             }
             assert_eq!(fresh, used);
         }
+    }
+
+    #[test]
+    fn a_scan_that_ends_too_early_is_refused() {
+        const PROGRESSIVE: &[u8] = include_bytes!("../../../tests/seeds/progressive.jpg");
+        let mut plain = Vec::new();
+        decode(BASELINE, &mut plain).unwrap();
+        for cut in segment(0xDA) + 14..BASELINE.len() - 2 {
+            let mut rgb = Vec::new();
+            // The last byte may have only the bits of one that fill it up.
+            let found = decode(&[&BASELINE[..cut], &[0xFF, 0xD9]].concat(), &mut rgb);
+            assert!(found.is_err() || (cut + 1 == BASELINE.len() - 2 && rgb == plain), "cut at {cut}");
+        }
+        let middle = PROGRESSIVE.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap() + 30;
+        assert!(decode(&[&PROGRESSIVE[..middle], &[0xFF, 0xD9]].concat(), &mut Vec::new()).is_err());
     }
 
     #[test]
