@@ -33,9 +33,10 @@ from torch import Tensor  # noqa: E402
 
 from advmoe.config import ModelConfig  # noqa: E402
 from advmoe.data.loader import Batch  # noqa: E402
-from advmoe.models.moe_conv import MoEConv2d, expert_rows  # noqa: E402
+from advmoe.models.moe_conv import MoEConv2d  # noqa: E402
 from advmoe.models.network import RoutedNetwork  # noqa: E402
 from advmoe.models.routing import Decision, RoutingTape  # noqa: E402
+from advmoe.models.rows import expert_rows  # noqa: E402
 from advmoe.training.losses import trades  # noqa: E402
 
 

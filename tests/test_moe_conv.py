@@ -13,10 +13,11 @@ from advmoe.models.channels import Channels
 from advmoe.models.dispatch import row_products
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import Conv2d as PlainConv2d
-from advmoe.models.moe_conv import Convolution, Form, MoEConv2d, moe_conv2d, split_rows
+from advmoe.models.moe_conv import Convolution, Form, MoEConv2d, moe_conv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Router
 from advmoe.models.routing import Decision, RoutingTape, Signal
+from advmoe.models.rows import exchanges, split_rows
 
 LAYOUTS = {
     "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),
@@ -24,6 +25,8 @@ LAYOUTS = {
     "overlap, N r > 1": ExpertLayout(num_channels=6, num_experts=3, model_scale=0.5),
     "wrap twice": ExpertLayout(num_channels=10, num_experts=3, model_scale=0.8),
     "whole, r = 1": ExpertLayout(num_channels=4, num_experts=2, model_scale=1.0),
+    "two rows in each slot": ExpertLayout(num_channels=8, num_experts=4, model_scale=0.5),
+    "shared": ExpertLayout(num_channels=8, num_experts=3, model_scale=0.5, shared=0.5),
     "separate": ExpertLayout(num_channels=6, num_experts=3, model_scale=0.5, separate=True),
     "one": ExpertLayout(num_channels=6, num_experts=1, model_scale=0.5),
 }
@@ -102,8 +105,7 @@ def test_a_gate_learns_what_its_signal_names(
 ) -> None:
     monkeypatch.setattr("advmoe.models.moe_conv.computes_all", lambda *_: way == "all computed")
     if way.startswith("by"):
-        monkeypatch.setattr(moe_conv, "ENOUGH", 1)
-        monkeypatch.setattr(moe_conv, "LARGE", 1)
+        monkeypatch.setattr(moe_conv, "TOGETHER", 0)
         monkeypatch.setattr(convolution, "PLACES", 1 if way == "by groups" else 1000)
         monkeypatch.setattr(convolution, "ROOM", 1)  # one image at a time
         monkeypatch.setattr(convolution, "IMAGES", 5)
@@ -128,6 +130,39 @@ def test_a_gate_learns_what_its_signal_names(
     torch.testing.assert_close((of_x, of_weight), without)
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+@pytest.mark.parametrize("model_scale", [0.25, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 8])
+def test_exchanges_make_each_expert_from_the_first(num_experts: int, model_scale: float, shared: float) -> None:
+    layout = ExpertLayout(num_channels=16, num_experts=num_experts, model_scale=model_scale, shared=shared)
+    made = [list(layout.rows[0]) for _ in range(num_experts)]
+    for exchange in exchanges(layout.rows):
+        slots = [slot for run in exchange.slots for slot in range(run.start, run.stop)]
+        assert len(slots) == len(exchange.rows) == sum(run.size for run in exchange.slots)
+        assert list(exchange.instead_of) == [layout.rows[0][slot] for slot in slots]
+        row_of = dict(zip(slots, exchange.rows, strict=True))
+        for run in exchange.slots:
+            assert 0 not in run.experts
+            for expert in run.experts:
+                made[expert][run.start : run.stop] = [row_of[slot] for slot in range(run.start, run.stop)]
+    assert [tuple(rows) for rows in made] == list(layout.rows)
+
+
+@pytest.mark.parametrize(("num_experts", "signal"), [(2, "all"), (8, "all"), (8, "sampled"), (8, "mean")])
+def test_experts_that_share_their_rows_cost_one_more_in_a_comparison(num_experts: int, signal: Signal) -> None:
+    # 16 images, 5 -> 8 channels, 3x3 taps, 6x6 places; at r = 1/2 each slot has two rows, whatever N is
+    layout = ExpertLayout(num_channels=16, num_experts=num_experts, model_scale=0.5)
+    layer = MoEConv2d(5, layout, 3, padding=1).double()
+    x_BCHW = torch.rand(16, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    chosen_B = torch.arange(16) % num_experts
+    gate = torch.ones((16,) if signal == "mean" else (16, num_experts), requires_grad=True)
+    decision = Decision(chosen_B, None, gate, signal, (chosen_B + 1) % num_experts)
+    convolutions, gradients = convolution_flops(lambda x: layer(x, decision), x_BCHW)
+    one = 2 * 16 * 8 * 5 * 9 * 36
+    assert convolutions == 2 * one  # the output and the comparison
+    assert gradients == 2 * one  # by the input and by the filters
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("stride", "size"), [(1, 16), (2, 16), (1, 6), (2, 12)])
 def test_products_with_all_experts_are_those_with_their_outputs(
@@ -139,7 +174,7 @@ def test_products_with_all_experts_are_those_with_their_outputs(
     experts = Convolution(torch.randn(20, 3, 3, 3, dtype=torch.float64), bias, Form(rows, [stride] * 2, [1, 1]))
     x_BCHW = torch.randn(7, 3, size, size, dtype=torch.float64)
     gradient_BSHW = torch.randn(7, 4, size // stride, size // stride, dtype=torch.float64)
-    assert len(rows) * gradient_BSHW[0, 0].numel() >= moe_conv.ENOUGH
+    monkeypatch.setattr(moe_conv, "ALONE", 1)
     monkeypatch.setattr(convolution, "ROOM", 8 * 27 * 4 * 3)  # 3 images at a time
     monkeypatch.setattr(convolution, "IMAGES", 3)
     monkeypatch.setattr(convolution, "CACHED", 8 * 27 * 3 * 3)  # 3 filters at a time
@@ -164,12 +199,11 @@ def test_gradients_by_image_sum_to_those_of_the_filters_and_biases(
     inputs = [gate, x_BCHW, *layer.parameters()]
     toward = torch.randn(11, 4, 16, 16, dtype=torch.float64)
 
-    def gradients(large: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(moe_conv, "LARGE", large)
-        monkeypatch.setattr(moe_conv, "ENOUGH", large)
+    def gradients(enough: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(moe_conv, "TOGETHER", enough)
         return torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None, gate, "all")), inputs, toward)
 
-    torch.testing.assert_close(gradients(256), gradients(10**9))
+    torch.testing.assert_close(gradients(0), gradients(10**9))
 
 
 def test_a_compiled_layer_is_one_graph() -> None:

@@ -37,6 +37,10 @@ class Experts(Protocol):
     def num_experts(self) -> int:
         """N."""
 
+    @property
+    def comparison_pays(self) -> bool:
+        """Whether `along_all` costs no more than the output of one expert other than the chosen one."""
+
     def output(self, expert: int, part: Tensor) -> Tensor:
         """Output of one expert for rows [b, ...]."""
 
@@ -190,20 +194,10 @@ def router_signal(
         assert y_B is not None
         return y_B
     number, chosen_B1 = experts.num_experts, decision.expert_index_B[:, None]
-    one_column = decision.signal == "mean"
-    if number == 1:
-        return gradient.new_zeros(len(gradient) if one_column else (len(gradient), 1))
-    if one_column or number == 2:
-        advantage_B = order.combine(order.split(experts.along_advantage(order, x, gradient)))
-        if one_column:
-            return advantage_B
-        of_other_B1 = -2.0 * advantage_B[:, None]  # the mean lies halfway between the two experts
-        if decision.signal == "sampled":
-            assert decision.other_B is not None
-            of_other_B1 = torch.where(decision.other_B[:, None] == chosen_B1, 0.0, of_other_B1)
-        return of_other_B1.expand(-1, 2).scatter(1, chosen_B1, 0.0)
-    if decision.signal == "all":
+    if decision.signal == "all" or experts.comparison_pays:
         return signal_of_values(decision, order.combine(order.split(experts.along_all(x, gradient))))
+    if decision.signal == "mean":
+        return order.combine(order.split(experts.along_advantage(order, x, gradient)))
     assert y_B is not None
     assert decision.other_B is not None
     others = Order.of(order.sort(decision.other_B), number)
@@ -226,9 +220,9 @@ def signal_of_values(decision: Decision, value_BN: Tensor) -> Tensor:
     return torch.zeros_like(more_BN).scatter(1, other_B1, more_BN.gather(1, other_B1))
 
 
-def uses_output(signal: Signal, num_experts: int) -> bool:
+def uses_output(signal: Signal, experts: Experts) -> bool:
     """Whether `router_signal` needs the products of the layer's output and its gradient."""
-    return signal == "own" or (signal == "sampled" and num_experts > 2)
+    return signal == "own" or (signal == "sampled" and not experts.comparison_pays)
 
 
 class _Gate(torch.autograd.Function):
@@ -240,7 +234,7 @@ class _Gate(torch.autograd.Function):
     ) -> Tensor:
         ctx.decision, ctx.experts, ctx.order = decision._replace(logits_BN=None, gate=None), experts, order
         ctx.kind, ctx.autocast = gate.dtype, dtype_of_autocast(x.device.type)
-        ctx.save_for_backward(x, y if uses_output(decision.signal, experts.num_experts) else None)
+        ctx.save_for_backward(x, y if uses_output(decision.signal, experts) else None)
         return y.view_as(y)
 
     @staticmethod

@@ -11,7 +11,7 @@ Shape suffixes: B batch, C channels, H height, N experts, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -37,43 +37,12 @@ from advmoe.models.dispatch import (
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision, Signal
+from advmoe.models.rows import Rows, exchanges, expert_rows, split_rows, stretches
 
-Rows = tuple[tuple[int, ...], ...]
-"""Rows of a weight bank that belong to each expert, in the order of its output slots. All experts have equally many."""
-
-
-def _stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of the stretches of neighboring rows that make up a list of rows, in its order."""
-    starts = [place for place in range(len(rows)) if place == 0 or rows[place] != rows[place - 1] + 1]
-    stops = [*starts[1:], len(rows)]
-    return tuple((rows[start], rows[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True))
-
-
-_known_stretches = lru_cache(maxsize=1024)(_stretches)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler would trace through it, row by row
-def stretches(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """`_stretches` with a cache. A compiler traces through it without the cache."""
-    return _known_stretches(rows)
-
-
-def expert_rows(bank: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The rows of a weight bank that an expert owns, in the order of its slots. Consecutive rows are not copied."""
-    parts = [bank[start:stop] for start, stop in stretches(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def split_rows(rows: Sequence[int], size: int) -> Rows:
-    """The rows of each expert, from all of them in one list."""
-    return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
-
-
-ENOUGH = 128
-"""Experts times places from which on a CPU gradients of filters by each image are cheaper than all outputs."""
-LARGE = 256
-"""Places from which on a CPU they are also cheaper than the gradient of each expert's filters and one more
-convolution (docs/log.md)."""
+TOGETHER, ALONE = 128, 256
+"""Rows to compare, per slot, times places, from which on a CPU gradients of filters by each image are cheaper than
+convolutions with the differences of rows: where the gradients of the filters are wanted too, and where they are not
+(docs/log.md)."""
 
 
 class Form(NamedTuple):
@@ -84,37 +53,63 @@ class Form(NamedTuple):
     padding: list[int]
 
 
-class Convolution(NamedTuple):
+Filters = tuple[Tensor, Tensor | None]
+"""Filters [S, C, kh, kw] and biases [S], if there are any."""
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
     """The experts of a convolution (`advmoe.models.dispatch.Experts`)."""
 
     weight: Tensor
     bias: Tensor | None
     form: Form
+    known: dict[int, Filters] = field(default_factory=dict)
+    """Filters of the experts used so far. Where an expert's rows are not neighbors in the bank, they are copies."""
 
     @property
     def num_experts(self) -> int:
         """N."""
         return len(self.form.rows)
 
-    def of(self, expert: int) -> tuple[Tensor, Tensor | None]:
+    def of(self, expert: int) -> Filters:
         """The filters and biases of one expert."""
-        rows = self.form.rows[expert]
-        return expert_rows(self.weight, rows), None if self.bias is None else expert_rows(self.bias, rows)
+        if expert not in self.known:
+            self.known[expert] = self._rows(self.form.rows[expert])
+        return self.known[expert]
 
     def output(self, expert: int, part: Tensor) -> Tensor:
         """One expert's convolution."""
         return self._convolve(part, *self.of(expert))
 
-    def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Compute <gradient_b, y_e> for each image b and each expert e, [B, N], but for a constant of each image."""
-        if not self.by_image_pays(gradient):
-            outputs = (self.output(expert, x) for expert in range(self.num_experts))
-            return torch.stack([row_products(gradient, output) for output in outputs], dim=1)
-        return self.by_image(x, gradient, x.new_empty(0, len(x)))[0]
+    @property
+    def compared(self) -> float:
+        """Rows that are convolved for a comparison of all experts, per slot."""
+        return sum(len(exchange.rows) for exchange in exchanges(self.form.rows)) / len(self.form.rows[0])
 
-    def by_image_pays(self, y: Tensor) -> bool:
-        """Whether `by_image` is cheaper than all experts' outputs, for outputs or gradients like y."""
-        return y.is_cpu and len(y) > 0 and y.shape[2] * y.shape[3] * self.num_experts >= ENOUGH
+    @property
+    def comparison_pays(self) -> bool:
+        """Whether `along_all` costs no more than one expert: the experts have few rows beside those of the first."""
+        return self.compared <= 1
+
+    def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Compute <gradient_b, y_e> for each image b and each expert e, [B, N], but for a constant of each image.
+
+        A channel of several experts has the same slot in each of them, so that most experts share
+        their differences from the first one (`advmoe.models.rows.exchanges`).
+        """
+        if not self.comparison_pays and _goes_by_image(gradient, self.compared, ALONE):
+            return self.by_image(x, gradient, x.new_empty(0, len(x)))[0]
+        value_NB = x.new_zeros(self.num_experts, len(x))
+        for exchange in exchanges(self.form.rows):
+            new, old = (self._rows(rows) for rows in (exchange.rows, exchange.instead_of))
+            changes, place = self._convolve(x, *_distance(new, old)), 0
+            for slots in exchange.slots:
+                change, place = changes[:, place : place + slots.size], place + slots.size
+                product_B = row_products(gradient[:, slots.start : slots.stop], change)
+                for expert in slots.experts:
+                    value_NB[expert] += product_B
+        return value_NB.T
 
     def joint_pays(self, y: Tensor, signal: Signal) -> bool:
         """Whether one call of `by_image` is cheaper than a router's signal and the gradients of the filters apart.
@@ -124,8 +119,7 @@ class Convolution(NamedTuple):
         """
         if signal == "own" or self.num_experts == 1 or y.dtype in (torch.bfloat16, torch.float16):
             return False
-        compares_all = signal == "all" and self.num_experts > 2
-        return self.by_image_pays(y) and (compares_all or y.shape[2] * y.shape[3] >= LARGE)
+        return _goes_by_image(y, self.compared if signal == "all" else min(self.compared, 1.0), TOGETHER)
 
     def by_image(self, x: Tensor, gradient: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what follows from dL/dW_b, the gradient of the filters by image b alone.
@@ -160,13 +154,8 @@ class Convolution(NamedTuple):
         return value_BN, sums.unflatten(1, filters.shape)
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
-        """Computed by convolutions with differences of filters. Two experts need one convolution,
-        with half their difference.
-        """
+        """Computed by convolutions with differences of filters."""
         banks = [self.of(expert) for expert in range(self.num_experts)]
-        if self.num_experts == 2:
-            parts = order.split(0.5 * row_products(gradient, self._convolve(x, *_distance(banks[0], banks[1]))))
-            return torch.cat([-part if expert else part for expert, part in zip(order.present, parts, strict=True)])
         mean = _mean(banks)
         products = []
         for expert, part, part_gradient in zip(order.present, order.split(x), order.split(gradient), strict=True):
@@ -186,9 +175,17 @@ class Convolution(NamedTuple):
         (filters, _), form = self.of(expert), self.form
         return convolution.gradients(gradient, part, filters, form.stride, form.padding, wanted)
 
+    def _rows(self, rows: tuple[int, ...]) -> Filters:
+        return expert_rows(self.weight, rows), None if self.bias is None else expert_rows(self.bias, rows)
+
     def _convolve(self, part: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
         form = self.form
         return F.conv2d(part, filters, bias, form.stride, form.padding)
+
+
+def _goes_by_image(y: Tensor, compared: float, enough: int) -> bool:
+    """Whether gradients of filters by each image are computed, for outputs or gradients like y."""
+    return y.is_cpu and len(y) > 0 and compared * y.shape[2] * y.shape[3] >= enough
 
 
 def _centered(values: Sequence[Tensor]) -> Tensor:
@@ -196,7 +193,7 @@ def _centered(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)) - _average(values)
 
 
-def _mean(banks: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def _mean(banks: Sequence[Filters]) -> Filters:
     """Filters and biases of the mean expert."""
     biases = [bias for _, bias in banks if bias is not None]
     return _average([filters for filters, _ in banks]), _average(biases) if biases else None
@@ -209,7 +206,7 @@ def _average(values: Sequence[Tensor]) -> Tensor:
     return total.div_(len(values))
 
 
-def _distance(of: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def _distance(of: Filters, other: Filters) -> Filters:
     """Filters and biases of one expert minus those of another."""
     return of[0] - other[0], None if of[1] is None or other[1] is None else of[1] - other[1]
 
@@ -228,10 +225,11 @@ class _RoutedConvolution(torch.autograd.Function):
             [experts.output(expert, part) for expert, part in zip(order.present, order.split(sorted_x), strict=True)]
         )
         ctx.order, ctx.decision, ctx.form = order, decision._replace(logits_BN=None, gate=None), form
+        ctx.known = experts.known  # autograd watches the bank, of which they are copies
         _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
         needs_x = of_weight or (of_gate and decision.signal != "own")
         ctx.joint = of_weight and of_gate and experts.joint_pays(y, decision.signal)
-        needs_y = of_gate and not ctx.joint and uses_output(decision.signal, experts.num_experts)
+        needs_y = of_gate and not ctx.joint and uses_output(decision.signal, experts)
         # if the values of x are not needed, any tensor of its form will do, and x costs no memory
         ctx.save_for_backward(sorted_x if needs_x else x, weight, bias, y if needs_y else None)
         ctx.layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
@@ -243,7 +241,7 @@ class _RoutedConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_gate = ctx.needs_input_grad[:4]
-        order, experts = ctx.order, Convolution(weight, bias, ctx.form)
+        order, experts = ctx.order, Convolution(weight, bias, ctx.form, ctx.known)
         gradient = gradient.contiguous(memory_format=ctx.layout)
         sorted_gradient = order.sort(gradient)
         of_x: list[Tensor] = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.models.dispatch import Order, dispatch, exporting
-from advmoe.models.moe_conv import Rows, expert_rows, split_rows
+from advmoe.models.rows import Rows, expert_rows, split_rows
 
 
 def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> Tensor:

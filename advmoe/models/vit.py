@@ -21,10 +21,10 @@ from advmoe.models.channels import Channels
 from advmoe.models.dispatch import Order, exporting, route, row_products
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.layers import IMAGENET_SIZE, LayerFactory, Linear
-from advmoe.models.moe_conv import split_rows
 from advmoe.models.moe_linear import MoELinear
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.routing import Decision, RoutingTape, scaled
+from advmoe.models.rows import split_rows
 
 DEPTH = 12
 HEADS = 6
@@ -128,14 +128,21 @@ class RoutedMLP(nn.Module):
         """N."""
         return self.expand.num_experts
 
+    @property
+    def comparison_pays(self) -> bool:
+        """Whether `along_all` costs one other expert."""
+        return self.num_experts == 2
+
     def output(self, expert: int, part: Tensor) -> Tensor:
         """Output of one expert for rows [b, T, D]."""
         return self.reduce.one_expert(expert, F.gelu(self.expand.one_expert(expert, part)))
 
     def along_all(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """<gradient, output of each expert> of each row, [U, N]."""
-        outputs = (self.output(expert, x) for expert in range(self.num_experts))
-        return torch.stack([row_products(gradient, output) for output in outputs], dim=1)
+        """<gradient, output of each expert less that of the first> of each row, [U, N]."""
+        first = self.output(0, x)
+        changes = (self.output(expert, x) - first for expert in range(1, self.num_experts))
+        zeros_U = gradient.new_zeros(len(x))
+        return torch.stack([zeros_U, *[row_products(gradient, change) for change in changes]], dim=1)
 
     def along_advantage(self, order: Order, x: Tensor, gradient: Tensor) -> Tensor:
         """<gradient, own output - mean of all experts' outputs> of each row of a sorted batch."""

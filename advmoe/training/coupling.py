@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.models.modes import submodules
-from advmoe.models.moe_conv import MoEConv2d, Rows
+from advmoe.models.moe_conv import MoEConv2d
 from advmoe.models.moe_linear import MoELinear
+from advmoe.models.rows import Rows
 
 
 def slot_of_row(rows: Rows) -> tuple[int, ...]:
