@@ -17,7 +17,7 @@ from advmoe.models.moe_conv import Convolution, Form, MoEConv2d, moe_conv2d
 from advmoe.models.network import RoutedNetwork
 from advmoe.models.router import Router
 from advmoe.models.routing import Decision, RoutingTape, Signal
-from advmoe.models.rows import exchanges, split_rows
+from advmoe.models.rows import exchanges, shares, split_rows
 
 LAYOUTS = {
     "gaps, N r < 1": ExpertLayout(num_channels=8, num_experts=2, model_scale=0.25),
@@ -97,14 +97,16 @@ def signals(outputs_NB: Tensor, toward_B: Tensor, chosen_B: Tensor, other_B: Ten
     }
 
 
-@pytest.mark.parametrize("way", ["sorted", "all computed", "by groups", "by products"])
+@pytest.mark.parametrize("way", ["sorted", "all computed", "by groups", "by products", "by shares"])
 @pytest.mark.parametrize("signal", ["own", "mean", "all", "sampled"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_gate_learns_what_its_signal_names(
     monkeypatch: pytest.MonkeyPatch, name: str, signal: Signal, way: str
 ) -> None:
     monkeypatch.setattr("advmoe.models.moe_conv.computes_all", lambda *_: way == "all computed")
-    if way.startswith("by"):
+    if way == "by shares":
+        monkeypatch.setattr(moe_conv, "HEAVY", 0)
+    elif way.startswith("by"):
         monkeypatch.setattr(moe_conv, "TOGETHER", 0)
         monkeypatch.setattr(convolution, "PLACES", 1 if way == "by groups" else 1000)
         monkeypatch.setattr(convolution, "ROOM", 1)  # one image at a time
@@ -146,6 +148,39 @@ def test_exchanges_make_each_expert_from_the_first(num_experts: int, model_scale
             for expert in run.experts:
                 made[expert][run.start : run.stop] = [row_of[slot] for slot in range(run.start, run.stop)]
     assert [tuple(rows) for rows in made] == list(layout.rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_shares_hold_each_row_once_for_all_its_experts(layout: ExpertLayout) -> None:
+    held = [
+        (row, slot, expert)
+        for share in shares(layout.rows)
+        for row, slot in zip(range(share.start, share.stop), range(layout.size)[share.slots], strict=True)
+        for expert in share.experts
+    ]
+    assert sorted(held) == sorted(
+        (row, slot, expert) for expert, rows in enumerate(layout.rows) for slot, row in enumerate(rows)
+    )
+
+
+@pytest.mark.parametrize("images", [8, 1024])
+def test_rows_are_convolved_once_for_all_their_experts_where_filters_are_heavy(images: int) -> None:
+    # N = 8, r = 1/2: a bank of 16 filters, of which each expert has 8. 5 channels, 3x3 taps, 2x2 places:
+    # all experts' filters have 8 * 8 * 45 numbers, inputs 20 for each image.
+    layout = ExpertLayout(num_channels=16, num_experts=8, model_scale=0.5)
+    layer = MoEConv2d(5, layout, 3, padding=1)
+    x_BCHW, chosen_B = torch.rand(images, 5, 2, 2, requires_grad=True), torch.arange(images) % 8
+    with torch.profiler.profile(record_shapes=True) as profile:
+        layer(x_BCHW, Decision(chosen_B, None))
+    convolved = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::convolution"]
+    filters = sum(weight[0] for _, weight in convolved)
+    work = sum(part[0] * weight[0] for part, weight in convolved)
+    assert work == images * 8  # no image meets a filter that is not its own
+    if moe_conv.HEAVY * 20 * images <= 8 * 8 * 45:
+        # two filters are a share; three of eight shares belong to the last and the first experts, in two stretches
+        assert filters == 16 + 3 * 2
+    else:
+        assert filters == 8 * 8
 
 
 @pytest.mark.parametrize(("num_experts", "signal"), [(2, "all"), (8, "all"), (8, "sampled"), (8, "mean")])

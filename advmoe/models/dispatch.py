@@ -97,6 +97,17 @@ class Order:
         """The parts of a sorted tensor, one for each expert that is present."""
         return (x,) if self.alone else x.split(self.counts)
 
+    def stretches(self, experts: Sequence[int]) -> list[slice]:
+        """Where the images of some experts, in increasing order, are in the sorted batch. Neighbors are one stretch."""
+        found: list[slice] = []
+        start = 0
+        for expert, count in zip(self.present, self.counts, strict=True):
+            if expert in experts and count:
+                first = found.pop().start if found and found[-1].stop == start else start
+                found.append(slice(first, start + count))
+            start += count
+        return found
+
     def combine(self, parts: Sequence[Tensor]) -> Tensor:
         """From the parts of the present experts to a tensor [B, ...] in batch order."""
         if self.alone:

@@ -37,12 +37,16 @@ from advmoe.models.dispatch import (
 from advmoe.models.experts import ExpertLayout
 from advmoe.models.first_order import first_order
 from advmoe.models.routing import Decision, Signal
-from advmoe.models.rows import Rows, exchanges, expert_rows, split_rows, stretches
+from advmoe.models.rows import Rows, exchanges, expert_rows, shares, split_rows, stretches
 
 TOGETHER, ALONE = 128, 256
 """Rows to compare, per slot, times places, from which on a CPU gradients of filters by each image are cheaper than
 convolutions with the differences of rows: where the gradients of the filters are wanted too, and where they are not
 (docs/log.md)."""
+
+HEAVY = 8
+"""Numbers in all experts' filters, per number in the inputs, from which on a CPU shared rows are convolved once for all
+their experts, instead of being copied for each (docs/log.md)."""
 
 
 class Form(NamedTuple):
@@ -175,6 +179,54 @@ class Convolution:
         (filters, _), form = self.of(expert), self.form
         return convolution.gradients(gradient, part, filters, form.stride, form.padding, wanted)
 
+    def of_banks(
+        self, order: Order, of_filters: Sequence[Tensor], of_biases: Sequence[Tensor], wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the banks of filters and biases as far as wanted, from those of the experts that have images."""
+        rows, present = self.form.rows, order.present
+        return (
+            _bank_gradient(self.weight, rows, present, of_filters) if wanted[0] else None,
+            _bank_gradient(self.bias, rows, present, of_biases) if wanted[1] and self.bias is not None else None,
+        )
+
+    def shares_pay(self, order: Order, x: Tensor) -> bool:
+        """Whether shared rows are better convolved with the images of all their experts than expert by expert."""
+        rows, numbers = self.form.rows, self.weight[0].numel() * len(self.form.rows[0]) * len(order.present)
+        if order.alone or not x.is_cpu or is_channels_last(x) or numbers < HEAVY * x.numel():
+            return False
+        return sum(share.stop - share.start for share in shares(rows)) < len(rows) * len(rows[0])
+
+    def output_by_shares(self, order: Order, x: Tensor) -> Tensor:
+        """Outputs [B, S, H', W'] of a sorted batch."""
+        y = None
+        for share in shares(self.form.rows):
+            filters, bias = self._rows(tuple(range(share.start, share.stop)))
+            for images in order.stretches(share.experts):
+                part = self._convolve(x[images], filters, bias)
+                if y is None:
+                    y = part.new_empty(len(x), len(self.form.rows[0]), *part.shape[2:])
+                y[images, share.slots] = part
+        assert y is not None
+        return y
+
+    def gradients_by_shares(
+        self, order: Order, x: Tensor, gradient: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients by the inputs of a sorted batch, and by the whole banks of filters and biases, as far as wanted."""
+        of_all = [
+            torch.zeros_like(each) if want and each is not None else None
+            for each, want in zip((x, self.weight, self.bias), wanted, strict=True)
+        ]
+        for share in shares(self.form.rows):
+            filters, rows = self.weight[share.start : share.stop], slice(share.start, share.stop)
+            for images in order.stretches(share.experts):
+                part = gradient[images, share.slots]
+                found = convolution.gradients(part, x[images], filters, self.form.stride, self.form.padding, wanted)
+                for total, place, each in zip(of_all, (images, rows, rows), found, strict=True):
+                    if total is not None:
+                        total[place] += each
+        return of_all[0], of_all[1], of_all[2]
+
     def _rows(self, rows: tuple[int, ...]) -> Filters:
         return expert_rows(self.weight, rows), None if self.bias is None else expert_rows(self.bias, rows)
 
@@ -221,9 +273,13 @@ class _RoutedConvolution(torch.autograd.Function):
         experts = Convolution(weight, bias, form)
         order = Order.of(decision.expert_index_B, experts.num_experts)
         sorted_x = order.sort(x)
-        y = order.combine(
-            [experts.output(expert, part) for expert, part in zip(order.present, order.split(sorted_x), strict=True)]
-        )
+        ctx.by_shares = experts.shares_pay(order, x)
+        if ctx.by_shares:
+            parts = order.split(experts.output_by_shares(order, sorted_x))
+        else:
+            split = zip(order.present, order.split(sorted_x), strict=True)
+            parts = [experts.output(expert, part) for expert, part in split]
+        y = order.combine(parts)
         ctx.order, ctx.decision, ctx.form = order, decision._replace(logits_BN=None, gate=None), form
         ctx.known = experts.known  # autograd watches the bank, of which they are copies
         _, of_weight, _, of_gate = ctx.needs_input_grad[:4]
@@ -244,41 +300,40 @@ class _RoutedConvolution(torch.autograd.Function):
         order, experts = ctx.order, Convolution(weight, bias, ctx.form, ctx.known)
         gradient = gradient.contiguous(memory_format=ctx.layout)
         sorted_gradient = order.sort(gradient)
-        of_x: list[Tensor] = []
-        of_weight: dict[int, Tensor] = {}
-        of_bias: dict[int, Tensor] = {}
+        of_x: Sequence[Tensor] = ()
+        of_banks: Sequence[Tensor | None] = (None, None)
         of_gate = None
         joint = ctx.joint and (needs_weight or needs_gate)
+        wanted = (needs_x, needs_weight and not joint, needs_bias and not joint)
+        if any(wanted) and ctx.by_shares:
+            of_all, *of_banks = experts.gradients_by_shares(order, x, sorted_gradient, wanted)
+            of_x = () if of_all is None else order.split(of_all)
+        elif any(wanted):
+            parts = zip(order.present, order.split(x), order.split(sorted_gradient), strict=True)
+            found = [experts.gradients(expert, part, own, wanted) for expert, part, own in parts]
+            of_x, of_filters, of_biases = zip(*found, strict=True)
+            of_banks = experts.of_banks(order, of_filters, of_biases, wanted[1:])
         if joint:
             members = order.members(x)
             value_BN, sums = experts.by_image(x, sorted_gradient, members)
             of_gate = signal_of_values(ctx.decision, order.combine(order.split(value_BN)))
-            of_weight = dict(zip(order.present, sums, strict=True))
-            if needs_bias:
-                of_bias = dict(zip(order.present, members @ sorted_gradient.sum(dim=(2, 3)), strict=True))
+            of_biases = tuple(members @ sorted_gradient.sum(dim=(2, 3))) if needs_bias else ()
+            of_banks = experts.of_banks(order, tuple(sums), of_biases, (needs_weight, needs_bias))
         elif needs_gate:
             products_B = None if y is None else row_products(gradient, y)
             of_gate = router_signal(ctx.decision, experts, order, x, products_B, sorted_gradient)
-        wanted = (needs_x, needs_weight and not joint, needs_bias and not joint)
-        if any(wanted):
-            parts = zip(order.present, order.split(x), order.split(sorted_gradient), strict=True)
-            for expert, part, part_gradient in parts:
-                gradients = experts.gradients(expert, part, part_gradient, wanted)
-                of_x.append(gradients[0])
-                if not joint:
-                    of_weight[expert], of_bias[expert] = gradients[1:]
         return (
             order.combine(of_x) if needs_x else None,
-            _bank_gradient(weight, ctx.form.rows, of_weight) if needs_weight else None,
-            _bank_gradient(bias, ctx.form.rows, of_bias) if needs_bias else None,
+            *of_banks,
             None if of_gate is None else of_gate.to(ctx.gate_dtype),
             None,
             None,
         )
 
 
-def _bank_gradient(bank: Tensor, rows: Rows, of_experts: dict[int, Tensor]) -> Tensor:
+def _bank_gradient(bank: Tensor, rows: Rows, present: Sequence[int], gradients: Sequence[Tensor]) -> Tensor:
     """The gradient of a bank, from the gradients of the experts that had images."""
+    of_experts = dict(zip(present, gradients, strict=True))
     if stretches(tuple(chain.from_iterable(rows))) == ((0, len(bank)),):  # nothing is shared: one copy
         size = len(rows[0])
         return torch.cat([of_experts.get(e, bank.new_zeros(size, *bank.shape[1:])) for e in range(len(rows))])

@@ -92,3 +92,35 @@ def _exchange(rows: Rows, row_of_slot: dict[int, int]) -> Exchange:
         else:
             slots.append(Slots(slot, slot + 1, experts))
     return Exchange(tuple(row_of_slot.values()), tuple(rows[0][slot] for slot in row_of_slot), tuple(slots))
+
+
+class Share(NamedTuple):
+    """Neighboring rows that the same experts have, in the same neighboring slots."""
+
+    start: int
+    stop: int
+    slot: int
+    """The slot of the first row."""
+    experts: tuple[int, ...]
+
+    @property
+    def slots(self) -> slice:
+        """The slots of the rows."""
+        return slice(self.slot, self.slot + self.stop - self.start)
+
+
+@lru_cache(maxsize=1024)
+def shares(rows: Rows) -> tuple[Share, ...]:
+    """All experts' rows, each one once for each slot that it has in some expert."""
+    owners: dict[tuple[int, int], list[int]] = {}
+    for expert, own in enumerate(rows):
+        for slot, row in enumerate(own):
+            owners.setdefault((row, slot), []).append(expert)
+    found: list[Share] = []
+    for (row, slot), experts in sorted(owners.items()):
+        last = found[-1] if found else None
+        if last and last.stop == row and last.slots.stop == slot and last.experts == tuple(experts):
+            found[-1] = last._replace(stop=row + 1)
+        else:
+            found.append(Share(row, row + 1, slot, tuple(experts)))
+    return tuple(found)
