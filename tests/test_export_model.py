@@ -486,6 +486,26 @@ def test_bad_options_are_found_before_the_model_is_traced(
         export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
 
 
+def test_a_place_without_room_for_the_weights_is_found_before_the_model_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("advmoe_export.exporter.trace")
+    path = tmp_path / "model.onnx"
+    (tmp_path / "model.onnx.data").mkdir()
+    with pytest.raises(ModelFileError, match=r"its weights go to '.*model.onnx.data', which is a folder"):
+        export_model(nn.Identity(), path, image_size=16, labels=LABELS)
+    (tmp_path / "model.onnx.data").rmdir()
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write everywhere
+    with pytest.raises(ModelFileError, match="no permission to write in the folder"):
+        export_model(nn.Identity(), path, image_size=16, labels=LABELS)
+
+
+def test_an_image_size_may_be_a_number_of_numpy(small_moe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_model(small_moe(), path, image_size=np.int64(16), labels=LABELS)
+    assert Session(path).metadata.image_size == (16, 16)
+
+
 @pytest.mark.parametrize("name", ["images", "calibration"])
 @pytest.mark.parametrize(
     ("wrong", "input_type", "message"),

@@ -55,6 +55,12 @@ def session(path: Path) -> Session:
 # --- images ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("threads", ["two", 0, 1.5])
+def test_a_wrong_number_of_threads_is_one_line(path: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match=f"expected threads to be None or an integer of at least 1, got {threads!r}"):
+        Session(path, threads=threads)
+
+
 def test_one_image_is_a_batch_of_one(session: Session) -> None:
     expected = session.run(PIXELS[:1]).logits
     assert expected.shape == (1, 10)

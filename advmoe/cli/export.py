@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,10 +153,16 @@ def export(
             "weights": f"{report.data_path} ({report.data_bytes / 1e6:.2f} MB)",
             "profile": profile,
             "compared with PyTorch": f"{verification.batches} batches at every optimization level",
-            "largest relative difference": f"{verification.difference:.1e} of the largest logit, where decisions agree",
+            "largest relative difference": _difference(verification.difference),
             **facts,
         },
     )
+
+
+def _difference(relative: float) -> str:
+    if math.isnan(relative):
+        return "not compared: no image takes the pathway that it takes in PyTorch"
+    return f"{relative:.1e} of the largest logit, where decisions agree"
 
 
 def export_onnx(contents: Checkpoint, checkpoint: Path, path: Path, **options: Any) -> ExportReport:

@@ -46,8 +46,9 @@ from advmoe.evaluation.vocabulary import Attack
 from advmoe.models.modes import evaluating
 from advmoe.models.network import RoutedNetwork
 
-STATE_LAYOUT = 6
-"""Increased if an array of the state changes its meaning, so that no evaluation continues an older state."""
+STATE_LAYOUT = 7
+"""Increased if an array of the state changes its meaning, or an attack what it does, so that no evaluation continues
+an older state."""
 RECOGNIZED = 8
 """Number of images by whose logits a state recognizes its model."""
 Progress = Callable[[float, int, str], None]

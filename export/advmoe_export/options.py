@@ -8,6 +8,7 @@ from pathlib import Path
 
 from advmoe_export.errors import ModelFileError, UnsupportedModelError, closest
 from advmoe_export.metadata import DTYPES, INPUT_TYPES, PROFILES
+from advmoe_export.model_file import data_file
 
 OPSETS = range(18, 26)
 
@@ -50,6 +51,13 @@ def check_options(
         raise ModelFileError(f"cannot write '{target}': it is a folder; expected a file name such as model.onnx")
     if target.suffix != ".onnx":
         raise ModelFileError(f"cannot write '{target}': expected a file name that ends in .onnx, such as model.onnx")
+    if data_file(target).is_dir():
+        raise ModelFileError(
+            f"cannot write '{target}': its weights go to '{data_file(target)}', which is a folder; remove it, or give "
+            "another name"
+        )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ModelFileError(f"cannot write '{target}': no permission to write in the folder '{target.parent}'")
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +116,8 @@ class VerificationReport:
 
     @property
     def difference(self) -> float:
-        """Largest relative difference of logits, among images with equal decisions."""
-        return max((check.difference for check in self.checks), default=0.0)
+        """Largest relative difference of logits, among images with equal decisions; NaN if there is no such image."""
+        return max((check.difference for check in self.checks if check.flipped < check.size), default=math.nan)
 
     def to_json(self) -> str:
         """The report as a JSON object. Infinite and missing numbers are null."""
@@ -155,6 +156,8 @@ class VerificationReport:
         """One line on the worst failure, or on the largest difference if there is none."""
         failed = [check for check in self.checks if not check.passed]
         if not failed:
+            if math.isnan(self.difference):
+                return self._too_few() or "no image takes the module's pathway, so no logits were compared"
             return self._too_few() or f"logits agree within {self.difference:.1e}"
         infinite = max(failed, key=lambda check: check.not_finite)
         if infinite.not_finite:

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ class Session:
         optimization: str = "all",
         check_data: bool = True,
     ) -> None:
+        if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
+            raise InputError(f"expected threads to be None or an integer of at least 1, got {threads!r}")
         self._ort = _onnxruntime()
         asked = (providers,) if isinstance(providers, str) else tuple(providers)
         self._again = functools.partial(
@@ -112,7 +115,7 @@ class Session:
         options.log_severity_level = _ERROR
         options.graph_optimization_level = _level(self._ort, optimization)
         if threads is not None:
-            options.intra_op_num_threads = threads
+            options.intra_op_num_threads = int(threads)
         self._session = self._start(asked, options)
         _check_graph(self._session, self.metadata, self.path)
         self.provider: str = self._session.get_providers()[0]
