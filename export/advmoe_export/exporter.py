@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def export_model(
     target = check_options(
         path, profile=profile, batch_size=batch_size, opset=opset, dtype=dtype, input_type=input_type
     )
-    height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size  # numpy's too
+    height, width = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
     size = (int(height), int(width))
     if resize is not None and not max(size) <= resize < 2**16:
         raise UnsupportedModelError(f"resize must be in {max(size)} ... {2**16 - 1}, got {resize}")

@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,7 @@ class Session:
         optimization: str = "all",
         check_data: bool = True,
     ) -> None:
-        if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
+        if threads is not None and (not isinstance(threads, int | np.integer) or threads < 1):
             raise InputError(f"expected threads to be None or an integer of at least 1, got {threads!r}")
         self._ort = _onnxruntime()
         asked = (providers,) if isinstance(providers, str) else tuple(providers)

@@ -70,6 +70,7 @@ fn write(log: &mut RouteLog, out: impl Write + Seek) -> io::Result<()> {
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Deflated)
         .compression_level(Some(1))
+        .large_file(true) // a column may be larger than 4 GiB; numpy.savez writes all of them so
         .last_modified_time(zip::DateTime::default());
     let mut column =
         |name: &str, descr: &str, shape: &str, data: &mut dyn Iterator<Item = Vec<u8>>| -> io::Result<()> {
@@ -261,6 +262,19 @@ mod tests {
         assert_eq!(read(Cursor::new(bytes(log()))).unwrap(), log());
         let empty = RouteLog::new(vec![]).unwrap();
         assert_eq!(read(Cursor::new(bytes(empty.clone()))).unwrap(), empty);
+    }
+
+    #[test]
+    fn every_column_may_grow_beyond_4_gib() {
+        let whole = bytes(log());
+        let local: Vec<usize> = (0..whole.len() - 4).filter(|&at| whole[at..].starts_with(b"PK\x03\x04")).collect();
+        assert_eq!(local.len(), 9);
+        for at in local {
+            let number = |place: usize| usize::from(u16::from_le_bytes([whole[at + place], whole[at + place + 1]]));
+            let extra = at + 30 + number(26);
+            assert!(number(28) >= 4, "there is an extra field");
+            assert_eq!(whole[extra..extra + 2], 1_u16.to_le_bytes(), "with sizes of 64 bits");
+        }
     }
 
     #[test]
