@@ -476,6 +476,9 @@ def test_metadata_that_json_cannot_hold_are_one_line(
         ({"dtype": "int8", "profile": "static", "calibration": np.zeros((1, 3, 16, 16))}, "another profile than"),
         ({"input_type": "int8"}, "unknown input type 'int8'"),
         ({"opset": 9}, "opset must be in 18"),
+        ({"image_size": "16"}, r"expected image_size to be an integer or \(height, width\) in pixels, got '16'"),
+        ({"image_size": (3, 16, 16)}, r"in pixels, got \(3, 16, 16\)"),
+        ({"image_size": 16.0}, "in pixels, got 16.0"),
     ],
 )
 def test_bad_options_are_found_before_the_model_is_traced(
@@ -483,7 +486,7 @@ def test_bad_options_are_found_before_the_model_is_traced(
 ) -> None:
     monkeypatch.delattr("advmoe_export.exporter.trace")
     with pytest.raises(UnsupportedModelError, match=message):
-        export_model(nn.Identity(), tmp_path / "model.onnx", image_size=16, labels=LABELS, **options)
+        export_model(nn.Identity(), tmp_path / "model.onnx", **{"image_size": 16, "labels": LABELS, **options})
 
 
 def test_a_place_without_room_for_the_weights_is_found_before_the_model_is_traced(

@@ -123,13 +123,14 @@ def test_a_gate_learns_what_its_signal_names(
 
     y_BCHW = layer(x_BCHW, Decision(chosen_B, None, gate, signal, other_B))
     outputs_NB = torch.stack([layer(x_BCHW, Decision(torch.full((12,), e), None)) for e in range(experts)])
-    torch.testing.assert_close(y_BCHW, outputs_NB[chosen_B, torch.arange(12)])
+    chosen_BCHW = outputs_NB[chosen_B, torch.arange(12)]
+    torch.testing.assert_close(y_BCHW, chosen_BCHW)
     toward_BCHW = torch.randn_like(y_BCHW)
     of_gate, of_x, of_weight = torch.autograd.grad(y_BCHW, [gate, x_BCHW, layer.weight], toward_BCHW)
-    expected = signals(outputs_NB.detach(), toward_BCHW, chosen_B, other_B)[signal]
-    torch.testing.assert_close(of_gate, expected.to(gate.dtype), atol=1e-4, rtol=1e-5)
-    without = torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None)), [x_BCHW, layer.weight], toward_BCHW)
-    torch.testing.assert_close((of_x, of_weight), without)
+    named = signals(outputs_NB.detach(), toward_BCHW, chosen_B, other_B)[signal]
+    torch.testing.assert_close(of_gate, named.to(gate.dtype), atol=1e-4, rtol=1e-5)
+    expected = torch.autograd.grad(chosen_BCHW, [x_BCHW, layer.weight], toward_BCHW)
+    torch.testing.assert_close((of_x, of_weight), expected)
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.5])
@@ -239,6 +240,22 @@ def test_gradients_by_image_sum_to_those_of_the_filters_and_biases(
         return torch.autograd.grad(layer(x_BCHW, Decision(chosen_B, None, gate, "all")), inputs, toward)
 
     torch.testing.assert_close(gradients(0), gradients(10**9))
+
+
+def test_biases_and_their_gradients_by_shares_are_those_by_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    x_BCHW = torch.randn(11, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    chosen_B, toward = torch.randint(3, (11,)), torch.randn(11, 4, 5, 5, dtype=torch.float64)  # one expert has no image
+    rows = LAYOUTS["two rows in each slot"].rows
+
+    def found(heavy: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(moe_conv, "HEAVY", heavy)
+        y_BSHW = moe_conv2d(x_BCHW, weight, bias, chosen_B, rows=rows, padding=1)
+        return y_BSHW, *torch.autograd.grad(y_BSHW, [x_BCHW, weight, bias], toward)
+
+    torch.testing.assert_close(found(0), found(10**9))
 
 
 def test_a_compiled_layer_is_one_graph() -> None:

@@ -121,7 +121,7 @@ class Convolution:
         Not in half precision, in which the gradients of single images would be rounded before they
         are summed.
         """
-        if signal == "own" or self.num_experts == 1 or y.dtype in (torch.bfloat16, torch.float16):
+        if signal == "own" or y.dtype in (torch.bfloat16, torch.float16):
             return False
         return _goes_by_image(y, self.compared if signal == "all" else min(self.compared, 1.0), TOGETHER)
 
@@ -200,7 +200,7 @@ class Convolution:
         """Outputs [B, S, H', W'] of a sorted batch."""
         y = None
         for share in shares(self.form.rows):
-            filters, bias = self._rows(tuple(range(share.start, share.stop)))
+            filters, bias = self.weight[share.rows], None if self.bias is None else self.bias[share.rows]
             for images in order.stretches(share.experts):
                 part = self._convolve(x[images], filters, bias)
                 if y is None:
@@ -218,11 +218,11 @@ class Convolution:
             for each, want in zip((x, self.weight, self.bias), wanted, strict=True)
         ]
         for share in shares(self.form.rows):
-            filters, rows = self.weight[share.start : share.stop], slice(share.start, share.stop)
+            filters = self.weight[share.rows]
             for images in order.stretches(share.experts):
                 part = gradient[images, share.slots]
                 found = convolution.gradients(part, x[images], filters, self.form.stride, self.form.padding, wanted)
-                for total, place, each in zip(of_all, (images, rows, rows), found, strict=True):
+                for total, place, each in zip(of_all, (images, share.rows, share.rows), found, strict=True):
                     if total is not None:
                         total[place] += each
         return of_all[0], of_all[1], of_all[2]

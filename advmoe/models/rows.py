@@ -104,6 +104,11 @@ class Share(NamedTuple):
     experts: tuple[int, ...]
 
     @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.start, self.stop)
+
+    @property
     def slots(self) -> slice:
         """The slots of the rows."""
         return slice(self.slot, self.slot + self.stop - self.start)

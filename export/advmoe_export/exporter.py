@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import tempfile
 from collections import Counter
@@ -138,8 +139,12 @@ def export_model(
     target = check_options(
         path, profile=profile, batch_size=batch_size, opset=opset, dtype=dtype, input_type=input_type
     )
-    height, width = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
-    size = (int(height), int(width))
+    try:
+        height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+        size = (operator.index(height), operator.index(width))
+    except (TypeError, ValueError):
+        expected = "an integer or (height, width) in pixels"
+        raise UnsupportedModelError(f"expected image_size to be {expected}, got {image_size!r}") from None
     if resize is not None and not max(size) <= resize < 2**16:
         raise UnsupportedModelError(f"resize must be in {max(size)} ... {2**16 - 1}, got {resize}")
     images, calibration = (None if given is None else as_array(given) for given in (images, calibration))
